@@ -1,0 +1,44 @@
+# Two commands: `make run` and `make test`. Both set up .venv first, from nothing but Python >= 3.11 and a package index.
+
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= results/quick
+BIN := $(VENV)/bin
+TORCH := torch==2.13.0
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+
+# On Linux the index's plain torch brings gigabytes of CUDA packages. Without an NVIDIA GPU take the CPU build: from where
+# pip already looks if it is there, else from PyTorch's own CPU index.
+NEEDS_CPU_BUILD := $(shell [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null && ! [ -e /dev/nvidia0 ] && echo yes)
+
+.PHONY: run test check bench clean
+
+run: $(VENV)/installed
+	$(BIN)/deadbench run --suite quick --out $(OUT)
+	$(BIN)/deadbench leaderboard $(OUT)
+	$(BIN)/deadbench families $(OUT)
+	@$(BIN)/deadbench report $(OUT) -o $(OUT)/report.html >/dev/null
+	@echo "report: $(abspath $(OUT))/report.html"
+
+test: $(VENV)/installed check
+	$(BIN)/pytest
+
+check: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/installed
+	$(BIN)/pytest tests/benchmarks --benchmark-enable --benchmark-only
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "deadbench needs Python >= 3.11; name one with PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+ifeq ($(NEEDS_CPU_BUILD),yes)
+	$(BIN)/pip install --quiet '$(TORCH)+cpu' -c constraints.txt || $(BIN)/pip install --quiet '$(TORCH)+cpu' --index-url $(CPU_INDEX)
+endif
+	$(BIN)/pip install --quiet -e '.[dev]' -c constraints.txt
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis

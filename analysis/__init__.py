@@ -1,0 +1,1 @@
+"""What result sets say: leaderboard, claims over the normalisation families, report; reads tables, never measures."""

@@ -1,0 +1,83 @@
+"""How one value of a frame reads to a person: rounded by its column's name and unit, in one line, null as a dash."""
+
+import math
+from collections.abc import Iterator
+from datetime import datetime
+from typing import Any
+
+import polars as pl
+
+HEADERS = {
+    "rank": "#",
+    "depth_random": "random",
+    "depth_predicted": "predicted",
+    "depth_exact": "float64",
+    "kernel_exact": "exact",
+    "num_dead_1e6": "dead 1e-6",
+    "num_zero_scales": "zeros",
+    "num_parameters": "params",
+    "hidden_size": "D",
+    "worst_block_ratio": "worst block",
+    "num_models": "models",
+    "num_hold": "hold",
+    "value_median": "median",
+    "value_min": "min",
+    "value_max": "max",
+}
+_DECIMALS = {"alignment": 4, "containment": 4, "deepening": 2, "worst_block_ratio": 3}
+_DECIMALS_OF_UNIT = {"cosine": 4, "decades": 2, "dimensions": 0, "slope": 2, "ratio": 3}
+
+
+def header(name: str) -> str:
+    """The heading of column `name`."""
+    return HEADERS.get(name, name.replace("_", " "))
+
+
+def cells(frame: pl.DataFrame) -> Iterator[list[str]]:
+    """The rows of `frame`, every value as `text` gives it."""
+    for row in frame.iter_rows(named=True):
+        yield [text(name, value, row.get("unit")) for name, value in row.items()]
+
+
+def text(name: str, value: Any, unit: str | None = None) -> str:
+    """One value of column `name`; a column `value_…` is rounded by its row's `unit`."""
+    if value is None or value == [] or (isinstance(value, float) and not math.isfinite(value)):
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return "; ".join(text(name, item) for item in value)
+    if isinstance(value, datetime):
+        return f"{value:%Y-%m-%d %H:%M} UTC"
+    if isinstance(value, int):
+        return magnitude(value) if name == "num_parameters" else str(value)
+    if isinstance(value, float):
+        return _real(name, value, unit)
+    return one_line(str(value))
+
+
+def one_line(words: str) -> str:
+    """`words` without line breaks and without characters that steer a terminal or turn the direction of writing."""
+    return "".join(
+        letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in " ".join(words.split())
+    )
+
+
+def magnitude(count: int) -> str:
+    """A count in three digits: 124M, 1.56B."""
+    for limit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(count) >= limit:
+            scaled = count / limit
+            return f"{scaled:.0f}{suffix}" if abs(scaled) >= 99.95 else f"{scaled:.3g}{suffix}"
+    return str(count)
+
+
+def _real(name: str, value: float, unit: str | None) -> str:
+    if name.startswith("lambda_"):
+        return f"{value:.2e}"
+    decimals = _DECIMALS.get(name, 2 if name.startswith("depth") else None)
+    if name.startswith("value_"):
+        decimals = _DECIMALS_OF_UNIT.get(unit or "")
+    if decimals is None:
+        return f"{value:.4g}"
+    return f"{round(value, decimals) + 0.0:.{decimals}f}"  # + 0.0: there is no minus zero

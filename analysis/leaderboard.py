@@ -1,0 +1,91 @@
+"""The leaderboard: models by the depth of their dead direction, like protocols and precisions together."""
+
+import polars as pl
+
+from analysis.lines import LINE, best_lines, failed_lines, forward_lines, parameter_lines
+from analysis.results import ResultsError, collected
+
+FAMILIES = ("layernorm", "rmsnorm", "none", "other", "undetermined")
+
+# Every column that the leaderboard shows, in order; what is not in the reads is computed below.
+COLUMNS = [
+    "rank",
+    "model",
+    "revision",
+    "family",
+    "read",
+    "depth",
+    "depth_random",
+    "deepening",
+    "depth_predicted",
+    "depth_exact",
+    "kernel_exact",
+    "alignment",
+    "containment",
+    "num_dead_1e6",
+    "num_zero_scales",
+    "num_parameters",
+    "hidden_size",
+    "worst_block_ratio",
+    "protocol",
+    "dtype",
+    "status",
+    "error",
+]
+SORTABLE = [
+    "depth",
+    "depth_random",
+    "deepening",
+    "depth_predicted",
+    "depth_exact",
+    "alignment",
+    "containment",
+    "num_dead_1e6",
+    "num_zero_scales",
+    "num_parameters",
+    "hidden_size",
+    "worst_block_ratio",
+]
+GROUP = ["protocol", "dtype"]
+
+
+def leaderboard(reads: pl.LazyFrame, *, sort: str = "depth", family: str | None = None) -> pl.DataFrame:
+    """One line per (model, protocol, dtype): its trained read at the last checkpoint, else its random read.
+
+    `depth = log10(lambda_mean / lambda_v)` in decades; `depth_random` is that of the same model, protocol and dtype at
+    random initialisation; `deepening = depth - depth_random` where the line is a trained read. The family is what the
+    read found the norm to do, not what the registry expects.
+
+    `rank` counts within a (protocol, dtype) group, largest `sort` first; equal values share the smaller rank, a missing
+    value has none and comes last. `sort="model"` lists a group by name and ranks by depth. Groups with more ranked
+    models come first. Models with a read of parameters only have a line without a depth; models of which only failed
+    reads exist end the list with their error.
+
+    Raises:
+        ResultsError: `sort` or `family` is unknown.
+    """
+    if sort != "model" and sort not in SORTABLE:
+        raise ResultsError(f"--sort {sort!r} is unknown; choose {', '.join([*SORTABLE, 'model'])}")
+    if family is not None and family not in FAMILIES:
+        raise ResultsError(f"--family {family!r} is unknown; choose {', '.join(FAMILIES)}")
+
+    random = forward_lines(reads).filter(pl.col("read") == "random").select(*LINE, depth_random="depth")
+    read = pl.concat([best_lines(reads), parameter_lines(reads), failed_lines(reads)])
+    lines = read.join(random, on=LINE, how="left", nulls_equal=True, maintain_order="left").with_columns(
+        pl.when(pl.col("read") == "trained").then(pl.col("depth") - pl.col("depth_random")).alias("deepening")
+    )
+    if family is not None:
+        lines = lines.filter(pl.col("family") == family)
+    ranked_by = "depth" if sort == "model" else sort
+    rank = pl.col(ranked_by).rank("min", descending=True).over(GROUP).cast(pl.Int64)
+    lines = lines.with_columns(rank.alias("rank"))
+    return collected(_ordered(lines, sort).select(COLUMNS))
+
+
+def _ordered(lines: pl.LazyFrame, sort: str) -> pl.LazyFrame:
+    group_size = pl.col("rank").is_not_null().sum().over(GROUP)
+    within = [] if sort == "model" else [pl.col("rank")]
+    failed = pl.col("status").ne_missing("ok")
+    return lines.sort(
+        [failed, -group_size.cast(pl.Int64), *map(pl.col, GROUP), *within, pl.col("model")], nulls_last=True
+    )

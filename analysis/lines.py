@@ -1,0 +1,64 @@
+"""Which reads speak for a model: one random and one trained read a line, a line being (model, protocol, dtype).
+
+Depths are compared only at equal protocol and precision, so a model read under two protocols has two lines. The hash
+of the protocol is no part of it: the hashes of a model's random and trained reads differ by construction.
+"""
+
+import polars as pl
+
+from analysis.results import latest
+
+LINE = ["model", "protocol", "dtype"]
+
+
+def forward_lines(reads: pl.LazyFrame) -> pl.LazyFrame:
+    """Of each line at most two rows: its newest random read, and its trained read at the last checkpoint.
+
+    The last checkpoint has the largest `checkpoint_step`; a null step counts as the only checkpoint. Reads that
+    failed do not speak.
+    """
+    forward = _ok(reads).filter(pl.col("read").is_in(["random", "trained"]))
+    return last(forward, [*LINE, "read"])
+
+
+def best_lines(reads: pl.LazyFrame) -> pl.LazyFrame:
+    """One row a line: the trained read of `forward_lines` if there is one, else the random read."""
+    trained_first = forward_lines(reads).sort(pl.col("read") == "trained", descending=True, maintain_order=True)
+    return trained_first.unique(LINE, keep="first", maintain_order=True)
+
+
+def parameter_reads(reads: pl.LazyFrame) -> pl.LazyFrame:
+    """Every ok read of parameters, one a checkpoint."""
+    return last(_ok(reads).filter(pl.col("read") == "parameters"), ["model", "protocol", "revision"])
+
+
+def parameter_lines(reads: pl.LazyFrame) -> pl.LazyFrame:
+    """For (model, protocol) without any forward read: the read of parameters at the last checkpoint."""
+    parameters = last(parameter_reads(reads), ["model", "protocol"])
+    return _without(parameters, forward_lines(reads))
+
+
+def failed_lines(reads: pl.LazyFrame) -> pl.LazyFrame:
+    """For (model, protocol) of which nothing but failures exists: the newest failure."""
+    newest = failed_reads(reads).unique(["model", "protocol"], keep="first", maintain_order=True)
+    return _without(newest, _ok(reads))
+
+
+def failed_reads(reads: pl.LazyFrame) -> pl.LazyFrame:
+    """Reads that never came to an ok row, newest first."""
+    failed = latest(reads).filter(pl.col("status").ne_missing("ok"))
+    return failed.sort("finished_at", descending=True, nulls_last=True, maintain_order=True)
+
+
+def _ok(reads: pl.LazyFrame) -> pl.LazyFrame:
+    return latest(reads).filter(pl.col("status") == "ok")
+
+
+def last(reads: pl.LazyFrame, by: list[str]) -> pl.LazyFrame:
+    """One row for each `by`: that of the largest `checkpoint_step`, null being smallest, then the newest."""
+    newest_first = reads.sort("checkpoint_step", "finished_at", descending=True, nulls_last=True, maintain_order=True)
+    return newest_first.unique(by, keep="first", maintain_order=True)
+
+
+def _without(reads: pl.LazyFrame, others: pl.LazyFrame) -> pl.LazyFrame:
+    return reads.join(others, on=["model", "protocol"], how="anti", nulls_equal=True)

@@ -1,0 +1,5 @@
+"""`python -m runners` is `deadbench`."""
+
+from runners.cli import main
+
+main()

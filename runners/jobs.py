@@ -1,0 +1,219 @@
+"""From the registry and the command line to jobs: which reads of which model, under which protocol, with which key.
+
+A `ModelJob` is what one actor does; its `ReadJob`s carry the key under which their rows are stored, so that a finished
+read is recognised before anything is loaded.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from suite.inputs import InputError, check_spec, content_hash
+from suite.registry import READS, Model, Protocol, Registry, SuiteEntry
+from suite.schema import KEY, READ_VERSION
+from suite.sources import Checkpoint, checkpoint_step
+from suite.tensors import CheckpointError
+
+DEFAULT_INPUT = {"text": "text", "image": "image", "audio": "audio"}
+ENGINES = ("auto", "torch")  # what this version can run
+
+
+class JobError(ValueError):
+    """A request that cannot become jobs; one line, exit code 2."""
+
+
+@dataclass(frozen=True)
+class Overrides:
+    """What the command line changes in the protocol; None leaves it."""
+
+    tokens: int | None = None
+    input: str | None = None
+    dtype: str | None = None
+    engine: str | None = None
+    seed: int = 0
+
+    def label(self) -> str:
+        """The overrides that change numbers, as they are appended to the protocol's name."""
+        named = {"tokens": self.tokens, "input": self.input, "dtype": self.dtype}
+        changed = [f"{name}={value}" for name, value in named.items() if value is not None]
+        return f"[{','.join(changed)}]" if changed else ""
+
+
+@dataclass(frozen=True)
+class ReadJob:
+    """One read of one checkpoint: everything the worker needs, and the key of its rows."""
+
+    model: Model
+    read: str
+    revision: str | None
+    seed: int
+    engine: str | None
+    protocol_name: str
+    protocol: Protocol
+    protocol_hash: str
+    input: str | None
+    dtype: str
+    fingerprint: str | None
+    base: Path
+    error: str | None = None
+
+    def key_columns(self) -> dict[str, Any]:
+        """The key columns of this read's rows."""
+        return {
+            "model": self.model.id,
+            "revision": self.revision,
+            "read": self.read,
+            "seed": self.seed,
+            "protocol_hash": self.protocol_hash,
+            "engine": self.engine,
+        }
+
+    def identity(self) -> tuple[Any, ...]:
+        """Key and fingerprint: what a finished row must match to stand for this read."""
+        columns = self.key_columns()
+        return (*(columns[name] for name in KEY), self.fingerprint)
+
+    def label(self) -> str:
+        """Short name for people: `pythia-160m random`, `twin step16 trained`."""
+        return " ".join(part for part in (self.model.id, self.revision, self.read) if part)
+
+
+@dataclass(frozen=True)
+class ModelJob:
+    """All reads of one model, for one actor."""
+
+    model_id: str
+    reads: tuple[ReadJob, ...]
+    num_gpus: int
+
+    def without(self, done: Iterable[tuple[Any, ...]]) -> "ModelJob":
+        """The job less the reads whose identity is in `done`."""
+        finished = set(done)
+        return replace(self, reads=tuple(r for r in self.reads if r.identity() not in finished))
+
+
+def build_jobs(
+    registry: Registry,
+    registry_path: Path,
+    models: list[str],
+    suite_name: str | None,
+    reads: list[str] | None,
+    overrides: Overrides,
+) -> list[ModelJob]:
+    """Jobs for `models` (registry ids or SOURCEs), or for a whole suite when none are named.
+
+    Models named without a suite run under the protocol `standard`; with one, under the suite's.
+
+    Raises:
+        JobError: an unknown suite or read, a SOURCE that does not exist, an input that does not fit.
+    """
+    suite_name = suite_name or (None if models else "quick")
+    if suite_name is not None and suite_name not in registry.suites:
+        raise JobError(f"suite {suite_name!r} is unknown; choose {', '.join(registry.suites)}")
+    for read in reads or ():
+        if read not in READS:
+            raise JobError(f"read {read!r} is unknown; choose {', '.join(READS)}")
+    suite = registry.suites[suite_name] if suite_name else None
+    protocol_name = suite.protocol if suite else "standard"
+    if models:
+        suite_entries = {e.model: e for e in suite.entries()} if suite else {}
+        entries = [suite_entries.get(m, SuiteEntry(model=m)) for m in dict.fromkeys(models)]
+    else:
+        assert suite is not None
+        entries = suite.entries()
+
+    jobs = []
+    for entry in entries:
+        model = registry.model(entry.model) or _own_model(entry.model, overrides)
+        wanted = reads or entry.reads or (suite.reads if suite else list(READS))
+        spec = overrides.input or entry.input or model.input or DEFAULT_INPUT[model.modality]
+        if any(r != "parameters" for r in wanted):
+            try:
+                check_spec(spec, model.modality)
+            except InputError as error:
+                raise JobError(f"{model.id}: {error}") from error
+        protocol = registry.protocols[protocol_name]
+        if overrides.tokens is not None:
+            protocol = protocol.model_copy(update={"tokens": overrides.tokens})
+        name = protocol_name + overrides.label()
+        jobs.append(_model_job(model, wanted, spec, name, protocol, overrides, registry_path.resolve().parent))
+    return jobs
+
+
+def _own_model(source: str, overrides: Overrides) -> Model:
+    """A model that is in no registry: the SOURCE itself, its modality told by the input or the configuration."""
+    try:
+        checkpoint = Checkpoint(source)
+        config = checkpoint.config()
+    except CheckpointError as error:
+        raise JobError(f"{error} (and no model of that id is in the registry)") from error
+    image = "image_size" in config and "vocab_size" not in config
+    audio = "num_mel_bins" in config or "conv_kernel" in config
+    modality = "image" if image else "audio" if audio else "text"
+    revision = None if "@" in source else checkpoint.revision
+    return Model.model_construct(
+        id=source, source=source, revision=revision if "://" not in source else None, modality=modality
+    )
+
+
+def _model_job(
+    model: Model, reads: list[Any], spec: str, protocol_name: str, protocol: Protocol, overrides: Overrides, base: Path
+) -> ModelJob:
+    kind, _, rest = spec.partition(":")
+    local_input = rest and kind in ("text", "image", "tokens") and rest != "random"
+    absolute = f"{kind}:{Path(rest).resolve()}" if local_input else spec
+    dtype = overrides.dtype or model.dtype
+    engine = overrides.engine or ("torch" if model.engine == "auto" else model.engine)
+    jobs = []
+    for revision in model.checkpoint_names():
+        for read in READS:
+            if read not in reads or (read == "random" and revision != model.checkpoint_names()[0]):
+                continue
+            # Parameters are read without input, and random weights without a checkpoint.
+            has_forward = read != "parameters"
+            fingerprint, error = _fingerprint(model, revision, read, base)
+            facts: dict[str, Any] = {"read": read, "version": READ_VERSION[read]}
+            if has_forward:
+                facts |= {"tokens": protocol.tokens, "sequence_length": protocol.sequence_length, "dtype": dtype}
+                facts |= {"input": content_hash(spec)}
+            digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+            jobs.append(
+                ReadJob(
+                    model=model,
+                    read=read,
+                    revision=None if read == "random" else revision,
+                    seed=overrides.seed,
+                    engine=engine if has_forward else None,
+                    protocol_name=protocol_name,
+                    protocol=protocol,
+                    protocol_hash=digest,
+                    input=absolute if has_forward else None,
+                    dtype=dtype,
+                    fingerprint=fingerprint,
+                    base=base,
+                    error=error,
+                )
+            )
+    return ModelJob(model.id, tuple(jobs), model.gpus)
+
+
+def _fingerprint(model: Model, revision: str | None, read: str, base: Path) -> tuple[str | None, str | None]:
+    """What the read will open, hashed; or why it cannot be opened, so that the read fails as a row of its own."""
+    if read == "random" and model.config is not None:
+        return hashlib.sha256(json.dumps(model.config, sort_keys=True).encode()).hexdigest()[:16], None
+    if model.source is None:
+        return None, f"the registry gives no source, which the read {read!r} needs"
+    try:
+        return Checkpoint(model.source, revision, base).fingerprint(), None
+    except CheckpointError as error:
+        return None, str(error)
+
+
+def read_step(job: ReadJob) -> int | None:
+    """Training step of the checkpoint that a job reads; None for a random initialisation."""
+    if job.read == "random":
+        return None
+    return checkpoint_step(job.revision or Path(job.model.source or "").name)

@@ -1,0 +1,137 @@
+"""The torch engine: build or load one model with transformers, run it, and hand the final norm's traffic to the read.
+
+Shapes: B sequences or images, T positions, D hidden size.
+"""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from suite.architecture import build_model
+from suite.inputs import Batch
+from suite.tensors import CheckpointError
+
+BATCH_TOKENS = 4096  # a forward pass of this size keeps every core busy and a 1 B model's activations below 2 GB
+
+
+@dataclass
+class ForwardPass:
+    """The captured (input, output) of one norm in one forward pass, and how long the pass took."""
+
+    input_BTD: Tensor
+    output_BTD: Tensor
+    seconds: float
+
+
+@dataclass
+class TorchEngine:
+    """One model on one device.
+
+    Attributes:
+        device: where the model lives.
+        load_seconds: how long the last load took.
+    """
+
+    device: torch.device
+    load_seconds: float = field(default=0.0)
+
+    def load_random(self, config: Any, seed: int, dtype: torch.dtype) -> nn.Module:
+        """transformers' own initialisation: `set_seed(seed)`, `AutoModel.from_config` in float32, cast to `dtype`."""
+        import transformers
+
+        started = time.perf_counter()
+        transformers.set_seed(seed)
+        model = build_model(config).to(self.device, dtype)
+        self.load_seconds = time.perf_counter() - started
+        return model
+
+    def load_trained(self, folder: Path, dtype: torch.dtype) -> nn.Module:
+        """The checkpoint in `folder`, safetensors only, no code from the checkpoint.
+
+        Raises:
+            CheckpointError: weights that transformers cannot load, or that miss tensors of the architecture.
+        """
+        import transformers
+
+        started = time.perf_counter()
+        try:
+            model, report = transformers.AutoModel.from_pretrained(
+                folder,
+                dtype=dtype,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+        except Exception as error:
+            reason = (str(error).strip().splitlines() or [""])[0][:300]
+            raise CheckpointError(f"{folder}: cannot be loaded ({type(error).__name__}: {reason})") from error
+        # Poolers come after the final norm and are often not stored.
+        missing = sorted(name for name in report["missing_keys"] if "pooler" not in name)
+        if missing:
+            raise CheckpointError(
+                f"{folder}: the weights lack {len(missing)} tensors of {type(model).__name__}, {missing[0]} among them"
+            )
+        model = model.to(self.device).eval()
+        self.load_seconds = time.perf_counter() - started
+        return model  # type: ignore[no-any-return]
+
+    def passes(self, model: nn.Module, norm: nn.Module, batches: list[Batch]) -> Iterator[tuple[Batch, ForwardPass]]:
+        """Run every batch once, yielding what entered and left `norm` in its last call of each pass."""
+        captured: dict[str, Tensor] = {}
+
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            captured["input"] = args[0].detach()
+            captured["output"] = (output[0] if isinstance(output, tuple) else output).detach()
+
+        handle = norm.register_forward_hook(hook)
+        try:
+            for batch in batches:
+                started = time.perf_counter()
+                with torch.no_grad():
+                    model(**self._on_device(model, batch.model_inputs))
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)
+                seconds = time.perf_counter() - started
+                yield batch, ForwardPass(captured["input"], captured["output"], seconds)
+        finally:
+            handle.remove()
+
+    def peak_device_bytes(self) -> int | None:
+        """Peak accelerator memory of this process; None on CPU."""
+        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
+
+    def device_name(self) -> str:
+        """What the device calls itself."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return "cpu"
+
+    def release(self) -> None:
+        """Give cached accelerator memory back."""
+        with contextlib.suppress(RuntimeError):
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _on_device(self, model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Any]:
+        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+        moved: dict[str, Any] = {
+            name: t.to(self.device, dtype if t.is_floating_point() else None) for name, t in inputs.items()
+        }
+        config: Any = model.config
+        if "input_ids" in moved:
+            moved["use_cache"] = False
+            if getattr(config, "is_encoder_decoder", False):
+                moved["decoder_input_ids"] = moved["input_ids"]
+        return moved
+
+
+def pick_device() -> torch.device:
+    """The accelerator that Ray gave this process, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,166 @@
+"""The final norm's read: from captured inputs and outputs of the norm to the numbers of one row.
+
+The norm's input is replayed in float32 (`depth`, the spectrum) and float64 (`depth_exact`), because a depth belongs to
+a precision; what the model itself computed is kept as `depth_as_executed`. Shapes: N tokens, D hidden size, m
+dimension of the predicted dead subspace, k measured dead directions.
+"""
+
+import copy
+import math
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from suite.directions import UNIT_ROUNDOFF, dead_subspace, depth_limit, inverse_scale_direction
+from suite.norms import EffectiveNorm
+from suite.precision import VarianceAlong, inverse_direction
+from suite.schema import Row
+from suite.spectrum import Spectrum, TriangularFactor
+
+DEAD_THRESHOLDS = {"num_dead_1e4": 1e-4, "num_dead_1e6": 1e-6, "num_dead_1e8": 1e-8, "num_dead_1e10": 1e-10}
+KERNEL_SLOPE = 0.5  # algebraic kernels give 1.00 to 1.18, learned dead directions 0.00 to 0.08
+_DOUBLE_DOUBLE_EPS = 2.0**-104
+
+
+class FinalNormRead:
+    """Accumulates the captured (input, output) pairs of one final norm, then gives the row.
+
+    Args:
+        module: the final norm as loaded; it is copied for the float32 replay.
+        norm: its formula with its real parameters.
+    """
+
+    def __init__(self, module: nn.Module, norm: EffectiveNorm):
+        D = len(norm.scale_D)
+        self.norm = norm
+        self.spectrum = TriangularFactor(D)
+        self._replay = copy.deepcopy(module).cpu().float()
+        for each in self._replay.modules():
+            each._forward_hooks.clear()
+        direction_D = inverse_direction(norm.scale_D)
+        shift_D = torch.zeros(D, dtype=torch.float64) if norm.shift_D is None else torch.from_numpy(norm.shift_D)
+        self.along_float32 = VarianceAlong(direction_D, shift_D)
+        self.along_float64 = VarianceAlong(direction_D, shift_D)
+        self.along_executed = VarianceAlong(direction_D, shift_D)
+
+    def update(self, input_BTD: Tensor, output_BTD: Tensor, mask_BT: Bool[Tensor, "B T"] | None = None) -> None:
+        """Add one forward pass of the norm; rows where `mask_BT` is False are padding.
+
+        Raises:
+            ValueError: values that are not finite, or a replay that disagrees with what the model computed.
+        """
+        x_ND, y_ND = _rows(input_BTD, mask_BT), _rows(output_BTD, mask_BT)
+        if not bool(torch.isfinite(x_ND).all()):
+            raise ValueError("the residual stream before the final norm has values that are not finite")
+        if y_ND.dtype == torch.float32 and y_ND.device.type == "cpu":
+            replay_ND = y_ND  # the model ran in the standard's own precision: bit for bit the same
+        else:
+            with torch.no_grad():
+                replay_ND = self._replay(x_ND.cpu().float())
+        exact_ND = self.norm(x_ND)
+        self.spectrum.update(replay_ND)
+        _check_formula(replay_ND, exact_ND)
+        self.along_float32.update(replay_ND)
+        self.along_float64.update(exact_ND)
+        self.along_executed.update(y_ND)
+
+    @property
+    def num_tokens(self) -> int:
+        """Rows that entered so far."""
+        return self.along_float32.count
+
+    def finish(self, control_seed: int = 0) -> tuple[Row, NDArray[np.float64]]:
+        """The row's spectrum and precision columns, and the eigenvalues in descending order."""
+        spectrum = self.spectrum.finish()
+        row = _spectrum_columns(spectrum, self.norm)
+        trace = float(spectrum.eigenvalues_D.sum())
+        lambda_v, lambda_exact = self.along_float32.finish(), self.along_float64.finish()
+        limit = depth_limit(len(self.norm.scale_D))
+        exact_limit = -math.log10(_DOUBLE_DOUBLE_EPS**2 * len(self.norm.scale_D))
+        row |= {
+            "lambda_v": lambda_v,
+            "depth": _depth(spectrum.mean, lambda_v, limit),
+            "depth_limit": limit,
+            "depth_as_executed": _depth(spectrum.mean, self.along_executed.finish(), limit),
+            "depth_exact": _depth(spectrum.mean, lambda_exact, exact_limit),
+            "precision_slope": precision_slope(lambda_v, lambda_exact),
+            "lambda_control": _variance_along_random(spectrum, control_seed),
+        }
+        slope = row["precision_slope"]
+        row["kernel_exact"] = None if slope is None else slope > KERNEL_SLOPE
+        if trace == 0:
+            row |= {"depth": None, "depth_as_executed": None, "depth_exact": None, "depth_bottom": None}
+        return row, spectrum.eigenvalues_D
+
+
+def precision_slope(lambda_float32: float, lambda_float64: float) -> float | None:
+    """`log(lambda_a / lambda_b) / log(u_a^2 / u_b^2)`: 1 where rounding alone makes the value, 0 where it is real.
+
+    None where either is exactly zero: nothing is left to compare.
+    """
+    if lambda_float32 <= 0 or lambda_float64 <= 0:
+        return None
+    unit_ratio = (UNIT_ROUNDOFF["float32"] / UNIT_ROUNDOFF["float64"]) ** 2
+    return math.log(lambda_float32 / lambda_float64) / math.log(unit_ratio)
+
+
+def _spectrum_columns(spectrum: Spectrum, norm: EffectiveNorm) -> Row:
+    eigenvalues_D = spectrum.eigenvalues_D
+    bottom = float(eigenvalues_D[-1])
+    counts = {name: spectrum.num_dead(threshold) for name, threshold in DEAD_THRESHOLDS.items()}
+    v_D = inverse_scale_direction(norm.scale_D)
+    return counts | {
+        "num_tokens": spectrum.num_tokens,
+        "alignment": float(abs(spectrum.eigenvectors_DD[-1] @ v_D)),
+        "containment": _containment(spectrum, dead_subspace(norm.scale_D, norm.family), counts["num_dead_1e10"]),
+        "lambda_min": bottom,
+        "lambda_second": float(eigenvalues_D[-2]),
+        "lambda_mean": spectrum.mean,
+        "lambda_max": float(eigenvalues_D[0]),
+        "depth_bottom": _depth(spectrum.mean, max(bottom, spectrum.floor), math.inf),
+        "spectrum_method": spectrum.method,
+        "spectrum_floor": spectrum.floor,
+        "lambda_min_resolved": bottom > spectrum.floor,
+    }
+
+
+def _containment(spectrum: Spectrum, dead_Dm: NDArray[np.float64], k: int) -> float | None:
+    """Smallest of the m singular values of `U_k^T K`: 1 if the predicted subspace lies in the measured one."""
+    m = dead_Dm.shape[1]
+    if k == 0 or m == 0:
+        return None
+    if k < m:
+        return 0.0
+    bottom_kD = spectrum.eigenvectors_DD[-k:]
+    return float(np.linalg.svd(bottom_kD @ dead_Dm, compute_uv=False)[m - 1])
+
+
+def _depth(mean: float, value: float, limit: float) -> float | None:
+    if mean <= 0:
+        return None
+    return min(math.log10(mean) - math.log10(value), limit) if value > 0 else limit
+
+
+def _variance_along_random(spectrum: Spectrum, seed: int) -> float:
+    direction_D = np.random.default_rng(seed).standard_normal(len(spectrum.eigenvalues_D))
+    coordinates_D = spectrum.eigenvectors_DD @ (direction_D / np.linalg.norm(direction_D))
+    return float(np.sum(spectrum.eigenvalues_D * coordinates_D**2))
+
+
+def _rows(acts: Tensor, mask_BT: Tensor | None) -> Float[Tensor, "N D"]:
+    """Token rows of `(…, D)` activations, padding left out; a sequence padded inside the model is cut to the mask."""
+    if mask_BT is None or acts.ndim < 3:
+        return acts.reshape(-1, acts.shape[-1])
+    return acts[:, : mask_BT.shape[1]][mask_BT.to(acts.device)]
+
+
+def _check_formula(replay_ND: Tensor, exact_ND: Tensor) -> None:
+    scale = float(exact_ND.abs().max())
+    worst = float((replay_ND.double() - exact_ND).abs().max())
+    if worst > 1e-3 * scale:
+        raise ValueError(
+            f"the float32 replay of the final norm differs from its formula by {worst:.1e} (values to {scale:.1e})"
+        )

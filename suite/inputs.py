@@ -1,0 +1,316 @@
+"""What a model is fed: `--input SPEC` becomes batches of model inputs, with padding marked once and for all.
+
+    text                     the bundled corpus            text:FILE    a UTF-8 text file
+    image                    the bundled photographs       image:DIR    a folder of photographs
+    tokens:random            seeded uniform token ids      tokens:FILE.npy   ids exactly as given, in order
+    hf:DATASET[:CONFIG][:SPLIT]    a Hub dataset's text column
+
+Nothing falls back to something else: a model without a tokenizer cannot read text, and says so.
+Shapes: S sequences, T positions, N tokens, B images.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from suite.hub_text import read_hub_text
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model",
+)  # fmt: skip
+PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+_CHARACTERS_PER_PIECE = 100_000
+
+
+class InputError(ValueError):
+    """An input that cannot be had or does not fit the model; one line."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Keyword arguments of one forward pass, and which positions count (None: all)."""
+
+    model_inputs: dict[str, Tensor]
+    mask_ST: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """All that one read is fed; `num_tokens` rows of the final norm's output will come of it."""
+
+    batches: list[Batch]
+    num_tokens: int
+    num_distinct: int | None
+    description: str
+
+
+def check_spec(spec: str, modality: str) -> None:
+    """Raise InputError where `spec` is no input specification, names a missing file, or is not for `modality`."""
+    kind, _, rest = spec.partition(":")
+    if kind not in ("text", "image", "tokens", "hf") or (kind in ("tokens", "hf") and not rest):
+        raise InputError(
+            f"input {spec!r} is unknown; choose text, text:FILE, image, image:DIR, tokens:random, tokens:FILE.npy "
+            "or hf:DATASET[:CONFIG][:SPLIT]"
+        )
+    if modality == "audio":
+        raise InputError("audio models have no input yet; only their parameters can be read")
+    if (kind == "image") != (modality == "image"):
+        raise InputError(f"input {spec!r} does not fit a model that reads {modality}")
+    if kind == "text" and rest and not Path(rest).is_file():
+        raise InputError(f"input {spec!r}: no such file")
+    if kind == "image" and rest and not Path(rest).is_dir():
+        raise InputError(f"input {spec!r}: no such directory")
+    if kind == "tokens" and rest != "random" and not Path(rest).is_file():
+        raise InputError(f"input {spec!r}: no such file; give tokens:random or a .npy file")
+
+
+def check_count(num_tokens: int, hidden_size: int) -> None:
+    """Raise InputError where the covariance would be rank-deficient by construction, before anything is run."""
+    if num_tokens <= hidden_size:
+        raise InputError(
+            f"{num_tokens} tokens for hidden size {hidden_size}: the rank would be the sample's, not the model's; "
+            f"give at least {4 * hidden_size}"
+        )
+
+
+def content_hash(spec: str) -> str:
+    """What `spec` stands for, by content: two files of one name are two inputs."""
+    kind, _, rest = spec.partition(":")
+    digest = hashlib.sha256(kind.encode())
+    if (kind == "tokens" and rest == "random") or kind == "hf":
+        digest.update(rest.encode())
+    elif kind == "image":
+        for photo in _photo_files(rest):
+            digest.update(photo.read_bytes())
+    else:
+        digest.update(_text_path(rest).read_bytes() if kind == "text" else Path(rest).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def token_batches(
+    spec: str,
+    *,
+    vocab_size: int,
+    num_tokens: int,
+    sequence_length: int,
+    seed: int,
+    tokenizer_folder: Path | None,
+    batch_tokens: int,
+) -> Inputs:
+    """Batches of token ids: `num_tokens` of them (all of a `tokens:FILE.npy`), in sequences of `sequence_length`.
+
+    Text is cut into windows, each with the special tokens that the tokenizer puts around a text. The last sequence is
+    shorter and padded; padding is masked out of attention and of the statistics.
+
+    Raises:
+        InputError: no tokenizer, too little text, ids outside the vocabulary, a file that is no integer array.
+    """
+    kind, _, rest = spec.partition(":")
+    if kind == "tokens" and rest != "random":
+        sequences = list(_load_ids(Path(rest), vocab_size))
+        sequence_length = len(sequences[0])
+    elif kind == "tokens":
+        ids_N = np.random.default_rng(seed).integers(0, vocab_size, num_tokens)
+        sequences = _cut(ids_N, sequence_length)
+    else:
+        sequences = _tokenised(spec, num_tokens, sequence_length, tokenizer_folder)
+        highest = max(int(s.max()) for s in sequences)
+        if highest >= vocab_size:
+            raise InputError(
+                f"the tokenizer gives id {highest}, the model knows {vocab_size}: not this model's tokenizer"
+            )
+    distinct = len(np.unique(np.concatenate(sequences)))
+    per_batch = max(1, batch_tokens // sequence_length)
+    batches = [_pad(sequences[i : i + per_batch]) for i in range(0, len(sequences), per_batch)]
+    return Inputs(batches, sum(len(s) for s in sequences), distinct, spec)
+
+
+def image_batches(
+    spec: str,
+    *,
+    image_size: tuple[int, int],
+    patch_size: int | None,
+    num_images: int,
+    rows_per_image: int,
+    seed: int,
+    processor_folder: Path | None,
+    batch_images: int,
+) -> Inputs:
+    """Batches of photographs: each whole, then seeded random crops until there are `num_images`.
+
+    With a `processor_folder` that holds a preprocessor_config.json the model's own processor prepares them; without,
+    they are scaled to `image_size` and to [-1, 1], and the description says so.
+    """
+    photos = [_open_photo(path) for path in _photo_files(spec.partition(":")[2])]
+    crops = _crops(photos, num_images, seed)
+    own = processor_folder is not None and (processor_folder / "preprocessor_config.json").is_file()
+    if own:
+        pixels = _processed(crops, processor_folder)
+    else:
+        pixels = torch.stack([_plain_pixels(crop, image_size) for crop in crops])
+    batches = [Batch({"pixel_values": part}) for part in pixels.split(batch_images)]
+    distinct = None
+    if patch_size and pixels.shape[-1] % patch_size == 0 and pixels.shape[-2] % patch_size == 0:
+        distinct = _distinct_patches(pixels, patch_size)
+    description = spec if own else f"{spec} (scaled to [-1, 1])"
+    return Inputs(batches, len(crops) * rows_per_image, distinct, description)
+
+
+def _load_ids(path: Path, vocab_size: int) -> NDArray[np.int64]:
+    try:
+        ids = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{path}: not a .npy array ({error})") from error
+    if not isinstance(ids, np.ndarray) or ids.ndim != 2 or ids.dtype.kind not in "iu" or ids.size == 0:
+        found = f"{ids.dtype} of shape {ids.shape}" if isinstance(ids, np.ndarray) else "an archive"
+        raise InputError(f"{path}: expected an integer array (sequences x length), found {found}")
+    if ids.min() < 0 or ids.max() >= vocab_size:
+        raise InputError(f"{path}: token ids {ids.min()} to {ids.max()}, the model knows 0 to {vocab_size - 1}")
+    return ids.astype(np.int64)
+
+
+def _cut(ids_N: NDArray[np.int64], length: int) -> list[NDArray[np.int64]]:
+    return [ids_N[i : i + length] for i in range(0, len(ids_N), length)]
+
+
+def _tokenised(spec: str, num_tokens: int, length: int, folder: Path | None) -> list[NDArray[np.int64]]:
+    tokenizer = _load_tokenizer(spec, folder)
+    prefix, suffix = _special_tokens(tokenizer)
+    content = length - len(prefix) - len(suffix)
+    if content < 1:
+        raise InputError(
+            f"sequences of {length} tokens leave no room beside {len(prefix) + len(suffix)} special tokens"
+        )
+    ids: list[int] = []
+    wanted = -(-num_tokens // length) * content
+    for piece in _pieces(spec):
+        ids += tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+        if len(ids) >= wanted:
+            break
+    windows = [np.array([*prefix, *ids[i : i + content], *suffix]) for i in range(0, min(len(ids), wanted), content)]
+    total = sum(len(w) for w in windows)
+    if total < num_tokens:
+        raise InputError(
+            f"input {spec!r} has only {total} of the {num_tokens} tokens asked for; give --tokens or a longer text"
+        )
+    if total > num_tokens:  # the last window loses its end, never its beginning
+        windows[-1] = windows[-1][: len(windows[-1]) - (total - num_tokens)]
+    return [w for w in windows if len(w)]
+
+
+def _load_tokenizer(spec: str, folder: Path | None) -> Any:
+    from transformers import AutoTokenizer
+
+    # transformers 5 builds an empty tokenizer where there are no files; that would be a silent fallback.
+    if folder is None or not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise InputError(
+            f"input {spec!r} needs the model's tokenizer, and there is none"
+            f"{f' in {folder}' if folder else ''}; give --input tokens:random or tokens:FILE.npy"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0][:200]
+        raise InputError(f"the tokenizer in {folder} cannot be loaded ({type(error).__name__}: {reason})") from error
+
+
+def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts before and after a text."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    for start in range(len(full) - len(bare) + 1):
+        if full[start : start + len(bare)] == bare:
+            return full[:start], full[start + len(bare) :]
+    return [], []
+
+
+def _pieces(spec: str) -> Iterator[str]:
+    kind, _, rest = spec.partition(":")
+    if kind == "hf":
+        yield from read_hub_text(rest)
+        return
+    with _text_path(rest).open(encoding="utf-8", errors="strict") as file:
+        try:
+            while piece := file.readlines(_CHARACTERS_PER_PIECE):
+                yield "".join(piece)
+        except UnicodeDecodeError as error:
+            raise InputError(f"{rest}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+
+
+def _text_path(rest: str) -> Path:
+    return Path(rest) if rest else Path(str(resources.files("suite").joinpath("data/corpus.txt")))
+
+
+def _pad(sequences: list[NDArray[np.int64]]) -> Batch:
+    lengths = [len(s) for s in sequences]
+    if len(set(lengths)) == 1:
+        # No mask: the attention kernels differ with one, and there is nothing to hide.
+        return Batch({"input_ids": torch.from_numpy(np.stack(sequences))})
+    ids_ST = torch.zeros(len(sequences), max(lengths), dtype=torch.long)
+    mask_ST = torch.zeros(len(sequences), max(lengths), dtype=torch.bool)
+    for row, sequence in enumerate(sequences):
+        ids_ST[row, : len(sequence)] = torch.from_numpy(sequence)
+        mask_ST[row, : len(sequence)] = True
+    return Batch({"input_ids": ids_ST, "attention_mask": mask_ST.long()}, mask_ST)
+
+
+def _photo_files(folder: str) -> list[Path]:
+    root = Path(folder) if folder else Path(str(resources.files("suite").joinpath("data/photos")))
+    photos = sorted(p for p in root.iterdir() if p.suffix.lower() in PHOTO_SUFFIXES)
+    if not photos:
+        raise InputError(f"{root}: no photographs ({', '.join(PHOTO_SUFFIXES)})")
+    return photos
+
+
+def _open_photo(path: Path) -> Any:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as photo:
+            return photo.convert("RGB")
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path}: not a photograph that can be opened ({type(error).__name__})") from error
+
+
+def _crops(photos: list[Any], count: int, seed: int) -> list[Any]:
+    rng = np.random.default_rng(seed)
+    crops = list(photos[:count])
+    while len(crops) < count:
+        photo = photos[len(crops) % len(photos)]
+        side = int(min(photo.size) * rng.uniform(0.3, 0.9))
+        left, top = (int(rng.integers(0, extent - side + 1)) for extent in photo.size)
+        crop = photo.crop((left, top, left + side, top + side))
+        crops.append(crop.transpose(0) if rng.random() < 0.5 else crop)  # 0: left-right mirror
+    return crops
+
+
+def _plain_pixels(photo: Any, size: tuple[int, int]) -> Tensor:
+    height, width = size
+    pixels = np.asarray(photo.resize((width, height), 3), dtype=np.float32)  # 3: bicubic
+    return torch.from_numpy(pixels / 127.5 - 1.0).permute(2, 0, 1).contiguous()
+
+
+def _processed(crops: list[Any], folder: Path | None) -> Tensor:
+    from transformers import AutoImageProcessor
+
+    try:
+        processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        pixels: Tensor = processor(images=crops, return_tensors="pt")["pixel_values"]
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0][:200]
+        raise InputError(f"the image processor in {folder} fails ({type(error).__name__}: {reason})") from error
+    return pixels
+
+
+def _distinct_patches(pixels: Tensor, patch: int) -> int:
+    patches = pixels.unfold(2, patch, patch).unfold(3, patch, patch)
+    flat = patches.permute(0, 2, 3, 1, 4, 5).reshape(-1, pixels.shape[1] * patch * patch)
+    return len({row.tobytes() for row in flat.numpy()})

@@ -1,0 +1,188 @@
+"""The kernel test: what a normalisation module does, found by feeding it, not by reading its name.
+
+`probe` runs a module alone on seeded synthetic vectors with synthetic parameters and says which family it is, how it
+scales, whether it shifts and with which eps. `EffectiveNorm` is the same function as a formula, with the real
+parameters, in any precision. Shapes: N tokens, D hidden size.
+"""
+
+import copy
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+_RELATIVE_TOLERANCE = 1e-4  # hypotheses differ by order 1; modules that compute in float32 inside differ by 1e-6
+_EPS_IS_ZERO = 1e-18
+_SHIFT_NAMES = ("bias", "beta", "shift")
+
+
+@dataclass(frozen=True)
+class NormBehaviour:
+    """What `probe` found. `family` is layernorm, rmsnorm or other; the rest is None where family is other."""
+
+    family: str
+    scale: str | None = None
+    scale_parameter: str | None = None
+    shift_parameter: str | None = None
+    eps: float | None = None
+    evidence: tuple[str, ...] = field(default=())
+
+
+@dataclass(frozen=True)
+class EffectiveNorm:
+    """`y = gamma * normalise(x) + beta` with effective scale `gamma` (1 + weight already added) and shift `beta`."""
+
+    family: str
+    scale_D: NDArray[np.float64]
+    shift_D: NDArray[np.float64] | None
+    eps: float
+
+    def __call__(self, acts_ND: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
+        """The norm in float64 on CPU, from the formula: `(x - mean)/sqrt(var + eps)` or `x/sqrt(mean(x^2) + eps)`."""
+        x = acts_ND.detach().cpu().double()
+        if self.family == "layernorm":
+            x = x - x.mean(-1, keepdim=True)
+        normalised = x / (x.square().mean(-1, keepdim=True) + self.eps).sqrt()
+        scaled = normalised * torch.from_numpy(self.scale_D)
+        return scaled if self.shift_D is None else scaled + torch.from_numpy(self.shift_D)
+
+
+def own_vectors(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The one-dimensional parameters that `module` owns itself, by name."""
+    return {name: p for name, p in module.named_parameters(recurse=False) if p.dim() == 1}
+
+
+def probe(module: nn.Module, hidden_size: int) -> NormBehaviour:
+    """Classify `module` by what it does to seeded float64 vectors of width `hidden_size`.
+
+    The module is copied; it may live on the meta device. In turn: is the output unchanged by f(x + c) (centring)?
+    does it vanish at zero weight (weight or 1+weight)? which eps explains a tiny input? does the formula then
+    reproduce the module? Anything that fails is `other`, with the reason in `evidence`.
+    """
+    try:
+        return _probe(_bare_copy(module), hidden_size)
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return NormBehaviour("other", evidence=(f"cannot be run on plain vectors: {reason}",))
+
+
+def _bare_copy(module: nn.Module) -> nn.Module:
+    """A float64 CPU copy without hooks."""
+    bare = copy.deepcopy(module)
+    for each in bare.modules():
+        each._forward_hooks.clear()
+        each._forward_pre_hooks.clear()
+    if any(t.is_meta for t in (*bare.parameters(), *bare.buffers())):
+        bare = bare.to_empty(device="cpu")
+        for buffer in bare.buffers():
+            buffer.zero_()
+    return bare.cpu().double().eval().requires_grad_(False)
+
+
+def _probe(module: nn.Module, D: int) -> NormBehaviour:
+    vectors = own_vectors(module)
+    shifts = [n for n in vectors if any(word in n for word in _SHIFT_NAMES)]
+    scales = [n for n in vectors if n not in shifts]
+    if len(scales) > 1 or len(shifts) > 1:
+        return NormBehaviour("other", evidence=(f"owns {len(scales)} scales and {len(shifts)} shifts",))
+    if any(len(p) != D for p in vectors.values()):
+        return NormBehaviour("other", evidence=(f"its parameters are not of width {D}",))
+    scale_name = scales[0] if scales else None
+    shift_name = shifts[0] if shifts else None
+
+    generator = torch.Generator().manual_seed(0)
+    x = 1.7 * torch.randn(2, 8, D, generator=generator, dtype=torch.float64) + 0.9
+    weight_D = 0.5 + torch.rand(D, generator=generator, dtype=torch.float64)
+
+    def run(inputs: Tensor, weight: Tensor | float, shift: float = 0.0) -> Tensor:
+        if scale_name:
+            vectors[scale_name].copy_(torch.as_tensor(weight, dtype=torch.float64).expand(D))
+        if shift_name:
+            vectors[shift_name].fill_(shift)
+        output = module(inputs)
+        output = output[0] if isinstance(output, tuple) else output
+        if output.shape != inputs.shape:
+            raise ValueError(f"output shape {tuple(output.shape)} differs from the input's {tuple(inputs.shape)}")
+        doubled: Tensor = output.double()
+        return doubled
+
+    at_zero = run(x, 0.0)
+    scale = "implicit-one" if scale_name is None else "weight" if _size(at_zero) == 0 else "1+weight"
+    unit = 0.0 if scale == "1+weight" else 1.0  # the weight at which the effective scale is one
+
+    normalised = run(x, unit)
+    centred = _close(run(x + 3.0, unit), normalised)
+    family = "layernorm" if centred else "rmsnorm"
+    eps = _fit_eps(run, x, unit, centred)
+    eps = _as_written(module, eps)
+
+    gain_D = weight_D + (1.0 if scale == "1+weight" else 0.0) if scale_name else torch.ones(D, dtype=torch.float64)
+    formula = EffectiveNorm(family, gain_D.numpy(), np.full(D, 0.25) if shift_name else None, eps)
+    if not _close(run(x, weight_D, 0.25), formula(x)):
+        return NormBehaviour("other", evidence=("neither LayerNorm nor RMSNorm reproduces its output",))
+    shift_text = "unchanged" if centred else "changed"
+    return NormBehaviour(
+        family,
+        scale,
+        scale_name,
+        shift_name,
+        eps,
+        (f"module behaviour: f(x + c) is {shift_text}, effective scale is {scale}",),
+    )
+
+
+def _fit_eps(run: object, x: Tensor, unit: float, centred: bool) -> float:
+    """Eps from a tiny input: with mean square s^2, `(s z / f(s x))^2 = s^2 var + eps`."""
+    tiny = 1e-10 * x
+    output = run(tiny, unit)  # type: ignore[operator]
+    base = tiny - tiny.mean(-1, keepdim=True) if centred else tiny
+    usable = output.abs() > 0
+    if not usable.any():
+        return math.inf
+    estimate = (base[usable] / output[usable]).square().median() - base.square().mean()
+    return float(estimate) if float(estimate) > _EPS_IS_ZERO else 0.0
+
+
+def _as_written(module: nn.Module, eps: float) -> float:
+    """The module's own float attribute that agrees with the fitted `eps`, digit for digit, else the fit."""
+    for value in vars(module).values():
+        if isinstance(value, float) and math.isclose(value, eps, rel_tol=1e-3):
+            return value
+    return eps
+
+
+def _size(tensor: Tensor) -> float:
+    return float(tensor.abs().max())
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return _size(a - b) <= _RELATIVE_TOLERANCE * max(_size(a), _size(b))
+
+
+def effective_norm(
+    behaviour: NormBehaviour,
+    weight_D: NDArray[np.float64] | None,
+    shift_D: NDArray[np.float64] | None,
+    hidden_size: int,
+) -> EffectiveNorm:
+    """The formula of a probed norm with stored parameters; `weight_D` as stored, None for an implicit scale of one."""
+    if weight_D is None:
+        scale_D = np.ones(hidden_size)
+    else:
+        scale_D = weight_D + 1.0 if behaviour.scale == "1+weight" else weight_D
+    if behaviour.eps is None:
+        raise ValueError(f"a norm of family {behaviour.family} has no formula")
+    return EffectiveNorm(behaviour.family, scale_D, shift_D, behaviour.eps)
+
+
+def live_norm(module: nn.Module, behaviour: NormBehaviour, hidden_size: int) -> EffectiveNorm:
+    """The formula of a loaded module with the parameters that it holds now."""
+
+    def vector(name: str | None) -> NDArray[np.float64] | None:
+        return None if name is None else getattr(module, name).detach().cpu().double().numpy()
+
+    return effective_norm(behaviour, vector(behaviour.scale_parameter), vector(behaviour.shift_parameter), hidden_size)

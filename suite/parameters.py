@@ -1,0 +1,232 @@
+"""The parameters-only read: family, final norm, direction and predicted depth, from the configuration and one norm.
+
+No forward pass of the checkpoint, no eigensolve: the architecture is built empty, the final norm found and tested by
+itself, and then only the headers and that norm's tensors are opened.
+"""
+
+import re
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from suite.architecture import (
+    ArchitectureError,
+    FinalNorm,
+    RemoteCodeError,
+    block_list,
+    build_config,
+    build_model,
+    locate_final_norm,
+)
+from suite.directions import dead_subspace, harmonic_scale, inverse_scale_direction, predicted_depth, zero_scales
+from suite.norms import EffectiveNorm, NormBehaviour, effective_norm, own_vectors, probe
+from suite.schema import Row
+from suite.sources import Checkpoint
+from suite.tensors import DTYPE_NAMES, CheckpointError, TensorEntry, read_headers, read_vector
+
+_LEGACY_NAMES = {"weight": "gamma", "bias": "beta"}  # tensor names of checkpoints from before 2019
+
+
+@dataclass
+class ParametersRead:
+    """What the parameters alone say. `norm` and `direction_D` are None where there is no final norm to read."""
+
+    final: FinalNorm
+    norm: EffectiveNorm | None
+    final_norm_tensor: str | None
+    direction_D: NDArray[np.float64] | None
+    reason: str | None
+    evidence: list[str] = field(default_factory=list)
+    entries: dict[str, TensorEntry] = field(default_factory=dict)
+    needs_remote_code: bool = False
+
+    @property
+    def stored_dtype(self) -> str | None:
+        """dtype that the final norm's scale is stored in."""
+        return DTYPE_NAMES[self.entries[self.final_norm_tensor].dtype] if self.final_norm_tensor else None
+
+    def columns(self) -> Row:
+        """The architecture and scale columns of a row of `reads`."""
+        return (
+            architecture_columns(self.final) | scale_columns(self.norm) | {"final_norm_tensor": self.final_norm_tensor}
+        )
+
+
+def architecture_columns(final: FinalNorm) -> Row:
+    """Columns that the architecture alone decides; null where there is no final norm."""
+    found = final.path is not None
+    behaviour = final.behaviour
+    return {
+        "family": final.family,
+        "final_norm": final.path,
+        "placement": final.placement,
+        "scale": behaviour.scale,
+        "has_bias": behaviour.shift_parameter is not None if found else None,
+        "eps": behaviour.eps,
+        "hidden_size": final.hidden_size,
+        "num_blocks": final.num_blocks,
+    }
+
+
+def scale_columns(norm: EffectiveNorm | None) -> Row:
+    """Columns that the effective scale and shift decide; null without a norm."""
+    if norm is None:
+        return {"num_zero_scales": None, "scale_harmonic": None, "predicted_dim": None, "depth_predicted": None}
+    return {
+        "num_zero_scales": len(zero_scales(norm.scale_D)),
+        "scale_harmonic": harmonic_scale(norm.scale_D),
+        "predicted_dim": dead_subspace(norm.scale_D, norm.family).shape[1],
+        "depth_predicted": predicted_depth(norm.scale_D, norm.shift_D, norm.family),
+    }
+
+
+def read_parameters(checkpoint: Checkpoint) -> ParametersRead:
+    """Read the final norm of `checkpoint` from its parameters alone.
+
+    Raises:
+        CheckpointError: the files cannot be read. A configuration that transformers cannot build raises nothing: the
+            read is then undetermined, with the reason.
+    """
+    raw_config = checkpoint.config()
+    entries = read_headers(checkpoint)
+    refused = False
+    try:
+        final = locate_final_norm(build_config(raw_config))
+    except ArchitectureError as error:
+        refused = isinstance(error, RemoteCodeError)
+        final = FinalNorm(None, NormBehaviour("undetermined"), None, _hidden_size(raw_config), None, reason=str(error))
+    if final.path is None:
+        return ParametersRead(final, None, None, None, final.reason, [final.reason or ""], entries, refused)
+
+    behaviour = final.behaviour
+    assert final.hidden_size is not None
+    scale_entry = stored_tensor(entries, final.path, behaviour.scale_parameter)
+    shift_entry = stored_tensor(entries, final.path, behaviour.shift_parameter)
+    wanted = [(behaviour.scale_parameter, scale_entry), (behaviour.shift_parameter, shift_entry)]
+    missing = [f"{final.path}.{name}" for name, entry in wanted if name and entry is None]
+    if missing:
+        reason = f"the checkpoint has no tensor for {', '.join(missing)}"
+        undetermined = FinalNorm(
+            None, NormBehaviour("undetermined"), None, final.hidden_size, final.num_blocks, reason=reason
+        )
+        return ParametersRead(undetermined, None, None, None, reason, [*final.evidence, reason], entries)
+
+    weight_D, shift_D = (read_vector(checkpoint, e) if e else None for e in (scale_entry, shift_entry))
+    for vector, entry in ((weight_D, scale_entry), (shift_D, shift_entry)):
+        if vector is not None and entry is not None and len(vector) != final.hidden_size:
+            raise CheckpointError(
+                f"{entry.file}: tensor {entry.name} has {len(vector)} values; "
+                f"the configuration says {final.hidden_size}"
+            )
+    norm = effective_norm(behaviour, weight_D, shift_D, final.hidden_size)
+    evidence = [*final.evidence, *(f"tensor {e.name} of shape {list(e.shape)}, {e.dtype}" for _, e in wanted if e)]
+    return ParametersRead(
+        final,
+        norm,
+        scale_entry.name if scale_entry else None,
+        inverse_scale_direction(norm.scale_D),
+        None,
+        evidence,
+        entries,
+    )
+
+
+def list_norms(checkpoint: Checkpoint, read: ParametersRead) -> list[Row]:
+    """One row of `norms` for every norm that the architecture has and the checkpoint stores, with its role."""
+    try:
+        model = build_model(build_config(checkpoint.config()), "meta")
+    except ArchitectureError:
+        return []
+    blocks_path, _ = block_list(model, read.final.path)
+    rows: list[Row] = []
+    probed: dict[tuple[type, int, tuple[str, ...]], NormBehaviour] = {}  # a model has many norms of few kinds
+    for path, module in model.named_modules():
+        vectors = own_vectors(module)
+        if not vectors or any(True for _ in module.children()) or any(p.dim() > 1 for p in module.parameters()):
+            continue
+        width = len(next(iter(vectors.values())))
+        kind = (type(module), width, tuple(vectors))
+        if kind not in probed:
+            probed[kind] = probe(module, width)
+        scale = stored_tensor(read.entries, path, probed[kind].scale_parameter)
+        if scale is None:
+            continue
+        norm = effective_norm(probed[kind], read_vector(checkpoint, scale), None, width)
+        magnitude_D = np.abs(norm.scale_D)
+        rows.append(
+            {
+                "norm": path,
+                "family": norm.family,
+                "role": _role(path, width, read.final, blocks_path),
+                "scale_min": float(magnitude_D.min()),
+                "scale_median": float(np.median(magnitude_D)),
+                "scale_max": float(magnitude_D.max()),
+                "scale_harmonic": harmonic_scale(norm.scale_D),
+                "num_zero_scales": len(zero_scales(norm.scale_D)),
+            }
+        )
+    return rows
+
+
+def classify(source: str) -> tuple[dict[str, Any], NDArray[np.float64] | None]:
+    """The object that `deadbench classify --json` prints for one source, and its inverse-scale direction.
+
+    Never raises for a bad checkpoint: `error` then holds the one line and the fields are null.
+    """
+    started = time.perf_counter()
+    result: dict[str, Any] = dict.fromkeys(CLASSIFY_FIELDS)
+    result |= {"source": source, "evidence": []}
+    direction_D = None
+    checkpoint = None
+    try:
+        checkpoint = Checkpoint(source)
+        read = read_parameters(checkpoint)
+        columns = read.columns()
+        result |= {name: columns[name] for name in CLASSIFY_FIELDS if name in columns}
+        result |= {"revision": checkpoint.revision, "evidence": read.evidence, "bytes_total": checkpoint.bytes_total()}
+        result["error"] = f"{source}: {read.reason}" if read.needs_remote_code else None
+        direction_D = read.direction_D
+    except CheckpointError as error:
+        result |= {"error": str(error)}
+    result["bytes_read"] = checkpoint.bytes_read if checkpoint else 0
+    result["seconds"] = time.perf_counter() - started
+    return result, direction_D
+
+
+CLASSIFY_FIELDS = (
+    "source", "revision", "family", "final_norm", "final_norm_tensor", "placement", "scale", "has_bias", "eps",
+    "hidden_size", "num_zero_scales", "scale_harmonic", "predicted_dim", "depth_predicted", "evidence", "bytes_read",
+    "bytes_total", "seconds", "error",
+)  # fmt: skip
+
+
+def stored_tensor(entries: dict[str, TensorEntry], path: str, parameter: str | None) -> TensorEntry | None:
+    """The tensor of a module's parameter: by its own name, or the only one that adds a prefix to it."""
+    if parameter is None:
+        return None
+    for name in (parameter, _LEGACY_NAMES.get(parameter, parameter)):
+        wanted = f"{path}.{name}"
+        if wanted in entries:
+            return entries[wanted]
+        prefixed = [entry for stored, entry in entries.items() if stored.endswith(f".{wanted}")]
+        if len(prefixed) == 1:
+            return prefixed[0]
+    return None
+
+
+def _role(path: str, width: int, final: FinalNorm, blocks_path: str | None) -> str:
+    if path == final.path:
+        return "final"
+    if width != final.hidden_size:
+        return "qk" if re.search(r"(^|[._])[qk](uery|ey)?_?(layer)?_?norm", path, re.IGNORECASE) else "other"
+    if blocks_path is not None and path.startswith(f"{blocks_path}."):
+        return "block"
+    return "embedding" if "embed" in path.lower() else "other"
+
+
+def _hidden_size(raw_config: dict[str, Any]) -> int | None:
+    hidden = raw_config.get("hidden_size")
+    return hidden if isinstance(hidden, int) else None

@@ -1,0 +1,252 @@
+"""models.yaml: suites, protocols and models, validated.
+
+One obvious place to add a model is the file itself; what may stand there is declared here. Every mistake is one line
+with file, entry, value and what is allowed.
+"""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+READS = ("parameters", "random", "trained")
+DEFAULT_REGISTRY = "models.yaml"
+
+ReadName = Literal["parameters", "random", "trained"]
+Modality = Literal["text", "image", "audio"]
+Family = Literal["layernorm", "rmsnorm", "none", "other"]
+Dtype = Literal["auto", "float32", "float16", "bfloat16", "float64"]
+Engine = Literal["auto", "torch", "vllm"]
+TokenRule = Annotated[str, Field(pattern=r"^[1-9]\d*D$")] | Annotated[int, Field(gt=0)]
+
+
+class RegistryError(ValueError):
+    """A registry that does not hold; one line."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Protocol(_Strict):
+    """How a read is made; only reads of one protocol are compared.
+
+    `tokens` is a number, or a multiple of the hidden size (`8D`).
+    """
+
+    tokens: TokenRule = "8D"
+    sequence_length: Annotated[int, Field(gt=0)] = 256
+
+
+class CheckpointPattern(_Strict):
+    """A series of checkpoints by rule: `pattern` with `{step}`, and the steps as a list or as first, last, every."""
+
+    pattern: str
+    steps: list[int] | None = None
+    first: int | None = None
+    last: int | None = None
+    every: Annotated[int, Field(gt=0)] | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if "{step}" not in self.pattern:
+            raise ValueError("pattern has no {step}")
+        ranged = [self.first, self.last, self.every]
+        if (self.steps is None) == (None in ranged) or (self.steps is not None and ranged != [None] * 3):
+            raise ValueError("give either steps, or first, last and every")
+        return self
+
+    def names(self) -> list[str]:
+        """Checkpoint names in training order."""
+        steps = self.steps
+        if steps is None:
+            assert self.first is not None
+            assert self.last is not None
+            assert self.every is not None
+            steps = list(range(self.first, self.last + 1, self.every))
+        return [self.pattern.replace("{step}", str(step)) for step in steps]
+
+
+class Model(_Strict):
+    """One model: where it is and what is expected of it.
+
+    `source` is a Hub id, a URL, or a folder relative to the registry; `checkpoints` are Hub revisions or folders below
+    the source. With an inline `config` (contents of a config.json) a random-init read needs no source at all.
+    """
+
+    id: Annotated[str, Field(pattern=r"^[\w][\w.\-/]*$")]
+    source: str | None = None
+    revision: str | None = None
+    modality: Modality = "text"
+    family: Family | None = None
+    parameters: Annotated[int, Field(gt=0)] | None = None
+    dtype: Dtype = "auto"
+    engine: Engine = "auto"
+    gpus: Annotated[int, Field(ge=1)] = 1
+    config: dict[str, Any] | None = None
+    checkpoints: list[str] | CheckpointPattern | None = None
+    input: str | None = None
+    notes: str | None = None
+
+    @model_validator(mode="after")
+    def _has_origin(self) -> Self:
+        if self.source is None and self.config is None:
+            raise ValueError("needs a source, an inline config, or both")
+        if self.config is not None and not isinstance(self.config.get("model_type"), str):
+            raise ValueError("config needs a model_type")
+        return self
+
+    def checkpoint_names(self) -> list[str | None]:
+        """Revisions or folders to read, in training order; the single revision (or None) where there is no series."""
+        if isinstance(self.checkpoints, CheckpointPattern):
+            return list(self.checkpoints.names())
+        return list(self.checkpoints) if self.checkpoints else [self.revision]
+
+
+class SuiteEntry(_Strict):
+    """A model of a suite, with what differs there."""
+
+    model: str
+    reads: list[ReadName] | None = None
+    input: str | None = None
+
+
+class Suite(_Strict):
+    """A named list of models under one protocol."""
+
+    protocol: str
+    models: list[str | SuiteEntry]
+    reads: list[ReadName] = ["parameters", "random", "trained"]
+
+    def entries(self) -> list[SuiteEntry]:
+        """Every entry in full."""
+        return [SuiteEntry(model=m) if isinstance(m, str) else m for m in self.models]
+
+
+class Registry(_Strict):
+    """The whole file."""
+
+    protocols: dict[str, Protocol]
+    suites: dict[str, Suite]
+    models: list[Model]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        ids = [m.id for m in self.models]
+        for model_id in ids:
+            if ids.count(model_id) > 1:
+                raise ValueError(f"{model_id}: duplicate id; every model needs its own")
+        if "standard" not in self.protocols:
+            raise ValueError("protocols: 'standard' is missing; it is used for models named on the command line")
+        for name, suite in self.suites.items():
+            if suite.protocol not in self.protocols:
+                raise ValueError(
+                    f"suite {name}: protocol {suite.protocol!r} is unknown; choose {_choices(self.protocols)}"
+                )
+            for entry in suite.entries():
+                if entry.model not in ids:
+                    raise ValueError(f"suite {name}: model {entry.model!r} is unknown; choose {_choices(ids)}")
+        return self
+
+    def model(self, model_id: str) -> Model | None:
+        """The model of that id, None if there is none."""
+        return next((m for m in self.models if m.id == model_id), None)
+
+
+def find_registry(path: Path | None = None) -> Path:
+    """The registry file: as named, else ./models.yaml, else the one that came with deadbench.
+
+    Raises:
+        RegistryError: no such file.
+    """
+    if path is not None:
+        if not path.is_file():
+            raise RegistryError(f"{path}: no such registry file")
+        return path
+    here = Path(__file__).parent
+    for candidate in (Path(DEFAULT_REGISTRY), here.parent / DEFAULT_REGISTRY, here / "data" / DEFAULT_REGISTRY):
+        if candidate.is_file():
+            return candidate
+    raise RegistryError(f"{DEFAULT_REGISTRY}: not found here nor beside deadbench; name one with --registry FILE")
+
+
+def load_registry(path: Path) -> Registry:
+    """Read and validate a registry.
+
+    Raises:
+        RegistryError: unreadable, not YAML, or invalid; the first mistake as one line.
+    """
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise RegistryError(f"{path}: cannot be read ({error})") from error
+    except yaml.YAMLError as error:
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        mark = getattr(error, "problem_mark", None)
+        raise RegistryError(f"{path}{f', line {mark.line + 1}' if mark else ''}: {problem}") from error
+    if not isinstance(raw, dict):
+        raise RegistryError(f"{path}: expected the keys protocols, suites and models")
+    try:
+        return Registry.model_validate(raw)
+    except ValidationError as error:
+        raise RegistryError(f"{path}: {_first_mistake(error, raw)}") from error
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML that refuses a key given twice instead of taking the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.MarkedYAMLError(problem=f"key {key!r} is given twice", problem_mark=key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _first_mistake(error: ValidationError, raw: dict[str, Any]) -> str:
+    """`entry: key value is …; choose …` of the first error."""
+    # A union reports a mistake once per member; the member that the user meant complains of more than the type.
+    details = min(error.errors(), key=lambda e: e["type"] in ("string_type", "list_type", "int_parsing", "int_type"))
+    location, entry = list(details["loc"]), ""
+    if len(location) > 1 and location[0] == "models" and isinstance(location[1], int):
+        item = raw["models"][location[1]]
+        entry = f"{item['id']}: " if isinstance(item, dict) and "id" in item else f"models[{location[1]}]: "
+        location = location[2:]
+    elif len(location) > 1 and location[0] in ("suites", "protocols"):
+        entry, location = f"{str(location[0])[:-1]} {location[1]}: ", location[2:]
+    # Members of a union show up as class names and `str` between the keys; a user never wrote those.
+    keys = [
+        str(part) for part in location if not re.match(r"^([A-Z]\w+|str|int|list\[|function-|constrained-)", str(part))
+    ]
+    key, value = ".".join(keys), details.get("input")
+    kind = details["type"]
+    if kind == "extra_forbidden":
+        return f"{entry}unknown key {key!r}; allowed: {_choices(_allowed_keys(list(details['loc'])))}"
+    if kind == "literal_error":
+        return f"{entry}{key} {value!r} is unknown; choose {details['ctx']['expected']}"
+    if kind == "missing":
+        return f"{entry}{key!r} is missing"
+    if kind == "value_error":
+        return f"{entry}{details['ctx']['error']}"
+    if key == "tokens":
+        return f"{entry}tokens {value!r} is neither a positive number nor a multiple of the hidden size such as 8D"
+    return f"{entry}{key} {value!r}: {details['msg'][0].lower()}{details['msg'][1:]}"
+
+
+def _allowed_keys(location: list[Any]) -> list[str]:
+    named: dict[str, type[_Strict]] = {"protocols": Protocol, "models": Model, "suites": Suite}
+    classes = {c.__name__: c for c in (SuiteEntry, CheckpointPattern)}
+    for part in reversed(location):
+        if part in classes:
+            return sorted(classes[part].model_fields)
+    owner = named.get(str(location[0])) if len(location) > 1 else None
+    return sorted((owner or Registry).model_fields)
+
+
+def _choices(names: Any) -> str:
+    ordered = [str(n) for n in names]
+    return ", ".join(ordered[:-1]) + f" or {ordered[-1]}" if len(ordered) > 1 else "".join(ordered)

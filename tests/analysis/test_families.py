@@ -1,0 +1,115 @@
+import math
+
+import pytest
+
+from analysis.families import CLAIMS, SCHEMA, families
+
+
+def claim(frame, rows, claim_id):
+    table = families(frame(rows))
+    assert dict(table.schema) == SCHEMA
+    assert table["claim"].to_list() == list(CLAIMS)
+    return table.filter(claim=claim_id).to_dicts()[0]
+
+
+LAYER, RMS, RANDOM = {"family": "layernorm"}, {"family": "rmsnorm"}, {"read": "random"}
+EXACT = {"kernel_exact": True, "precision_slope": 1.0, "num_zero_scales": 0}
+INEXACT = {"kernel_exact": False, "precision_slope": 0.0, "num_zero_scales": 0}
+
+# claim, what every row has, a row that holds it, one that does not, the value of each
+ONE_READ = [
+    ("layernorm-random-aligned", LAYER | RANDOM, {"alignment": 0.99995}, {"alignment": 0.9999}, 0.99995, 0.9999),
+    ("rmsnorm-random-unaligned", RMS | RANDOM, {"alignment": 0.1}, {"alignment": 0.99999}, 0.1, 0.99999),
+    ("layernorm-kernel-contained", LAYER, {"containment": 0.9999}, {"containment": 0.5}, 0.9999, 0.5),
+    ("layernorm-kernel-exact", LAYER, EXACT, INEXACT, 1.0, 0.0),
+    ("rmsnorm-kernel-inexact", RMS, INEXACT, EXACT, 0.0, 1.0),
+    ("depth-predicted", LAYER | {"depth": 13.0}, {"depth_predicted": 13.5}, {"depth_predicted": 12.25}, 0.5, -0.75),
+    ("blocks-preserved", RMS, {"blocks_preserved": True, "worst_block_ratio": 0.9},
+     {"blocks_preserved": False, "worst_block_ratio": 0.2}, 0.9, 0.2),
+    ("classified", {"read": "parameters", "family_expected": "layernorm"}, LAYER, RMS, None, None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("claim_id", "common", "good", "bad", "good_value", "bad_value"), ONE_READ)
+def test_claim_holds_fails_and_is_untested(frame, read, claim_id, common, good, bad, good_value, bad_value):
+    rows = [read("good", **{"read": "trained"} | common | good), read("bad", **{"read": "trained"} | common | bad)]
+    held = claim(frame, rows[:1], claim_id)
+    assert (held["num_models"], held["num_hold"], held["holds"], held["failing"]) == (1, 1, True, [])
+    assert held["value_median"] == good_value
+
+    both = claim(frame, rows, claim_id)
+    assert (both["num_models"], both["num_hold"], both["holds"], both["failing"]) == (2, 1, False, ["bad"])
+    if good_value is not None:
+        assert (both["value_min"], both["value_max"]) == tuple(sorted((good_value, bad_value)))
+
+    # Nothing measured: neither held nor failed.
+    none = claim(frame, [read("m", **{"read": "trained"} | common | {"family_expected": None})], claim_id)
+    assert (none["num_models"], none["num_hold"], none["holds"], none["value_median"]) == (0, 0, None, None)
+
+
+def test_deepening_is_random_over_trained_at_the_last_checkpoint(frame, read):
+    spectrum = {"lambda_mean": 1.0, "depth_limit": 28.0}
+    rows = [
+        read("m", "random", lambda_v=1e-13, **spectrum),
+        read("m", revision="step9", checkpoint_step=9, lambda_v=1e-16, **spectrum),
+        read("m", revision="step1", checkpoint_step=1, lambda_v=1e-10, minute=1, **spectrum),
+        read("up", "random", lambda_v=1e-13, **spectrum),
+        read("up", lambda_v=1e-12, **spectrum),
+        read("alone", lambda_v=1e-12, **spectrum),
+        read("other dtype", "random", lambda_v=1e-13, dtype="bfloat16", **spectrum),
+        read("other dtype", lambda_v=1e-15, **spectrum),
+    ]
+    row = claim(frame, rows, "layernorm-deepens")
+    assert (row["num_models"], row["num_hold"], row["failing"]) == (2, 1, ["up"])
+    assert row["value_max"] == pytest.approx(3.0)
+    assert row["value_min"] == pytest.approx(-1.0)
+
+
+def test_an_unresolved_lambda_v_is_cut_like_the_depth_and_never_infinite(frame, read):
+    spectrum = {"lambda_mean": 1.0, "depth_limit": 28.0}
+    rows = [read("m", "random", lambda_v=1e-13, **spectrum), read("m", lambda_v=0.0, **spectrum)]
+    assert claim(frame, rows, "layernorm-deepens")["value_max"] == pytest.approx(15.0)
+    rows = [read("m", "random", lambda_v=1e-13), read("m", lambda_v=0.0)]  # no limit known: not testable
+    assert claim(frame, rows, "layernorm-deepens")["holds"] is None
+
+
+def test_more_dead_directions(frame, read):
+    rows = [
+        read("more", "random", num_dead_1e6=1), read("more", num_dead_1e6=3),
+        read("same", "random", num_dead_1e6=1, **RMS), read("same", num_dead_1e6=1, **RMS),
+    ]  # fmt: skip
+    row = claim(frame, rows, "more-dead-directions")
+    assert (row["num_models"], row["num_hold"], row["failing"], row["value_max"]) == (2, 1, ["same"], 2.0)
+
+
+def test_zero_scales_carry_no_claim_of_exactness_and_two_none_of_alignment(frame, read):
+    rows = [read("m", num_zero_scales=1, kernel_exact=False), read("m", "random", num_zero_scales=2, alignment=0.7)]
+    assert claim(frame, rows, "layernorm-kernel-exact")["num_models"] == 0
+    assert claim(frame, rows, "layernorm-random-aligned")["num_models"] == 0
+
+
+def test_a_model_holds_when_all_its_reads_do_and_counts_once_a_protocol(frame, read):
+    rows = [
+        read("m", "random", kernel_exact=True), read("m", kernel_exact=False),
+        read("m", "random", kernel_exact=True, protocol="quick", protocol_hash="q"),
+    ]  # fmt: skip
+    row = claim(frame, rows, "layernorm-kernel-exact")
+    assert (row["num_models"], row["num_hold"], row["failing"]) == (2, 1, ["m"])
+
+
+def test_failed_reads_test_nothing_and_nothing_is_infinite(frame, read):
+    rows = [
+        read("m", "random", alignment=0.1, status="failed"),
+        read("n", "random", alignment=float("nan")),
+        read("o", kernel_exact=True, precision_slope=float("inf"), num_zero_scales=0),
+    ]
+    table = families(frame(rows))
+    values = table.select("value_median", "value_min", "value_max").rows()
+    assert all(value is None or math.isfinite(value) for row in values for value in row)
+    assert table["num_models"].sum() == 1
+
+
+def test_no_rows(frame):
+    table = families(frame([]))
+    assert table["num_models"].to_list() == [0] * len(CLAIMS)
+    assert table["holds"].to_list() == [None] * len(CLAIMS)

@@ -1,0 +1,135 @@
+import csv
+import io
+import json
+from html.parser import HTMLParser
+
+import polars as pl
+import pytest
+from rich.console import Console
+
+from analysis.cells import magnitude, text
+from analysis.formats import render, rich_table
+from analysis.leaderboard import leaderboard
+from analysis.results import ResultsError
+
+EVIL = "<script>alert(1)</script> | [red]x[/red]\n`y` \x1b[31m"
+
+
+def printed(frame, title="leaderboard", width=140):
+    console = Console(width=width, file=io.StringIO(), force_terminal=False)
+    console.print(rich_table(frame, title, width=width))
+    return console.file.getvalue()
+
+
+class Tags(HTMLParser):
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.words = [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+
+    def handle_data(self, data):
+        self.words.append(data.strip())
+
+
+@pytest.fixture
+def board(frame, read):
+    rows = [read(EVIL, depth=13.123456, alignment=0.99999, num_parameters=124_439_808), read("b", depth=2.0)]
+    return leaderboard(frame(rows))
+
+
+def test_json_is_strict_and_keeps_full_precision(board):
+    document = json.loads(render(board, "json", title="leaderboard"), parse_constant=pytest.fail)
+    (first, second) = document["leaderboard"]
+    assert (first["model"], first["depth"], first["alignment"]) == (EVIL, 13.123456, 0.99999)
+    assert second["alignment"] is None
+
+
+def test_json_and_csv_have_no_infinities():
+    frame = pl.DataFrame({"x": [float("nan"), float("inf"), 1.0], "l": [["a", "b"], [], None]})
+    assert json.loads(render(frame, "json", title="t"), parse_constant=pytest.fail)["t"][1] == {"x": None, "l": []}
+    assert render(frame, "csv", title="t").splitlines() == ["x,l", ",a; b", ',""', "1.0,"]
+
+
+def test_csv_reads_back(board):
+    (first, _) = csv.DictReader(io.StringIO(render(board, "csv", title="leaderboard")))
+    assert (first["model"], first["depth"], first["containment"]) == (EVIL, "13.123456", "")
+
+
+def test_md_is_one_line_a_row_with_escaped_cells(board):
+    lines = render(board, "md", title="leaderboard").splitlines()
+    assert len(lines) == 4
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; \\| \\[red]x\\[/red] \\`y\\`" in lines[2]
+    assert len({line.replace("\\|", "").count("|") for line in lines}) == 1
+    assert "| 13.12 |" in lines[2]
+    assert "| 1.0000 |" in lines[2]
+    assert "| 124M |" in lines[2]
+
+
+def test_html_shows_names_as_text(board):
+    page = Tags(render(board, "html", title="leaderboard"))
+    assert "script" not in page.tags
+    assert any("<script>alert(1)</script>" in words for words in page.words)
+
+
+def test_terminal_shows_markup_as_text_and_no_escape_codes(board):
+    out = printed(board)
+    assert "<script>alert(1)</script> | [red]x[/red] `y`" in out
+    assert "\x1b" not in out
+
+
+def test_terminal_never_cuts_a_name(frame, read):
+    names = [f"organisation/a-rather-long-model-name-{i}.4b-deduped" for i in range(12)]
+    rows = [read(n, depth=13.0, alignment=1.0, dtype="bf16" if "-1." in n else "float32") for n in names]
+    out = printed(leaderboard(frame(rows)))
+    assert all(name in out for name in names)
+    assert max(map(len, out.splitlines())) <= 140
+    folded = "".join(printed(leaderboard(frame(rows)), width=40).split())
+    assert "…" not in folded
+
+
+def test_what_all_rows_share_and_errors_stand_below(frame, read):
+    out = printed(leaderboard(frame([read("a", depth=1.0), read("b", status="failed", dtype=None, error="[b]no")])))
+    assert "protocol standard, dtype float32" in out
+    assert "b: [b]no" in out
+
+
+@pytest.mark.parametrize("format", ["json", "csv", "md", "html"])
+def test_empty_frame(frame, format):
+    assert render(leaderboard(frame([])), format, title="leaderboard")
+    assert "model" in printed(leaderboard(frame([])))
+
+
+def test_unknown_format(board):
+    with pytest.raises(ResultsError, match="format 'xml' is unknown; choose json, csv, md, html"):
+        render(board, "xml", title="leaderboard")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "unit", "expected"),
+    [
+        ("depth", 13.126, None, "13.13"),
+        ("depth", -0.001, None, "0.00"),
+        ("lambda_v", 1.234e-14, None, "1.23e-14"),
+        ("value_min", 0.99994, "cosine", "0.9999"),
+        ("value_min", 3.0, "dimensions", "3"),
+        ("value_min", float("nan"), "decades", "-"),
+        ("kernel_exact", False, None, "no"),
+        ("failing", ["a", "b"], None, "a; b"),
+        ("failing", [], None, "-"),
+        ("error", "two\nlines\u202e", None, "two lines\ufffd"),
+        ("rank", None, None, "-"),
+    ],
+)
+def test_text(name, value, unit, expected):
+    assert text(name, value, unit) == expected
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [(999, "999"), (216_064, "216k"), (86_567_656, "86.6M"), (124_439_808, "124M"), (1.558e9, "1.56B")],
+)  # fmt: skip
+def test_magnitude(count, expected):
+    assert magnitude(int(count)) == expected

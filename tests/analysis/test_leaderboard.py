@@ -1,0 +1,117 @@
+import pytest
+
+from analysis.leaderboard import COLUMNS, SORTABLE, leaderboard
+from analysis.results import ResultsError
+
+
+def board(frame, rows, *columns, **options):
+    return leaderboard(frame(rows), **options).select(columns).rows()
+
+
+def test_a_model_is_its_last_checkpoint_beside_its_random_read(frame, read):
+    rows = [
+        read("m", "random", depth=10.0),
+        read("m", revision="step0", checkpoint_step=0, depth=10.5, minute=3),
+        read("m", revision="step512", checkpoint_step=512, depth=13.0, minute=1),
+        read("m", revision="step16", checkpoint_step=16, depth=11.0, minute=2),
+    ]
+    line = leaderboard(frame(rows))
+    assert line.columns == COLUMNS
+    (line,) = line.to_dicts()
+    assert (line["rank"], line["revision"], line["read"]) == (1, "step512", "trained")
+    assert (line["depth"], line["depth_random"], line["deepening"]) == (13.0, 10.0, 3.0)
+
+
+def test_without_a_trained_read_the_random_one_speaks(frame, read):
+    rows = [read("m", "random", depth=10.0), read("m", status="failed", dtype=None, error="no memory")]
+    shown = board(frame, rows, "read", "depth", "depth_random", "deepening", "status", "error")
+    assert shown == [("random", 10.0, 10.0, None, "ok", None)]
+
+
+def test_deepening_needs_equal_protocol_and_dtype(frame, read):
+    rows = [
+        read("m", "random", depth=10.0),
+        read("m", "random", depth=3.0, dtype="bfloat16", engine="vllm"),
+        read("m", depth=4.0, dtype="bfloat16"),
+        read("m", depth=5.0, protocol="quick", protocol_hash="q"),
+    ]
+    shown = board(frame, rows, "protocol", "dtype", "depth", "deepening", sort="model")
+    assert sorted(shown) == [
+        ("quick", "float32", 5.0, None),
+        ("standard", "bfloat16", 4.0, 1.0),
+        ("standard", "float32", 10.0, None),
+    ]
+
+
+def test_ties_share_a_rank_and_missing_values_come_last(frame, read):
+    depths = {"none": None, "nan": float("nan"), "b": 12.0, "a": 12.0, "c": 11.0, "top": 13.0}
+    rows = [read(model, depth=depth) for model, depth in depths.items()]
+    assert board(frame, rows, "rank", "model") == [
+        (1, "top"), (2, "a"), (2, "b"), (4, "c"), (None, "nan"), (None, "none"),
+    ]  # fmt: skip
+
+
+def test_ranks_count_within_a_group_and_larger_groups_come_first(frame, read):
+    rows = [
+        read("deep", depth=30.0, dtype="float64"),
+        read("a", depth=5.0, dtype="bfloat16"),
+        read("b", depth=6.0, dtype="bfloat16"),
+        read("unranked", depth=None, dtype="float16"),
+        read("z", depth=9.0, dtype="float32"),
+    ]
+    assert board(frame, rows, "dtype", "rank", "model") == [
+        ("bfloat16", 1, "b"), ("bfloat16", 2, "a"), ("float32", 1, "z"), ("float64", 1, "deep"),
+        ("float16", None, "unranked"),
+    ]  # fmt: skip
+
+
+def test_parameters_only_and_failed_models_are_listed(frame, read):
+    rows = [
+        read("broken", status="failed", dtype=None, family=None, error="older", minute=0),
+        read("broken", "random", status="failed", dtype=None, family=None, error="no memory", minute=1),
+        read("paper", "parameters", revision="step1", checkpoint_step=1, depth_predicted=13.0, dtype="float16"),
+        read("paper", "parameters", revision="step2", checkpoint_step=2, depth_predicted=14.0, dtype="float16"),
+        read("read", "parameters", depth_predicted=13.5, dtype="float16"),
+        read("read", "random", depth=13.0),
+    ]
+    assert board(frame, rows, "rank", "model", "read", "depth", "depth_predicted", "status", "error") == [
+        (1, "read", "random", 13.0, None, "ok", None),
+        (None, "paper", "parameters", None, 14.0, "ok", None),
+        (None, "broken", "random", None, None, "failed", "no memory"),
+    ]
+
+
+def test_the_family_is_what_was_measured(frame, read):
+    rows = [read("m", depth=1.0, family="rmsnorm", family_expected="layernorm"), read("n", depth=2.0)]
+    assert board(frame, rows, "model", "family", "rank", family="rmsnorm") == [("m", "rmsnorm", 1)]
+
+
+@pytest.mark.parametrize("sort", SORTABLE)
+def test_every_sortable_column_ranks(frame, read, sort):
+    rows = [read("small", depth=1.0), read("large", depth=1.0)]
+    if sort in ("depth_random", "deepening"):
+        rows += [read("small", "random", depth=3.0), read("large", "random", depth=3.0)]
+        rows[1]["depth"] = 2.0
+        rows[3]["depth"] = 3.0 if sort == "depth_random" else 2.0
+        rows[2]["depth"] = 2.0 if sort == "depth_random" else 3.0
+    else:
+        rows[0][sort], rows[1][sort] = 1, 2
+    assert board(frame, rows, "rank", "model", sort=sort) == [(1, "large"), (2, "small")]
+
+
+def test_sorted_by_name_the_rank_stays_that_of_the_depth(frame, read):
+    rows = [read("b", depth=3.0), read("a", depth=1.0), read("c", depth=2.0)]
+    assert board(frame, rows, "model", "rank", sort="model") == [("a", 3), ("b", 1), ("c", 2)]
+
+
+def test_unknown_requests_name_what_is_allowed(frame, read):
+    with pytest.raises(ResultsError, match=r"--sort 'family' is unknown; choose depth, .*model"):
+        leaderboard(frame([read()]), sort="family")
+    with pytest.raises(ResultsError, match="--family 'groupnorm' is unknown; choose layernorm, rmsnorm"):
+        leaderboard(frame([read()]), family="groupnorm")
+
+
+def test_no_rows(frame):
+    empty = leaderboard(frame([]))
+    assert empty.is_empty()
+    assert empty.columns == COLUMNS

@@ -1,0 +1,140 @@
+import fsspec
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from analysis.results import ResultsError, latest, scan
+from suite.schema import arrow_schema, to_table
+
+
+def test_scan_reads_every_file_with_our_columns(result_set, read):
+    location = result_set([read("a", depth=1.5), read("b", depth=None)])
+    frame = scan(location).collect()
+    assert frame.columns == arrow_schema("reads").names
+    assert dict(zip(frame["model"], frame["depth"], strict=True)) == {"a": 1.5, "b": None}
+
+
+def test_older_and_additional_columns_are_no_obstacle(result_set, read, tmp_path):
+    location = result_set([read("a")])
+    table = to_table("reads", [read("old", depth=2.0)]).drop_columns(["depth_limit"])
+    table = table.append_column("new_column", pa.array([1])).replace_schema_metadata({"schema_version": "1"})
+    pq.write_table(table, tmp_path / "results" / "reads" / "old.parquet")
+    frame = scan(location).collect().filter(model="old")
+    assert frame["depth"].to_list() == [2.0]
+    assert frame["depth_limit"].to_list() == [None]
+
+
+def test_a_folder_name_may_look_like_a_pattern_or_a_partition(result_set, read):
+    location = result_set([read("a")], name="seed=1 [x]*")
+    frame = scan(location).collect()
+    assert frame["model"].to_list() == ["a"]
+    assert frame["seed"].to_list() == [0]
+
+
+def test_uri(read):
+    memory = fsspec.filesystem("memory")
+    for index, model in enumerate("ab"):
+        with memory.open(f"/set/reads/{index}.parquet", "wb") as file:
+            pq.write_table(to_table("reads", [read(model)]), file)
+    assert sorted(scan("memory://set").collect()["model"]) == ["a", "b"]
+
+
+def test_only_parquet_files_count_and_no_hidden_ones(result_set, read, tmp_path):
+    location = result_set([read("a")])
+    for name in (".hidden.parquet", "notes.txt"):
+        (tmp_path / "results" / "reads" / name).write_text("not parquet")
+    assert scan(location).collect().height == 1
+
+
+def test_a_table_without_rows_is_empty_and_typed(result_set, read):
+    location = result_set([read("a")])
+    frame = scan(location, "norms").collect()
+    assert frame.is_empty()
+    assert frame.schema["scale_min"] == pl.Float64
+
+
+@pytest.mark.parametrize("location", ["absent", "nosuchscheme://x"])
+def test_what_is_not_there_is_said_in_one_line(location):
+    with pytest.raises(ResultsError, match=location) as error:
+        scan(location)
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_without_reads_is_no_result_set(tmp_path):
+    with pytest.raises(ResultsError, match="not a result set"):
+        scan(str(tmp_path))
+
+
+def test_a_file_is_no_result_set(tmp_path):
+    (tmp_path / "x.parquet").write_bytes(b"")
+    with pytest.raises(ResultsError, match="is a file"):
+        scan(str(tmp_path / "x.parquet"))
+
+
+def test_unknown_table(result_set, read):
+    with pytest.raises(ResultsError, match="no table 'red'; choose reads, spectra"):
+        scan(result_set([read()]), "red")
+
+
+def test_newer_schema(result_set, read, tmp_path):
+    location = result_set([read()])
+    table = to_table("reads", [read()]).replace_schema_metadata({"schema_version": "2"})
+    pq.write_table(table, tmp_path / "results" / "reads" / "new.parquet")
+    with pytest.raises(ResultsError, match=r"newer deadbench \(schema 2, this one reads 1\): upgrade deadbench"):
+        scan(location)
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1", b"no parquet at all", None])
+def test_torn_file_is_named(result_set, read, tmp_path, content):
+    location = result_set([read()])
+    whole = (tmp_path / "results" / "reads" / "0000.parquet").read_bytes()
+    (tmp_path / "results" / "reads" / "torn.parquet").write_bytes(whole[:-9] if content is None else content)
+    with pytest.raises(ResultsError, match=r"reads/torn\.parquet cannot be read as parquet .*; move it away"):
+        scan(location)
+
+
+@pytest.mark.parametrize(
+    ("table", "complaint"),
+    [
+        (pa.table({"model": ["x"]}), "not a deadbench result"),
+        (pa.table({"depth": ["deep"]}).replace_schema_metadata({"schema_version": "1"}), "'depth' is string"),
+    ],
+)
+def test_a_strangers_file_is_refused(result_set, read, tmp_path, table, complaint):
+    location = result_set([read()])
+    pq.write_table(table, tmp_path / "results" / "reads" / "theirs.parquet")
+    with pytest.raises(ResultsError, match=complaint):
+        scan(location)
+
+
+def test_latest_takes_the_newest_ok_row_of_a_key(frame, read):
+    rows = [
+        read("a", depth=1.0, minute=0),
+        read("a", depth=2.0, minute=1),
+        read("a", status="failed", error="later failure", minute=2),
+        read("b", status="failed", error="first", minute=0),
+        read("b", status="failed", error="second", minute=1),
+        read("c", status="failed", error="then ok", minute=0),
+        read("c", depth=3.0, minute=1),
+    ]
+    kept = latest(frame(rows)).sort("model").collect()
+    assert kept.select("model", "status", "depth", "error").rows() == [
+        ("a", "ok", 2.0, None),
+        ("b", "failed", None, "second"),
+        ("c", "ok", 3.0, None),
+    ]
+
+
+def test_null_is_a_value_of_a_key(frame, read):
+    rows = [
+        read("a", "parameters", minute=0, num_zero_scales=1),
+        read("a", "parameters", minute=1, num_zero_scales=2),
+        read("a", "parameters", minute=0, num_zero_scales=3, revision="step1"),
+    ]
+    assert sorted(latest(frame(rows)).collect()["num_zero_scales"]) == [2, 3]
+
+
+def test_nothing_infinite_comes_out(frame, read):
+    kept = latest(frame([read(depth=float("inf"), alignment=float("nan"), lambda_v=1.0)])).collect()
+    assert kept.select("depth", "alignment", "lambda_v").rows() == [(None, None, 1.0)]

@@ -1,0 +1,186 @@
+"""The driver on a real local Ray: what dies becomes failed rows, the others go on, nothing finished is lost."""
+
+import os
+import signal
+import threading
+import time
+
+import polars as pl
+import psutil
+import pytest
+
+from runners import driver
+from runners.driver import DriverError, Settings, execute
+from runners.jobs import Overrides, build_jobs
+from runners.progress import Reporter
+from runners.store import ResultStore
+from suite.registry import load_registry
+from tests.conftest import save_tiny
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture
+def registry(tmp_path):
+    """Three tiny models, the first with five checkpoints."""
+    for step in range(5):
+        save_tiny(tmp_path / "series" / f"step{step}", seed=step)
+    save_tiny(tmp_path / "b")
+    save_tiny(tmp_path / "c")
+    path = tmp_path / "models.yaml"
+    path.write_text(
+        "protocols: {standard: {tokens: 8D}}\nsuites: {}\nmodels:\n"
+        "  - {id: a, source: series, input: 'tokens:random', parameters: 9, checkpoints: {pattern: 'step{step}', "
+        "first: 0, last: 4, every: 1}}\n"
+        "  - {id: b, source: b, input: 'tokens:random'}\n"
+        "  - {id: c, source: c, input: 'tokens:random'}\n"
+    )
+    return path
+
+
+def run(registry, out, models=("a", "b", "c"), reads=None, settings=None, fresh=False):
+    jobs = build_jobs(load_registry(registry), registry, list(models), None, reads, Overrides())
+    store = ResultStore(str(out))
+    done = set() if fresh else store.finished()
+    left = [job for job in (job.without(done) for job in jobs) if job.reads]
+    with Reporter(1) as reporter:
+        return execute(left, store, settings or Settings(), reporter, "run")
+
+
+def rows(out):
+    return pl.scan_parquet(out / "reads" / "*.parquet").collect()
+
+
+def actor_processes():
+    return [p for p in psutil.process_iter(["cmdline"]) if "ModelActor" in " ".join(p.info["cmdline"] or [])]
+
+
+def kill_when(out, model, count):
+    """Kill -9 the actor of the running model once `count` of its rows are there."""
+
+    def watch():
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            files = list((out / "reads").glob("*.parquet")) if (out / "reads").exists() else []
+            if len(files) >= count and actor_processes():
+                for process in actor_processes():
+                    os.kill(process.pid, signal.SIGKILL)
+                return
+            time.sleep(0.002)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    return thread
+
+
+def test_every_read_is_one_row_and_a_second_run_reads_nothing(ray_session, registry, tmp_path):
+    summary = run(registry, tmp_path / "out")
+    assert (summary.ok, summary.failed) == (5 * 2 + 1 + 3 + 3, 0)
+    frame = rows(tmp_path / "out")
+    assert frame.select("model", "revision", "read").is_unique().all()
+    assert frame["status"].unique().to_list() == ["ok"]
+    again = build_jobs(load_registry(registry), registry, ["a", "b", "c"], None, None, Overrides())
+    done = ResultStore(str(tmp_path / "out")).finished()
+    assert [job.without(done).reads for job in again] == [(), (), ()]
+
+
+def test_kill_9_of_an_actor_loses_that_model_only(ray_session, registry, tmp_path):
+    out = tmp_path / "out"
+    killer = kill_when(out, "a", 2)
+    summary = run(registry, out, ["a"])
+    killer.join()
+    frame = rows(out)
+    assert len(frame) == 11, "every planned read is one row"
+    assert frame.filter(pl.col("status") == "ok").height >= 2, "what had finished is kept"
+    failed = frame.filter(pl.col("status") == "failed")
+    assert summary.failed == failed.height > 0
+    assert failed["error"].unique().to_list() == ["the process of this model died (killed, crashed or out of memory)"]
+    others = run(registry, out, ["b", "c"])
+    assert (others.ok, others.failed) == (6, 0)
+
+
+def test_the_next_run_reads_only_what_failed(ray_session, registry, tmp_path):
+    out = tmp_path / "out"
+    killer = kill_when(out, "a", 3)
+    first = run(registry, out, ["a"])
+    killer.join()
+    second = run(registry, out, ["a"])
+    assert (second.ok, second.failed) == (first.failed, 0)
+
+
+def test_with_retries_the_rest_is_read_by_another_attempt(ray_session, registry, tmp_path):
+    out = tmp_path / "out"
+    killer = kill_when(out, "a", 2)
+    summary = run(registry, out, ["a"], settings=Settings(max_retries=1))
+    killer.join()
+    frame = rows(out)
+    assert (summary.ok, summary.failed, frame.height) == (11, 0, 11)
+    assert sorted(frame["attempt"].unique()) == [1, 2]
+
+
+def test_a_broken_model_fails_and_the_others_go_on(ray_session, registry, tmp_path):
+    (tmp_path / "b" / "model.safetensors").write_bytes(b"broken")
+    summary = run(registry, tmp_path / "out", ["b", "c"])
+    frame = rows(tmp_path / "out")
+    assert (summary.ok, summary.failed) == (4, 2)
+    assert set(frame.filter(pl.col("status") == "failed")["model"]) == {"b"}
+
+
+def test_a_silent_actor_is_given_up(ray_session, registry, tmp_path, monkeypatch):
+    def hang(self, job, run_id, attempt):
+        time.sleep(600)
+        yield
+
+    def hanging(options):
+        import ray
+
+        class ModelActor:
+            run = ray.method(num_returns="streaming")(hang)
+
+        return ray.remote(max_restarts=0, max_task_retries=0, **options)(ModelActor)
+
+    monkeypatch.setattr(driver, "_actor_class", hanging)
+    summary = run(registry, tmp_path / "out", ["b"], settings=Settings(timeout=2))
+    assert (summary.ok, summary.failed) == (0, 3)
+    assert set(rows(tmp_path / "out")["error"]) == {"no progress for 2 s (--timeout)"}
+
+
+def test_actors_are_gone_afterwards(ray_session, registry, tmp_path):
+    run(registry, tmp_path / "out", ["b"])
+    deadline = time.monotonic() + 20
+    while actor_processes() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert actor_processes() == []
+
+
+def test_an_interrupt_stops_the_actors_and_keeps_what_finished(ray_session, registry, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    store = driver._store
+
+    def interrupt_after_three(event, *rest):
+        store(event, *rest)
+        if len(list((out / "reads").glob("*"))) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+
+    monkeypatch.setattr(driver, "_store", interrupt_after_three)
+    with pytest.raises(KeyboardInterrupt):
+        run(registry, out, ["a"])
+    assert rows(out).height == 3
+    monkeypatch.setattr(driver, "_store", store)
+    summary = run(registry, out, ["a"])
+    assert (summary.ok, rows(out).height) == (8, 11)
+
+
+def test_an_address_that_answers_nobody_is_one_line(monkeypatch):
+    import ray
+
+    if ray.is_initialized():
+        monkeypatch.setattr(ray, "is_initialized", lambda: False)
+
+    def refuse(**kwargs):
+        raise ConnectionError("no\nanswer")
+
+    monkeypatch.setattr(ray, "init", refuse)
+    with pytest.raises(DriverError, match=r"Ray at 'host:1' cannot be joined \(ConnectionError: no answer\)"):
+        driver._connect("host:1")

@@ -1,0 +1,102 @@
+"""From names and flags to jobs; the key changes exactly when the numbers would."""
+
+import numpy as np
+import pytest
+
+from runners.jobs import JobError, Overrides, build_jobs
+from suite.registry import load_registry
+from tests.conftest import ROOT, save_tiny
+
+PATH = ROOT / "models.yaml"
+REGISTRY = load_registry(PATH)
+
+
+def jobs(models=(), suite=None, reads=None, **overrides):
+    return build_jobs(REGISTRY, PATH, list(models), suite, reads, Overrides(**overrides))
+
+
+def only(models, read="random", **overrides):
+    (job,) = jobs(models, reads=[read], **overrides)
+    return job.reads[0]
+
+
+def test_the_quick_suite_reads_what_its_entries_say():
+    by_model = {job.model_id: job for job in jobs()}
+    assert {read.read for read in by_model["gpt2"].reads} == {"random"}
+    twin = by_model["twin-layernorm"].reads
+    assert [r.read for r in twin].count("random") == 1
+    assert [r.revision for r in twin if r.read == "trained"] == [f"step{s}" for s in (0, 16, 128, 512, 2048, 4096)]
+    assert {r.protocol.tokens for r in twin} == {"4D"}
+    assert by_model["gpt2"].reads[0].input == "tokens:random"
+
+
+def test_models_named_without_a_suite_run_under_the_standard_protocol():
+    assert only(["gpt2"]).protocol_name == "standard"
+    (job,) = jobs(["gpt2"], suite="quick")
+    assert (job.reads[0].protocol_name, job.reads[0].input) == ("quick", "tokens:random")
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"tokens": 999}, {"dtype": "bfloat16"}, {"input": "tokens:random"}, {"seed": 1}],
+    ids=lambda change: next(iter(change)),
+)
+def test_whatever_changes_numbers_changes_the_identity(changed):
+    plain, other = only(["twin-layernorm"]), only(["twin-layernorm"], **changed)
+    assert plain.identity() != other.identity()
+    assert plain.identity() == only(["twin-layernorm"]).identity()
+    if "seed" not in changed:
+        assert other.protocol_name == f"standard[{next(iter(changed))}={next(iter(changed.values()))}]"
+
+
+def test_an_input_file_counts_by_content(tmp_path):
+    np.save(tmp_path / "a.npy", np.zeros((2, 2), int))
+    np.save(tmp_path / "b.npy", np.zeros((2, 2), int))
+    np.save(tmp_path / "c.npy", np.ones((2, 2), int))
+    a, b, c = (only(["gpt2"], input=f"tokens:{tmp_path / name}.npy").protocol_hash for name in "abc")
+    assert a == b != c
+
+
+def test_a_parameters_read_does_not_depend_on_the_input():
+    plain = only(["twin-layernorm"], "parameters")
+    other = only(["twin-layernorm"], "parameters", tokens=999, input="tokens:random")
+    assert (plain.identity(), plain.engine, plain.input) == (other.identity(), None, None)
+
+
+def test_a_changed_checkpoint_is_another_read(tmp_path):
+    folder = save_tiny(tmp_path / "m")
+    before = only([str(folder)], "trained", input="tokens:random").identity()
+    save_tiny(folder, seed=1)
+    assert only([str(folder)], "trained", input="tokens:random").identity() != before
+
+
+def test_finished_reads_leave_the_job():
+    (job,) = jobs(["twin-rmsnorm"])
+    rest = job.without([r.identity() for r in job.reads[:5]])
+    assert rest.reads == job.reads[5:]
+
+
+def test_a_missing_checkpoint_fails_as_a_row_of_its_own(tmp_path):
+    content = "protocols: {standard: {}}\nsuites: {}\nmodels: [{id: m, source: series, checkpoints: [step1, step2]}]\n"
+    (tmp_path / "models.yaml").write_text(content)
+    save_tiny(tmp_path / "series" / "step1")
+    path = tmp_path / "models.yaml"
+    (job,) = build_jobs(load_registry(path), path, ["m"], None, ["trained"], Overrides(input="tokens:random"))
+    assert [r.error is None for r in job.reads] == [True, False]
+    assert "the checkpoints are step1" in job.reads[1].error
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"suite": "nope"}, "suite 'nope' is unknown; choose quick"),
+        ({"models": ["gpt2"], "reads": ["rando"]}, "read 'rando' is unknown; choose parameters, random, trained"),
+        ({"models": ["/no/such"]}, "no such directory"),
+        ({"models": ["gpt2"], "input": "nope"}, "gpt2: input 'nope' is unknown"),
+        ({"models": ["gpt2"], "input": "image"}, "gpt2: input 'image' does not fit"),
+        ({"models": ["vit-base-patch16-224"], "input": "text"}, "does not fit a model that reads image"),
+    ],
+)
+def test_requests_that_cannot_be_met(kwargs, message):
+    with pytest.raises(JobError, match=message):
+        jobs(**kwargs)

@@ -1,0 +1,105 @@
+"""The final norm of real architectures, tiny: found by what flows out, not by its name."""
+
+import pytest
+
+from suite.architecture import (
+    ArchitectureError,
+    RemoteCodeError,
+    block_list,
+    build_config,
+    build_model,
+    count_parameters,
+)
+from suite.architecture import locate_final_norm as locate
+
+TEXT = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
+OPT = {"vocab_size": 99, "hidden_size": 32, "word_embed_proj_dim": 32, "num_hidden_layers": 2, "ffn_dim": 64}
+VISION = TEXT | {"image_size": 32, "patch_size": 8}
+SEQ2SEQ = {"vocab_size": 99, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2}
+T5 = {"vocab_size": 99, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+
+# (model_type, configuration, path, family, scale, shift, placement)
+CASES = [
+    ("gpt2", {"vocab_size": 99, "n_embd": 32, "n_layer": 3, "n_head": 4}, "ln_f", "layernorm", "weight", True, "pre"),
+    ("gpt_neox", TEXT, "final_layer_norm", "layernorm", "weight", True, "pre"),
+    ("llama", TEXT, "norm", "rmsnorm", "weight", False, "pre"),
+    ("mixtral", TEXT | {"num_local_experts": 4, "num_key_value_heads": 2}, "norm", "rmsnorm", "weight", False, "pre"),
+    ("gemma2", TEXT | {"head_dim": 8, "num_key_value_heads": 2}, "norm", "rmsnorm", "1+weight", False, "pre"),
+    ("cohere", TEXT | {"pad_token_id": 0}, "norm", "layernorm", "weight", False, "pre"),
+    ("starcoder2", TEXT | {"num_key_value_heads": 2}, "norm", "layernorm", "weight", True, "pre"),
+    ("stablelm", TEXT | {"num_key_value_heads": 2}, "norm", "layernorm", "weight", True, "pre"),
+    ("nemotron", TEXT | {"num_key_value_heads": 2}, "norm", "layernorm", "1+weight", True, "pre"),
+    ("olmo", TEXT, "norm", "layernorm", "implicit-one", False, "pre"),
+    ("opt", OPT | {"num_attention_heads": 4}, "decoder.final_layer_norm", "layernorm", "weight", True, "pre"),
+    ("bert", TEXT, "encoder.layer.2.output.LayerNorm", "layernorm", "weight", True, "post"),
+    (
+        "roberta",
+        TEXT | {"num_hidden_layers": 11},
+        "encoder.layer.10.output.LayerNorm",
+        "layernorm",
+        "weight",
+        True,
+        "post",
+    ),
+    ("t5", T5, "decoder.final_layer_norm", "rmsnorm", "weight", False, "pre"),
+    ("bart", SEQ2SEQ, "decoder.layers.1.final_layer_norm", "layernorm", "weight", True, "post"),
+    ("vit", VISION, "layernorm", "layernorm", "weight", True, "pre"),
+    ("dinov2", VISION, "layernorm", "layernorm", "weight", True, "pre"),
+]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "config", "path", "family", "scale", "shift", "placement"), CASES, ids=[c[0] for c in CASES]
+)
+def test_final_norm_is_found(model_type, config, path, family, scale, shift, placement):
+    found = locate(build_config({"model_type": model_type, **config}))
+    assert (found.path, found.family, found.behaviour.scale) == (path, family, scale), found.reason
+    assert (found.behaviour.shift_parameter is not None, found.placement) == (shift, placement)
+    assert found.hidden_size == 32
+    assert found.num_blocks == config.get("num_hidden_layers", config.get("n_layer", 2))
+    assert found.evidence
+
+
+def test_a_model_without_a_final_norm_gets_a_reason_and_no_direction():
+    found = locate(build_config({"model_type": "vitdet", "hidden_size": 32, "num_hidden_layers": 2, "image_size": 32,
+                                 "num_attention_heads": 4, "patch_size": 8}))  # fmt: skip
+    assert (found.path, found.family) == (None, "none")
+    assert "no normalisation" in found.reason
+
+
+def test_a_norm_of_the_pooled_token_is_not_the_final_one():
+    found = locate(build_config({"model_type": "clip_vision_model", **VISION}))
+    assert (found.path, found.family) == (None, "none")
+
+
+def test_opt_without_its_final_norm_is_none():
+    config = OPT | {"model_type": "opt", "num_attention_heads": 4, "_remove_final_layer_norm": True}
+    assert locate(build_config(config)).path is None
+
+
+@pytest.mark.parametrize(
+    ("config", "error", "message"),
+    [
+        ({}, ArchitectureError, "no model_type"),
+        ({"model_type": "nonesuch"}, ArchitectureError, "'nonesuch' is unknown to transformers"),
+        ({"model_type": "mine", "auto_map": {"AutoModel": "m.M"}}, RemoteCodeError, "never run"),
+        ({"model_type": "llama", "hidden_size": "wide"}, ArchitectureError, "refuses the configuration"),
+    ],
+)
+def test_bad_configurations(config, error, message):
+    with pytest.raises(error, match=message):
+        build_config(config)
+
+
+def test_blocks_are_those_of_the_final_norms_own_tower():
+    model = build_model(build_config({"model_type": "bart", **SEQ2SEQ, "encoder_layers": 5}), "meta")
+    assert block_list(model, "decoder.layers.1.final_layer_norm") == ("decoder.layers", 2)
+    assert block_list(model, None)[1] == 5
+
+
+def test_parameters_are_those_of_the_published_architecture_with_ties_once():
+    config = {"model_type": "gpt2", "vocab_size": 99, "n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 16}
+    base = count_parameters(build_config(config))
+    assert count_parameters(build_config(config | {"architectures": ["GPT2LMHeadModel"]})) == base
+    untied = config | {"architectures": ["GPT2LMHeadModel"], "tie_word_embeddings": False}
+    assert count_parameters(build_config(untied)) == base + 99 * 32
