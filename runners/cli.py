@@ -104,6 +104,10 @@ def run(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of random weights and inputs.")] = 0,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, float16, bfloat16, float64.")] = None,
+    accumulator_gb: Annotated[
+        float | None,
+        typer.Option(min=0, metavar="GB", help="Memory for residual-stream accumulators. [default: 1/4 of the free]"),
+    ] = None,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds without progress before a model is given up.")] = 3600,
     max_retries: Annotated[int, typer.Option(min=0, help="Further attempts when a model's process dies.")] = 0,
     as_json: Json = False,
@@ -127,7 +131,7 @@ def run(
         raise UserError("--tokens does nothing with tokens:FILE.npy, which is used exactly as given; leave one out")
     try:
         path = find_registry(registry)
-        overrides = Overrides(tokens, input_spec, dtype, None if engine == "auto" else engine, seed)
+        overrides = Overrides(tokens, input_spec, dtype, None if engine == "auto" else engine, seed, accumulator_gb)
         wanted = [part.strip() for part in reads.split(",")] if reads is not None else None
         jobs = build_jobs(load_registry(path), path, models or [], suite, wanted, overrides)
     except (RegistryError, JobError) as error:

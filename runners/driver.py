@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from runners.events import Event, Finished, Progress, failed_read
 from runners.jobs import ModelJob
 from runners.progress import Reporter
 from runners.store import ResultStore
-from runners.worker import Event, Finished, Progress, failed_read, run_model
+from runners.worker import run_model
 
 _POLL_SECONDS = 0.5
 _LOCAL_OBJECT_STORE_BYTES = 200 * 2**20  # tables are small; weights never pass through

@@ -27,13 +27,14 @@ class JobError(ValueError):
 
 @dataclass(frozen=True)
 class Overrides:
-    """What the command line changes in the protocol; None leaves it."""
+    """What the command line changes in the protocol; None leaves it. `accumulator_gb` changes no number."""
 
     tokens: int | None = None
     input: str | None = None
     dtype: str | None = None
     engine: str | None = None
     seed: int = 0
+    accumulator_gb: float | None = None
 
     def label(self) -> str:
         """The overrides that change numbers, as they are appended to the protocol's name."""
@@ -59,6 +60,7 @@ class ReadJob:
     fingerprint: str | None
     base: Path
     error: str | None = None
+    accumulator_gb: float | None = None
 
     def key_columns(self) -> dict[str, Any]:
         """The key columns of this read's rows."""
@@ -195,6 +197,7 @@ def _model_job(
                     fingerprint=fingerprint,
                     base=base,
                     error=error,
+                    accumulator_gb=overrides.accumulator_gb,
                 )
             )
     return ModelJob(model.id, tuple(jobs), model.gpus)

@@ -10,7 +10,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.text import Text
 
-from runners.worker import Finished, Progress
+from runners.events import Finished, Progress
 
 
 @dataclass

@@ -5,7 +5,7 @@ Shapes: B sequences or images, T positions, D hidden size.
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,21 @@ BATCH_TOKENS = 4096  # a forward pass of this size keeps every core busy and a 1
 
 @dataclass
 class ForwardPass:
-    """The captured (input, output) of one norm in one forward pass, and how long the pass took."""
+    """The captured (input, output) of one norm in one forward pass; seconds of the model alone and of the taps."""
 
     input_BTD: Tensor
     output_BTD: Tensor
     seconds: float
+    tap_seconds: float
+    num_block_calls: int
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The blocks to watch, and who is told: `on_input(call, stream, batch)`, calls counted from 0 in each pass."""
+
+    modules: list[nn.Module]
+    on_input: Callable[[int, Tensor, Batch], None]
 
 
 @dataclass
@@ -82,26 +92,51 @@ class TorchEngine:
         self.load_seconds = time.perf_counter() - started
         return model  # type: ignore[no-any-return]
 
-    def passes(self, model: nn.Module, norm: nn.Module, batches: list[Batch]) -> Iterator[tuple[Batch, ForwardPass]]:
-        """Run every batch once, yielding what entered and left `norm` in its last call of each pass."""
+    def passes(
+        self, model: nn.Module, norm: nn.Module, batches: list[Batch], blocks: Blocks | None = None
+    ) -> Iterator[tuple[Batch, ForwardPass]]:
+        """Run every batch once, yielding what entered and left `norm` in its last call of each pass.
+
+        `blocks.on_input` is given what enters each block, in call order, while the pass runs: nothing of it is kept
+        here. The seconds of a pass are those of the model alone.
+        """
         captured: dict[str, Tensor] = {}
+        spent = 0.0
+        calls = 0
+        current: Batch | None = None
+
+        def before_block(module: nn.Module, args: Any, kwargs: Any) -> None:
+            nonlocal spent, calls
+            assert blocks is not None
+            assert current is not None
+            started = time.perf_counter()
+            stream = args[0] if args else kwargs.get("hidden_states")
+            if not isinstance(stream, Tensor):
+                raise ValueError(f"{type(module).__name__} is not called with a stream of hidden states")
+            blocks.on_input(calls, stream.detach(), current)
+            calls += 1
+            spent += time.perf_counter() - started
 
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             captured["input"] = args[0].detach()
             captured["output"] = (output[0] if isinstance(output, tuple) else output).detach()
 
-        handle = norm.register_forward_hook(hook)
+        handles = [norm.register_forward_hook(hook)]
+        if blocks is not None:
+            handles += [m.register_forward_pre_hook(before_block, with_kwargs=True) for m in blocks.modules]
         try:
             for batch in batches:
+                current, calls, spent = batch, 0, 0.0
                 started = time.perf_counter()
                 with torch.no_grad():
                     model(**self._on_device(model, batch.model_inputs))
                 if self.device.type == "cuda":
                     torch.cuda.synchronize(self.device)
-                seconds = time.perf_counter() - started
-                yield batch, ForwardPass(captured["input"], captured["output"], seconds)
+                seconds = time.perf_counter() - started - spent
+                yield batch, ForwardPass(captured["input"], captured["output"], seconds, spent, calls)
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
     def peak_device_bytes(self) -> int | None:
         """Peak accelerator memory of this process; None on CPU."""

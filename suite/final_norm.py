@@ -10,19 +10,30 @@ import math
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from suite.directions import UNIT_ROUNDOFF, dead_subspace, depth_limit, inverse_scale_direction
+from suite.directions import (
+    FLOAT64_EPS,
+    UNIT_ROUNDOFF,
+    dead_subspace,
+    depth_limit,
+    inverse_scale_direction,
+    zero_scales,
+)
 from suite.norms import EffectiveNorm
-from suite.precision import VarianceAlong, inverse_direction
+from suite.precision import ExactProjection, VarianceAlong, inverse_direction
+from suite.residual import token_rows
 from suite.schema import Row
-from suite.spectrum import Spectrum, TriangularFactor
+from suite.spectrum import CovarianceFactor, Spectrum, check_rows
 
 DEAD_THRESHOLDS = {"num_dead_1e4": 1e-4, "num_dead_1e6": 1e-6, "num_dead_1e8": 1e-8, "num_dead_1e10": 1e-10}
 KERNEL_SLOPE = 0.5  # algebraic kernels give 1.00 to 1.18, learned dead directions 0.00 to 0.08
+VERDICT_THRESHOLD = 1e-6  # of the mean eigenvalue: bottom directions below get a verdict
+_VERDICT_TOKENS = 2  # in D: enough rank, and no more rows than are taken in one QR
 _DOUBLE_DOUBLE_EPS = 2.0**-104
+_CACHED_ELEMENTS = 2**17  # 1 MB of float64: replay and projection find it in the cache
 
 
 class FinalNormRead:
@@ -36,36 +47,40 @@ class FinalNormRead:
     def __init__(self, module: nn.Module, norm: EffectiveNorm):
         D = len(norm.scale_D)
         self.norm = norm
-        self.spectrum = TriangularFactor(D)
+        self.spectrum = CovarianceFactor(D)
+        self._early = _EarlyVerdict(D)
         self._replay = copy.deepcopy(module).cpu().float()
         for each in self._replay.modules():
             each._forward_hooks.clear()
         direction_D = inverse_direction(norm.scale_D)
-        shift_D = torch.zeros(D, dtype=torch.float64) if norm.shift_D is None else torch.from_numpy(norm.shift_D)
+        shift_D = None if norm.shift_D is None else torch.from_numpy(norm.shift_D)
         self.along_float32 = VarianceAlong(direction_D, shift_D)
-        self.along_float64 = VarianceAlong(direction_D, shift_D)
-        self.along_executed = VarianceAlong(direction_D, shift_D)
+        self.along_float64 = VarianceAlong(direction_D, shift_D, ExactProjection)
+        self.along_executed: VarianceAlong | None = None  # the float32 replay is what a float32 model on CPU executed
 
     def update(self, input_BTD: Tensor, output_BTD: Tensor, mask_BT: Bool[Tensor, "B T"] | None = None) -> None:
         """Add one forward pass of the norm; rows where `mask_BT` is False are padding.
 
         Raises:
-            ValueError: values that are not finite, or a replay that disagrees with what the model computed.
+            ValueError: values that are not finite, rows of zeros, or a replay that disagrees with the norm's formula.
         """
-        x_ND, y_ND = _rows(input_BTD, mask_BT), _rows(output_BTD, mask_BT)
-        if not bool(torch.isfinite(x_ND).all()):
-            raise ValueError("the residual stream before the final norm has values that are not finite")
+        x_ND, y_ND = token_rows(input_BTD, mask_BT), token_rows(output_BTD, mask_BT)
+        check_rows(x_ND, "before the final norm")
         if y_ND.dtype == torch.float32 and y_ND.device.type == "cpu":
             replay_ND = y_ND  # the model ran in the standard's own precision: bit for bit the same
         else:
             with torch.no_grad():
                 replay_ND = self._replay(x_ND.cpu().float())
-        exact_ND = self.norm(x_ND)
+            if self.along_executed is None:
+                self.along_executed = VarianceAlong(self.along_float32.direction_D, self.along_float32.shift_D)
+            self.along_executed.update(y_ND)
         self.spectrum.update(replay_ND)
-        _check_formula(replay_ND, exact_ND)
         self.along_float32.update(replay_ND)
-        self.along_float64.update(exact_ND)
-        self.along_executed.update(y_ND)
+        rows = max(1, _CACHED_ELEMENTS // x_ND.shape[1])
+        for x_chunk, replay_chunk in zip(x_ND.split(rows), replay_ND.split(rows), strict=True):
+            exact_chunk = self.norm(x_chunk)
+            self.along_float64.update(exact_chunk)
+            self._early.update(replay_chunk, exact_chunk)
 
     @property
     def num_tokens(self) -> int:
@@ -75,16 +90,17 @@ class FinalNormRead:
     def finish(self, control_seed: int = 0) -> tuple[Row, NDArray[np.float64]]:
         """The row's spectrum and precision columns, and the eigenvalues in descending order."""
         spectrum = self.spectrum.finish()
-        row = _spectrum_columns(spectrum, self.norm)
+        row = _spectrum_columns(spectrum, self.norm) | self._early.columns(spectrum, zero_scales(self.norm.scale_D))
         trace = float(spectrum.eigenvalues_D.sum())
         lambda_v, lambda_exact = self.along_float32.finish(), self.along_float64.finish()
+        executed = lambda_v if self.along_executed is None else self.along_executed.finish()
         limit = depth_limit(len(self.norm.scale_D))
         exact_limit = -math.log10(_DOUBLE_DOUBLE_EPS**2 * len(self.norm.scale_D))
         row |= {
             "lambda_v": lambda_v,
             "depth": _depth(spectrum.mean, lambda_v, limit),
             "depth_limit": limit,
-            "depth_as_executed": _depth(spectrum.mean, self.along_executed.finish(), limit),
+            "depth_as_executed": _depth(spectrum.mean, executed, limit),
             "depth_exact": _depth(spectrum.mean, lambda_exact, exact_limit),
             "precision_slope": precision_slope(lambda_v, lambda_exact),
             "lambda_control": _variance_along_random(spectrum, control_seed),
@@ -94,6 +110,54 @@ class FinalNormRead:
         if trace == 0:
             row |= {"depth": None, "depth_as_executed": None, "depth_exact": None, "depth_bottom": None}
         return row, spectrum.eigenvalues_D
+
+
+class _EarlyVerdict:
+    """Which bottom directions are algebraic: from the spectrum of the first tokens, replayed in float64.
+
+    A kernel's eigenvalue falls with the square of the roundoff, a learned dead direction's does not. The spectra in the
+    two precisions are matched from the bottom up.
+    """
+
+    def __init__(self, hidden_size: int):
+        self._wanted = _VERDICT_TOKENS * hidden_size
+        self.float64 = CovarianceFactor(hidden_size)
+
+    def update(self, replay_ND: Tensor, exact_ND: Tensor) -> None:
+        """Add rows of the norm's output in float32 and float64, until there are enough.
+
+        Raises:
+            ValueError: they are not the same function.
+        """
+        left = self._wanted - self.float64.num_rows
+        if left > 0:
+            _check_formula(replay_ND[:left], exact_ND[:left])
+            self.float64.update(exact_ND[:left])
+
+    def columns(self, spectrum: Spectrum, zeros_M: NDArray[np.int64]) -> Row:
+        """Counts by verdict of the directions of `spectrum` below `VERDICT_THRESHOLD` of the mean."""
+        verdicts = []
+        num_dead = spectrum.num_dead(VERDICT_THRESHOLD)
+        if num_dead:
+            double_D = self.float64.eigenvalues()
+            # The smallest eigenvalue that the float64 spectrum can tell from zero: a few roundings of the largest.
+            resolved = float((4 * FLOAT64_EPS) ** 2 * double_D[0])
+            for place in range(1, num_dead + 1):
+                on_zero_scales = float(np.sum(spectrum.eigenvectors_DD[-place][zeros_M] ** 2))
+                single = float(spectrum.eigenvalues_D[-place])
+                verdicts.append(_verdict(single, float(double_D[-place]), resolved, on_zero_scales))
+        return {f"num_{name}": verdicts.count(name) for name in ("algebraic", "learned", "rounding")}
+
+
+def _verdict(float32: float, float64: float, resolved: float, on_zero_scales: float) -> str:
+    """algebraic, learned or rounding, for one dead direction with its eigenvalue in both precisions."""
+    if on_zero_scales > 0.5:
+        return "learned"  # the parameters say so: the eigenvalue is the scale's own square
+    if float32 <= resolved:
+        return "rounding"
+    slope = precision_slope(float32, max(float64, resolved))
+    assert slope is not None
+    return "algebraic" if slope > KERNEL_SLOPE else "learned" if slope < KERNEL_SLOPE / 2 else "rounding"
 
 
 def precision_slope(lambda_float32: float, lambda_float64: float) -> float | None:
@@ -148,13 +212,6 @@ def _variance_along_random(spectrum: Spectrum, seed: int) -> float:
     direction_D = np.random.default_rng(seed).standard_normal(len(spectrum.eigenvalues_D))
     coordinates_D = spectrum.eigenvectors_DD @ (direction_D / np.linalg.norm(direction_D))
     return float(np.sum(spectrum.eigenvalues_D * coordinates_D**2))
-
-
-def _rows(acts: Tensor, mask_BT: Tensor | None) -> Float[Tensor, "N D"]:
-    """Token rows of `(…, D)` activations, padding left out; a sequence padded inside the model is cut to the mask."""
-    if mask_BT is None or acts.ndim < 3:
-        return acts.reshape(-1, acts.shape[-1])
-    return acts[:, : mask_BT.shape[1]][mask_BT.to(acts.device)]
 
 
 def _check_formula(replay_ND: Tensor, exact_ND: Tensor) -> None:

@@ -104,6 +104,7 @@ def token_batches(
     seed: int,
     tokenizer_folder: Path | None,
     batch_tokens: int,
+    padding_id: int | None = None,
 ) -> Inputs:
     """Batches of token ids: `num_tokens` of them (all of a `tokens:FILE.npy`), in sequences of `sequence_length`.
 
@@ -119,6 +120,8 @@ def token_batches(
         sequence_length = len(sequences[0])
     elif kind == "tokens":
         ids_N = np.random.default_rng(seed).integers(0, vocab_size, num_tokens)
+        if padding_id is not None:
+            ids_N[ids_N == padding_id] = (padding_id + 1) % vocab_size  # its embedding is zero in many models
         sequences = _cut(ids_N, sequence_length)
     else:
         sequences = _tokenised(spec, num_tokens, sequence_length, tokenizer_folder)

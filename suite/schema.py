@@ -12,7 +12,7 @@ import pyarrow as pa
 SCHEMA_VERSION = 1
 
 # Enters the protocol hash: raise a read's version when a change moves its numbers, and say so in the changelog.
-READ_VERSION = {"parameters": 1, "random": 1, "trained": 1}
+READ_VERSION = {"parameters": 1, "random": 2, "trained": 2}
 
 
 class Column(NamedTuple):
@@ -103,6 +103,9 @@ READS = [
         "precision_slope", REAL, "", "log(lambda_v f32 / lambda_v f64) / log(u_f32^2 / u_f64^2): 1 algebraic, 0 not"
     ),
     Column("kernel_exact", FLAG, "", "precision_slope > 0.5: the kernel is algebraic, rounding alone fills it"),
+    Column("num_algebraic", INT, "dimensions", "directions below 1e-6 lambda_mean that fall with the roundoff squared"),
+    Column("num_learned", INT, "dimensions", "of those, directions as dead in float64 as in float32, or zero scales"),
+    Column("num_rounding", INT, "dimensions", "of those, directions too deep to tell"),
     # residual stream
     Column("blocks_preserved", FLAG, "", "no block collapsed a direction of the residual stream; null if not read"),
     Column("worst_block", INT, "block", "block with the smallest ratio of smallest singular values; null if not read"),

@@ -1,31 +1,35 @@
 """Spectra of centred covariances from batches: nothing of size N x D is ever kept.
 
 An accumulator takes rows, merges with another of its kind and is finished once; only `finish` divides or decomposes, so
-one worker or eight give the same row. Shapes: N tokens, D hidden size.
+one worker or eight give the same row. Shapes: N tokens, D hidden size, K rows of a factor.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 import torch
 from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 from torch import Tensor
 
 from suite.directions import FLOAT64_EPS
+from suite.gram import CERTIFIED_RELATIVE_ERROR, GRAM_ERROR, Gram, smallest_singular_pair
 
-_CERTIFIED_RELATIVE_ERROR = 1e-6
+_DEFERRED_ROWS = 2  # in D: the rows that decide the method, and the batch of a QR
 
 
 @dataclass(frozen=True)
 class Spectrum:
     """Eigenvalues (descending) and eigenvectors (rows, same order) of `C = (1/N) sum (y - ybar)(y - ybar)^T`.
 
-    `floor`: eigenvalues above it are certified to 1e-6 relative; below it, rounding may decide.
+    `floor`: eigenvalues above it are certified to 1e-6 relative; below it, rounding may decide. `mean_square_D` is
+    E y_i^2, the mean not taken off.
     """
 
     eigenvalues_D: NDArray[np.float64]
     eigenvectors_DD: NDArray[np.float64]
+    mean_square_D: NDArray[np.float64]
     num_tokens: int
     method: str
     floor: float
@@ -40,25 +44,33 @@ class Spectrum:
         return int(np.sum(self.eigenvalues_D <= threshold * self.mean))
 
 
-class TriangularFactor:
-    """The streaming QR (TSQR) of the centred rows, in float64: exact at the bottom of the spectrum.
+class CovarianceFactor:
+    """A triangular factor of the centred covariance, in float64, from streamed rows: exact at the bottom.
 
-    State: n, the mean m relative to a fixed offset, and R with `R^T R = sum (y - ybar)(y - ybar)^T`. Two parts merge by
-    `qr([R1; R2; sqrt(n1 n2 / (n1 + n2)) (m1 - m2)^T])`. Squaring is what loses the small eigenvalues of a Gram matrix;
-    here nothing is squared. Rows are held back until 2D are there: a QR costs 2D^2 flops a row at best, and more the
-    smaller the batch. Memory: 3 D^2 float64.
+    State: n, the mean relative to a fixed offset, and R with `R^T R = sum (y - ybar)(y - ybar)^T`. Two parts merge by
+    `qr([R1; R2; sqrt(n1 n2 / (n1 + n2)) (m1 - m2)^T])`. How rows get into R is chosen by need, on the first 2D of them:
+
+    - gram: `G += z z^T`, at one GEMM of 2D^2 flop a row, where `32 eps kappa^2 <= 1e-7`: no eigenvalue can then be
+      wrong by more than 1e-6 of itself.
+    - whitened-gram: the first rows by QR into R, then `w = z R^-1`, `G += w w^T`, and `chol(G) R` joins R. Squaring
+      whitened rows loses nothing at the bottom; two GEMMs a row. A batch with a row that R has not foreseen
+      (`max |w|^2 > 1e4 D`) is taken by QR, and R renewed.
+    - qr: everything by QR, `merge` included; what is too short to be decided.
+
+    Memory: about 5 D^2 float64.
     """
 
-    method = "tsqr"
-
     def __init__(self, hidden_size: int, device: torch.device | str = "cpu"):
+        """An empty accumulator of rows of width `hidden_size`; it computes on `device`."""
         self.hidden_size, self.device = hidden_size, torch.device(device)
         self.count = 0
+        self.method = "qr"
         self.offset_D: Tensor | None = None
-        self.mean_D = torch.zeros(hidden_size, dtype=torch.float64, device=device)
-        self.factor_KD = torch.zeros(0, hidden_size, dtype=torch.float64, device=device)
+        self.mean_D = self._zeros(hidden_size)
+        self.factor_KD = self._zeros(0, hidden_size)
         self._pending: list[Tensor] = []
         self._num_pending = 0
+        self._gram: Gram | None = None
 
     def update(self, acts_ND: Float[Tensor, "N D"], mask_N: Bool[Tensor, " N"] | None = None) -> None:
         """Add rows of any float dtype; rows where `mask_N` is False (padding) are left out.
@@ -70,56 +82,187 @@ class TriangularFactor:
             raise ValueError(f"activations of shape {tuple(acts_ND.shape)}; expected (N, {self.hidden_size})")
         rows = acts_ND if mask_N is None else acts_ND[mask_N]
         rows = rows.detach().to(self.device, torch.float64)
-        if not bool(torch.isfinite(rows).all()):
-            bad = int((~torch.isfinite(rows).all(-1)).sum())
-            raise ValueError(f"activations are not finite in {bad} of {len(rows)} rows")
         if len(rows) == 0:
             return
+        finite_N = torch.isfinite(torch.linalg.vector_norm(rows, dim=-1))
+        if not bool(finite_N.all()):
+            raise ValueError(f"activations are not finite in {int((~finite_N).sum())} of {len(rows)} rows")
         if self.offset_D is None:
             # Rounded to float32, so that taking it off float32 rows is exact.
             self.offset_D = rows.mean(0).float().double()
-        self._pending.append(rows - self.offset_D)
+        rows = rows - self.offset_D
+        if self._gram is not None and self._gram.add(rows):
+            return
+        self._pending.append(rows)
         self._num_pending += len(rows)
-        if self._num_pending >= 2 * self.hidden_size:
+        if self._num_pending >= _DEFERRED_ROWS * self.hidden_size:
             self._absorb()
 
-    def merge(self, other: "TriangularFactor") -> None:
-        """Add what `other` saw; associative and commutative up to rounding. `other` keeps its state."""
+    @property
+    def num_rows(self) -> int:
+        """Rows seen."""
+        return self.count + self._num_pending + (self._gram.count if self._gram is not None else 0)
+
+    def successor(self) -> "CovarianceFactor":
+        """An empty accumulator for more rows of the same kind, which need not decide its method again."""
         self._absorb()
-        other._absorb()
+        after = CovarianceFactor(self.hidden_size, self.device)
+        after.offset_D, after.method = self.offset_D, self.method
+        after._gram = self._gram.empty_copy() if self._gram is not None else None
+        return after
+
+    def merge(self, other: "CovarianceFactor") -> None:
+        """Add what `other` saw; associative and commutative up to rounding. `other` keeps its rows."""
+        theirs = other._sole_gram()
+        if theirs is not None and self.offset_D is None and self.device == other.device:
+            self.offset_D, self.method, self._gram = other.offset_D, other.method, theirs.empty_copy()
+        mine = self._sole_gram()
+        if mine is not None and theirs is not None and self.device == other.device:
+            assert self.offset_D is not None
+            assert other.offset_D is not None
+            if torch.equal(self.offset_D, other.offset_D):
+                mine.add_gram(theirs)
+                return
+        self._settle()
+        other._settle()
         if other.count == 0:
             return
         assert other.offset_D is not None
         if self.offset_D is None:
-            self.offset_D = other.offset_D
-        shifted_mean_D = other.mean_D + (other.offset_D - self.offset_D)
-        self._combine(other.factor_KD.to(self.device), other.count, shifted_mean_D.to(self.device))
+            self.offset_D = other.offset_D.to(self.device)
+        shifted_mean_D = other.mean_D.to(self.device) + (other.offset_D.to(self.device) - self.offset_D)
+        self.method = other.method if self.count == 0 else _weaker(self.method, other.method)
+        self._combine(other.factor_KD.to(self.device), other.count, shifted_mean_D)
 
     def finish(self) -> Spectrum:
-        """Decompose: eigenvalues are the squared singular values of R over n.
+        """Decompose: the eigenvalues of the scatter over n, or the squared singular values of R over n.
 
         Raises:
             ValueError: no more rows than the hidden size, so that the rank is the sample's and not the model's.
         """
-        self._absorb()
+        gram = self._certified_gram()
+        if gram is not None:
+            covariance_DD = (gram.scatter() / gram.count).cpu()
+            count, mean_D = gram.count, gram.sum_D / gram.count
+            values_D, vectors_DD = torch.linalg.eigh(covariance_DD)
+            eigenvalues_D, rows_DD = values_D.flip(0), vectors_DD.flip(1).T
+            squares_D = covariance_DD.diagonal()
+        else:
+            factor_DD = self._final_factor()
+            count, mean_D = self.count, self.mean_D
+            _, sigma_D, rows_DD = torch.linalg.svd(factor_DD)
+            eigenvalues_D = sigma_D.square() / count
+            squares_D = factor_DD.square().sum(0) / count
+        assert self.offset_D is not None
+        mean_square_D = squares_D + (self.offset_D + mean_D).cpu().square()
+        return Spectrum(
+            eigenvalues_D.numpy(),
+            rows_DD.contiguous().numpy(),
+            mean_square_D.numpy(),
+            count,
+            self.method,
+            self._floor(float(eigenvalues_D[0])),
+        )
+
+    def eigenvalues(self) -> NDArray[np.float64]:
+        """The eigenvalues alone, descending; a fraction of the time of `finish`."""
+        gram = self._certified_gram()
+        if gram is not None:
+            covariance_DD = (gram.scatter() / gram.count).cpu()
+            eigenvalues_D: NDArray[np.float64] = torch.linalg.eigvalsh(covariance_DD).flip(0).numpy()
+            return eigenvalues_D
+        return (torch.linalg.svdvals(self._final_factor()).square() / self.count).numpy()  # type: ignore[no-any-return]
+
+    def bottom(self) -> tuple[float, NDArray[np.float64]]:
+        """(smallest eigenvalue, its unit eigenvector) alone; a fraction of the time of `eigenvalues`."""
+        factor_DD = self._final_factor()
+        smallest, bottom_D = smallest_singular_pair(factor_DD)
+        return smallest**2 / self.count, bottom_D.numpy()
+
+    def to_arrow(self) -> pa.RecordBatch:
+        """The state as one Arrow row, for transport; `from_arrow` gives an accumulator that merges like this one."""
+        self._settle()
+        columns = {
+            "count": [self.count],
+            "method": [self.method],
+            "offset": [None if self.offset_D is None else self.offset_D.tolist()],
+            "mean": [self.mean_D.tolist()],
+            "factor": [self.factor_KD.cpu().flatten().numpy()],
+        }
+        return pa.RecordBatch.from_pydict(columns, schema=_STATE)
+
+    @classmethod
+    def from_arrow(cls, state: pa.RecordBatch, device: torch.device | str = "cpu") -> "CovarianceFactor":
+        """The accumulator that `to_arrow` packed."""
+        row = {name: state.column(name)[0] for name in state.schema.names}
+        mean = row["mean"].values.to_numpy().copy()
+        self = cls(len(mean), device)
+        self.count, self.method = row["count"].as_py(), row["method"].as_py()
+        if row["offset"].is_valid:
+            self.offset_D = torch.from_numpy(row["offset"].values.to_numpy().copy()).to(self.device)
+        self.mean_D = torch.from_numpy(mean).to(self.device)
+        factor = row["factor"].values.to_numpy().copy().reshape(-1, len(mean))
+        self.factor_KD = torch.from_numpy(factor).to(self.device)
+        return self
+
+    def _sole_gram(self) -> Gram | None:
+        """The unwhitened Gram matrix, if everything is in it."""
+        alone = self._gram is not None and self._gram.whitener_DD is None and self.count == 0 and not self._pending
+        return self._gram if alone else None
+
+    def _certified_gram(self) -> Gram | None:
+        """The Gram matrix, where all rows are in it and it still resolves its smallest eigenvalue."""
+        gram = self._sole_gram()
+        return gram if gram is not None and gram.count > self.hidden_size and gram.certified() else None
+
+    def _final_factor(self) -> Tensor:
+        self._settle()
         if self.count <= self.hidden_size:
             raise ValueError(
                 f"{self.count} tokens for hidden size {self.hidden_size}: the covariance is rank-deficient by "
                 f"construction; give at least {4 * self.hidden_size} tokens"
             )
-        _, sigma_D, rows_DD = torch.linalg.svd(self.factor_KD.cpu())
-        eigenvalues_D = (sigma_D.square() / self.count).numpy()
-        # An SVD moves every singular value by a few eps sigma_1: 2 * 4 eps sigma_1 / sigma <= 1e-6 is certified.
-        floor = float(eigenvalues_D[0]) * (8 * FLOAT64_EPS / _CERTIFIED_RELATIVE_ERROR) ** 2
-        return Spectrum(eigenvalues_D, rows_DD.numpy(), self.count, self.method, floor)
+        return self.factor_KD.cpu()  # GPU eigensolvers have failed on low-rank matrices (pytorch#105359)
+
+    def _floor(self, largest: float) -> float:
+        """Below this a relative error of 1e-6 is not certified.
+
+        An SVD of R moves every singular value by a few eps sigma_1: 2 * 4 eps sigma_1 / sigma <= 1e-6. An unwhitened
+        Gram matrix moves every eigenvalue by 32 eps l_1.
+        """
+        if self.method == "gram":
+            return float(largest) * GRAM_ERROR / CERTIFIED_RELATIVE_ERROR
+        return float(largest) * (8 * FLOAT64_EPS / CERTIFIED_RELATIVE_ERROR) ** 2
 
     def _absorb(self) -> None:
+        """Take the pending rows: the first time by the cheapest method that is certified, else by QR."""
         if not self._pending:
             return
         rows = torch.cat(self._pending)
         self._pending, self._num_pending = [], 0
+        decided = self.count > 0 or self._gram is not None
+        if not decided and len(rows) >= _DEFERRED_ROWS * self.hidden_size:
+            gram = Gram(self.hidden_size, self.device, None, rows.square().sum().item() / len(rows))
+            if gram.add(rows) and gram.certified():
+                self._gram, self.method = gram, "gram"
+                return
         mean_D = rows.mean(0)
+        self._flush()
         self._combine(rows - mean_D, len(rows), mean_D)
+        if self.count >= _DEFERRED_ROWS * self.hidden_size:
+            self.method = "whitened-gram"
+            self._gram = Gram(self.hidden_size, self.device, self.factor_KD / self.count**0.5, self.hidden_size)
+
+    def _settle(self) -> None:
+        """Everything into R."""
+        self._absorb()
+        self._flush()
+
+    def _flush(self) -> None:
+        if self._gram is not None and self._gram.count:
+            factor_KD, mean_D = self._gram.factor()
+            count, self._gram = self._gram.count, self._gram.empty_copy()
+            self._combine(factor_KD, count, mean_D)
 
     def _combine(self, rows_KD: Tensor, count: int, mean_D: Tensor) -> None:
         total = self.count + count
@@ -128,3 +271,35 @@ class TriangularFactor:
         self.factor_KD = torch.linalg.qr(stacked, mode="r").R
         self.mean_D = self.mean_D + (mean_D - self.mean_D) * (count / total)
         self.count = total
+
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(*shape, dtype=torch.float64, device=self.device)
+
+
+_VECTOR = pa.large_list(pa.float64())  # D^2 float64 of a large model overflow 32-bit offsets
+_STATE = pa.schema({"count": pa.int64(), "method": pa.string(), "offset": _VECTOR, "mean": _VECTOR, "factor": _VECTOR})
+
+
+def check_rows(acts_ND: Float[Tensor, "N D"], where: str) -> None:
+    """The canary before any small eigenvalue is believed: no row may be all zeros, and every value finite.
+
+    Device maps and tensor parallel have returned silent zeros (transformers#36636), which look like dead directions.
+
+    Raises:
+        ValueError: there is such a row.
+    """
+    norms_N = torch.linalg.vector_norm(acts_ND, dim=-1, dtype=torch.promote_types(acts_ND.dtype, torch.float32))
+    zero = int((acts_ND[norms_N == 0] == 0).all(-1).sum())  # not those whose square merely underflows
+    if zero:
+        raise ValueError(
+            f"{zero} of {len(acts_ND)} rows {where} are all zeros: a padding token in the input, or a broken shard"
+        )
+    broken = int((~torch.isfinite(norms_N)).sum())
+    if broken and not bool(torch.isfinite(acts_ND).all()):
+        raise ValueError(f"the residual stream {where} is not finite in {broken} of {len(acts_ND)} rows")
+
+
+def _weaker(a: str, b: str) -> str:
+    """The method whose certificate a merged factor carries."""
+    order = ("qr", "whitened-gram", "gram")
+    return max(a, b, key=order.index)

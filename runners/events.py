@@ -1,0 +1,87 @@
+"""What a worker says: progress while a read runs, and its tables when it is over."""
+
+import json
+import platform
+import resource
+import sys
+from collections.abc import Generator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache
+from importlib import metadata
+
+import pyarrow as pa
+
+from runners.jobs import ReadJob, read_step
+from suite.schema import Row, to_table
+
+VERSIONED = ("torch", "transformers", "ray", "numpy", "pyarrow", "safetensors")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a running model is; `done` of `total` tokens in the phase, zero where it has no count."""
+
+    label: str
+    phase: str
+    done: int = 0
+    total: int = 0
+
+
+@dataclass(frozen=True)
+class Finished:
+    """One read is over, well or not: its tables, and the traceback of a failure."""
+
+    job: ReadJob
+    tables: dict[str, pa.Table]
+    traceback: str | None = None
+
+    @property
+    def row(self) -> Row:
+        """The row of `reads`."""
+        return self.tables["reads"].to_pylist()[0]  # type: ignore[no-any-return]
+
+
+Event = Progress | Finished
+Rows = dict[str, list[Row]]
+Reading = Generator[Progress, None, Rows]
+
+
+def to_tables(rows: Rows, read: ReadJob, run_id: str, attempt: int, started_at: datetime) -> dict[str, pa.Table]:
+    """Arrow tables of a read: the key in every row, and in the row of `reads` what is known without measuring."""
+    key = {"run_id": run_id} | read.key_columns()
+    row = rows["reads"][0] | {
+        "source": read.model.source or "inline config",
+        "source_fingerprint": read.fingerprint,
+        "checkpoint_step": read_step(read),
+        "modality": read.model.modality,
+        "protocol": read.protocol_name,
+        "family_expected": read.model.family,
+        "tensor_parallel": 1 if read.engine else None,
+        "peak_host_bytes": _peak_host_bytes(),
+        "versions": versions(),
+        "started_at": started_at,
+        "finished_at": datetime.now(UTC),
+        "attempt": attempt,
+    }
+    row.setdefault("input", read.input)
+    keyed = {name: [key | each for each in (rows[name] if name != "reads" else [row])] for name in rows}
+    return {name: to_table(name, each) for name, each in keyed.items()}
+
+
+def failed_read(read: ReadJob, run_id: str, attempt: int, error: str) -> Finished:
+    """The row of a read whose process died before it could speak."""
+    rows: Rows = {"reads": [{"status": "failed", "error": error}]}
+    return Finished(read, to_tables(rows, read, run_id, attempt, datetime.now(UTC)))
+
+
+@cache
+def versions() -> str:
+    """JSON of the versions that decide numbers."""
+    found = {name: metadata.version(name) for name in VERSIONED}
+    return json.dumps({"deadbench": metadata.version("deadbench"), "python": platform.python_version(), **found})
+
+
+def _peak_host_bytes() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,209 @@
+"""A read by forward passes: one model, random or trained, from its weights to the rows of its spectra.
+
+The first pass over the tokens feeds the final norm's read and as many taps of the residual stream as fit in the stated
+memory; the taps that are left are read in further passes over the same tokens.
+"""
+
+import json
+import time
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from runners.events import Progress, Reading
+from runners.jobs import ReadJob
+from runners.torch_engine import BATCH_TOKENS, Blocks, TorchEngine, pick_device
+from suite.architecture import FinalNorm, block_list, build_config, count_parameters, find_final_norm
+from suite.final_norm import FinalNormRead
+from suite.inputs import Batch, Inputs, check_count, image_batches, token_batches
+from suite.norms import live_norm
+from suite.parameters import architecture_columns, scale_columns, stored_tensor
+from suite.residual import ResidualRead
+from suite.schema import Row
+from suite.tensors import TensorEntry, stored_dtype
+
+_ACCUMULATOR_SHARE = 4  # of the memory that is free, the accumulators of one pass take one part in so many
+
+
+@dataclass
+class Seconds:
+    """Where the time of the passes went: in the model, and in what is read from it."""
+
+    forward: float = 0.0
+    spectrum: float = 0.0
+
+
+def read_forward(
+    read: ReadJob,
+    raw_config: dict[str, Any],
+    folder: Path | None,
+    *,
+    trained: bool,
+    entries: dict[str, TensorEntry] | None = None,
+) -> Reading:
+    """The final norm's spectrum and the residual stream's, of a random or a trained model.
+
+    Args:
+        read: what is asked.
+        raw_config: the contents of config.json.
+        folder: a local folder with the tokenizer or processor, and the weights where `trained`.
+        trained: load the weights from `folder`; else initialise at random.
+        entries: the checkpoint's tensors, where there is one.
+
+    Raises:
+        ValueError: what cannot be read, in one line.
+    """
+    config = build_config(raw_config)
+    dtype_name = read.dtype
+    if dtype_name == "auto":
+        declared = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+        dtype_name = (stored_dtype(entries) if entries else None) or declared
+    dtype = getattr(torch, dtype_name)
+    engine = TorchEngine(pick_device())
+    model = engine.load_trained(folder, dtype) if trained and folder else engine.load_random(config, read.seed, dtype)
+
+    final = find_final_norm(model)
+    row: Row = architecture_columns(final) | {
+        "num_parameters": num_parameters(json.dumps(raw_config, sort_keys=True)),
+        "dtype": dtype_name,
+        "device": engine.device_name(),
+        "load_seconds": engine.load_seconds,
+    }
+    if final.path is None:
+        if final.family == "undetermined":
+            raise ValueError(f"the final norm cannot be determined: {final.reason}")
+        return {"reads": [row | {"error": final.reason, "peak_device_bytes": engine.peak_device_bytes()}]}
+
+    module = model.get_submodule(final.path)
+    assert final.hidden_size is not None
+    norm = live_norm(module, final.behaviour, final.hidden_size)
+    rule = read.protocol.tokens
+    num_tokens = rule if isinstance(rule, int) else int(rule[:-1]) * final.hidden_size
+    yield Progress(read.label(), "input", 0, num_tokens)
+    inputs = _make_inputs(read, config, folder, num_tokens, final.rows_per_item)
+    check_count(inputs.num_tokens, final.hidden_size)
+
+    measured = FinalNormRead(module, norm)
+    stream = ResidualRead(final.hidden_size, inputs.num_tokens, dtype_name, str(final.placement), engine.device)
+    seconds = Seconds()
+    yield from _run_passes(read, engine, model, final, inputs, measured, stream, seconds)
+    yield Progress(read.label(), "spectrum", inputs.num_tokens, inputs.num_tokens)
+    started = time.perf_counter()
+    columns, eigenvalues_D = measured.finish()
+    stream_columns, blocks, spectra = stream.finish()
+    seconds.spectrum += time.perf_counter() - started
+    row |= scale_columns(norm) | columns | stream_columns
+    row |= {
+        "final_norm_tensor": _tensor_name(entries, final),
+        "input": inputs.description,
+        "num_distinct_inputs": inputs.num_distinct,
+        "forward_seconds": seconds.forward,
+        "spectrum_seconds": seconds.spectrum,
+        "peak_device_bytes": engine.peak_device_bytes(),
+    }
+    spectra.append({"site": "final_norm", "eigenvalues": eigenvalues_D.tolist()})
+    return {"reads": [row], "spectra": spectra, "blocks": blocks}
+
+
+def _run_passes(
+    read: ReadJob,
+    engine: TorchEngine,
+    model: nn.Module,
+    final: FinalNorm,
+    inputs: Inputs,
+    measured: FinalNormRead,
+    stream: ResidualRead,
+    seconds: Seconds,
+) -> Reading:
+    """Feed both reads: one pass over the tokens, and as many more as the taps need."""
+    assert final.path is not None
+    assert final.hidden_size is not None
+    norm = model.get_submodule(final.path)
+    blocks_path, _ = block_list(model, final.path)
+    modules = list(model.get_submodule(blocks_path).children()) if blocks_path else []
+    blocks = Blocks(modules, lambda tap, acts, batch: stream.update(tap, acts, batch.mask_ST))
+    per_pass = stream.taps_within(_accumulator_bytes(read, engine.device), final.hidden_size)
+    first, num_taps = 0, 1
+    while first < num_taps:
+        stream.wanted = range(first, first + per_pass)
+        done = 0
+        for batch, traffic in engine.passes(model, norm, inputs.batches, blocks):
+            started = time.perf_counter()
+            if first == 0:
+                measured.update(traffic.input_BTD, traffic.output_BTD, batch.mask_ST)
+            if modules:
+                # A post-LN model's stream leaves its last block through the final norm.
+                last = traffic.output_BTD if final.placement == "post" else traffic.input_BTD
+                stream.update(traffic.num_block_calls, last, batch.mask_ST)
+                num_taps = traffic.num_block_calls + 1
+            seconds.forward += traffic.seconds
+            seconds.spectrum += traffic.tap_seconds + time.perf_counter() - started
+            done += _num_rows(batch, traffic.output_BTD)
+            phase = "forward" if num_taps <= per_pass else f"taps {first} to {min(first + per_pass, num_taps) - 1}"
+            yield Progress(read.label(), phase, done, inputs.num_tokens)
+        yield Progress(read.label(), "spectrum", done, inputs.num_tokens)
+        started = time.perf_counter()
+        stream.end_pass()
+        seconds.spectrum += time.perf_counter() - started
+        first += per_pass
+    return {}
+
+
+def _num_rows(batch: Batch, output: Tensor) -> int:
+    return output.numel() // output.shape[-1] if batch.mask_ST is None else int(batch.mask_ST.sum())
+
+
+def _accumulator_bytes(read: ReadJob, device: torch.device) -> float:
+    """What the taps of one pass may take, where the model lives: as asked, else a part of what is free."""
+    if read.accumulator_gb is not None:
+        return read.accumulator_gb * 1e9
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return float(free) / _ACCUMULATOR_SHARE
+
+
+def _make_inputs(read: ReadJob, config: Any, folder: Path | None, num_tokens: int, rows_per_item: int) -> Inputs:
+    assert read.input is not None
+    if read.model.modality == "image":
+        size = config.image_size
+        patch = getattr(config, "patch_size", None)
+        return image_batches(
+            read.input,
+            image_size=(size, size) if isinstance(size, int) else tuple(size),
+            patch_size=patch if isinstance(patch, int) else None,
+            num_images=-(-num_tokens // rows_per_item),
+            rows_per_image=rows_per_item,
+            seed=read.seed,
+            processor_folder=folder,
+            batch_images=max(1, BATCH_TOKENS // rows_per_item),
+        )
+    text_config = config.get_text_config()
+    longest = getattr(text_config, "max_position_embeddings", None)
+    length = read.protocol.sequence_length
+    return token_batches(
+        read.input,
+        vocab_size=text_config.vocab_size,
+        num_tokens=num_tokens,
+        sequence_length=min(length, longest) if isinstance(longest, int) and longest > 0 else length,
+        seed=read.seed,
+        tokenizer_folder=folder,
+        batch_tokens=BATCH_TOKENS,
+        padding_id=getattr(text_config, "pad_token_id", None),
+    )
+
+
+def _tensor_name(entries: dict[str, TensorEntry] | None, final: FinalNorm) -> str | None:
+    if entries is None or final.path is None:
+        return None
+    entry = stored_tensor(entries, final.path, final.behaviour.scale_parameter)
+    return entry.name if entry else None
+
+
+@cache
+def num_parameters(config_json: str) -> int:
+    """Parameters of the published architecture, from the contents of config.json."""
+    return count_parameters(build_config(json.loads(config_json)))
