@@ -97,7 +97,7 @@ def read_forward(
     columns, eigenvalues_D = measured.finish()
     stream_columns, blocks, spectra = stream.finish()
     seconds.spectrum += time.perf_counter() - started
-    row |= scale_columns(norm) | columns | stream_columns
+    row |= scale_columns(norm, dtype_name) | columns | stream_columns
     row |= {
         "final_norm_tensor": _tensor_name(entries, final),
         "input": inputs.description,
@@ -106,8 +106,8 @@ def read_forward(
         "spectrum_seconds": seconds.spectrum,
         "peak_device_bytes": engine.peak_device_bytes(),
     }
-    spectra.append({"site": "final_norm", "eigenvalues": eigenvalues_D.tolist()})
-    return {"reads": [row], "spectra": spectra, "blocks": blocks}
+    final_spectrum: Row = {"site": "final_norm", "eigenvalues": eigenvalues_D.tolist()}
+    return {"reads": [row], "spectra": [final_spectrum, *spectra], "blocks": blocks}
 
 
 def _run_passes(

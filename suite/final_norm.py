@@ -139,9 +139,9 @@ class _EarlyVerdict:
         verdicts = []
         num_dead = spectrum.num_dead(VERDICT_THRESHOLD)
         if num_dead:
-            double_D = self.float64.eigenvalues()
+            double_D = np.array([self.float64.bottom()[0]]) if num_dead == 1 else self.float64.eigenvalues()
             # The smallest eigenvalue that the float64 spectrum can tell from zero: a few roundings of the largest.
-            resolved = float((4 * FLOAT64_EPS) ** 2 * double_D[0])
+            resolved = float((4 * FLOAT64_EPS) ** 2 * spectrum.eigenvalues_D[0])
             for place in range(1, num_dead + 1):
                 on_zero_scales = float(np.sum(spectrum.eigenvectors_DD[-place][zeros_M] ** 2))
                 single = float(spectrum.eigenvalues_D[-place])

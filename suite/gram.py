@@ -14,6 +14,7 @@ from suite.directions import FLOAT64_EPS
 
 CERTIFIED_RELATIVE_ERROR = 1e-6
 GRAM_ERROR = 32 * FLOAT64_EPS  # |error of an eigenvalue| <= this * l_1, when rows enter a Gram matrix unwhitened
+_PANELS = 8
 _GATE = 1e4  # a row whose square is this many times the typical one would lose the bottom: it is taken by QR
 
 
@@ -27,14 +28,14 @@ class Gram:
         self.count, self.typical_square = 0, typical_square
         self.whitener_DD = None if whitener_DD is None else _regularised(whitener_DD)
         self.sum_D = torch.zeros(hidden_size, dtype=torch.float64, device=device)
-        self.gram_DD = torch.zeros(hidden_size, hidden_size, dtype=torch.float64, device=device)
+        self._upper_DD = torch.zeros(hidden_size, hidden_size, dtype=torch.float64, device=device)
 
     def empty_copy(self) -> "Gram":
         """The same whitening, no rows."""
         after = object.__new__(Gram)
         after.__dict__ |= self.__dict__
         after.count = 0
-        after.sum_D, after.gram_DD = torch.zeros_like(self.sum_D), torch.zeros_like(self.gram_DD)
+        after.sum_D, after._upper_DD = torch.zeros_like(self.sum_D), torch.zeros_like(self._upper_DD)
         return after
 
     def add(self, rows_ND: Float[Tensor, "N D"]) -> bool:
@@ -45,20 +46,21 @@ class Gram:
             white_ND = torch.linalg.solve_triangular(self.whitener_DD.T, rows_ND.T, upper=False).T
         if float(torch.linalg.vector_norm(white_ND, dim=-1).max()) ** 2 > _GATE * self.typical_square:
             return False
-        self.gram_DD += _gram_of(white_ND)
+        _add_gram(self._upper_DD, white_ND)
         self.sum_D += white_ND.sum(0)
         self.count += len(rows_ND)
         return True
 
     def add_gram(self, other: "Gram") -> None:
         """Add the rows of another Gram matrix with the same whitening."""
-        self.gram_DD += other.gram_DD
+        self._upper_DD += other._upper_DD
         self.sum_D += other.sum_D
         self.count += other.count
 
     def scatter(self) -> Float[Tensor, "D D"]:
         """`sum (w - mean w)(w - mean w)^T`."""
-        return self.gram_DD - torch.outer(self.sum_D, self.sum_D / self.count)
+        upper_DD = (self._upper_DD - torch.outer(self.sum_D, self.sum_D / self.count)).triu_()
+        return upper_DD + upper_DD.triu(1).T
 
     def certified(self) -> bool:
         """Whether the Gram matrix, unwhitened, resolves its smallest eigenvalue to 1e-7: `32 eps kappa_F^2 <= 1e-7`."""
@@ -120,13 +122,16 @@ def smallest_singular_pair(
     return float((factor_DD @ bottom_D).norm()), bottom_D
 
 
-def _gram_of(rows_ND: Tensor) -> Tensor:
-    """`rows^T rows`. numpy sees the symmetry and calls SYRK, half the flops of the GEMM that torch calls."""
-    if rows_ND.device.type == "cpu":
-        array = rows_ND.numpy()
-        return torch.from_numpy(array.T @ array)
-    product: Tensor = rows_ND.T @ rows_ND
-    return product
+def _add_gram(upper_DD: Tensor, rows_ND: Tensor) -> None:
+    """Add the upper block triangle of `rows^T rows`: 9/16 of the flops of the whole product.
+
+    numpy would call SYRK, half the flops; but its threads and torch's then wait for each other in the forward pass.
+    """
+    D = rows_ND.shape[1]
+    step = -(-D // _PANELS)
+    for start in range(0, D, step):
+        stop = min(start + step, D)
+        upper_DD[start:stop, start:].addmm_(rows_ND[:, start:stop].T, rows_ND[:, start:])
 
 
 def _regularised(factor_DD: Tensor) -> Tensor:

@@ -51,7 +51,9 @@ class ParametersRead:
     def columns(self) -> Row:
         """The architecture and scale columns of a row of `reads`."""
         return (
-            architecture_columns(self.final) | scale_columns(self.norm) | {"final_norm_tensor": self.final_norm_tensor}
+            architecture_columns(self.final)
+            | scale_columns(self.norm, self.stored_dtype)
+            | {"final_norm_tensor": self.final_norm_tensor}
         )
 
 
@@ -71,15 +73,17 @@ def architecture_columns(final: FinalNorm) -> Row:
     }
 
 
-def scale_columns(norm: EffectiveNorm | None) -> Row:
-    """Columns that the effective scale and shift decide; null without a norm."""
+def scale_columns(norm: EffectiveNorm | None, dtype: str | None = None) -> Row:
+    """Columns that the effective scale and shift decide, for a model that runs in `dtype`; null without a norm."""
     if norm is None:
         return {"num_zero_scales": None, "scale_harmonic": None, "predicted_dim": None, "depth_predicted": None}
+    executed = None if dtype is None else predicted_depth(norm.scale_D, norm.shift_D, norm.family, dtype)
     return {
         "num_zero_scales": len(zero_scales(norm.scale_D)),
         "scale_harmonic": harmonic_scale(norm.scale_D),
         "predicted_dim": dead_subspace(norm.scale_D, norm.family).shape[1],
         "depth_predicted": predicted_depth(norm.scale_D, norm.shift_D, norm.family),
+        "depth_predicted_as_executed": executed,
     }
 
 

@@ -147,12 +147,13 @@ class ResidualRead:
         sigma_D = np.sqrt(spectrum.eigenvalues_D)
         # Rounding of each coordinate, seen along every eigenvector: 0.42 u sqrt(sum w_i^2 E x_i^2).
         floors_D = 0.42 * UNIT_ROUNDOFF[self.dtype] * np.sqrt(spectrum.eigenvectors_DD**2 @ spectrum.mean_square_D)
-        dead_D = sigma_D <= _FLOORS[self.dtype] * floors_D
+        resolution = float(np.sqrt(spectrum.resolution))  # what the accumulator itself can tell from zero
+        dead_D = sigma_D <= np.maximum(_FLOORS[self.dtype] * floors_D, resolution)
         return _Reading(
             tap,
             spectrum,
             float(sigma_D[-1]),
-            float(floors_D[-1]),
+            max(float(floors_D[-1]), resolution),
             spectrum.eigenvectors_DD[dead_D],
             tap.num_distinct() < MIN_DISTINCT * self.hidden_size,
         )
@@ -179,6 +180,7 @@ class ResidualRead:
             "bottom_coordinates": largest.tolist(),
             "bottom_weights": weights_D[largest].tolist(),
             "participation": float(1 / np.sum(weights_D**2)),
+            "bottom_direction": now.spectrum.eigenvectors_DD[-1].tolist() if state == "collapsed" else None,
         }
 
     def _state(self, now: _Reading, before: _Reading) -> str:

@@ -67,6 +67,9 @@ READS = [
     Column("scale_harmonic", REAL, "scale^2", "HM(gamma^2) = D / sum gamma_i^-2"),
     Column("predicted_dim", INT, "dimensions", "dimension of the predicted dead subspace K; 0 without a kernel"),
     Column("depth_predicted", REAL, "decades", "closed-form depth in float32 from the scales alone, gaussian input"),
+    Column(
+        "depth_predicted_as_executed", REAL, "decades", "the same for the dtype that the model runs or is stored in"
+    ),
     # spectrum of the norm replayed in float32
     Column("alignment", REAL, "cosine", "|<v, u_D>|; carries no claim where num_zero_scales >= 2"),
     Column("containment", REAL, "cosine", "smallest singular value of U_k^T K, k = num_dead_1e10; null if k = 0"),
@@ -149,6 +152,7 @@ BLOCKS = [
     Column("bottom_coordinates", pa.list_(INT), "", "largest coordinates of the bottom direction"),
     Column("bottom_weights", pa.list_(REAL), "", "their squared weights"),
     Column("participation", REAL, "dimensions", "1 / sum u_i^4 of the bottom direction"),
+    Column("bottom_direction", pa.list_(REAL), "", "the bottom direction itself, where state is collapsed"),
 ]
 
 NORMS = [

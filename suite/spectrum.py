@@ -23,8 +23,8 @@ _DEFERRED_ROWS = 2  # in D: the rows that decide the method, and the batch of a 
 class Spectrum:
     """Eigenvalues (descending) and eigenvectors (rows, same order) of `C = (1/N) sum (y - ybar)(y - ybar)^T`.
 
-    `floor`: eigenvalues above it are certified to 1e-6 relative; below it, rounding may decide. `mean_square_D` is
-    E y_i^2, the mean not taken off.
+    `resolution`: eigenvalues below it are the accumulator's own rounding; `floor`: those above it are certified to 1e-6
+    relative. `mean_square_D` is E y_i^2, the mean not taken off.
     """
 
     eigenvalues_D: NDArray[np.float64]
@@ -32,6 +32,7 @@ class Spectrum:
     mean_square_D: NDArray[np.float64]
     num_tokens: int
     method: str
+    resolution: float
     floor: float
 
     @property
@@ -91,12 +92,12 @@ class CovarianceFactor:
             # Rounded to float32, so that taking it off float32 rows is exact.
             self.offset_D = rows.mean(0).float().double()
         rows = rows - self.offset_D
-        if self._gram is not None and self._gram.add(rows):
-            return
-        self._pending.append(rows)
-        self._num_pending += len(rows)
-        if self._num_pending >= _DEFERRED_ROWS * self.hidden_size:
-            self._absorb()
+        if self.count == 0 and self._gram is None:
+            room = self._batch_rows - self._num_pending
+            self._hold(rows[:room])
+            rows = rows[room:]
+        if len(rows) and not self._enter_gram(rows):
+            self._hold(rows)
 
     @property
     def num_rows(self) -> int:
@@ -106,6 +107,7 @@ class CovarianceFactor:
     def successor(self) -> "CovarianceFactor":
         """An empty accumulator for more rows of the same kind, which need not decide its method again."""
         self._absorb()
+        self._renew_gram()
         after = CovarianceFactor(self.hidden_size, self.device)
         after.offset_D, after.method = self.offset_D, self.method
         after._gram = self._gram.empty_copy() if self._gram is not None else None
@@ -161,7 +163,7 @@ class CovarianceFactor:
             mean_square_D.numpy(),
             count,
             self.method,
-            self._floor(float(eigenvalues_D[0])),
+            *self._errors(float(eigenvalues_D[0])),
         )
 
     def eigenvalues(self) -> NDArray[np.float64]:
@@ -224,15 +226,35 @@ class CovarianceFactor:
             )
         return self.factor_KD.cpu()  # GPU eigensolvers have failed on low-rank matrices (pytorch#105359)
 
-    def _floor(self, largest: float) -> float:
-        """Below this a relative error of 1e-6 is not certified.
+    def _errors(self, largest: float) -> tuple[float, float]:
+        """(resolution, floor): eigenvalues that are all rounding, and those up to which 1e-6 relative is not certified.
 
-        An SVD of R moves every singular value by a few eps sigma_1: 2 * 4 eps sigma_1 / sigma <= 1e-6. An unwhitened
-        Gram matrix moves every eigenvalue by 32 eps l_1.
+        An SVD of R moves every singular value by up to 4 eps sigma_1, and an eigenvalue by twice that relative to
+        sigma; an unwhitened Gram matrix moves every eigenvalue by 32 eps l_1.
         """
         if self.method == "gram":
-            return float(largest) * GRAM_ERROR / CERTIFIED_RELATIVE_ERROR
-        return float(largest) * (8 * FLOAT64_EPS / CERTIFIED_RELATIVE_ERROR) ** 2
+            return largest * GRAM_ERROR, largest * GRAM_ERROR / CERTIFIED_RELATIVE_ERROR
+        moved = 8 * FLOAT64_EPS
+        return largest * moved**2, largest * (moved / CERTIFIED_RELATIVE_ERROR) ** 2
+
+    @property
+    def _batch_rows(self) -> int:
+        return _DEFERRED_ROWS * self.hidden_size
+
+    def _hold(self, rows_ND: Tensor) -> None:
+        self._pending.append(rows_ND)
+        self._num_pending += len(rows_ND)
+        if self._num_pending >= self._batch_rows:
+            self._absorb()
+
+    def _enter_gram(self, rows_ND: Tensor) -> bool:
+        self._renew_gram()
+        return self._gram is not None and self._gram.add(rows_ND)
+
+    def _renew_gram(self) -> None:
+        """Whiten by what R is now, if R is of enough rows."""
+        if self._gram is None and self.count >= self._batch_rows:
+            self._gram = Gram(self.hidden_size, self.device, self.factor_KD / self.count**0.5, self.hidden_size)
 
     def _absorb(self) -> None:
         """Take the pending rows: the first time by the cheapest method that is certified, else by QR."""
@@ -240,8 +262,7 @@ class CovarianceFactor:
             return
         rows = torch.cat(self._pending)
         self._pending, self._num_pending = [], 0
-        decided = self.count > 0 or self._gram is not None
-        if not decided and len(rows) >= _DEFERRED_ROWS * self.hidden_size:
+        if self.count == 0 and self._gram is None and len(rows) >= self._batch_rows:
             gram = Gram(self.hidden_size, self.device, None, rows.square().sum().item() / len(rows))
             if gram.add(rows) and gram.certified():
                 self._gram, self.method = gram, "gram"
@@ -249,9 +270,8 @@ class CovarianceFactor:
         mean_D = rows.mean(0)
         self._flush()
         self._combine(rows - mean_D, len(rows), mean_D)
-        if self.count >= _DEFERRED_ROWS * self.hidden_size:
-            self.method = "whitened-gram"
-            self._gram = Gram(self.hidden_size, self.device, self.factor_KD / self.count**0.5, self.hidden_size)
+        if self.count >= self._batch_rows:
+            self.method, self._gram = "whitened-gram", None
 
     def _settle(self) -> None:
         """Everything into R."""

@@ -29,6 +29,14 @@ def reads(source, kinds="parameters,random,trained", **overrides):
     return rows, spectra
 
 
+def read_tables(source, kind, **overrides):
+    """Run one read; returns its tables as lists of rows."""
+    jobs = build_jobs(load_registry(REGISTRY), REGISTRY, [str(source)], None, [kind], Overrides(**overrides))
+    (event,) = (e for e in run_model(jobs[0], "run", 1) if isinstance(e, Finished))
+    assert event.row["status"] == "ok", event.row["error"]
+    return {name: table.to_pylist() for name, table in event.tables.items()}
+
+
 def independent(model, norm, ids):
     """Plain numpy on the hooked outputs: eigenvalues, bottom vector, lambda_v."""
     caught = []
@@ -74,6 +82,89 @@ def test_rows_agree_with_an_independent_svd(source, norm, kind, tmp_path):
     assert row["alignment"] == pytest.approx(abs(bottom @ v), abs=1e-6)
     assert (row["num_tokens"], row["input"]) == (770, spec)
     assert row["num_distinct_inputs"] == len(np.unique(ids))
+
+
+@pytest.mark.parametrize("kind", ["trained", "random"])
+@pytest.mark.parametrize("case", ["layernorm twin", "rmsnorm twin", "MiniLM"])
+def test_every_block_agrees_with_an_independent_svd(case, kind, minilm, tmp_path):
+    import transformers
+
+    source = minilm if case == "MiniLM" else TWINS / case.split()[0] / "step4096"
+    ids = np.random.default_rng(0).integers(5, 512, (16 if case == "MiniLM" else 8, 100))
+    np.save(tmp_path / "ids.npy", ids)
+    tables = read_tables(source, kind, input=f"tokens:{tmp_path / 'ids.npy'}", dtype="float32", seed=3)
+    if kind == "trained":
+        model = transformers.AutoModel.from_pretrained(source, dtype=torch.float32)
+    else:
+        transformers.set_seed(3)
+        model = transformers.AutoModel.from_config(transformers.AutoConfig.from_pretrained(source), dtype=torch.float32)
+    with torch.no_grad():  # what these three architectures call hidden states is the stream, but for the last
+        states = model.eval()(input_ids=torch.from_numpy(ids), output_hidden_states=True).hidden_states
+    blocks = tables["blocks"]
+    assert [row["block"] for row in blocks] == list(range(len(states)))
+    spectra = {row["site"]: np.array(row["eigenvalues"]) for row in tables["spectra"]}
+    for index, state in enumerate(states[:-1]):
+        rows = state.reshape(-1, state.shape[-1]).double()
+        reference = (torch.linalg.svdvals(rows - rows.mean(0)).square() / len(rows)).numpy()
+        alive = reference > 1e-10 * reference.max()
+        assert spectra[f"tap {index}"][alive] == pytest.approx(reference[alive], rel=1e-6)
+        if alive.all():
+            assert blocks[index]["sigma_min"] == pytest.approx(np.sqrt(reference[-1]), rel=1e-6)
+    if case == "MiniLM":
+        assert {row["state"] for row in blocks} <= {None, "preserved-dead"}
+        assert spectra[f"tap {len(states) - 1}"] == pytest.approx(spectra["final_norm"], rel=1e-6, abs=1e-12)
+        assert tables["reads"][0]["blocks_preserved"] is True
+    for row, before, state, state_before in zip(blocks[1:-1], blocks, states[1:], states, strict=False):
+        if row["state"] in ("preserved", "collapsed"):
+            fallen = [
+                smallest(now) < 0.8 * smallest(then)
+                for now, then in zip(state.chunk(2), state_before.chunk(2), strict=True)
+            ]
+            assert row["state"] == ("collapsed" if all(fallen) else "preserved")
+            assert row["ratio"] == pytest.approx(row["sigma_min"] / before["sigma_min"])
+
+
+def smallest(state):
+    """Smallest singular value of the centred rows of a hidden state, over sqrt(N)."""
+    rows = state.reshape(-1, state.shape[-1]).double()
+    return float(torch.linalg.svdvals(rows - rows.mean(0))[-1]) / len(rows) ** 0.5
+
+
+def test_taps_read_in_several_passes_are_the_same_rows(tmp_path):
+    source = TWINS / "layernorm/step4096"
+    whole, cut = (
+        read_tables(source, "trained", input="tokens:random", tokens=512, accumulator_gb=gb) for gb in (None, 1e-6)
+    )
+    keys = ("run_id",)
+    for table in ("blocks", "spectra"):
+        assert [{k: v for k, v in row.items() if k not in keys} for row in whole[table]] == [
+            {k: v for k, v in row.items() if k not in keys} for row in cut[table]
+        ]
+    assert whole["reads"][0]["lambda_v"] == cut["reads"][0]["lambda_v"]
+    assert cut["reads"][0]["forward_seconds"] > whole["reads"][0]["forward_seconds"]
+
+
+@pytest.mark.parametrize("left", [0.0, 1e-4], ids=["gone", "1e-4"])
+def test_a_direction_projected_out_of_a_model_is_pinpointed(left, monkeypatch):
+    """After block 2 of the trained twin the stream loses one direction; that block is named, and no other."""
+    from runners.torch_engine import TorchEngine
+
+    generator = torch.Generator().manual_seed(0)
+    q = torch.nn.functional.normalize(torch.randn(64, generator=generator), dim=0)
+    load = TorchEngine.load_trained
+
+    def damaged(self, folder, dtype):
+        model = load(self, folder, dtype)
+        model.layers[1].register_forward_hook(lambda m, a, y: y - (1 - left) * (y @ q)[..., None] * q)
+        return model
+
+    monkeypatch.setattr(TorchEngine, "load_trained", damaged)
+    tables = read_tables(TWINS / "layernorm/step4096", "trained", input="text", tokens=1024, dtype="float32")
+    blocks = tables["blocks"]
+    assert [row["block"] for row in blocks if row["state"] == "collapsed"] == [2]
+    assert abs(np.dot(blocks[2]["bottom_direction"], q.numpy())) > 0.999
+    read = tables["reads"][0]
+    assert (read["blocks_preserved"], read["worst_block"]) == (False, 2)
 
 
 def test_minilm_every_read(minilm):

@@ -1,6 +1,7 @@
-"""The streaming QR against a direct float64 SVD, however the rows are cut, masked and merged."""
+"""The streamed covariance against a direct float64 SVD, however the rows are cut, masked, merged and moved."""
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given, settings
@@ -58,6 +59,109 @@ def test_merge_in_any_order_gives_the_same_spectrum(order):
     for index in order:
         merged.merge(parts[index])
     assert merged.finish().eigenvalues_D == pytest.approx(whole.finish().eigenvalues_D, rel=1e-9)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    D=st.integers(2, 24),
+    rows_per_D=st.integers(4, 12),
+    batch=st.integers(1, 60),
+    log_condition=st.floats(3, 9),
+    offset=st.sampled_from([0.0, 1e4]),
+    repeats=st.integers(1, 3),
+    seed=st.integers(0, 100),
+)
+def test_float64_rows_resolve_the_bottom_at_any_condition(D, rows_per_D, batch, log_condition, offset, repeats, seed):
+    """The bottom eigenvalue to 1e-6, or below the floor that the spectrum states; duplicated tokens change nothing."""
+    rows = planted(rows_per_D * D, D, 10**log_condition, offset, seed)
+    rows = rows.repeat(repeats, 1)
+    accumulator = CovarianceFactor(D)
+    for part in rows.split(batch):
+        accumulator.update(part)
+    spectrum = accumulator.finish()
+    # The rows' own rounding, eps * offset, is all that neither way can know.
+    known = 1e4 * (np.finfo(float).eps * (1 + offset)) ** 2
+    reference = direct(rows)
+    resolved = reference > max(spectrum.floor, known / 1e-6)
+    assert spectrum.eigenvalues_D[resolved] == pytest.approx(reference[resolved], rel=1e-6)
+    assert (spectrum.eigenvalues_D[~resolved] <= 2 * max(spectrum.floor, known / 1e-6)).all()
+
+
+@pytest.mark.parametrize(
+    ("condition", "method"), [(30, "gram"), (1e7, "whitened-gram")], ids=["well conditioned", "ill conditioned"]
+)
+def test_the_cheapest_certified_method_is_chosen(condition, method):
+    accumulator = CovarianceFactor(16)
+    for part in planted(800, 16, condition, 10.0, 0).split(100):
+        accumulator.update(part)
+    assert accumulator.finish().method == method
+
+
+def test_a_gram_matrix_that_later_rows_made_ill_conditioned_says_so():
+    """The first rows are well conditioned, the later ones not: the floor tells which eigenvalues are certified."""
+    first = planted(200, 8, 10, 0.0, 0)
+    later = 1e3 * planted(5000, 8, 1e7, 0.0, 1)
+    accumulator = CovarianceFactor(8)
+    accumulator.update(first)
+    accumulator.update(later / 100)
+    accumulator.update(later)
+    spectrum = accumulator.finish()
+    reference = direct(torch.cat([first, later / 100, later]))
+    certified = reference > spectrum.floor
+    assert spectrum.eigenvalues_D[certified] == pytest.approx(reference[certified], rel=1e-6)
+
+
+def test_rows_that_the_first_ones_did_not_foresee_lose_nothing():
+    """A direction exactly dead in the first rows comes alive later: whitening by the first R would blow it up."""
+    rows = planted(600, 12, 1e3, 0.0, 0)
+    rows[:100, 5] = 0
+    accumulator = CovarianceFactor(12)
+    for part in rows.split(100):
+        accumulator.update(part)
+    assert accumulator.finish().eigenvalues_D == pytest.approx(direct(rows), rel=1e-9)
+
+
+@pytest.mark.parametrize("condition", [30, 1e7])
+def test_a_state_travels_as_arrow_and_merges_like_the_original(condition):
+    rows = planted(900, 16, condition, 5.0, 0)
+    here, there = CovarianceFactor(16), CovarianceFactor(16)
+    here.update(rows[:500])
+    there.update(rows[500:])
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, (state := there.to_arrow()).schema) as writer:
+        writer.write_batch(state)
+    received = CovarianceFactor.from_arrow(pa.ipc.open_stream(sink.getvalue()).read_next_batch())
+    here.merge(received)
+    assert here.finish().eigenvalues_D == pytest.approx(direct(rows), rel=1e-9)
+    assert here.finish().num_tokens == 900
+
+
+def test_an_empty_state_travels_and_adds_nothing():
+    rows = planted(100, 4, 10, 0.0, 0)
+    accumulator = CovarianceFactor(4)
+    accumulator.update(rows)
+    accumulator.merge(CovarianceFactor.from_arrow(CovarianceFactor(4).to_arrow()))
+    assert accumulator.finish().num_tokens == 100
+
+
+@pytest.mark.parametrize("condition", [30, 1e6, 1e12])
+def test_bottom_alone_is_the_bottom_of_the_whole(condition):
+    accumulator = CovarianceFactor(40)
+    accumulator.update(planted(400, 40, condition, 3.0, 0))
+    smallest, bottom_D = accumulator.bottom()
+    spectrum = accumulator.finish()
+    assert smallest == pytest.approx(spectrum.eigenvalues_D[-1], rel=1e-6)
+    assert abs(bottom_D @ spectrum.eigenvectors_DD[-1]) == pytest.approx(1, abs=1e-9)
+
+
+def test_bottom_alone_of_an_exactly_dead_direction():
+    rows = torch.randn(100, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rows[:, 2] = 0
+    accumulator = CovarianceFactor(6)
+    accumulator.update(rows)
+    smallest, bottom_D = accumulator.bottom()
+    assert smallest < 1e-28, "rounding of R, no more"
+    assert abs(bottom_D[2]) == pytest.approx(1)
 
 
 def test_mask_leaves_padding_out():
