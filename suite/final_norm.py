@@ -24,9 +24,9 @@ from suite.directions import (
 )
 from suite.norms import EffectiveNorm
 from suite.precision import ExactProjection, VarianceAlong, inverse_direction
-from suite.residual import token_rows
+from suite.residual import check_rows, token_rows
 from suite.schema import Row
-from suite.spectrum import CovarianceFactor, Spectrum, check_rows
+from suite.spectrum import CovarianceFactor, Spectrum
 
 DEAD_THRESHOLDS = {"num_dead_1e4": 1e-4, "num_dead_1e6": 1e-6, "num_dead_1e8": 1e-8, "num_dead_1e10": 1e-10}
 KERNEL_SLOPE = 0.5  # algebraic kernels give 1.00 to 1.18, learned dead directions 0.00 to 0.08

@@ -10,10 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from suite.directions import FLOAT64_EPS
+from suite.factor import CERTIFIED_RELATIVE_ERROR, GRAM_ERROR, smallest_singular_pair
 
-CERTIFIED_RELATIVE_ERROR = 1e-6
-GRAM_ERROR = 32 * FLOAT64_EPS  # |error of an eigenvalue| <= this * l_1, when rows enter a Gram matrix unwhitened
 _PANELS = 8
 _GATE = 1e4  # a row whose square is this many times the typical one would lose the bottom: it is taken by QR
 
@@ -63,14 +61,32 @@ class Gram:
         return upper_DD + upper_DD.triu(1).T
 
     def certified(self) -> bool:
-        """Whether the Gram matrix, unwhitened, resolves its smallest eigenvalue to 1e-7: `32 eps kappa_F^2 <= 1e-7`."""
+        """Whether the Gram matrix, unwhitened, resolves its smallest eigenvalue to 1e-7: `32 eps kappa^2 <= 1e-7`."""
         factor_DD, failed = torch.linalg.cholesky_ex(self.scatter(), upper=True)
         if int(failed):
             return False
-        identity = torch.eye(len(factor_DD), dtype=torch.float64, device=factor_DD.device)
-        inverse_DD = torch.linalg.solve_triangular(factor_DD, identity, upper=True)
-        condition = float(factor_DD.norm() * inverse_DD.norm())
+        smallest, _ = smallest_singular_pair(factor_DD, steps=20, tolerance=1e-2)
+        largest = (torch.linalg.matrix_norm(factor_DD, 1) * torch.linalg.matrix_norm(factor_DD, torch.inf)) ** 0.5
+        condition = min(float(largest), float(factor_DD.norm())) / smallest  # from above, but for a percent
         return GRAM_ERROR * condition**2 <= 0.1 * CERTIFIED_RELATIVE_ERROR
+
+    def factor_with(
+        self, factor_DD: Float[Tensor, "D D"], count: int, mean_D: Float[Tensor, " D"]
+    ) -> tuple[Float[Tensor, "D D"], Float[Tensor, " D"]] | None:
+        """(R, mean) of these rows and of the `count` rows that R0, `factor_DD`, is of, when they are whitened by it.
+
+        Whitened, R0 is `sqrt(count)` times the identity, and all is added where nothing can be lost. None where R0 had
+        to be regularised.
+        """
+        if self.whitener_DD is None or not torch.equal(factor_DD / count**0.5, self.whitener_DD):
+            return None
+        total = self.count + count
+        between_D = mean_D - self.sum_D / self.count @ self.whitener_DD
+        white_D = torch.linalg.solve_triangular(self.whitener_DD.T, between_D[:, None], upper=False)[:, 0]
+        scatter_DD = self.scatter() + self.count * count / total * torch.outer(white_D, white_D)
+        scatter_DD.diagonal().add_(count)
+        joined_DD, failed = torch.linalg.cholesky_ex(scatter_DD, upper=True)
+        return None if int(failed) else (joined_DD @ self.whitener_DD, mean_D - between_D * (self.count / total))
 
     def factor(self) -> tuple[Float[Tensor, "D D"], Float[Tensor, " D"]]:
         """(R, mean) of the rows: `R^T R` is their centred scatter."""
@@ -83,43 +99,6 @@ class Gram:
         if self.whitener_DD is None:
             return factor_DD, mean_D
         return factor_DD @ self.whitener_DD, mean_D @ self.whitener_DD
-
-
-def smallest_singular_pair(
-    factor_DD: Float[Tensor, "D D"], steps: int = 80, tolerance: float = 1e-12
-) -> tuple[float, Float[Tensor, " D"]]:
-    """Smallest singular value of an upper triangular R and its right singular vector, without the rest.
-
-    Lanczos on `(R^T R)^-1`, two triangular solves a step, with full reorthogonalisation (Golub, Van Loan, 10.3): the
-    smallest of R is the largest there, and the best separated. Stops when the residual is below `tolerance` relative.
-    """
-    D = len(factor_DD)
-    factor_DD = factor_DD.clone()
-    # An exactly dead direction would divide by zero; 1e-60 of the size is zero for all purposes and squares safely.
-    diagonal_D, least = factor_DD.diagonal(), 1e-60 * float(factor_DD.norm())
-    diagonal_D[diagonal_D.abs() < least] = least
-    steps = min(steps, D)
-    basis_KD = torch.zeros(steps, D, dtype=torch.float64, device=factor_DD.device)
-    tridiagonal_KK = torch.zeros(steps, steps, dtype=torch.float64)
-    vector_D = torch.randn(D, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(factor_DD.device)
-    weights_K = torch.ones(1, dtype=torch.float64)
-    for step in range(steps):
-        basis_KD[step] = vector_D / vector_D.norm()
-        vector_D = torch.linalg.solve_triangular(factor_DD.T, basis_KD[step][:, None], upper=False)
-        vector_D = torch.linalg.solve_triangular(factor_DD, vector_D, upper=True)[:, 0]
-        known_KD = basis_KD[: step + 1]
-        tridiagonal_KK[step, step] = float(vector_D @ basis_KD[step])
-        for _ in range(2):
-            vector_D = vector_D - known_KD.T @ (known_KD @ vector_D)
-        values_K, vectors_KK = torch.linalg.eigh(tridiagonal_KK[: step + 1, : step + 1])
-        largest, weights_K = float(values_K[-1]), vectors_KK[:, -1]
-        residual = float(vector_D.norm())
-        if residual * abs(float(weights_K[-1])) <= tolerance * largest or step + 1 == steps:
-            break
-        tridiagonal_KK[step, step + 1] = tridiagonal_KK[step + 1, step] = residual
-    bottom_D = weights_K.to(basis_KD) @ basis_KD[: len(weights_K)]
-    bottom_D = bottom_D / bottom_D.norm()
-    return float((factor_DD @ bottom_D).norm()), bottom_D
 
 
 def _add_gram(upper_DD: Tensor, rows_ND: Tensor) -> None:
@@ -137,6 +116,8 @@ def _add_gram(upper_DD: Tensor, rows_ND: Tensor) -> None:
 def _regularised(factor_DD: Tensor) -> Tensor:
     """R with its singular values kept above 1e-12 of its size, so that an exactly dead direction can be divided by."""
     size = factor_DD.norm() / math.sqrt(len(factor_DD))
+    if float(factor_DD.diagonal().abs().min()) > 1e-12 * float(size):
+        return factor_DD
     floor = 1e-12 * size * torch.eye(len(factor_DD), dtype=factor_DD.dtype, device=factor_DD.device)
     regularised: Tensor = torch.linalg.qr(torch.cat([factor_DD, floor]), mode="r").R
     return regularised

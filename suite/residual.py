@@ -15,7 +15,7 @@ from torch import Tensor
 
 from suite.directions import UNIT_ROUNDOFF
 from suite.schema import Row
-from suite.spectrum import CovarianceFactor, Spectrum, check_rows
+from suite.spectrum import CovarianceFactor, Spectrum
 
 COLLAPSE_RATIO = 0.8  # at random initialisation the ratio is 1.0 to 1.9, spread 0.045 over samples of 4D tokens
 SAME_DEAD = 0.9  # containment above which dead directions of two taps are the same
@@ -209,3 +209,22 @@ def token_rows(acts: Tensor, mask_BT: Bool[Tensor, "B T"] | None) -> Float[Tenso
     if mask_BT is None or acts.ndim < 3:
         return acts.reshape(-1, acts.shape[-1])
     return acts[:, : mask_BT.shape[1]][mask_BT.to(acts.device)]
+
+
+def check_rows(acts_ND: Float[Tensor, "N D"], where: str) -> None:
+    """The canary before any small eigenvalue is believed: no row may be all zeros, and every value finite.
+
+    Device maps and tensor parallel have returned silent zeros (transformers#36636), which look like dead directions.
+
+    Raises:
+        ValueError: there is such a row.
+    """
+    norms_N = torch.linalg.vector_norm(acts_ND, dim=-1, dtype=torch.promote_types(acts_ND.dtype, torch.float32))
+    zero = int((acts_ND[norms_N == 0] == 0).all(-1).sum())  # not those whose square merely underflows
+    if zero:
+        raise ValueError(
+            f"{zero} of {len(acts_ND)} rows {where} are all zeros: a padding token in the input, or a broken shard"
+        )
+    broken = int((~torch.isfinite(norms_N)).sum())
+    if broken and not bool(torch.isfinite(acts_ND).all()):
+        raise ValueError(f"the residual stream {where} is not finite in {broken} of {len(acts_ND)} rows")

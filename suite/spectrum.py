@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from suite.directions import FLOAT64_EPS
-from suite.gram import CERTIFIED_RELATIVE_ERROR, GRAM_ERROR, Gram, smallest_singular_pair
+from suite.factor import CERTIFIED_RELATIVE_ERROR, GRAM_ERROR, decompose, smallest_singular_pair
+from suite.gram import Gram
 
 _DEFERRED_ROWS = 2  # in D: the rows that decide the method, and the batch of a QR
 
@@ -152,8 +153,8 @@ class CovarianceFactor:
         else:
             factor_DD = self._final_factor()
             count, mean_D = self.count, self.mean_D
-            _, sigma_D, rows_DD = torch.linalg.svd(factor_DD)
-            eigenvalues_D = sigma_D.square() / count
+            values_D, rows_DD = decompose(factor_DD)
+            eigenvalues_D = values_D / count
             squares_D = factor_DD.square().sum(0) / count
         assert self.offset_D is not None
         mean_square_D = squares_D + (self.offset_D + mean_D).cpu().square()
@@ -280,8 +281,15 @@ class CovarianceFactor:
 
     def _flush(self) -> None:
         if self._gram is not None and self._gram.count:
+            joined = self._gram.factor_with(self.factor_KD, self.count, self.mean_D) if self.count else None
+            count = self._gram.count
+            if joined is not None:
+                self.factor_KD, self.mean_D = joined
+                self.count += count
+                self._gram = None
+                return
             factor_KD, mean_D = self._gram.factor()
-            count, self._gram = self._gram.count, self._gram.empty_copy()
+            self._gram = self._gram.empty_copy()
             self._combine(factor_KD, count, mean_D)
 
     def _combine(self, rows_KD: Tensor, count: int, mean_D: Tensor) -> None:
@@ -298,25 +306,6 @@ class CovarianceFactor:
 
 _VECTOR = pa.large_list(pa.float64())  # D^2 float64 of a large model overflow 32-bit offsets
 _STATE = pa.schema({"count": pa.int64(), "method": pa.string(), "offset": _VECTOR, "mean": _VECTOR, "factor": _VECTOR})
-
-
-def check_rows(acts_ND: Float[Tensor, "N D"], where: str) -> None:
-    """The canary before any small eigenvalue is believed: no row may be all zeros, and every value finite.
-
-    Device maps and tensor parallel have returned silent zeros (transformers#36636), which look like dead directions.
-
-    Raises:
-        ValueError: there is such a row.
-    """
-    norms_N = torch.linalg.vector_norm(acts_ND, dim=-1, dtype=torch.promote_types(acts_ND.dtype, torch.float32))
-    zero = int((acts_ND[norms_N == 0] == 0).all(-1).sum())  # not those whose square merely underflows
-    if zero:
-        raise ValueError(
-            f"{zero} of {len(acts_ND)} rows {where} are all zeros: a padding token in the input, or a broken shard"
-        )
-    broken = int((~torch.isfinite(norms_N)).sum())
-    if broken and not bool(torch.isfinite(acts_ND).all()):
-        raise ValueError(f"the residual stream {where} is not finite in {broken} of {len(acts_ND)} rows")
 
 
 def _weaker(a: str, b: str) -> str:
