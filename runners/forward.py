@@ -94,7 +94,7 @@ def read_forward(
     yield from _run_passes(read, engine, model, final, inputs, measured, stream, seconds)
     yield Progress(read.label(), "spectrum", inputs.num_tokens, inputs.num_tokens)
     started = time.perf_counter()
-    columns, eigenvalues_D = measured.finish()
+    columns, final_spectrum = measured.finish()
     stream_columns, blocks, spectra = stream.finish()
     seconds.spectrum += time.perf_counter() - started
     row |= scale_columns(norm, dtype_name) | columns | stream_columns
@@ -106,7 +106,6 @@ def read_forward(
         "spectrum_seconds": seconds.spectrum,
         "peak_device_bytes": engine.peak_device_bytes(),
     }
-    final_spectrum: Row = {"site": "final_norm", "eigenvalues": eigenvalues_D.tolist()}
     return {"reads": [row], "spectra": [final_spectrum, *spectra], "blocks": blocks}
 
 

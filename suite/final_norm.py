@@ -82,15 +82,29 @@ class FinalNormRead:
             self.along_float64.update(exact_chunk)
             self._early.update(replay_chunk, exact_chunk)
 
+    def merge(self, other: "FinalNormRead") -> None:
+        """Add what another worker read of the same norm on other tokens."""
+        self.spectrum.merge(other.spectrum)
+        self.along_float32.merge(other.along_float32)
+        self.along_float64.merge(other.along_float64)
+        if other.along_executed is not None:
+            if self.along_executed is None:
+                self.along_executed = other.along_executed
+            else:
+                self.along_executed.merge(other.along_executed)
+        self._early.float64.merge(other._early.float64)
+
     @property
     def num_tokens(self) -> int:
         """Rows that entered so far."""
         return self.along_float32.count
 
-    def finish(self, control_seed: int = 0) -> tuple[Row, NDArray[np.float64]]:
-        """The row's spectrum and precision columns, and the eigenvalues in descending order."""
+    def finish(self, control_seed: int = 0) -> tuple[Row, Row]:
+        """The row's spectrum and precision columns, and the row of `spectra`."""
         spectrum = self.spectrum.finish()
-        row = _spectrum_columns(spectrum, self.norm) | self._early.columns(spectrum, zero_scales(self.norm.scale_D))
+        verdicts = self._early.verdicts(spectrum, zero_scales(self.norm.scale_D))
+        row = _spectrum_columns(spectrum, self.norm)
+        row |= {f"num_{name}": verdicts.count(name) for name in ("algebraic", "learned", "rounding")}
         trace = float(spectrum.eigenvalues_D.sum())
         lambda_v, lambda_exact = self.along_float32.finish(), self.along_float64.finish()
         executed = lambda_v if self.along_executed is None else self.along_executed.finish()
@@ -109,7 +123,11 @@ class FinalNormRead:
         row["kernel_exact"] = None if slope is None else slope > KERNEL_SLOPE
         if trace == 0:
             row |= {"depth": None, "depth_as_executed": None, "depth_exact": None, "depth_bottom": None}
-        return row, spectrum.eigenvalues_D
+        return row, {
+            "site": "final_norm",
+            "eigenvalues": spectrum.eigenvalues_D.tolist(),
+            "verdicts": verdicts,
+        }
 
 
 class _EarlyVerdict:
@@ -134,9 +152,9 @@ class _EarlyVerdict:
             _check_formula(replay_ND[:left], exact_ND[:left])
             self.float64.update(exact_ND[:left])
 
-    def columns(self, spectrum: Spectrum, zeros_M: NDArray[np.int64]) -> Row:
-        """Counts by verdict of the directions of `spectrum` below `VERDICT_THRESHOLD` of the mean."""
-        verdicts = []
+    def verdicts(self, spectrum: Spectrum, zeros_M: NDArray[np.int64]) -> list[str]:
+        """The verdict of every direction of `spectrum` below `VERDICT_THRESHOLD` of the mean, from the smallest up."""
+        found = []
         num_dead = spectrum.num_dead(VERDICT_THRESHOLD)
         if num_dead:
             double_D = np.array([self.float64.bottom()[0]]) if num_dead == 1 else self.float64.eigenvalues()
@@ -145,8 +163,8 @@ class _EarlyVerdict:
             for place in range(1, num_dead + 1):
                 on_zero_scales = float(np.sum(spectrum.eigenvectors_DD[-place][zeros_M] ** 2))
                 single = float(spectrum.eigenvalues_D[-place])
-                verdicts.append(_verdict(single, float(double_D[-place]), resolved, on_zero_scales))
-        return {f"num_{name}": verdicts.count(name) for name in ("algebraic", "learned", "rounding")}
+                found.append(_verdict(single, float(double_D[-place]), resolved, on_zero_scales))
+        return found
 
 
 def _verdict(float32: float, float64: float, resolved: float, on_zero_scales: float) -> str:

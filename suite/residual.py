@@ -50,6 +50,16 @@ class Tap:
                 self.second = self.first.successor()
             self.second.update(rows[head:])
 
+    def merge(self, other: "Tap") -> None:
+        """Add another worker's rows of the same tap: its first half to the first, its second to the second."""
+        self._marks += other._marks
+        self.first.merge(other.first)
+        if other.second is not None:
+            if self.second is None:
+                self.second = other.second
+            else:
+                self.second.merge(other.second)
+
     def num_distinct(self) -> int:
         """Distinct rows seen."""
         return len(torch.cat(self._marks).unique())
@@ -121,6 +131,14 @@ class ResidualRead:
         if tap not in self._taps:
             self._taps[tap] = Tap(self.hidden_size, self.num_tokens // 2, self.device)
         self._taps[tap].update(rows)
+
+    def merge(self, other: "ResidualRead") -> None:
+        """Add what another worker accumulated in this pass: of the same taps on other tokens, or of other taps."""
+        for index, tap in other._taps.items():
+            if index in self._taps:
+                self._taps[index].merge(tap)
+            else:
+                self._taps[index] = tap
 
     def end_pass(self) -> None:
         """Decompose the taps of this pass; their accumulators are given back."""

@@ -135,6 +135,12 @@ SPECTRA = [
     *KEY_COLUMNS,
     Column("site", TEXT, "", "final_norm, or a tap of the residual stream"),
     Column("eigenvalues", pa.list_(REAL), "output^2", "eigenvalues of the centred covariance, descending"),
+    Column(
+        "verdicts",
+        pa.list_(pa.string()),
+        "",
+        "algebraic, learned or rounding: each eigenvalue below 1e-6 of the mean, from the smallest",
+    ),
 ]
 
 BLOCKS = [

@@ -33,7 +33,8 @@ def read(module, x, batches=3, dtype=None):
 def test_float32_row_agrees_with_a_direct_svd():
     module = random_layernorm()
     x = torch.randn(4, N // 4, D) * torch.linspace(0.2, 3, D) + 1
-    row, eigenvalues_D = read(module, x)
+    row, spectrum = read(module, x)
+    eigenvalues_D = np.array(spectrum["eigenvalues"])
     y = module(x).reshape(-1, D).double().numpy()
     centred = y - y.mean(0)
     _, sigma, right = np.linalg.svd(centred, full_matrices=False)
@@ -48,7 +49,9 @@ def test_float32_row_agrees_with_a_direct_svd():
 
 
 def test_an_algebraic_kernel_falls_with_the_square_of_the_roundoff():
-    row, _ = read(random_layernorm(), torch.randn(2, N // 2, D))
+    row, spectrum = read(random_layernorm(), torch.randn(2, N // 2, D))
+    assert spectrum["verdicts"] == ["algebraic"]
+    assert (row["num_algebraic"], row["num_learned"], row["num_rounding"]) == (1, 0, 0)
     assert row["kernel_exact"] is True
     assert 0.95 < row["precision_slope"] < 1.2
     assert row["depth_exact"] > 29
@@ -83,7 +86,9 @@ def test_a_nearly_zero_scale_leaves_the_layernorm_kernel_exact():
 
 @pytest.mark.parametrize("zeros", [(3,), (3, 7), (0, 5, 9)])
 def test_zero_scales_are_dead_and_contained(zeros):
-    row, eigenvalues_D = read(random_layernorm(zeros=zeros), torch.randn(2, N // 2, D))
+    row, spectrum = read(random_layernorm(zeros=zeros), torch.randn(2, N // 2, D))
+    eigenvalues_D = np.array(spectrum["eigenvalues"])
+    assert spectrum["verdicts"] == ["learned"] * len(zeros)
     assert row["num_dead_1e10"] == len(zeros)
     assert row["containment"] == pytest.approx(1, abs=1e-9)
     assert (eigenvalues_D[-len(zeros) :] < 1e-25).all()
@@ -111,7 +116,28 @@ def test_padding_is_masked_out_once_and_for_all():
     masked.update(padded, module(padded), mask)
     chosen.update(x[mask], module(x[mask]))
     assert masked.num_tokens == 340
-    assert masked.finish()[1] == pytest.approx(chosen.finish()[1], rel=1e-9, abs=1e-20)
+    eigenvalues, expected = (np.array(each.finish()[1]["eigenvalues"]) for each in (masked, chosen))
+    assert eigenvalues == pytest.approx(expected, rel=1e-9, abs=1e-20)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parts_on_several_workers_merge_to_the_same_row(dtype):
+    module = random_layernorm().to(dtype)
+    norm = live_norm(module, probe(module, D), D)
+    x = torch.randn(4 * N, D).to(dtype)
+    whole, *parts = (FinalNormRead(module, norm) for _ in range(4))
+    whole.update(x, module(x))
+    for part, rows in zip(parts, x.split([100, 700, 4 * N - 800]), strict=True):
+        part.update(rows, module(rows))
+    parts[0].merge(parts[2])
+    parts[0].merge(parts[1])
+    row, expected = parts[0].finish()[0], whole.finish()[0]
+    assert row.keys() == expected.keys()
+    for name, value in expected.items():
+        if isinstance(value, float) and name not in ("lambda_min", "spectrum_floor", "depth_bottom"):
+            assert row[name] == pytest.approx(value, rel=1e-6), name
+        elif not isinstance(value, float) and name not in ("spectrum_method",):
+            assert row[name] == value, name
 
 
 def test_values_that_are_not_finite_and_wrong_formulas_are_refused():
@@ -126,7 +152,8 @@ def test_values_that_are_not_finite_and_wrong_formulas_are_refused():
 
 
 def test_control_direction_is_alive():
-    row, eigenvalues_D = read(random_layernorm(), torch.randn(2, N // 2, D))
+    row, spectrum = read(random_layernorm(), torch.randn(2, N // 2, D))
+    eigenvalues_D = spectrum["eigenvalues"]
     assert eigenvalues_D[-2] < row["lambda_control"] < eigenvalues_D[0]
 
 
