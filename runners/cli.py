@@ -5,7 +5,9 @@ usage or input, 130 interrupted.
 """
 
 import json
+import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +21,7 @@ app = typer.Typer(
     help="Dead directions of transformers, read from the parameters and measured by one forward pass.",
 )
 
+_CLASSIFY_THREADS = 8
 EXIT_FALSE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 FORMATS = ("table", "json", "csv", "md", "html")
 PLAN_WIDTH = 150  # columns of a table that is not printed to a terminal
@@ -52,6 +55,10 @@ def classify(
     save_direction: Annotated[
         Path | None, typer.Option(metavar="FILE.safetensors", help="Write the inverse-scale directions (float64).")
     ] = None,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Resolve by the modules' behaviour although the atlas has the architecture."),
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -63,14 +70,14 @@ def classify(
     """
     from suite.parameters import classify as classify_one
 
-    _quieten_transformers()
     if save_direction is not None and not save_direction.resolve().parent.is_dir():
         raise UserError(f"--save-direction {save_direction}: no such directory")
     read: list[tuple[dict[str, Any], Any]] = []
-    for source in sources:
-        if len(sources) > 1 and sys.stderr.isatty():
-            print(f"{len(read) + 1}/{len(sources)} {source}", file=sys.stderr)
-        read.append(classify_one(source))
+    with ThreadPoolExecutor(_CLASSIFY_THREADS) as pool:  # remote sources wait for their servers side by side
+        for source, result in zip(sources, pool.map(lambda s: classify_one(s, verify), sources), strict=True):
+            if len(sources) > 1 and sys.stderr.isatty():
+                print(f"{len(read) + 1}/{len(sources)} {source}", file=sys.stderr)
+            read.append(result)
     results = [result for result, _ in read]
     if save_direction is not None:
         from runners.directions_file import save_directions
@@ -196,6 +203,7 @@ def report(
 
 def main() -> None:
     """Entry point of the console script: one line for an error, a traceback only with --debug."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its warnings say nothing that our answers do not
     try:
         code = app(standalone_mode=False)  # Typer turns Ctrl-C into this exit code
         if code == EXIT_INTERRUPTED:
@@ -297,9 +305,3 @@ def _console() -> Any:
     from rich.console import Console
 
     return Console() if sys.stdout.isatty() else Console(width=PLAN_WIDTH)
-
-
-def _quieten_transformers() -> None:
-    import transformers
-
-    transformers.logging.set_verbosity_error()

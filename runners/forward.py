@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from runners.events import Progress, Reading
 from runners.jobs import ReadJob
 from runners.torch_engine import BATCH_TOKENS, Blocks, TorchEngine, pick_device
-from suite.architecture import FinalNorm, block_list, build_config, count_parameters, find_final_norm
+from suite.architecture import block_list, build_config, count_parameters, find_final_norm
 from suite.final_norm import FinalNormRead
 from suite.inputs import Batch, Inputs, check_count, image_batches, token_batches
 from suite.norms import live_norm
 from suite.parameters import architecture_columns, scale_columns, stored_tensor
 from suite.residual import ResidualRead
+from suite.resolution import FinalNorm
 from suite.schema import Row
 from suite.tensors import TensorEntry, stored_dtype
 

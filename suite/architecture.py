@@ -8,45 +8,17 @@ kernel test says that it normalises. Names decide nothing.
 import contextlib
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from suite.norms import NormBehaviour, probe
+from suite.dummy_inputs import minimal_inputs
+from suite.norms import probe
+from suite.resolution import ArchitectureError, FinalNorm, NormBehaviour, RemoteCodeError
 
 _SMALL_MODEL = 500_000_000  # parameters: 2 GB in float32, a few seconds to draw
-
-
-class ArchitectureError(ValueError):
-    """A configuration that transformers cannot build."""
-
-
-class RemoteCodeError(ArchitectureError):
-    """A configuration that needs code from the checkpoint, which is never run."""
-
-
-@dataclass(frozen=True)
-class FinalNorm:
-    """The final norm of an architecture, or the reason why there is none (`path` None).
-
-    `rows_per_item` is how many rows of its output one item of the minimal input gave: for images, what a picture gives.
-    """
-
-    path: str | None
-    behaviour: NormBehaviour
-    placement: str | None
-    hidden_size: int | None
-    num_blocks: int | None
-    rows_per_item: int = 0
-    reason: str | None = None
-    evidence: tuple[str, ...] = field(default=())
-
-    @property
-    def family(self) -> str:
-        """layernorm, rmsnorm or other; none or undetermined where no norm was found."""
-        return self.behaviour.family
+_CUT_CANDIDATES = 40  # modules, last called first, among which a norm behind a projection is looked for
 
 
 def build_config(config: Mapping[str, Any]) -> Any:
@@ -107,12 +79,16 @@ def count_parameters(config: Any) -> int:
 def locate_final_norm(config: Any) -> FinalNorm:
     """The final norm of the architecture that `config` describes, without any weights.
 
-    Some forward passes look at values, which meta tensors have not; those are repeated on CPU where the model is small.
+    First on the meta device. Some forward passes look at values, which meta tensors have not, and some norms are told
+    only by values; those models are built on CPU where they are small.
     """
     model = build_model(config, "meta")
     found = find_final_norm(model)
-    if found.family == "undetermined" and sum(p.numel() for p in model.parameters()) <= _SMALL_MODEL:
+    if found.path is None and sum(p.numel() for p in model.parameters()) <= _SMALL_MODEL:
         found = find_final_norm(build_model(config))
+    elif found.family == "none":
+        # On meta only identity is seen; a norm behind a copy or a projection would be missed.
+        found = _nothing("undetermined", f"{found.reason}, and the model is too large to be tried", model)
     return found
 
 
@@ -121,35 +97,135 @@ def find_final_norm(model: nn.Module, inputs: Mapping[str, Tensor] | None = None
 
     Args:
         model: what `build_model` returns, on any device.
-        inputs: keyword arguments of the forward pass; a minimal dummy input for None.
+        inputs: keyword arguments of the forward pass; minimal dummy inputs, tried in turn, for None.
     """
-    try:
-        with torch.no_grad(), _recorded_calls(model) as calls:
-            output = model(**(minimal_inputs(model) if inputs is None else inputs))
-    except Exception as error:
-        return _nothing("undetermined", f"the forward pass on a minimal input failed: {_one_line(error)}", model)
-
-    last = output[0] if isinstance(output, tuple) else getattr(output, "last_hidden_state", None)
-    if not isinstance(last, Tensor):
-        return _nothing("undetermined", f"{type(model).__name__} returns no last_hidden_state", model)
-    makers = [(path, tensor) for path, tensor in calls if _same_storage(tensor, last)]
-    modules = dict(model.named_modules())
-    for path, tensor in makers:
-        module, width = modules[path], tensor.shape[-1]
-        if any(True for _ in module.children()):
+    failure = ""
+    for candidate in minimal_inputs(model) if inputs is None else [inputs]:
+        try:
+            with torch.no_grad(), _recorded_calls(model) as calls:
+                output = model(**candidate)
+        except Exception as error:
+            failure = failure or _one_line(error)
             continue
-        behaviour = probe(module, width)
+        stream = _stream_of(output)
+        if stream is None:
+            return _nothing("undetermined", f"{type(model).__name__} returns no hidden states", model)
+        return _by_identity(model, calls, stream) or _by_cutting(model, calls, candidate, stream)
+    return _nothing("undetermined", f"the forward pass on minimal inputs failed: {failure}", model)
+
+
+def _stream_of(output: Any) -> Tensor | None:
+    """The hidden states that a model is read at: the last, of the text tower where there are several."""
+    if isinstance(output, tuple):
+        return next((t for t in output if isinstance(t, Tensor)), None)
+    last = getattr(output, "last_hidden_state", None)
+    if isinstance(last, Tensor):
+        return last
+    if not isinstance(output, Mapping):
+        return output if isinstance(output, Tensor) else None
+    towers = {key: value for key, value in output.items() if hasattr(value, "last_hidden_state")}
+    for key in sorted(towers, key=lambda key: not key.startswith(("text", "language"))):
+        if isinstance(towers[key].last_hidden_state, Tensor):
+            return towers[key].last_hidden_state  # type: ignore[no-any-return]
+    return next((t for t in output.values() if isinstance(t, Tensor) and t.is_floating_point() and t.ndim > 1), None)
+
+
+def _by_identity(model: nn.Module, calls: list[tuple[str, Tensor]], stream: Tensor) -> FinalNorm | None:
+    """The norm whose output is the stream itself, seen through reshapes and cuts."""
+    modules = dict(model.named_modules())
+    for path, tensor in calls:
+        if not _same_storage(tensor, stream) or any(True for _ in modules[path].children()):
+            continue
+        behaviour = probe(modules[path], tensor.shape[-1])
         if behaviour.family in ("layernorm", "rmsnorm"):
-            blocks_path, num_blocks = block_list(model, path)
-            post = blocks_path is not None and path.startswith(f"{blocks_path}.")
-            evidence = (
-                f"the output of {path} ({type(module).__name__}) is the model's last hidden state",
-                *behaviour.evidence,
-            )
-            rows = tensor[0].numel() // width if tensor.ndim > 2 else len(tensor)
-            return FinalNorm(path, behaviour, "post" if post else "pre", width, num_blocks, rows, None, evidence)
-    maker = f"{makers[-1][0]} ({type(modules[makers[-1][0]]).__name__})" if makers else "an unnamed operation"
-    return _nothing("none", f"the last hidden state comes from {maker}, which is no normalisation", model)
+            text = f"the output of {path} ({type(modules[path]).__name__}) is the model's last hidden state"
+            return _found(model, path, tensor, behaviour, text)
+    return None
+
+
+def _by_cutting(
+    model: nn.Module, calls: list[tuple[str, Tensor]], inputs: Mapping[str, Any], stream: Tensor
+) -> FinalNorm:
+    """The last norm through which everything flows: with its output held fixed, the stream no longer hears the input.
+
+    It must come after the last block, or end it: before the blocks everything flows through the embedding's norm too.
+    """
+    makers = [path for path, tensor in calls if _same_storage(tensor, stream)]
+    modules = dict(model.named_modules())
+    maker = f"{makers[-1]} ({type(modules[makers[-1]]).__name__})" if makers else "an unnamed operation"
+    nothing = _nothing("none", f"the last hidden state comes from {maker}, which is no normalisation", model)
+    if stream.device.type == "meta":
+        return nothing
+    blocks_path, _num_blocks = block_list(model, makers[-1] if makers else None)
+    last_block = max((i for i, (path, _) in enumerate(calls) if _is_block(path, blocks_path)), default=-1)
+    inside_last = [path for path, _ in calls if _is_block(path, blocks_path)][-1:]
+    last_calls = {path: i for i, (path, _) in enumerate(calls)}
+    for path in sorted(last_calls, key=lambda path: -last_calls[path])[:_CUT_CANDIDATES]:
+        module, tensor = modules[path], calls[last_calls[path]][1]
+        ends_block = any(path.startswith(f"{block}.") for block in inside_last)
+        if any(True for _ in module.children()) or (last_calls[path] < last_block and not ends_block):
+            continue
+        behaviour = probe(module, tensor.shape[-1])
+        if behaviour.family in ("layernorm", "rmsnorm") and _cuts(model, module, inputs, stream):
+            text = f"the last hidden state depends on the input through {path} ({type(module).__name__}) alone"
+            return _found(model, path, tensor, behaviour, text)
+    return nothing
+
+
+def _cuts(model: nn.Module, module: nn.Module, inputs: Mapping[str, Any], stream: Tensor) -> bool:
+    """Whether the stream forgets the input when the last output of `module` is held fixed."""
+    fixed: list[Tensor] = []
+
+    def hold(module: nn.Module, args: Any, output: Any) -> Any:
+        tensor = output[0] if isinstance(output, tuple) else output
+        if not fixed or fixed[0].shape != tensor.shape:
+            fixed[:] = [torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1)).to(tensor)]
+        return (fixed[0], *output[1:]) if isinstance(output, tuple) else fixed[0]
+
+    handle = module.register_forward_hook(hold)
+    try:
+        with torch.no_grad():
+            streams = [_stream_of(model(**each)) for each in (inputs, _other_inputs(inputs))]
+    except Exception:
+        return False
+    finally:
+        handle.remove()
+    if any(s is None or s.shape != stream.shape for s in streams):
+        return False
+    free = _stream_of_quietly(model, _other_inputs(inputs))
+    hears = free is not None and not torch.equal(free, stream)
+    return hears and torch.equal(streams[0], streams[1])  # type: ignore[arg-type]
+
+
+def _stream_of_quietly(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor | None:
+    with torch.no_grad():
+        return _stream_of(model(**inputs))
+
+
+def _other_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Other values of the same shapes: the next token, another picture; masks and grids stay."""
+    other: dict[str, Any] = {}
+    for name, value in inputs.items():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            value = value.flip(-1) + 0.5
+        elif isinstance(value, Tensor) and name.endswith("input_ids"):
+            value = value + 1
+        other[name] = value
+    return other
+
+
+def _is_block(path: str, blocks_path: str | None) -> bool:
+    return blocks_path is not None and path.rpartition(".")[0] == blocks_path
+
+
+def _found(model: nn.Module, path: str, output: Tensor, behaviour: NormBehaviour, evidence: str) -> FinalNorm:
+    blocks_path, num_blocks = block_list(model, path)
+    post = blocks_path is not None and path.startswith(f"{blocks_path}.")
+    width = output.shape[-1]
+    rows = output[0].numel() // width if output.ndim > 2 else len(output)
+    return FinalNorm(
+        path, behaviour, "post" if post else "pre", width, num_blocks, rows, None, (evidence, *behaviour.evidence)
+    )
 
 
 def block_list(model: nn.Module, final_norm: str | None) -> tuple[str | None, int | None]:
@@ -170,31 +246,6 @@ def block_list(model: nn.Module, final_norm: str | None) -> tuple[str | None, in
 
     best = max(outermost, key=rank)
     return best, len(lists[best])
-
-
-def minimal_inputs(model: nn.Module) -> dict[str, Tensor]:
-    """The smallest valid input of `model`, on its device."""
-    config: Any = model.config
-    device = next(iter(model.parameters())).device
-    name = getattr(model, "main_input_name", "input_ids")
-    if name == "pixel_values":
-        vision = getattr(config, "vision_config", config)
-        size = getattr(vision, "image_size", 224)
-        height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        return {name: torch.zeros(1, getattr(vision, "num_channels", 3), height, width, device=device)}
-    if name == "input_values":
-        return {name: torch.zeros(1, 4000, device=device)}
-    if name == "input_features":
-        frames = 2 * getattr(config, "max_source_positions", 64)
-        inputs = {name: torch.zeros(1, config.num_mel_bins, frames, device=device)}
-        if config.is_encoder_decoder:
-            inputs["decoder_input_ids"] = torch.zeros(1, 4, dtype=torch.long, device=device)
-        return inputs
-    tokens = torch.full((1, 4), 5, dtype=torch.long, device=device)
-    inputs = {"input_ids": tokens}
-    if getattr(config, "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = tokens.clone()
-    return inputs
 
 
 @contextlib.contextmanager

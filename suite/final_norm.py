@@ -22,9 +22,9 @@ from suite.directions import (
     inverse_scale_direction,
     zero_scales,
 )
-from suite.norms import EffectiveNorm
 from suite.precision import ExactProjection, VarianceAlong, inverse_direction
 from suite.residual import check_rows, token_rows
+from suite.resolution import EffectiveNorm
 from suite.schema import Row
 from suite.spectrum import CovarianceFactor, Spectrum
 

@@ -1,54 +1,22 @@
 """The kernel test: what a normalisation module does, found by feeding it, not by reading its name.
 
 `probe` runs a module alone on seeded synthetic vectors with synthetic parameters and says which family it is, how it
-scales, whether it shifts and with which eps. `EffectiveNorm` is the same function as a formula, with the real
-parameters, in any precision. Shapes: N tokens, D hidden size.
+scales, whether it shifts and with which eps. Shapes: N tokens, D hidden size.
 """
 
 import copy
 import math
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor, nn
+
+from suite.resolution import EffectiveNorm, NormBehaviour, effective_norm
 
 _RELATIVE_TOLERANCE = 1e-4  # hypotheses differ by order 1; modules that compute in float32 inside differ by 1e-6
 _EPS_IS_ZERO = 1e-18
 _SHIFT_NAMES = ("bias", "beta", "shift")
-
-
-@dataclass(frozen=True)
-class NormBehaviour:
-    """What `probe` found. `family` is layernorm, rmsnorm or other; the rest is None where family is other."""
-
-    family: str
-    scale: str | None = None
-    scale_parameter: str | None = None
-    shift_parameter: str | None = None
-    eps: float | None = None
-    evidence: tuple[str, ...] = field(default=())
-
-
-@dataclass(frozen=True)
-class EffectiveNorm:
-    """`y = gamma * normalise(x) + beta` with effective scale `gamma` (1 + weight already added) and shift `beta`."""
-
-    family: str
-    scale_D: NDArray[np.float64]
-    shift_D: NDArray[np.float64] | None
-    eps: float
-
-    def __call__(self, acts_ND: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
-        """The norm in float64 on CPU, from the formula: `(x - mean)/sqrt(var + eps)` or `x/sqrt(mean(x^2) + eps)`."""
-        x = acts_ND.detach().cpu().double()
-        if self.family == "layernorm":
-            x = x - x.mean(-1, keepdim=True)
-        normalised = x / (x.square().mean(-1, keepdim=True) + self.eps).sqrt()
-        scaled = normalised * torch.from_numpy(self.scale_D)
-        return scaled if self.shift_D is None else scaled + torch.from_numpy(self.shift_D)
 
 
 def own_vectors(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -148,11 +116,12 @@ def _fit_eps(run: object, x: Tensor, unit: float, centred: bool) -> float:
 
 
 def _as_written(module: nn.Module, eps: float) -> float:
-    """The module's own float attribute that agrees with the fitted `eps`, digit for digit, else the fit."""
+    """The module's own float attribute that agrees with the fitted `eps`, digit for digit, else the round number near."""
     for value in vars(module).values():
         if isinstance(value, float) and math.isclose(value, eps, rel_tol=1e-3):
             return value
-    return eps
+    rounded = float(f"{eps:.3g}")
+    return rounded if math.isclose(rounded, eps, rel_tol=1e-4) else eps
 
 
 def _size(tensor: Tensor) -> float:
@@ -161,22 +130,6 @@ def _size(tensor: Tensor) -> float:
 
 def _close(a: Tensor, b: Tensor) -> bool:
     return _size(a - b) <= _RELATIVE_TOLERANCE * max(_size(a), _size(b))
-
-
-def effective_norm(
-    behaviour: NormBehaviour,
-    weight_D: NDArray[np.float64] | None,
-    shift_D: NDArray[np.float64] | None,
-    hidden_size: int,
-) -> EffectiveNorm:
-    """The formula of a probed norm with stored parameters; `weight_D` as stored, None for an implicit scale of one."""
-    if weight_D is None:
-        scale_D = np.ones(hidden_size)
-    else:
-        scale_D = weight_D + 1.0 if behaviour.scale == "1+weight" else weight_D
-    if behaviour.eps is None:
-        raise ValueError(f"a norm of family {behaviour.family} has no formula")
-    return EffectiveNorm(behaviour.family, scale_D, shift_D, behaviour.eps)
 
 
 def live_norm(module: nn.Module, behaviour: NormBehaviour, hidden_size: int) -> EffectiveNorm:

@@ -1,32 +1,33 @@
 """The parameters-only read: family, final norm, direction and predicted depth, from the configuration and one norm.
 
-No forward pass of the checkpoint, no eigensolve: the architecture is built empty, the final norm found and tested by
-itself, and then only the headers and that norm's tensors are opened.
+No forward pass of the checkpoint, no eigensolve: the architecture is looked up in the atlas, or built empty and its
+final norm found and tested by itself; then only the headers and that norm's tensors are opened.
 """
 
 import re
+import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from suite.architecture import (
-    ArchitectureError,
-    FinalNorm,
-    RemoteCodeError,
-    block_list,
-    build_config,
-    build_model,
-    locate_final_norm,
-)
+from suite.atlas import lookup
 from suite.directions import dead_subspace, harmonic_scale, inverse_scale_direction, predicted_depth, zero_scales
-from suite.norms import EffectiveNorm, NormBehaviour, effective_norm, own_vectors, probe
+from suite.resolution import (
+    ArchitectureError,
+    EffectiveNorm,
+    FinalNorm,
+    NormBehaviour,
+    RemoteCodeError,
+    effective_norm,
+)
 from suite.schema import Row
 from suite.sources import Checkpoint
 from suite.tensors import DTYPE_NAMES, CheckpointError, TensorEntry, read_headers, read_vector
 
+_BUILDING = threading.Lock()  # transformers sets torch's default dtype while it builds
 _LEGACY_NAMES = {"weight": "gamma", "bias": "beta"}  # tensor names of checkpoints from before 2019
 
 
@@ -87,8 +88,12 @@ def scale_columns(norm: EffectiveNorm | None, dtype: str | None = None) -> Row:
     }
 
 
-def read_parameters(checkpoint: Checkpoint) -> ParametersRead:
+def read_parameters(checkpoint: Checkpoint, verify: bool = False) -> ParametersRead:
     """Read the final norm of `checkpoint` from its parameters alone.
+
+    Args:
+        checkpoint: what to read.
+        verify: resolve the architecture by behaviour although the atlas has it; behaviour then overrules it.
 
     Raises:
         CheckpointError: the files cannot be read. A configuration that transformers cannot build raises nothing: the
@@ -98,12 +103,16 @@ def read_parameters(checkpoint: Checkpoint) -> ParametersRead:
     entries = read_headers(checkpoint)
     refused = False
     try:
-        final = locate_final_norm(build_config(raw_config))
+        final = _resolve(raw_config, verify)
     except ArchitectureError as error:
         refused = isinstance(error, RemoteCodeError)
         final = FinalNorm(None, NormBehaviour("undetermined"), None, _hidden_size(raw_config), None, reason=str(error))
     if final.path is None:
-        return ParametersRead(final, None, None, None, final.reason, [final.reason or ""], entries, refused)
+        seen = [
+            final.reason or "",
+            *(_candidates(entries, final.hidden_size) if final.family == "undetermined" else []),
+        ]
+        return ParametersRead(final, None, None, None, final.reason, seen, entries, refused)
 
     behaviour = final.behaviour
     assert final.hidden_size is not None
@@ -111,8 +120,17 @@ def read_parameters(checkpoint: Checkpoint) -> ParametersRead:
     shift_entry = stored_tensor(entries, final.path, behaviour.shift_parameter)
     wanted = [(behaviour.scale_parameter, scale_entry), (behaviour.shift_parameter, shift_entry)]
     missing = [f"{final.path}.{name}" for name, entry in wanted if name and entry is None]
-    if missing:
-        reason = f"the checkpoint has no tensor for {', '.join(missing)}"
+    known = (behaviour.scale_parameter, behaviour.shift_parameter)
+    beside = scale_entry.name.removesuffix(str(behaviour.scale_parameter)) if scale_entry else f"{final.path}."
+    unexplained = [
+        f"{beside}{name}" for name in ("weight", "bias") if name not in known and f"{beside}{name}" in entries
+    ]
+    if missing or unexplained:
+        reason = (
+            f"the checkpoint has no tensor for {', '.join(missing)}"
+            if missing
+            else f"the checkpoint stores {', '.join(unexplained)}, which the architecture does not have"
+        )
         undetermined = FinalNorm(
             None, NormBehaviour("undetermined"), None, final.hidden_size, final.num_blocks, reason=reason
         )
@@ -138,8 +156,42 @@ def read_parameters(checkpoint: Checkpoint) -> ParametersRead:
     )
 
 
+def _resolve(raw_config: dict[str, Any], verify: bool) -> FinalNorm:
+    """By the atlas where it covers the configuration; by behaviour, which imports torch and transformers, elsewhere."""
+    known = lookup(raw_config)
+    if known is not None and not verify:
+        return known
+    from suite.architecture import build_config, locate_final_norm
+
+    with _BUILDING:
+        live = locate_final_norm(build_config(raw_config))
+    if known is None:
+        return live
+    agrees = (known.path, known.behaviour, known.placement) == (
+        live.path,
+        replace(live.behaviour, evidence=known.behaviour.evidence),
+        live.placement,
+    )
+    verdict = "the atlas agrees" if agrees else f"the atlas says {known.path}, {known.family}, and is overruled"
+    return replace(live, evidence=(*live.evidence, verdict))
+
+
+def _candidates(entries: dict[str, TensorEntry], hidden_size: int | None) -> list[str]:
+    """What the tensors alone say where the architecture is unknown: vectors of the hidden size outside any block."""
+    found = [
+        f"tensor {e.name} of shape {list(e.shape)} could be a final norm's"
+        for e in entries.values()
+        if e.shape == (hidden_size,) and re.search(r"norm|ln_f|layernorm", e.name, re.IGNORECASE)
+        and not re.search(r"\.\d+\.", e.name)
+    ]  # fmt: skip
+    return found[:8]
+
+
 def list_norms(checkpoint: Checkpoint, read: ParametersRead) -> list[Row]:
     """One row of `norms` for every norm that the architecture has and the checkpoint stores, with its role."""
+    from suite.architecture import block_list, build_config, build_model
+    from suite.norms import own_vectors, probe
+
     try:
         model = build_model(build_config(checkpoint.config()), "meta")
     except ArchitectureError:
@@ -175,7 +227,7 @@ def list_norms(checkpoint: Checkpoint, read: ParametersRead) -> list[Row]:
     return rows
 
 
-def classify(source: str) -> tuple[dict[str, Any], NDArray[np.float64] | None]:
+def classify(source: str, verify: bool = False) -> tuple[dict[str, Any], NDArray[np.float64] | None]:
     """The object that `deadbench classify --json` prints for one source, and its inverse-scale direction.
 
     Never raises for a bad checkpoint: `error` then holds the one line and the fields are null.
@@ -187,7 +239,7 @@ def classify(source: str) -> tuple[dict[str, Any], NDArray[np.float64] | None]:
     checkpoint = None
     try:
         checkpoint = Checkpoint(source)
-        read = read_parameters(checkpoint)
+        read = read_parameters(checkpoint, verify)
         columns = read.columns()
         result |= {name: columns[name] for name in CLASSIFY_FIELDS if name in columns}
         result |= {"revision": checkpoint.revision, "evidence": read.evidence, "bytes_total": checkpoint.bytes_total()}

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from suite.norms import effective_norm, live_norm, probe
+from suite.norms import live_norm, probe
+from suite.resolution import effective_norm
 
 D = 12
 

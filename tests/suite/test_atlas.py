@@ -1,0 +1,125 @@
+"""The atlas against live behaviour, and the configurations that it must leave to it."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import transformers
+
+from suite.architecture import build_config, locate_final_norm
+from suite.atlas import _atlas, _entries, lookup
+from suite.parameters import classify
+from tests.conftest import TINY_NEOX, TWINS, save_tiny
+from tests.suite.test_architecture import CASES
+
+NARROW = {"vocab_size": 99, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
+
+
+def same(known, live):
+    assert known.path == live.path
+    assert replace(known.behaviour, evidence=()) == replace(live.behaviour, evidence=())
+    assert (known.placement, known.hidden_size, known.num_blocks) == (live.placement, live.hidden_size, live.num_blocks)
+
+
+@pytest.mark.parametrize(("model_type", "config"), [case[:2] for case in CASES], ids=[case[0] for case in CASES])
+def test_where_the_atlas_answers_behaviour_says_the_same(model_type, config):
+    raw = {"model_type": model_type, **config}
+    known = lookup(raw)
+    if known is None:
+        pytest.skip("left to behaviour")
+    else:
+        same(known, locate_final_norm(build_config(raw)))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("model_type", sorted(_entries())[::6])
+def test_a_sample_of_the_atlas_says_what_the_installed_transformers_does(model_type):
+    """Two blocks and another eps: what the entry's keys move must move in the same way."""
+    entry = _entries()[model_type]
+    flat = {key: 2 for key in (entry["blocks"],) if isinstance(key, str) and "." not in key}
+    flat |= {key: 3e-4 for key in (entry["eps"],) if isinstance(key, str) and "." not in key}
+    flat |= {key: entry["defaults"][key] for key in entry["derived"] if key not in flat and "." not in key}
+    raw = {"model_type": model_type, **flat}
+    known = lookup(raw)
+    if known is None:
+        assert any("." in key for key in entry["derived"])
+        pytest.skip("left to behaviour: a nested key must be given")
+    try:
+        config = build_config(raw)
+    except ValueError:
+        pytest.skip("the default lists of layers do not fit two blocks")
+    same(known, locate_final_norm(config))
+
+
+def test_the_atlas_is_of_the_transformers_that_is_tested():
+    assert _atlas()["transformers"] == transformers.__version__
+    assert len(_entries()) > 150
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "nonesuch"},
+        {},
+        {"model_type": "opt", "do_layer_norm_before": False},
+        {"model_type": "opt", "_remove_final_layer_norm": True},
+        {"model_type": "gpt2", "unheard_of_switch": True},
+        {"model_type": "gpt2", "n_embd": "wide"},
+        {"model_type": "llama", "num_hidden_layers": None},
+    ],
+)
+def test_what_the_atlas_does_not_cover_is_left_to_behaviour(config):
+    assert lookup(config) is None
+
+
+def test_stale_keys_and_aliases_of_published_configurations_are_understood():
+    found = lookup(
+        {"model_type": "gpt2", "hidden_size": 48, "num_hidden_layers": 3, "layer_norm_epsilon": 1e12, "n_ctx": 9,
+         "architectures": ["GPT2LMHeadModel"], "torch_dtype": "float16", "summary_first_dropout": 0.1}
+    )  # fmt: skip
+    assert (found.path, found.hidden_size, found.num_blocks, found.behaviour.eps) == ("ln_f", 48, 3, 1e12)
+    assert any("transformers" in text for text in found.evidence)
+
+
+def test_classify_by_the_atlas_imports_neither_torch_nor_transformers():
+    code = (
+        "import json, sys\nfrom runners.cli import main\n"
+        "sys.argv = ['deadbench', 'classify', sys.argv[1], '--json']\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print(json.dumps([m for m in ('torch', 'transformers', 'polars', 'ray') if m in sys.modules]), file=sys.stderr)"
+    )
+    command = [sys.executable, "-c", code, str(TWINS / "layernorm/step4096")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(done.stderr.splitlines()[-1]) == []
+    assert json.loads(done.stdout)["sources"][0]["family"] == "layernorm"
+
+
+def test_verify_resolves_by_behaviour_and_says_whether_the_atlas_agrees(tmp_path):
+    source = str(save_tiny(tmp_path / "m"))
+    known, live = classify(source)[0], classify(source, verify=True)[0]
+    assert "the atlas agrees" in live["evidence"]
+    ours = ("evidence", "seconds")
+    assert {k: v for k, v in known.items() if k not in ours} == {k: v for k, v in live.items() if k not in ours}
+
+
+def test_behaviour_overrules_the_atlas(tmp_path, monkeypatch):
+    source = str(save_tiny(tmp_path / "m"))
+    monkeypatch.setitem(_entries(), "gpt_neox", _entries()["gpt_neox"] | {"family": "rmsnorm"})
+    result = classify(source, verify=True)[0]
+    assert result["family"] == "layernorm"
+    assert any("is overruled" in text for text in result["evidence"])
+
+
+def test_a_stored_bias_that_the_architecture_lacks_is_undetermined(tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    config = TINY_NEOX | {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_key_value_heads": 2}
+    folder = save_tiny(tmp_path / "m", config)
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {"model.norm.bias": tensors["model.norm.weight"]}, folder / "model.safetensors")
+    result = classify(str(folder))[0]
+    assert result["family"] == "undetermined"
+    assert "stores model.norm.bias" in " ".join(result["evidence"])
