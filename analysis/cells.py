@@ -23,8 +23,19 @@ HEADERS = {
     "value_median": "median",
     "value_min": "min",
     "value_max": "max",
+    "value_low": "95 % from",
+    "value_high": "to",
+    "value_margin": "margin",
+    "value_seed_spread": "seed spread",
+    "num_algebraic": "algebraic",
+    "num_learned": "learned",
+    "num_rounding": "rounding",
+    "checkpoint_step": "step",
+    "num_blocks": "blocks",
+    "bottom_coordinates": "coordinates",
+    "bottom_weights": "weights",
 }
-_DECIMALS = {"alignment": 4, "containment": 4, "deepening": 2, "worst_block_ratio": 3}
+_DECIMALS = {"alignment": 4, "containment": 4, "deepening": 2, "worst_block_ratio": 3, "ratio": 3, "bottom_weights": 2}
 _DECIMALS_OF_UNIT = {"cosine": 4, "decades": 2, "dimensions": 0, "slope": 2, "ratio": 3}
 
 

@@ -20,19 +20,33 @@ if TYPE_CHECKING:
 # What a terminal has room for; every other format has all columns.
 TERMINAL_COLUMNS = {
     "leaderboard": [
-        "rank", "model", "revision", "family", "read", "depth", "depth_random", "deepening", "depth_exact",
-        "kernel_exact", "alignment", "num_dead_1e6", "num_parameters", "protocol", "dtype",
+        "rank", "model", "revision", "family", "objective", "read", "depth", "depth_random", "deepening", "depth_exact",
+        "kernel_exact", "alignment", "num_dead_1e6", "num_learned", "num_parameters", "worst_block_ratio", "protocol",
+        "dtype",
     ],
     "families": [
-        "claim", "family", "num_models", "num_hold", "holds", "value_median", "value_min", "value_max", "unit",
-        "failing",
+        "claim", "family", "num_models", "num_hold", "holds", "value_median", "value_low", "value_high", "value_min",
+        "value_max", "value_margin", "unit", "failing",
+    ],
+    "collapsed blocks": [
+        "model", "read", "block", "num_blocks", "ratio", "participation", "bottom_coordinates", "bottom_weights",
+    ],
+    "compare": [
+        "verdict", "model", "revision", "read", "seed", "metric", "baseline", "candidate", "change", "scale", "allowed",
+        "noise",
+    ],
+    "trend": [
+        "checkpoint_step", "revision", "depth", "depth_exact", "lambda_v", "alignment", "num_dead_1e6", "num_learned",
+        "worst_block_ratio", "protocol", "dtype",
     ],
 }  # fmt: skip
 # Where these do not fit either, the first of `SACRIFICED` go, one by one.
 TERMINAL_WIDTH = 140
 SACRIFICED = [
-    "num_parameters", "depth_exact", "num_dead_1e6", "kernel_exact", "revision", "depth_random", "alignment",
-    "deepening", "read", "family", "value_min", "value_max", "unit", "protocol", "dtype",
+    "objective", "num_learned", "worst_block_ratio", "num_parameters", "depth_exact", "num_dead_1e6", "kernel_exact",
+    "revision", "depth_random", "alignment", "deepening", "read", "family", "value_low", "value_high", "value_min",
+    "value_max", "value_margin", "unit", "protocol", "dtype", "bottom_weights", "bottom_coordinates", "participation",
+    "noise", "seed",
 ]  # fmt: skip
 WRAPPED = {"failing": 30, "statement": 30}  # prose, and the width that is enough for it
 # A column of these with one value only is said once, below the table.

@@ -27,6 +27,22 @@ class RemoteCodeError(ArchitectureError):
     """A configuration that needs code from the checkpoint, which is never run."""
 
 
+# Endings of model class names in transformers, and the objective behind them.
+OBJECTIVES = {
+    "ForCausalLM": "causal",
+    "LMHeadModel": "causal",
+    "ForMaskedLM": "masked",
+    "ForPreTraining": "pretraining",
+    "ForConditionalGeneration": "conditional",
+    "ForImageClassification": "classification",
+    "ForSequenceClassification": "classification",
+    "ForMaskedImageModeling": "masked",
+    "ForCTC": "ctc",
+    "SentenceTransformer": "contrastive",
+    "CLIPModel": "contrastive",
+}
+
+
 @dataclass(frozen=True)
 class FinalNorm:
     """The final norm of an architecture, or the reason why there is none (`path` None).
@@ -102,6 +118,15 @@ def count_parameters(config: Any) -> int:
             with torch.device("meta"):
                 return sum(p.numel() for p in published(config).parameters())
     return sum(p.numel() for p in build_model(config, "meta").parameters())
+
+
+def objective(config: Mapping[str, Any]) -> str | None:
+    """What the published model class is trained for, as its name in config.json's `architectures` says; else None."""
+    for name in config.get("architectures") or ():
+        for ending, meaning in OBJECTIVES.items():
+            if str(name).endswith(ending):
+                return meaning
+    return None
 
 
 def locate_final_norm(config: Any) -> FinalNorm:
