@@ -35,7 +35,10 @@ HEADERS = {
     "bottom_coordinates": "coordinates",
     "bottom_weights": "weights",
 }
-_DECIMALS = {"alignment": 4, "containment": 4, "deepening": 2, "worst_block_ratio": 3, "ratio": 3, "bottom_weights": 2}
+_DECIMALS = {
+    "alignment": 4, "containment": 4, "deepening": 2, "worst_block_ratio": 3, "ratio": 3, "bottom_weights": 2,
+    "precision_slope": 2,
+}  # fmt: skip
 _DECIMALS_OF_UNIT = {"cosine": 4, "decades": 2, "dimensions": 0, "slope": 2, "ratio": 3}
 
 
@@ -89,6 +92,8 @@ def _real(name: str, value: float, unit: str | None) -> str:
     decimals = _DECIMALS.get(name, 2 if name.startswith("depth") else None)
     if name.startswith("value_"):
         decimals = _DECIMALS_OF_UNIT.get(unit or "")
+    if name in ("first", "last", "min", "max", "baseline", "candidate") and 0 < abs(value) < 1e-4:
+        return f"{value:.2e}"
     if decimals is None:
         return f"{value:.4g}"
     return f"{round(value, decimals) + 0.0:.{decimals}f}"  # + 0.0: there is no minus zero

@@ -37,6 +37,7 @@ METRICS: dict[str, Scale] = {
 # Means of squares over tokens: of N gaussian ones the relative standard error is sqrt(2/N).
 _MEANS_OF_SQUARES = ("lambda_v", "lambda_control")
 _DEPTHS_OF_ONE = ("depth", "depth_exact", "depth_as_executed")
+_ROUNDING = 1e-9  # the same numbers, added up in another order
 _ABOUT_BLOCKS = ("blocks_preserved", "worst_block_ratio")
 
 _WHICH = ["model", "revision", "read", "seed", "engine"]
@@ -147,9 +148,7 @@ def _refuse_mixed(alone: pl.DataFrame, right: pl.DataFrame) -> None:
     if mixed.is_empty():
         return
     first = mixed.row(0, named=True)
-    here, there = (
-        f"{first[f'{side}protocol']} {first[f'{side}dtype'] or ''}".strip() for side in ("", "candidate_")
-    )
+    here, there = (f"{first[f'{side}protocol']} {first[f'{side}dtype'] or ''}".strip() for side in ("", "candidate_"))
     difference = f"{here} against {there}" if here != there else f"{here}, of another input or version of the read"
     raise ResultsError(
         f"{first['own_model']}: the {first['read']} reads were made under different protocols ({difference}); "
@@ -231,7 +230,7 @@ def _differences(pairs: pl.LazyFrame, ask: Ask) -> pl.LazyFrame:
     return rows.with_columns(change=_change(metric, scale, pl.col("baseline"), pl.col("candidate"))).with_columns(
         verdict=pl.when(pl.col("candidate").is_null())
         .then(pl.lit("lost"))
-        .when(pl.col("change") == 0)
+        .when(pl.col("change").abs() <= _ROUNDING)
         .then(pl.lit("same"))
         .when(pl.col("change").abs() <= 2 * pl.col("noise"))
         .then(pl.lit("noise"))

@@ -151,7 +151,12 @@ def judge(comparison: pl.DataFrame, gate: Gate) -> pl.DataFrame:
                 .otherwise(pl.lit("passed")),
             )
         )
-    return pl.concat(judged, how="diagonal")
+    checks = pl.concat(judged, how="diagonal")
+    if checks.is_empty():
+        raise GateError(
+            f"the gate judges nothing: no read here has {', '.join(gate.metrics)} under its reads and models"
+        )
+    return checks
 
 
 def broken(judged: pl.DataFrame) -> pl.DataFrame:
@@ -160,10 +165,17 @@ def broken(judged: pl.DataFrame) -> pl.DataFrame:
     return judged.filter(pl.col("verdict").is_in(BROKEN)).sort(order, maintain_order=True)
 
 
+def unjudged(judged: pl.DataFrame, gate: Gate) -> list[str]:
+    """The gate's metrics that no read of the comparison has."""
+    return [metric for metric in gate.metrics if metric not in set(judged["metric"])]
+
+
 def headline(judged: pl.DataFrame) -> str:
     """`deadbench gate: 2 of 48 checks broke`."""
     count = len(broken(judged))
-    return f"deadbench gate: {count} of {len(judged)} checks broke" if count else f"deadbench gate: {len(judged)} passed"
+    return (
+        f"deadbench gate: {count} of {len(judged)} checks broke" if count else f"deadbench gate: {len(judged)} passed"
+    )
 
 
 def github_summary(judged: pl.DataFrame) -> str:
@@ -172,8 +184,19 @@ def github_summary(judged: pl.DataFrame) -> str:
     mark = "❌" if len(failures) else "✅"
     lines = [f"### {mark} {headline(judged)}"]
     if len(failures):
-        columns = ["verdict", "model", "revision", "read", "metric", "baseline", "candidate", "change", "allowed", "detail"]
-        lines += ["", render(failures.select(columns), "md", title="compare")]
+        columns = [
+            "verdict",
+            "model",
+            "revision",
+            "read",
+            "metric",
+            "baseline",
+            "candidate",
+            "change",
+            "allowed",
+            "detail",
+        ]
+        lines += ["", render({"compare": failures.select(columns)}, "md")]
     return "\n".join(lines) + "\n"
 
 
@@ -188,7 +211,10 @@ def junit(judged: pl.DataFrame) -> str:
         for row in checks.iter_rows(named=True):
             place = " ".join(one_line(str(row[name])) for name in ("revision", "read") if row[name] is not None)
             case = ElementTree.SubElement(
-                suite, "testcase", classname=one_line(f"{model}"), name=f"{place} seed {row['seed']}: {row['metric'] or 'read'}"
+                suite,
+                "testcase",
+                classname=one_line(f"{model}"),
+                name=f"{place} seed {row['seed']}: {row['metric'] or 'read'}",
             )
             if row["verdict"] in BROKEN:
                 message = _said(row)

@@ -94,7 +94,7 @@ def on_scale(metric: str, values: list[float]) -> list[float]:
 def sparkline(values: Sequence[float]) -> str:
     """`▁▃▆█`: each value's place between the smallest and the largest."""
     low, high = min(values), max(values)
-    if not high > low:
+    if high - low <= 1e-9 * max(abs(low), abs(high)):  # rounding is no trend
         return SPARKS[0] * len(values)
     return "".join(SPARKS[min(int((value - low) / (high - low) * len(SPARKS)), len(SPARKS) - 1)] for value in values)
 

@@ -54,7 +54,7 @@ def test_the_page_is_whole_and_loads_nothing(location, tmp_path):
 
 
 def test_names_are_text_and_never_script(location):
-    text = report_page(location)
+    text = report_page(location)[0]
     page = Page(text)
     assert len(page.scripts) == 3  # library, data, drawing
     assert "<script>alert(1)" not in text
@@ -66,7 +66,7 @@ def test_names_are_text_and_never_script(location):
 
 
 def test_a_result_set_without_measurements_has_a_page_without_plots(result_set, read):
-    page = report_page(result_set([read("m", "parameters", depth_predicted=13.0)]))
+    page = report_page(result_set([read("m", "parameters", depth_predicted=13.0)]))[0]
     assert Page(page).scripts == []
     assert "predicted" in page
 
