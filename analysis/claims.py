@@ -36,7 +36,7 @@ class Claim(NamedTuple):
 
 
 def _kept_log_lambda_v() -> pl.Expr:
-    """log10 of `max(lambda_v, lbar 10^-depth_limit)`; a zero without a known limit is undefined, not infinitely deep."""
+    """log10 of `max(lambda_v, lbar 10^-depth_limit)`; a zero without a known limit is undefined."""
     limit = pl.col("lambda_mean") * pl.lit(10.0).pow(-pl.col("depth_limit"))
     kept = pl.max_horizontal(pl.col("lambda_v"), limit)
     return pl.when(kept > 0).then(kept.log10())
@@ -145,7 +145,7 @@ CLAIMS = {
         "any", TRAINED, _at_least("trained - random learned count", _MORE_LEARNED, 0, "dimensions", strict=True),
     ),
     "twins-separate": _claim(
-        "Twins that differ in the norm only: the LayerNorm twin is deeper by far, at random initialisation and trained.",
+        "Twins that differ in the norm only: the LayerNorm twin is deeper by far, random and trained.",
         "layernorm", FORWARD, _at_least("depth - twin's depth", pl.col("depth") - pl.col("twin_depth"), 4, "decades"),
     ),
     "blocks-preserved": Claim(

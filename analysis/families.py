@@ -1,4 +1,4 @@
-"""The comparison across normalisation families: each claim of `analysis/claims.py` as a row, with how many models hold it.
+"""The comparison across normalisation families: each claim of `analysis/claims.py` as a row.
 
 The reads offered to a claim are one row each of
 

@@ -16,7 +16,7 @@ import os
 import xml.etree.ElementTree as ElementTree
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 import polars as pl
 import yaml
@@ -25,9 +25,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from analysis.cells import one_line, text
 from analysis.compare import Scale, unit_of
 from analysis.formats import render
-from suite.registry import READS
+from suite.registry import ReadName
 from suite.schema import READS as COLUMNS
 
+_SUMMARY_COLUMNS = [
+    "verdict", "model", "revision", "read", "metric", "baseline", "candidate", "change", "allowed", "detail",
+]  # fmt: skip
 BROKEN = ("broken", "lost", "missing", "failed")
 _Bound = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -47,7 +50,7 @@ class MetricGate(_Strict):
     absolute: _Bound | None = None
     relative: _Bound | None = None
     decades: _Bound | None = None
-    reads: list[Literal["parameters", "random", "trained", "functional"]] = list(READS)  # type: ignore[assignment]
+    reads: list[ReadName] = list(get_args(ReadName))
     models: list[str] = ["*"]
 
     @model_validator(mode="after")

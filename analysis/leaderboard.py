@@ -65,8 +65,8 @@ def leaderboard(reads: pl.LazyFrame, *, sort: str = "depth", family: str | None 
     """One line per (model, protocol, dtype): its trained read at the last checkpoint, else its random read.
 
     `depth = log10(lambda_mean / lambda_v)` in decades; `depth_random` is that of the same model, protocol and dtype at
-    random initialisation, the mean over `num_seeds` seeds; `deepening = depth - depth_random` where the line is a trained read. The family is what the
-    read found the norm to do, not what the registry expects.
+    random initialisation, the mean over `num_seeds` seeds; `deepening = depth - depth_random` where the line is a
+    trained read. The family is what the read found the norm to do, not what the registry expects.
 
     `rank` counts within a (protocol, dtype) group, largest `sort` first; equal values share the smaller rank, a missing
     value has none and comes last. `sort="model"` lists a group by name and ranks by depth. Groups with more ranked

@@ -1,7 +1,8 @@
 """Plots of models, and what all plots share.
 
-A plot is a function from frames to a Vega-Lite specification, or None where there is nothing to show. A model's trained read at the last checkpoint stands for it, else its random one. Where the result set holds several
-protocols or precisions, these are part of a line's name.
+A plot is a function from frames to a Vega-Lite specification, or None where there is nothing to show. A model's trained
+read at the last checkpoint stands for it, else its random one. Where the result set holds several protocols or
+precisions, these are part of a line's name.
 """
 
 from typing import Any

@@ -117,19 +117,19 @@ def _listed(frame: pl.DataFrame, names: list[str], limit: int = 8) -> str:
 
 
 def _range(counts: pl.Series) -> str:
-    if counts.drop_nulls().is_empty():
+    if (counts := counts.drop_nulls()).is_empty():
         return "-"
-    return " to ".join(dict.fromkeys(f"{value:,}" for value in (counts.min(), counts.max())))
+    return " to ".join(dict.fromkeys(f"{value:,}" for value in counts.sort().gather([0, -1]).to_list()))
 
 
 def _tiles(board: pl.DataFrame, claims: pl.DataFrame) -> list[tuple[str, str]]:
     """The page in four numbers."""
     tested = claims.filter(pl.col("num_models") > 0)
-    deepest = board["depth"].max()
+    depths = board["depth"].drop_nulls().to_list()
     return [
         (str(board["model"].n_unique()), "models"),
         (f"{tested['holds'].sum()} of {len(tested)}", "claims hold on all models tested"),
-        ("-" if deepest is None else f"{deepest:.1f}", "decades, the deepest"),
+        (f"{max(depths):.1f}" if depths else "-", "decades, the deepest"),
         (str(int((board["num_learned"].fill_null(0) > 0).sum())), "models with learned dead directions"),
     ]
 
@@ -163,14 +163,15 @@ def _plots(reads: pl.LazyFrame, blocks: pl.LazyFrame, spectra: pl.LazyFrame) -> 
             "Spectra of the final norm",
             "Eigenvalues of the output's covariance, the largest left, the bottom one right; a diamond is the variance "
             "along v. A LayerNorm's curve falls into its kernel at the last place. The amber band is where float32 "
-            "rounding is expected to fill a LayerNorm's kernel, by the closed form; in the grey one no accumulator certifies "
-            f"an eigenvalue. Hover for values, click a name to single it out. (The {MAX_SPECTRA} deepest models at most.)",
+            "rounding is expected to fill a LayerNorm's kernel, by the closed form; in the grey one no accumulator "
+            "certifies an eigenvalue. Hover for values, click a name to single it out. "
+            f"(The {MAX_SPECTRA} deepest models at most.)",
             spectra_plot(reads, spectra),
         ),
         (
             "Residual stream, block to block",
-            "The smallest singular value over the median one at each tap; dotted, the rounding floor. A cross is a block "
-            "that collapsed a direction. Few distinct inputs limit the rank at the embedding, which is no dead direction.",
+            "The smallest singular value over the median one at each tap; dotted, the rounding floor. A cross is a "
+            "block that collapsed a direction. Few distinct inputs limit the rank at the embedding: no dead direction.",
             block_plot(reads, blocks),
         ),
         (

@@ -1,4 +1,4 @@
-"""Plots of spectra: the final norm's, with v's place and the rounding floor, and the residual stream's block by block."""
+"""Plots of spectra: the final norm's, with v's place and the rounding floor, and the residual stream's by block."""
 
 from typing import Any
 
@@ -62,11 +62,8 @@ def spectra_plot(reads: pl.LazyFrame, spectra: pl.LazyFrame) -> Spec | None:
         tooltip=["line:N", "family:N", alt.Tooltip("value:Q", title="lambda_v", format=".3e")]
     )
     on_v.data = alt.NamedData(name="along_v")
-    return specification(
-        alt.layer(shaded, curves, targets, on_v),
-        {"bands": [{"low": lowest} | band for band in bands], "points": points, "along_v": along_v},
-        height=380,
-    )
+    datasets = {"bands": [{"low": lowest} | band for band in bands], "points": points, "along_v": along_v}
+    return specification(alt.layer(shaded, curves, targets, on_v), datasets, height=380)
 
 
 def _bands(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -87,7 +84,7 @@ def _bands(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def block_plot(reads: pl.LazyFrame, blocks: pl.LazyFrame) -> Spec | None:
-    """Smallest over median singular value at each tap, a line a model; the rounding floor dotted, collapses as crosses."""
+    """Smallest over median singular value at each tap, a line a model; rounding floors dotted, collapses as crosses."""
     import altair as alt
 
     speaking = named(best_lines(reads)).select(*KEY, "run_id", "line", "family", "depth")
@@ -108,7 +105,8 @@ def block_plot(reads: pl.LazyFrame, blocks: pl.LazyFrame) -> Spec | None:
     rows = frame.filter(pl.col("line").is_in(shown.implode())).drop("depth").to_dicts()
     picked = alt.selection_point(fields=["line"], bind="legend")
     base = alt.Chart(alt.NamedData(name="blocks")).encode(
-        x=alt.X("block:Q", title="tap: 0 the embedding, then after each block", axis=alt.Axis(format="d", tickMinStep=1)),
+        x=alt.X("block:Q", title="tap: 0 the embedding, then after each block",
+                axis=alt.Axis(format="d", tickMinStep=1)),
         y=alt.Y("value:Q", title="smallest / median singular value", scale=alt.Scale(type="log"),
                 axis=alt.Axis(format=".0e", tickCount=8)),
         color=line_colour(shown.to_list()),

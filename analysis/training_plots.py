@@ -74,7 +74,7 @@ def trend_plot(series: pl.DataFrame, sparks: pl.DataFrame, metrics: Sequence[str
         curve = alt.Chart(alt.NamedData(name=metric)).mark_line(point=True, strokeWidth=1.6).encode(
             x=x,
             y=alt.Y("value:Q", title=metric, scale=alt.Scale(type="log" if positive else "linear", zero=False)),
-            color=alt.value("#1f6fc9") if one_line else alt.Color("line:N", legend=alt.Legend(orient="bottom", title=None)),
+            color=alt.value("#1f6fc9") if one_line else line_colour(rows["line"].unique(maintain_order=True).to_list()),
             tooltip=["revision:N", "line:N", alt.Tooltip("value:Q", format=".4g")],
         )  # fmt: skip
         changes = sparks.filter((pl.col("metric") == metric) & pl.col("change_revision").is_not_null())
@@ -82,7 +82,8 @@ def trend_plot(series: pl.DataFrame, sparks: pl.DataFrame, metrics: Sequence[str
             step="change_step", revision="change_revision", change="change"
         ).to_dicts()
         rule = alt.Chart(alt.NamedData(name=f"{metric}_change")).mark_rule(strokeDash=[4, 3], color="#d0671c").encode(
-            x=alt.X(f"{place}:{'Q' if has_steps else 'N'}"), tooltip=["revision:N", alt.Tooltip("change:Q", format=".3g")]
+            x=alt.X(f"{place}:{'Q' if has_steps else 'N'}"),
+            tooltip=["revision:N", alt.Tooltip("change:Q", format=".3g")],
         )  # fmt: skip
         panels.append(alt.layer(curve, rule).properties(width=360, height=150))
     spec: Spec = alt.concat(*panels, columns=2).resolve_scale(color="independent").to_dict()

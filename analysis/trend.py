@@ -1,6 +1,6 @@
 """A model over its checkpoints: every read in training order, a line of sparks a metric, and where a series breaks.
 
-`first_failing` is the bisection of `deadbench trend --bisect`: it asks for a checkpoint's verdict only when it needs it.
+`first_failing` is the bisection of `deadbench trend --bisect`: it asks for a checkpoint's verdict only when it must.
 """
 
 import math
@@ -56,8 +56,8 @@ def summary(series: pl.DataFrame, metrics: Sequence[str] = METRICS) -> pl.DataFr
     """One row for every line (protocol, dtype, seed) and metric that has values.
 
     `trend` is a line of sparks from the series' smallest to its largest value; `change_step` is the first checkpoint
-    after the change-point (`change_point`), null where the series has none; `change` is the difference of the means after
-    and before it, in decades for magnitudes.
+    after the change-point (`change_point`), null where the series has none; `change` is the difference of the means
+    after and before it, in decades for magnitudes.
     """
     rows = []
     for (protocol, dtype, seed), line in series.group_by("protocol", "dtype", "seed", maintain_order=True):
@@ -125,8 +125,8 @@ def change_point(values_T: NDArray[np.float64] | Float[np.ndarray, "T"]) -> int 
 def first_failing(series: Sequence[T], fails: Callable[[T], bool]) -> T | None:
     """The first of `series` that fails, for a series of passes followed by failures; None when its last one passes.
 
-    The first is the baseline and taken to pass. Asks `fails` at most `ceil(log2(len(series) - 1)) + 1` times, each member at
-    most once.
+    The first is the baseline and taken to pass. Asks `fails` at most `ceil(log2(len(series) - 1)) + 1` times, and
+    of each member at most once.
     """
     if len(series) < 2 or not fails(series[-1]):
         return None

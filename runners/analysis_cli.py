@@ -92,8 +92,8 @@ def compare(
         raise UserError(f"{'--junit' if junit else '--format github'} reports a gate; give one with --gate FILE")
     _check_folder("--junit", junit)
     rules = load_gate(gate) if gate is not None else None
-    sides = [open_side(side) for side in (baseline, candidate)]
-    rows = differences(*sides, rules.scales() if rules else METRICS)
+    asked = rules.scales() if rules else METRICS
+    rows = differences(open_side(baseline), open_side(candidate), asked)
     if rules is None:
         print_frames({"compare": rows if show_all else rows.filter(rows["verdict"] != "same")}, format)
         return

@@ -1,4 +1,4 @@
-"""`deadbench trend --bisect`: the first checkpoint of a series at which a gate breaks, from as few reads as that takes."""
+"""`deadbench trend --bisect`: the first checkpoint of a series that breaks a gate, from as few reads as that takes."""
 
 import math
 from collections.abc import Callable

@@ -1,8 +1,8 @@
 """`pytest --deadbench models.yaml`: each read of a registry's suite is a benchmark of pytest-benchmark.
 
-A read is timed; what it measured is in the benchmark's `extra_info`. Beside it stands a second benchmark, `…-depth`, whose
-figure is no time but `FAR - depth` in decades, so that `pytest-benchmark compare` shows a loss of depth as it shows a loss of
-speed, and `--benchmark-compare-fail=mean:0.5 -k depth` fails when half a decade is gone.
+A read is timed; what it measured is in the benchmark's `extra_info`. Beside it stands a second benchmark, `…-depth`,
+whose figure is no time but `FAR - depth` in decades, so that `pytest-benchmark compare` shows a loss of depth as it
+shows a loss of speed, and `--benchmark-compare-fail=mean:0.5 -k depth` fails when half a decade is gone.
 
 Loaded with every pytest where deadbench is installed: nothing is imported before the option is given.
 """
