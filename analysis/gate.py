@@ -176,9 +176,8 @@ def unjudged(judged: pl.DataFrame, gate: Gate) -> list[str]:
 def headline(judged: pl.DataFrame) -> str:
     """`deadbench gate: 2 of 48 checks broke`."""
     count = len(broken(judged))
-    return (
-        f"deadbench gate: {count} of {len(judged)} checks broke" if count else f"deadbench gate: {len(judged)} passed"
-    )
+    outcome = f"{count} of {len(judged)} checks broke" if count else f"all {len(judged)} checks passed"
+    return f"deadbench gate: {outcome}"
 
 
 def github_summary(judged: pl.DataFrame) -> str:

@@ -41,7 +41,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Say what is missing before anything is collected."""
     config.addinivalue_line("markers", "deadbench: a read of --deadbench")
-    if config.getoption("deadbench") and not config.pluginmanager.hasplugin("benchmark"):
+    if config.getoption("deadbench") and config.getoption("benchmark_disable", None) is None:
         raise pytest.UsageError("--deadbench needs pytest-benchmark: pip install pytest-benchmark")
 
 

@@ -162,7 +162,8 @@ def test_the_interval_of_the_median_covers_95_percent_and_is_none_where_it_canno
 def test_twins_are_told_by_their_names_and_compared_at_the_same_checkpoint(frame, read):
     rows = [
         read("twin-layernorm", "random", depth=13.0), read("twin-rmsnorm", "random", depth=1.0, **RMS),
-        read("twin-layernorm", depth=13.5, checkpoint_step=9), read("twin-rmsnorm", depth=10.5, checkpoint_step=9, **RMS),
+        read("twin-layernorm", depth=13.5, checkpoint_step=9),
+        read("twin-rmsnorm", depth=10.5, checkpoint_step=9, **RMS),
         read("alone-layernorm", depth=2.0), read("gpt2", depth=2.0),
     ]  # fmt: skip
     row = claim(frame, rows, "twins-separate")

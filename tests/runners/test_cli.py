@@ -22,20 +22,6 @@ COMMANDS = ("classify", "run", "leaderboard", "families", "compare", "trend", "r
 TWIN = str(TWINS / "layernorm" / "step4096")
 
 
-@pytest.fixture
-def deadbench(capsys, monkeypatch):
-    """Call the command line in this process; returns (exit code, stdout, stderr)."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["deadbench", *map(str, arguments)])
-        with pytest.raises(SystemExit) as done:
-            cli.main()
-        captured = capsys.readouterr()
-        return done.value.code, captured.out, captured.err
-
-    return call
-
-
 @pytest.fixture(scope="module")
 def results(ray_session, tmp_path_factory):
     """A small result set: one twin checkpoint, one model without a final norm, one that failed."""
