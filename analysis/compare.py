@@ -41,7 +41,9 @@ _ROUNDING = 1e-9  # the same numbers, added up in another order
 _ABOUT_BLOCKS = ("blocks_preserved", "worst_block_ratio")
 
 _WHICH = ["model", "revision", "read", "seed", "engine"]
-_ROW = ["model", "revision", "read", "seed", "engine", "protocol", "dtype", "candidate_model", "candidate_revision"]
+_ORDER = ["model", "read", "revision", "seed"]
+_ABOUT = ["protocol_hash", "protocol", "dtype", "num_tokens", "worst_block"]
+_ROW = ["place", *_WHICH, "protocol", "dtype", "candidate_model", "candidate_revision"]
 
 
 class Ask(NamedTuple):
@@ -86,11 +88,12 @@ def compare(baseline: pl.LazyFrame, candidate: pl.LazyFrame, asked: Mapping[str,
     Raises:
         ResultsError: the same read was made under different protocols, or nothing can be paired.
     """
-    sides = [collected(ok_reads(reads)) for reads in (baseline, candidate)]
+    metrics = list(asked)
+    needed = list(dict.fromkeys([*_WHICH, *_ABOUT, *metrics]))
+    sides = collected_all([ok_reads(reads).select(needed) for reads in (baseline, candidate)])
     _check_not_empty(*sides)
     left, right = _matched_names(*sides)
     keys = [*_WHICH, "protocol_hash"]
-    metrics = list(asked)
     beside = right.select(*keys, *_original(right), pl.col(metrics), pl.col("worst_block")).rename(
         {name: f"candidate_{name}" for name in [*metrics, "worst_block"]}
     )
@@ -102,11 +105,16 @@ def compare(baseline: pl.LazyFrame, candidate: pl.LazyFrame, asked: Mapping[str,
             f"nothing to compare: the baseline has {_models(left)}, the candidate {_models(right)}; "
             "a pair needs the same model id, checkpoint, read and seed"
         )
-    lazy = pairs.lazy().with_columns(_spread(metrics, asked))
+    # Names repeat for every metric: as categories they are four bytes each.
+    names = pl.selectors.string().cast(pl.Categorical)
+    lazy = _with_spread(pairs.sort(_ORDER, nulls_last=True), asked).with_columns(names).with_row_index("place").lazy()
     rows = collected_all([_differences(lazy, Ask(metric, scale)) for metric, scale in asked.items()])
-    return pl.concat([*rows, _without_pair(alone, candidate)], how="diagonal").sort(
-        "model", "read", "revision", "seed", maintain_order=True, nulls_last=True
-    )
+    table = pl.concat(rows).sort("place", maintain_order=True).drop("place")  # a number sorts faster than names
+    if alone.is_empty():
+        return table
+    gone = _without_pair(alone, candidate)
+    gone = gone.cast({name: table.schema[name] for name in gone.columns})
+    return pl.concat([table, gone], how="diagonal").sort(_ORDER, maintain_order=True, nulls_last=True)
 
 
 def unit_of(metric: str) -> str | None:
@@ -173,6 +181,10 @@ def _without_pair(alone: pl.DataFrame, candidate: pl.LazyFrame) -> pl.DataFrame:
     )  # fmt: skip
 
 
+def _name(word: str) -> pl.Expr:
+    return pl.lit(word, dtype=pl.Categorical)
+
+
 def _number(name: str) -> pl.Expr:
     value = pl.col(name).cast(pl.Float64)
     return pl.when(value.is_finite()).then(value)
@@ -187,18 +199,17 @@ def _change(metric: str, scale: Scale, before: pl.Expr, after: pl.Expr) -> pl.Ex
     return pl.when(difference == 0).then(0.0).otherwise(scaled)
 
 
-def _spread(metrics: list[str], asked: Mapping[str, Scale]) -> list[pl.Expr]:
-    """`noise_<metric>`: the baseline's standard deviation over seeds, on the metric's scale; null for one seed."""
-    columns = []
-    for metric in metrics:
-        value, scale = _number(metric), asked[metric]
+def _with_spread(pairs: pl.DataFrame, asked: Mapping[str, Scale]) -> pl.DataFrame:
+    """With `noise_<metric>`: the baseline's standard deviation over seeds, on the metric's scale; null for one seed."""
+    group = [name for name in [*_WHICH, "protocol_hash"] if name != "seed"]
+    columns = {}
+    for metric, scale in asked.items():
+        value = _number(metric)
         if scale == "decades" and _UNITS[metric] != "decades":
             value = pl.when(value > 0).then(value.log10())
-        deviation = value.std().over("model", "revision", "read", "engine", "protocol_hash")
-        if scale == "relative":
-            deviation = deviation / value.mean().over("model", "revision", "read", "engine", "protocol_hash").abs()
-        columns.append(deviation.alias(f"noise_{metric}"))
-    return columns
+        columns[f"noise_{metric}"] = value.std() / value.mean().abs() if scale == "relative" else value.std()
+    several = pairs.filter(pl.len().over(group) > 1) if pairs["seed"].n_unique() > 1 else pairs.clear()
+    return pairs.join(several.group_by(group).agg(**columns), on=group, how="left", nulls_equal=True)
 
 
 def _token_noise(metric: str, scale: Scale) -> pl.Expr:
@@ -216,23 +227,23 @@ def _differences(pairs: pl.LazyFrame, ask: Ask) -> pl.LazyFrame:
     seeds, tokens = pl.col(f"noise_{metric}"), _token_noise(metric, scale)
     rows = pairs.select(
         *(pl.col(f"own_{name}").alias(name) if name in ("model", "revision") else pl.col(name) for name in _ROW),
-        metric=pl.lit(metric),
+        metric=_name(metric),
         baseline=_number(metric),
         candidate=_number(f"candidate_{metric}"),
-        scale=pl.lit(scale),
+        scale=_name(scale),
         # A difference has the noise of both sides.
         noise=math.sqrt(2) * pl.coalesce(seeds, tokens),
-        noise_from=pl.when(seeds.is_not_null()).then(pl.lit("seeds")).when(tokens.is_not_null()).then(pl.lit("tokens")),
+        noise_from=pl.when(seeds.is_not_null()).then(_name("seeds")).when(tokens.is_not_null()).then(_name("tokens")),
         detail=pl.format("block {}", "candidate_worst_block")
         if metric in _ABOUT_BLOCKS
         else pl.lit(None, dtype=pl.String),
     ).filter(pl.col("baseline").is_not_null())
     return rows.with_columns(change=_change(metric, scale, pl.col("baseline"), pl.col("candidate"))).with_columns(
         verdict=pl.when(pl.col("candidate").is_null())
-        .then(pl.lit("lost"))
+        .then(_name("lost"))
         .when(pl.col("change").abs() <= _ROUNDING)
-        .then(pl.lit("same"))
+        .then(_name("same"))
         .when(pl.col("change").abs() <= 2 * pl.col("noise"))
-        .then(pl.lit("noise"))
-        .otherwise(pl.lit("changed"))
+        .then(_name("noise"))
+        .otherwise(_name("changed"))
     )

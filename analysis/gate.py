@@ -138,14 +138,15 @@ def judge(comparison: pl.DataFrame, gate: Gate) -> pl.DataFrame:
     A change breaks when it is worse by more than `allowed`: the metric's bound, or `gate.noise` times the noise where
     that is larger. lost breaks too; missing and failed reads do unless the gate ignores them.
     """
+    comparison = comparison.with_columns(pl.col("verdict").cast(pl.String))
     judged = [_without_metric(comparison, gate)]
     for metric, each in gate.metrics.items():
-        of_metric = comparison.filter((pl.col("metric") == metric) & pl.col("read").is_in(each.reads))
+        of_metric = comparison.filter((pl.col("metric") == metric) & pl.col("read").cast(pl.String).is_in(each.reads))
         wanted = [name for name in of_metric["model"].unique() if any(fnmatchcase(name, p) for p in each.models)]
         worse = {"lower": -pl.col("change"), "higher": pl.col("change"), "changed": pl.col("change").abs()}[each.worse]
         allowed = pl.max_horizontal(pl.lit(each.bound[1]), gate.noise * pl.col("noise"))
         judged.append(
-            of_metric.filter(pl.col("model").is_in(wanted)).with_columns(
+            of_metric.filter(pl.col("model").cast(pl.String).is_in(wanted)).with_columns(
                 allowed=allowed,
                 verdict=pl.when(pl.col("verdict") == "lost")
                 .then("verdict")

@@ -50,15 +50,20 @@ def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config
     """Add the reads to whatever else was collected."""
     file = config.getoption("deadbench")
     if file:
-        items.extend(session.genitems(Registry.from_parent(session, path=Path(file).resolve())))
+        registry = Registry.from_parent(session, path=Path(file).resolve(), jobs=_jobs(config))
+        items.extend(session.genitems(registry))
 
 
 class Registry(pytest.File):
     """A registry file as a collection of benchmarks."""
 
+    def __init__(self, *, jobs: "list[ModelJob]", **kwargs: Any):
+        super().__init__(**kwargs)
+        self.jobs = jobs
+
     def collect(self) -> Iterator[pytest.Item]:
         """Two items a forward read, one a read of parameters."""
-        for job in self._jobs():
+        for job in self.jobs:
             for read in job.reads:
                 measurement = _Measurement(job, read)
                 name = "-".join(part for part in (read.revision, read.read) if part)
@@ -66,25 +71,26 @@ class Registry(pytest.File):
                 if read.read != "parameters":
                     yield self._item(f"{job.model_id}[{name}-depth]", _depth(measurement))
 
-    def _jobs(self) -> "list[ModelJob]":
-        from runners.jobs import JobError, Overrides, build_jobs
-        from suite.registry import RegistryError, find_registry, load_registry
-
-        def listed(name: str) -> list[str]:
-            return [part.strip() for part in (self.config.getoption(name) or "").split(",") if part.strip()]
-
-        try:
-            path = find_registry(self.path)
-            suite = self.config.getoption("deadbench_suite")
-            models, reads = listed("deadbench_models"), listed("deadbench_reads")
-            return build_jobs(load_registry(path), path, models, suite, reads or None, Overrides())
-        except (RegistryError, JobError) as error:
-            raise pytest.UsageError(f"--deadbench: {error}") from error
-
     def _item(self, name: str, function: Any) -> pytest.Item:
         item: pytest.Function = pytest.Function.from_parent(self, name=name, callobj=function)
         item.add_marker(pytest.mark.deadbench)
         return item
+
+
+def _jobs(config: pytest.Config) -> "list[ModelJob]":
+    from runners.jobs import JobError, Overrides, build_jobs
+    from suite.registry import RegistryError, find_registry, load_registry
+
+    def listed(name: str) -> list[str]:
+        return [part.strip() for part in (config.getoption(name) or "").split(",") if part.strip()]
+
+    try:
+        path = find_registry(Path(config.getoption("deadbench")))
+        suite = config.getoption("deadbench_suite")
+        models, reads = listed("deadbench_models"), listed("deadbench_reads")
+        return build_jobs(load_registry(path), path, models, suite, reads or None, Overrides())
+    except (RegistryError, JobError) as error:
+        raise pytest.UsageError(f"--deadbench: {error}") from error
 
 
 class _Measurement:
