@@ -105,7 +105,7 @@ def rich_table(frame: pl.DataFrame, title: str, *, width: int = TERMINAL_WIDTH) 
         table.add_column(
             header(name), justify="right" if dtype.is_numeric() else "left", overflow="fold", no_wrap=short
         )
-    groups = frame.select(GROUP).rows() if set(GROUP) <= set(frame.columns) else [()] * len(frame)
+    groups = frame.select(GROUP).rows() if title == "leaderboard" else [()] * len(frame)
     for place, row in enumerate(cells(shown)):
         apart = place + 1 < len(groups) and groups[place] != groups[place + 1]
         table.add_row(*map(Text, row), end_section=apart)  # Text, not str: markup in a name stays text

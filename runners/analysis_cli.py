@@ -169,7 +169,11 @@ def trend(
 
         save_plot(trend_plot(series, sparks, metrics), plot)
         _say(f"wrote {plot}")
-    print_frames({"trend": series, "metrics": sparks}, "json" if as_json else format)
+    if metric and format == "table" and not as_json:
+        series = series.select("checkpoint_step", "revision", *metric, "protocol", "dtype")
+        print_frames({"checkpoints": series, "metrics": sparks}, format)
+    else:
+        print_frames({"trend": series, "metrics": sparks}, "json" if as_json else format)
 
 
 @app.command()
