@@ -35,6 +35,7 @@ HEADERS = {
     "bottom_coordinates": "coordinates",
     "bottom_weights": "weights",
 }
+MAX_LISTED = 8  # of a list's items; json and csv have all
 _DECIMALS = {
     "alignment": 4, "containment": 4, "deepening": 2, "worst_block_ratio": 3, "ratio": 3, "bottom_weights": 2,
     "precision_slope": 2,
@@ -60,7 +61,8 @@ def text(name: str, value: Any, unit: str | None = None) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list):
-        return "; ".join(text(name, item) for item in value)
+        left_out = f"; and {len(value) - MAX_LISTED} more" if len(value) > MAX_LISTED else ""
+        return "; ".join(text(name, item) for item in value[:MAX_LISTED]) + left_out
     if isinstance(value, datetime):
         return f"{value:%Y-%m-%d %H:%M} UTC"
     if isinstance(value, int):

@@ -51,6 +51,12 @@ SACRIFICED = [
     "value_max", "value_margin", "unit", "protocol", "dtype", "bottom_weights", "bottom_coordinates", "participation",
     "noise", "seed",
 ]  # fmt: skip
+# A page of paper has no room for these.
+SCREEN_ONLY = {
+    "objective", "depth_predicted", "precision_slope", "containment", "num_algebraic", "num_rounding",
+    "num_zero_scales", "hidden_size", "num_blocks", "blocks_preserved", "worst_block", "num_seeds", "input", "dtype",
+    "value_low", "value_high", "value_seed_spread", "threshold",
+}  # fmt: skip
 WRAPPED = {"failing": 30, "statement": 30}  # prose, and the width that is enough for it
 # Only rows that are equal here are compared: said once below the table where all are, else groups stand apart.
 GROUP = ("protocol", "dtype")
@@ -113,12 +119,16 @@ def rich_table(frame: pl.DataFrame, title: str, *, width: int = TERMINAL_WIDTH) 
 
 
 def html_rows(frame: pl.DataFrame) -> dict[str, Any]:
-    """What the table macro of `page.html.j2` takes: headers, what the columns are, each cell as (text, sort key)."""
+    """What the table macro of `page.html.j2` takes: headers, what the columns are, each cell as (text, sort key).
+
+    Columns of `SCREEN_ONLY` are left out on paper.
+    """
     numeric = [dtype.is_numeric() for dtype in frame.dtypes]
     return {
         "names": frame.columns,
         "headers": [header(name) for name in frame.columns],
         "numeric": numeric,
+        "screen_only": [name in SCREEN_ONLY for name in frame.columns],
         "judged": [name == "holds" for name in frame.columns],
         "rows": [list(zip(row, values, strict=True)) for row, values in zip(cells(frame), frame.rows(), strict=True)],
     }

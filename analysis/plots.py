@@ -95,7 +95,7 @@ def slope_plot(reads: pl.LazyFrame) -> Spec | None:
         detail="line:N",
         tooltip=["line:N", "family:N", "read:N", tooltip("depth", ".2f")],
     )
-    layers = alt.layer(base.mark_line(strokeWidth=1.8), base.mark_point(filled=True, size=80, opacity=1))
+    layers = alt.layer(base.mark_line(strokeWidth=1.6, opacity=0.7), base.mark_point(filled=True, size=60))
     return specification(layers, {"slopes": frame.to_dicts()}, height=300)
 
 
@@ -129,7 +129,9 @@ def line_colour(lines: list[str]) -> Any:
     """A colour a line, with a legend that one can click."""
     import altair as alt
 
-    return alt.Color("line:N", scale=alt.Scale(domain=lines), legend=alt.Legend(orient="bottom", title=None))
+    return alt.Color(
+        "line:N", scale=alt.Scale(domain=lines), legend=alt.Legend(orient="bottom", title=None, symbolLimit=0)
+    )
 
 
 def tooltip(column: str, format: str) -> Any:

@@ -165,7 +165,7 @@ def _plots(reads: pl.LazyFrame, blocks: pl.LazyFrame, spectra: pl.LazyFrame) -> 
             "along v. A LayerNorm's curve falls into its kernel at the last place. The amber band is where float32 "
             "rounding is expected to fill a LayerNorm's kernel, by the closed form; in the grey one no accumulator "
             "certifies an eigenvalue. Hover for values, click a name to single it out. "
-            f"(The {MAX_SPECTRA} deepest models at most.)",
+            f"({MAX_SPECTRA} models at most, the deepest of each family.)",
             spectra_plot(reads, spectra),
         ),
         (

@@ -10,7 +10,8 @@ from analysis.results import collected
 from suite.schema import KEY
 
 MAX_POINTS = 200  # of one spectrum; both ends are kept exactly
-MAX_SPECTRA = 40  # more cannot be told apart; the deepest are kept
+MAX_SPECTRA = 40  # more cannot be told apart; the deepest of each family are kept
+_PLACE = pl.col("depth").rank("ordinal", descending=True).over("family").alias("place_in_family")
 _ROUNDING = ("lambda_mean", "depth_predicted")
 
 
@@ -20,14 +21,18 @@ def spectra_plot(reads: pl.LazyFrame, spectra: pl.LazyFrame) -> Spec | None:
     The band at the foot is below every line's certified floor."""
     import altair as alt
 
-    deepest = best_lines(reads).sort("depth", descending=True, nulls_last=True)
-    chosen = named(deepest).select(*KEY, "run_id", "line", "family", "lambda_v", "depth", "spectrum_floor", *_ROUNDING)
+    chosen = (
+        named(best_lines(reads))
+        .with_columns(_PLACE)
+        .select("place_in_family", *KEY, "run_id", "line", "family", "lambda_v", "depth", "spectrum_floor", *_ROUNDING)
+    )
     # The measurement's place, not just its key: the spectrum of an older run is another one.
     final = spectra.filter(pl.col("site") == "final_norm").unique([*KEY, "run_id"])
     rows = collected(
         final.join(chosen, on=[*KEY, "run_id"], nulls_equal=True)
-        .sort("depth", "line", descending=[True, False], nulls_last=True)
+        .sort("place_in_family", "line", nulls_last=True)
         .head(MAX_SPECTRA)
+        .sort("depth", "line", descending=[True, False], nulls_last=True)
         .select("line", "family", "lambda_v", "spectrum_floor", *_ROUNDING, "eigenvalues")
     ).to_dicts()
     points, along_v = [], []
@@ -84,25 +89,29 @@ def _bands(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def block_plot(reads: pl.LazyFrame, blocks: pl.LazyFrame) -> Spec | None:
-    """Smallest over median singular value at each tap, a line a model; rounding floors dotted, collapses as crosses."""
+    """Smallest over median singular value at each tap, a line a model; rounding floors dotted, collapses as crosses.
+
+    Models that have one come first.
+    """
     import altair as alt
 
-    speaking = named(best_lines(reads)).select(*KEY, "run_id", "line", "family", "depth")
+    speaking = named(best_lines(reads)).with_columns(_PLACE).select(*KEY, "run_id", "line", "family", "place_in_family")
     frame = collected(
         blocks.join(speaking, on=[*KEY, "run_id"], nulls_equal=True)
         .filter((pl.col("sigma_min") > 0) & (pl.col("sigma_median") > 0))
         .select(
-            "line", "family", "block", "ratio", "participation", "depth",
+            "line", "family", "block", "ratio", "participation", "place_in_family",
+            whole=(pl.col("state").fill_null("") != "collapsed").all().over("line"),
             state=pl.when("rank_limited").then(pl.lit("rank-limited")).otherwise(pl.col("state").fill_null("first")),
             value=pl.col("sigma_min") / pl.col("sigma_median"),
             floor=pl.when(pl.col("floor") > 0).then(pl.col("floor") / pl.col("sigma_median")),
         )
-        .sort("depth", "line", "block", descending=[True, False, False], nulls_last=True)
+        .sort("whole", "place_in_family", "line", "block", nulls_last=True)
     )  # fmt: skip
     if frame.is_empty():
         return None
     shown = frame["line"].unique(maintain_order=True).head(MAX_SPECTRA)
-    rows = frame.filter(pl.col("line").is_in(shown.implode())).drop("depth").to_dicts()
+    rows = frame.filter(pl.col("line").is_in(shown.implode())).drop("whole", "place_in_family").to_dicts()
     picked = alt.selection_point(fields=["line"], bind="legend")
     base = alt.Chart(alt.NamedData(name="blocks")).encode(
         x=alt.X("block:Q", title="tap: 0 the embedding, then after each block",

@@ -1,6 +1,7 @@
 """Plots over training: every checkpoint of the models that have several, and one model's metrics with change-points."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import polars as pl
 
@@ -73,7 +74,7 @@ def trend_plot(series: pl.DataFrame, sparks: pl.DataFrame, metrics: Sequence[str
         one_line = rows["line"].n_unique() == 1
         curve = alt.Chart(alt.NamedData(name=metric)).mark_line(point=True, strokeWidth=1.6).encode(
             x=x,
-            y=alt.Y("value:Q", title=metric, scale=alt.Scale(type="log" if positive else "linear", zero=False)),
+            y=alt.Y("value:Q", title=metric, scale=_value_scale(rows["value"], bool(positive))),
             color=alt.value("#1f6fc9") if one_line else line_colour(rows["line"].unique(maintain_order=True).to_list()),
             tooltip=["revision:N", "line:N", alt.Tooltip("value:Q", format=".4g")],
         )  # fmt: skip
@@ -88,6 +89,16 @@ def trend_plot(series: pl.DataFrame, sparks: pl.DataFrame, metrics: Sequence[str
         panels.append(alt.layer(curve, rule).properties(width=360, height=150))
     spec: Spec = alt.concat(*panels, columns=2).resolve_scale(color="independent").to_dict()
     return spec | {"datasets": datasets}
+
+
+def _value_scale(values: pl.Series, log: bool) -> Any:
+    """The axis of a panel; what varies by rounding only is drawn as a level."""
+    import altair as alt
+
+    low, high = values.sort().gather([0, -1]).to_list()
+    if high - low > 1e-9 * max(abs(low), abs(high)):
+        return alt.Scale(type="log" if log else "linear", zero=False)
+    return alt.Scale(domain=[low - max(abs(low) / 2, 0.5), high + max(abs(high) / 2, 0.5)])
 
 
 def step_ticks(steps: list[int]) -> list[int]:

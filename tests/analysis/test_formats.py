@@ -119,6 +119,7 @@ def test_unknown_format(board):
         ("kernel_exact", False, None, "no"),
         ("failing", ["a", "b"], None, "a; b"),
         ("failing", [], None, "-"),
+        ("failing", list("abcdefghij"), None, "a; b; c; d; e; f; g; h; and 2 more"),
         ("error", "two\nlines\u202e", None, "two lines\ufffd"),
         ("rank", None, None, "-"),
     ],
