@@ -1,16 +1,19 @@
 """Planted regressions, end to end: real reads of doctored twins, caught by the gate and found by the bisection."""
 
+import json
 import shutil
 from xml.etree import ElementTree
 
 import numpy as np
 import polars as pl
 import pytest
+import torch
 import yaml
 from safetensors.numpy import load_file, save_file
 
 from runners.bisect import bisect_series, most_reads
 from runners.events import Finished
+from runners.torch_engine import TorchEngine
 from runners.worker import run_model
 from tests.conftest import ROOT, TWINS
 
@@ -116,6 +119,32 @@ def test_a_planted_regression_is_found_and_breaks_the_gate(
     again = bisect_series([out], "twin", metric, None, registry, None, None, lambda line: None)
     assert again == found
     assert len(pl.read_parquet(f"{out}/reads/*.parquet")) == len(reads)
+
+
+def test_a_direction_removed_from_a_block_is_found_and_pinpointed(
+    without_ray, deadbench, series, tmp_path, monkeypatch
+):
+    """No weights do that in a pre-LN model, whose blocks add: a hook on the third block projects the direction out."""
+    registry, out = series(lambda tensors: None), str(tmp_path / "out")
+    load = TorchEngine.load_trained
+
+    def load_broken(self, folder, dtype):
+        model = load(self, folder, dtype)
+        if int(folder.name.removeprefix("step")) >= BROKEN_FROM:
+            u_D = torch.zeros(model.config.hidden_size).index_fill(0, torch.tensor([7]), 1.0)
+            model.layers[2].register_forward_hook(lambda block, args, output: output - (output @ u_D)[..., None] * u_D)
+        return model
+
+    monkeypatch.setattr(TorchEngine, "load_trained", load_broken)
+    found = bisect_series([out], "twin", "blocks_preserved", None, registry, None, None, lambda line: None)
+    assert (found.first_failing, found.last_passing) == (f"step{BROKEN_FROM}", f"step{BROKEN_FROM - 1}")
+    sides = [f"{out}@step0", f"{out}@step{BROKEN_FROM}"]
+    code, printed, _ = deadbench("compare", *sides, "--gate", ROOT / "examples" / "gate.yaml", "--format", "github")
+    assert code == 1
+    (line,) = [line for line in printed.splitlines() if "blocks preserved" in line or "blocks_preserved" in line]
+    assert "block 3" in line
+    (block,) = json.loads(deadbench("families", out, "--json")[1])["collapsed_blocks"]
+    assert (block["revision"], block["block"], block["bottom_coordinates"][0]) == (f"step{NUM_CHECKPOINTS - 1}", 3, 7)
 
 
 def test_a_checkpoint_that_cannot_be_read_stops_the_bisection(without_ray, deadbench, series, tmp_path):
