@@ -23,8 +23,23 @@ HEADERS = {
     "value_median": "median",
     "value_min": "min",
     "value_max": "max",
+    "value_low": "95 % from",
+    "value_high": "to",
+    "value_margin": "margin",
+    "value_seed_spread": "seed spread",
+    "num_algebraic": "algebraic",
+    "num_learned": "learned",
+    "num_rounding": "rounding",
+    "checkpoint_step": "step",
+    "num_blocks": "blocks",
+    "bottom_coordinates": "coordinates",
+    "bottom_weights": "weights",
 }
-_DECIMALS = {"alignment": 4, "containment": 4, "deepening": 2, "worst_block_ratio": 3}
+MAX_LISTED = 8  # of a list's items; json and csv have all
+_DECIMALS = {
+    "alignment": 4, "containment": 4, "deepening": 2, "worst_block_ratio": 3, "ratio": 3, "bottom_weights": 2,
+    "precision_slope": 2,
+}  # fmt: skip
 _DECIMALS_OF_UNIT = {"cosine": 4, "decades": 2, "dimensions": 0, "slope": 2, "ratio": 3}
 
 
@@ -46,7 +61,8 @@ def text(name: str, value: Any, unit: str | None = None) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list):
-        return "; ".join(text(name, item) for item in value)
+        left_out = f"; and {len(value) - MAX_LISTED} more" if len(value) > MAX_LISTED else ""
+        return "; ".join(text(name, item) for item in value[:MAX_LISTED]) + left_out
     if isinstance(value, datetime):
         return f"{value:%Y-%m-%d %H:%M} UTC"
     if isinstance(value, int):
@@ -78,6 +94,8 @@ def _real(name: str, value: float, unit: str | None) -> str:
     decimals = _DECIMALS.get(name, 2 if name.startswith("depth") else None)
     if name.startswith("value_"):
         decimals = _DECIMALS_OF_UNIT.get(unit or "")
+    if name in ("first", "last", "min", "max", "baseline", "candidate") and 0 < abs(value) < 1e-4:
+        return f"{value:.2e}"
     if decimals is None:
         return f"{value:.4g}"
     return f"{round(value, decimals) + 0.0:.{decimals}f}"  # + 0.0: there is no minus zero

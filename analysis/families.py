@@ -1,98 +1,20 @@
-"""The comparison across normalisation families: each claim a row, with how many models hold it.
+"""The comparison across normalisation families: each claim of `analysis/claims.py` as a row.
 
-A claim is one entry of `CLAIMS`: which reads test it, and one expression that says whether a read holds it. To add a
-claim, add an entry. The reads offered to a claim are one row each of
+The reads offered to a claim are one row each of
 
-- random: the newest read at random initialisation of each (model, protocol, dtype),
-- trained: its read at the last checkpoint, with the random read's numbers beside it as `random_<column>`,
+- random: the newest read at random initialisation of each (model, protocol, dtype, seed),
+- trained: its read at the last checkpoint, with the random reads' means beside it,
 - parameters: every checkpoint's.
 
-A model, here (model, protocol), holds a claim when all its tested reads do. Where the expression is null the claim
-cannot be tested.
+A model, here (model, protocol), holds a claim when all its tested reads do.
 """
-
-from typing import NamedTuple
 
 import polars as pl
 
+from analysis.claims import CLAIMS, LOG_LAMBDA_V, RANDOM_COLUMNS, TWIN, Claim
 from analysis.lines import LINE, forward_lines, parameter_reads
-from analysis.results import collected, finite
-
-
-class Claim(NamedTuple):
-    """One claim: `holds` is a boolean expression over a read, `value` the number that it judges (null: none)."""
-
-    statement: str
-    family: str  # layernorm, rmsnorm or any
-    reads: tuple[str, ...]
-    holds: pl.Expr
-    threshold: str
-    value: pl.Expr
-    unit: str
-
-
-def _kept_lambda_v(prefix: str = "") -> pl.Expr:
-    """Variance along v, cut like the depth at what the projection resolves: `max(lambda_v, lbar 10^-depth_limit)`."""
-    limit = pl.col(f"{prefix}lambda_mean") * pl.lit(10.0).pow(-pl.col(f"{prefix}depth_limit"))
-    kept = pl.max_horizontal(pl.col(f"{prefix}lambda_v"), limit)
-    return pl.when(kept > 0).then(kept)  # a zero without a known limit is undefined, not infinitely deep
-
-
-# u_D is arbitrary inside a kernel of two or more dimensions: alignment carries no claim there.
-_ALIGNMENT = pl.when(pl.col("num_zero_scales").fill_null(0) < 2).then(pl.col("alignment"))
-_WITHOUT_ZEROS = pl.col("num_zero_scales").fill_null(0) == 0
-_DEEPENING = (_kept_lambda_v("random_") / _kept_lambda_v()).log10()
-_MORE_DEAD = pl.col("num_dead_1e6") - pl.col("random_num_dead_1e6")
-_PREDICTION_ERROR = pl.col("depth_predicted") - pl.col("depth")
-_NO_VALUE = pl.lit(None, dtype=pl.Float64)
-
-RANDOM, TRAINED, FORWARD = ("random",), ("trained",), ("random", "trained")
-
-CLAIMS = {
-    "layernorm-random-aligned": Claim(
-        "LayerNorm at random initialisation: the bottom eigenvector is the inverse-scale direction, to four decimals.",
-        "layernorm", RANDOM, _ALIGNMENT >= 0.99995, "alignment >= 0.99995", _ALIGNMENT, "cosine",
-    ),
-    "rmsnorm-random-unaligned": Claim(
-        "RMSNorm at random initialisation (control): the bottom eigenvector is not the inverse-scale direction.",
-        "rmsnorm", RANDOM, _ALIGNMENT < 0.99995, "alignment < 0.99995", _ALIGNMENT, "cosine",
-    ),
-    "layernorm-kernel-contained": Claim(
-        "Trained LayerNorm: the dead subspace predicted from the scales lies inside the measured one.",
-        "layernorm", TRAINED, pl.col("containment") >= 0.9999, "containment >= 0.9999", pl.col("containment"), "cosine",
-    ),
-    "layernorm-kernel-exact": Claim(
-        "LayerNorm without zero scales, random or trained: the kernel is algebraic, rounding alone fills it.",
-        "layernorm", FORWARD, pl.when(_WITHOUT_ZEROS).then(pl.col("kernel_exact")), "precision slope > 0.5",
-        pl.col("precision_slope"), "slope",
-    ),
-    "rmsnorm-kernel-inexact": Claim(
-        "RMSNorm, random or trained (control): nothing along the inverse-scale direction is filled by rounding alone.",
-        "rmsnorm", FORWARD, ~pl.col("kernel_exact"), "precision slope <= 0.5", pl.col("precision_slope"), "slope",
-    ),
-    "layernorm-deepens": Claim(
-        "LayerNorm: training deepens the direction, lambda_v at the last checkpoint is below that at random "
-        "initialisation.",
-        "layernorm", TRAINED, _DEEPENING > 0, "random / trained lambda_v > 1", _DEEPENING, "decades",
-    ),
-    "more-dead-directions": Claim(
-        "Any family: after training more directions are dead at 1e-6 of the mean than at random initialisation.",
-        "any", TRAINED, _MORE_DEAD > 0, "trained - random count > 0", _MORE_DEAD, "dimensions",
-    ),
-    "depth-predicted": Claim(
-        "LayerNorm, at random initialisation and at the last checkpoint: the scales alone predict the depth.",
-        "layernorm", FORWARD, _PREDICTION_ERROR.abs() <= 0.5, "|predicted - measured| <= 0.5", _PREDICTION_ERROR,
-        "decades",
-    ),
-    "blocks-preserved": Claim(
-        "Any family, random or trained: no block collapses a direction of the residual stream.",
-        "any", FORWARD, pl.col("blocks_preserved"), "no collapsed block", pl.col("worst_block_ratio"), "ratio",
-    ),
-    "classified": Claim(
-        "Any family: the parameters alone tell the normalisation family that the registry expects.",
-        "any", ("parameters",), pl.col("family") == pl.col("family_expected"), "family as expected", _NO_VALUE, "",
-    ),
-}  # fmt: skip
+from analysis.results import collected, collected_all, finite
+from suite.schema import KEY
 
 SCHEMA = {
     "claim": pl.String,
@@ -102,8 +24,13 @@ SCHEMA = {
     "num_hold": pl.Int64,
     "holds": pl.Boolean,
     "value_median": pl.Float64,
+    "value_low": pl.Float64,
+    "value_high": pl.Float64,
     "value_min": pl.Float64,
     "value_max": pl.Float64,
+    "value_margin": pl.Float64,
+    "value_seed_spread": pl.Float64,
+    "num_seeds": pl.Int64,
     "unit": pl.String,
     "threshold": pl.String,
     "failing": pl.List(pl.String),
@@ -114,19 +41,57 @@ def families(reads: pl.LazyFrame) -> pl.DataFrame:
     """Each claim of `CLAIMS` as a row.
 
     `num_models` models (one per model and protocol) can be tested and `num_hold` of them hold; `holds` is true when
-    all do, null when there is none. `value_median`, `value_min`, `value_max` are over the tested reads, in `unit`;
-    `failing` names the models that do not hold.
+    all do, null when there is none; `failing` names those that do not. In `unit`:
+
+    - `value_median` over the models, each with its mean over reads, and its 95 % interval `value_low` to `value_high`
+      from the order statistics (no assumption on the distribution; null below six models, which cannot give one),
+    - `value_min` and `value_max` over the reads; `value_margin`, the smallest distance of a read to the threshold,
+      negative on the wrong side,
+    - `value_seed_spread`, the standard deviation over seeds within a model, pooled over the models that were read with
+      several; `num_seeds` is the largest number of seeds of a model. One seed has no spread: null.
     """
     offered = collected(_offered(reads)).lazy()
-    return pl.concat([collected(_judged(claim_id, claim, offered)) for claim_id, claim in CLAIMS.items()])
+    return pl.concat(collected_all([_judged(claim_id, claim, offered) for claim_id, claim in CLAIMS.items()]))
+
+
+def confusion(reads: pl.LazyFrame) -> pl.DataFrame:
+    """Classification from parameters: a row for each family that the registry expects, a column for each found.
+
+    Counts are of models; a model whose checkpoints are told differently counts once in each column.
+    """
+    told = parameter_reads(reads).filter(pl.col("family_expected").is_not_null())
+    pairs = collected(told.select("model", "family_expected", "family").unique())
+    if pairs.is_empty():
+        return pl.DataFrame(schema={"expected": pl.String})
+    table = pairs.pivot("family", index="family_expected", values="model", aggregate_function="len", sort_columns=True)
+    return table.rename({"family_expected": "expected"}).sort("expected").fill_null(0)
+
+
+def collapsed_blocks(reads: pl.LazyFrame, blocks: pl.LazyFrame) -> pl.DataFrame:
+    """The exceptions to "preserved block to block": each collapsed block of the reads that speak for a model.
+
+    With the bottom direction's largest coordinates and their squared weights, and over how many coordinates it is
+    spread (`participation`).
+    """
+    speaking = forward_lines(reads, each_seed=True).select(*KEY, "run_id", "protocol", "dtype", "num_blocks")
+    columns = ["block", "state", "ratio", "sigma_min", "bottom_coordinates", "bottom_weights", "participation"]
+    found = blocks.filter(pl.col("state") == "collapsed").join(speaking, on=[*KEY, "run_id"], nulls_equal=True)
+    return collected(found.select("model", "read", "revision", "num_blocks", *columns).sort("model", "read", "block"))
 
 
 def _offered(reads: pl.LazyFrame) -> pl.LazyFrame:
-    forward = forward_lines(reads)
-    beside = forward.filter(pl.col("read") == "random").select(
-        *LINE, pl.col("lambda_v", "lambda_mean", "depth_limit", "num_dead_1e6").name.prefix("random_")
+    forward = forward_lines(reads, each_seed=True).with_columns(log_lambda_v=LOG_LAMBDA_V)
+    random = forward.filter(pl.col("read") == "random")
+    beside = random.group_by(LINE).agg(pl.col(RANDOM_COLUMNS).mean().name.prefix("random_"))
+    # The twin's depth at the same place, the mean over its seeds.
+    place = ["twin", "protocol", "dtype", "read", "checkpoint_step"]
+    named = forward.with_columns(twin=TWIN).with_columns(
+        is_twin=(pl.col("twin") != pl.col("model")) & (pl.col("family") == "rmsnorm")
     )
-    joined = forward.join(beside, on=LINE, how="left", nulls_equal=True)
+    twins = named.filter("is_twin").group_by(place).agg(twin_depth=pl.col("depth").mean())
+    joined = named.join(beside, on=LINE, how="left", nulls_equal=True).join(
+        twins, on=place, how="left", nulls_equal=True
+    )
     return pl.concat([joined, parameter_reads(reads)], how="diagonal")
 
 
@@ -134,19 +99,45 @@ def _judged(claim_id: str, claim: Claim, offered: pl.LazyFrame) -> pl.LazyFrame:
     asked = offered.filter(pl.col("read").is_in(claim.reads))
     if claim.family != "any":
         asked = asked.filter(pl.col("family") == claim.family)
-    tested = finite(asked.select("model", "protocol", holds=claim.holds, value=claim.value.cast(pl.Float64)))
-    tested = tested.drop_nulls("holds")
-    value = pl.col("value").explode()
-    by_model = tested.group_by("model", "protocol").agg(pl.col("holds").all(), pl.col("value"))
+    numbers = {"value": claim.value.cast(pl.Float64), "margin": claim.margin.cast(pl.Float64)}
+    tested = finite(asked.select(*LINE, "read", "seed", holds=claim.holds, **numbers)).drop_nulls("holds")
+    by_seed = tested.with_columns(variance=pl.col("value").var().over(*LINE, "read"))
+    by_model = by_seed.group_by("model", "protocol").agg(
+        pl.col("holds").all(),
+        pl.col("value").mean(),
+        pl.col("variance").mean(),
+        low=pl.col("value").min(),
+        high=pl.col("value").max(),
+        margin=pl.col("margin").min(),
+        seeds=pl.col("seed").n_unique(),
+    )
+    known = pl.col("value").drop_nulls().sort()
+    place = _interval_place(known.len())
     summary = by_model.select(
         num_models=pl.len().cast(pl.Int64),
         num_hold=pl.col("holds").sum().cast(pl.Int64),
         holds=pl.when(pl.len() > 0).then(pl.col("holds").all()),
-        value_median=value.median(),
-        value_min=value.min(),
-        value_max=value.max(),
+        value_median=known.median(),
+        value_low=known.get(place, null_on_oob=True),
+        value_high=known.get(known.len().cast(pl.Int64) - 1 - place, null_on_oob=True),
+        value_min=pl.col("low").min(),
+        value_max=pl.col("high").max(),
+        value_margin=pl.col("margin").min(),
+        value_seed_spread=pl.col("variance").mean().sqrt(),
+        num_seeds=pl.col("seeds").max().cast(pl.Int64),
         failing=pl.col("model").filter(~pl.col("holds")).unique().sort().implode(),
     )
     facts = {"claim": claim_id, **claim._asdict(), "unit": claim.unit or None}
     texts = [pl.lit(facts[name], dtype=pl.String).alias(name) for name in SCHEMA if name in facts and name != "holds"]
     return summary.with_columns(texts).select(list(SCHEMA))
+
+
+def _interval_place(count: pl.Expr) -> pl.Expr:
+    """Index, from either end of `count` sorted values, of the median's 95 % interval; null where there is none.
+
+    The place of the binomial(count, 1/2)'s 2.5 % point by the normal approximation, checked against the exact one in
+    the tests. Conover, Practical Nonparametric Statistics, 3.2.
+    """
+    number = count.cast(pl.Float64)
+    rank = (number / 2 - 0.98 * number.sqrt() + 0.5).floor().cast(pl.Int64)
+    return pl.when(rank >= 1).then(rank - 1)

@@ -6,12 +6,12 @@ have written (model names, errors) is escaped for where it goes.
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from analysis.cells import cells, header, one_line
+from analysis.cells import cells, header, one_line, text
 from analysis.results import ResultsError
 
 if TYPE_CHECKING:
@@ -20,38 +20,63 @@ if TYPE_CHECKING:
 # What a terminal has room for; every other format has all columns.
 TERMINAL_COLUMNS = {
     "leaderboard": [
-        "rank", "model", "revision", "family", "read", "depth", "depth_random", "deepening", "depth_exact",
-        "kernel_exact", "alignment", "num_dead_1e6", "num_parameters", "protocol", "dtype",
+        "rank", "model", "revision", "family", "objective", "read", "depth", "depth_random", "deepening", "depth_exact",
+        "kernel_exact", "alignment", "num_dead_1e6", "num_learned", "num_parameters", "worst_block_ratio", "protocol",
+        "dtype",
     ],
     "families": [
-        "claim", "family", "num_models", "num_hold", "holds", "value_median", "value_min", "value_max", "unit",
-        "failing",
+        "claim", "family", "num_models", "num_hold", "holds", "value_median", "value_min", "value_max",
+        "value_margin", "unit", "failing",
+    ],
+    "collapsed_blocks": [
+        "model", "read", "block", "num_blocks", "ratio", "participation", "bottom_coordinates", "bottom_weights",
+    ],
+    "compare": [
+        "verdict", "model", "revision", "read", "seed", "metric", "baseline", "candidate", "change", "scale", "allowed",
+        "noise",
+    ],
+    "trend": [
+        "checkpoint_step", "revision", "depth", "depth_exact", "lambda_v", "alignment", "num_dead_1e6", "num_learned",
+        "worst_block_ratio", "protocol", "dtype",
+    ],
+    "metrics": [
+        "metric", "trend", "first", "last", "min", "max", "change_step", "change", "unit", "protocol", "dtype",
     ],
 }  # fmt: skip
 # Where these do not fit either, the first of `SACRIFICED` go, one by one.
 TERMINAL_WIDTH = 140
 SACRIFICED = [
-    "num_parameters", "depth_exact", "num_dead_1e6", "kernel_exact", "revision", "depth_random", "alignment",
-    "deepening", "read", "family", "value_min", "value_max", "unit", "protocol", "dtype",
+    "objective", "num_learned", "worst_block_ratio", "num_parameters", "depth_exact", "num_dead_1e6", "kernel_exact",
+    "revision", "depth_random", "alignment", "deepening", "read", "family", "value_min",
+    "value_max", "value_margin", "unit", "protocol", "dtype", "bottom_weights", "bottom_coordinates", "participation",
+    "noise", "seed",
 ]  # fmt: skip
+# A page of paper has no room for these.
+SCREEN_ONLY = {
+    "objective", "depth_predicted", "precision_slope", "containment", "num_algebraic", "num_rounding",
+    "num_zero_scales", "hidden_size", "num_blocks", "blocks_preserved", "worst_block", "num_seeds", "input", "dtype",
+    "value_low", "value_high", "value_seed_spread", "threshold",
+}  # fmt: skip
 WRAPPED = {"failing": 30, "statement": 30}  # prose, and the width that is enough for it
-# A column of these with one value only is said once, below the table.
-CAPTION_COLUMNS = ("protocol", "dtype")
+# Only rows that are equal here are compared: said once below the table where all are, else groups stand apart.
+GROUP = ("protocol", "dtype")
 _MARKDOWN = str.maketrans(
     {"\\": "\\\\", "|": "\\|", "*": "\\*", "`": "\\`", "[": "\\[", "&": "&amp;", "<": "&lt;", ">": "&gt;"}
 )
 
 
-def render(frame: pl.DataFrame, format: str, *, title: str) -> str:
-    """`frame` as json, csv, md or html; json is one document, `{title: [row, …]}`.
+def render(frames: Mapping[str, pl.DataFrame], format: str) -> str:
+    """Frames by title as json, csv, md or html; json is one document, `{title: [row, …], …}`, csv the first frame only.
 
     Raises:
         ResultsError: an unknown format.
     """
-    formats: dict[str, Callable[[pl.DataFrame, str], str]] = {"json": _json, "csv": _csv, "md": _md, "html": _html}
+    formats: dict[str, Callable[[Mapping[str, pl.DataFrame]], str]] = {
+        "json": _json, "csv": _csv, "md": _md, "html": _html,
+    }  # fmt: skip
     if format not in formats:
         raise ResultsError(f"format {format!r} is unknown; choose {', '.join(formats)}")
-    return formats[format](frame, title)
+    return formats[format](frames)
 
 
 def rich_table(frame: pl.DataFrame, title: str, *, width: int = TERMINAL_WIDTH) -> "Table":
@@ -66,14 +91,14 @@ def rich_table(frame: pl.DataFrame, title: str, *, width: int = TERMINAL_WIDTH) 
 
     wanted = [name for name in TERMINAL_COLUMNS.get(title, frame.columns) if name in frame.columns]
     shown = frame.select(name for name in wanted if frame.is_empty() or _has_values(frame[name]))
-    shared = [name for name in CAPTION_COLUMNS if name in shown.columns and shown[name].drop_nulls().n_unique() == 1]
+    shared = [name for name in GROUP if name in shown.columns and shown[name].drop_nulls().n_unique() == 1]
     below = [", ".join(f"{name} {one_line(shown[name].drop_nulls()[0])}" for name in shared)] if shared else []
     if {"model", "error"} <= set(frame.columns):
         errors = frame.select("model", "error").drop_nulls("error").iter_rows()
         below += [one_line(f"{model}: {error}") for model, error in errors]
     shown = _fitting(shown.drop(shared), width)
     table = Table(
-        title=Text(title),
+        title=Text(header(title)),
         title_justify="left",
         caption=Text("\n".join(below)) if below else None,
         caption_justify="left",
@@ -86,18 +111,26 @@ def rich_table(frame: pl.DataFrame, title: str, *, width: int = TERMINAL_WIDTH) 
         table.add_column(
             header(name), justify="right" if dtype.is_numeric() else "left", overflow="fold", no_wrap=short
         )
-    for row in cells(shown):
-        table.add_row(*map(Text, row))  # Text, not str: markup in a name stays text
+    groups = frame.select(GROUP).rows() if title == "leaderboard" else [()] * len(frame)
+    for place, row in enumerate(cells(shown)):
+        apart = place + 1 < len(groups) and groups[place] != groups[place + 1]
+        table.add_row(*map(Text, row), end_section=apart)  # Text, not str: markup in a name stays text
     return table
 
 
 def html_rows(frame: pl.DataFrame) -> dict[str, Any]:
-    """What the table macro of `page.html.j2` takes: headers, what the columns are, the cells as text."""
+    """What the table macro of `page.html.j2` takes: headers, what the columns are, each cell as (text, sort key).
+
+    Columns of `SCREEN_ONLY` are left out on paper.
+    """
+    numeric = [dtype.is_numeric() for dtype in frame.dtypes]
     return {
+        "names": frame.columns,
         "headers": [header(name) for name in frame.columns],
-        "numeric": [dtype.is_numeric() for dtype in frame.dtypes],
+        "numeric": numeric,
+        "screen_only": [name in SCREEN_ONLY for name in frame.columns],
         "judged": [name == "holds" for name in frame.columns],
-        "rows": list(cells(frame)),
+        "rows": [list(zip(row, values, strict=True)) for row, values in zip(cells(frame), frame.rows(), strict=True)],
     }
 
 
@@ -139,13 +172,17 @@ def _has_values(column: pl.Series) -> bool:
     return column.null_count() < len(column)
 
 
-def _json(frame: pl.DataFrame, title: str) -> str:
-    rows = [{name: _plain(value) for name, value in row.items()} for row in frame.iter_rows(named=True)]
-    return json.dumps({title: rows}, indent=2, allow_nan=False)
+def plain_rows(frame: pl.DataFrame) -> list[dict[str, Any]]:
+    """The rows as JSON has them: neither NaN nor dates."""
+    return [{name: _plain(value) for name, value in row.items()} for row in frame.iter_rows(named=True)]
+
+
+def _json(frames: Mapping[str, pl.DataFrame]) -> str:
+    document = {title: plain_rows(frame) for title, frame in frames.items()}
+    return json.dumps(document, indent=2, allow_nan=False)
 
 
 def _plain(value: Any) -> Any:
-    """JSON has neither NaN nor dates."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, list):
@@ -153,17 +190,46 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, str | int | float | bool | None) else value.isoformat()
 
 
-def _csv(frame: pl.DataFrame, title: str) -> str:
+def _csv(frames: Mapping[str, pl.DataFrame]) -> str:
+    frame = next(iter(frames.values()))
     real = pl.selectors.float()
     lists = [pl.col(n).cast(pl.List(pl.String)).list.join("; ") for n, t in frame.schema.items() if t == pl.List]
     return frame.with_columns(pl.when(real.is_finite()).then(real)).with_columns(lists).write_csv().rstrip("\n")
 
 
-def _md(frame: pl.DataFrame, title: str) -> str:
-    lines = [[header(name) for name in frame.columns], ["---:" if t.is_numeric() else "---" for t in frame.dtypes]]
-    lines += [[cell.translate(_MARKDOWN) for cell in row] for row in cells(frame)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def _md(frames: Mapping[str, pl.DataFrame]) -> str:
+    tables = []
+    for frame in frames.values():
+        lines = [[header(name) for name in frame.columns], ["---:" if t.is_numeric() else "---" for t in frame.dtypes]]
+        lines += [[cell.translate(_MARKDOWN) for cell in row] for row in cells(frame)]
+        tables.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+    return "\n\n".join(tables)
 
 
-def _html(frame: pl.DataFrame, title: str) -> str:
-    return str(environment().get_template("page.html.j2").module.document(title, html_rows(frame)))
+def _html(frames: Mapping[str, pl.DataFrame]) -> str:
+    tables = {title: _great_table(frame, title) for title, frame in frames.items()}
+    return str(environment().get_template("page.html.j2").module.document(tables))
+
+
+def _great_table(frame: pl.DataFrame, title: str) -> str:
+    """The frame as a table of great_tables, which escapes cells and headings; groups of protocols stand apart."""
+    from great_tables import GT
+
+    shown = pl.DataFrame(list(cells(frame)), schema=dict.fromkeys(frame.columns, pl.String), orient="row").with_columns(
+        _group(frame) if set(GROUP) <= set(frame.columns) else []
+    )
+    table = GT(shown, id=title, groupname_col="group" if "group" in shown.columns else None)
+    return str(
+        table.cols_label({name: header(name) for name in frame.columns})
+        .cols_align("left")
+        .cols_align("right", [name for name, dtype in frame.schema.items() if dtype.is_numeric()])
+        .tab_options(table_font_size="13px", table_width="100%", data_row_padding="4px", row_group_font_weight="bold")
+        .as_raw_html()
+    )
+
+
+def _group(frame: pl.DataFrame) -> pl.Series:
+    names = [
+        ", ".join(f"{n} {text(n, v)}" for n, v in zip(GROUP, row, strict=True)) for row in frame.select(GROUP).rows()
+    ]
+    return pl.Series("group", names, dtype=pl.String)

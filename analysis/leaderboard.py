@@ -13,6 +13,7 @@ COLUMNS = [
     "model",
     "revision",
     "family",
+    "objective",
     "read",
     "depth",
     "depth_random",
@@ -20,13 +21,22 @@ COLUMNS = [
     "depth_predicted",
     "depth_exact",
     "kernel_exact",
+    "precision_slope",
     "alignment",
     "containment",
     "num_dead_1e6",
+    "num_algebraic",
+    "num_learned",
+    "num_rounding",
     "num_zero_scales",
     "num_parameters",
     "hidden_size",
+    "num_blocks",
+    "blocks_preserved",
+    "worst_block",
     "worst_block_ratio",
+    "num_seeds",
+    "input",
     "protocol",
     "dtype",
     "status",
@@ -41,6 +51,8 @@ SORTABLE = [
     "alignment",
     "containment",
     "num_dead_1e6",
+    "num_algebraic",
+    "num_learned",
     "num_zero_scales",
     "num_parameters",
     "hidden_size",
@@ -53,8 +65,8 @@ def leaderboard(reads: pl.LazyFrame, *, sort: str = "depth", family: str | None 
     """One line per (model, protocol, dtype): its trained read at the last checkpoint, else its random read.
 
     `depth = log10(lambda_mean / lambda_v)` in decades; `depth_random` is that of the same model, protocol and dtype at
-    random initialisation; `deepening = depth - depth_random` where the line is a trained read. The family is what the
-    read found the norm to do, not what the registry expects.
+    random initialisation, the mean over `num_seeds` seeds; `deepening = depth - depth_random` where the line is a
+    trained read. The family is what the read found the norm to do, not what the registry expects.
 
     `rank` counts within a (protocol, dtype) group, largest `sort` first; equal values share the smaller rank, a missing
     value has none and comes last. `sort="model"` lists a group by name and ranks by depth. Groups with more ranked
@@ -69,7 +81,9 @@ def leaderboard(reads: pl.LazyFrame, *, sort: str = "depth", family: str | None 
     if family is not None and family not in FAMILIES:
         raise ResultsError(f"--family {family!r} is unknown; choose {', '.join(FAMILIES)}")
 
-    random = forward_lines(reads).filter(pl.col("read") == "random").select(*LINE, depth_random="depth")
+    # At random initialisation the mean over the seeds that were read.
+    seeds = forward_lines(reads, each_seed=True).filter(pl.col("read") == "random")
+    random = seeds.group_by(LINE).agg(depth_random=pl.col("depth").mean(), num_seeds=pl.len().cast(pl.Int64))
     read = pl.concat([best_lines(reads), parameter_lines(reads), failed_lines(reads)])
     lines = read.join(random, on=LINE, how="left", nulls_equal=True, maintain_order="left").with_columns(
         pl.when(pl.col("read") == "trained").then(pl.col("depth") - pl.col("depth_random")).alias("deepening")

@@ -11,14 +11,14 @@ from analysis.results import latest
 LINE = ["model", "protocol", "dtype"]
 
 
-def forward_lines(reads: pl.LazyFrame) -> pl.LazyFrame:
+def forward_lines(reads: pl.LazyFrame, *, each_seed: bool = False) -> pl.LazyFrame:
     """Of each line at most two rows: its newest random read, and its trained read at the last checkpoint.
 
     The last checkpoint has the largest `checkpoint_step`; a null step counts as the only checkpoint. Reads that
-    failed do not speak.
+    failed do not speak. With `each_seed` two rows for every seed.
     """
-    forward = _ok(reads).filter(pl.col("read").is_in(["random", "trained"]))
-    return last(forward, [*LINE, "read"])
+    forward = ok_reads(reads).filter(pl.col("read").is_in(["random", "trained"]))
+    return last(forward, [*LINE, "read", *(["seed"] if each_seed else [])])
 
 
 def best_lines(reads: pl.LazyFrame) -> pl.LazyFrame:
@@ -29,7 +29,7 @@ def best_lines(reads: pl.LazyFrame) -> pl.LazyFrame:
 
 def parameter_reads(reads: pl.LazyFrame) -> pl.LazyFrame:
     """Every ok read of parameters, one a checkpoint."""
-    return last(_ok(reads).filter(pl.col("read") == "parameters"), ["model", "protocol", "revision"])
+    return last(ok_reads(reads).filter(pl.col("read") == "parameters"), ["model", "protocol", "revision"])
 
 
 def parameter_lines(reads: pl.LazyFrame) -> pl.LazyFrame:
@@ -41,7 +41,7 @@ def parameter_lines(reads: pl.LazyFrame) -> pl.LazyFrame:
 def failed_lines(reads: pl.LazyFrame) -> pl.LazyFrame:
     """For (model, protocol) of which nothing but failures exists: the newest failure."""
     newest = failed_reads(reads).unique(["model", "protocol"], keep="first", maintain_order=True)
-    return _without(newest, _ok(reads))
+    return _without(newest, ok_reads(reads))
 
 
 def failed_reads(reads: pl.LazyFrame) -> pl.LazyFrame:
@@ -50,7 +50,8 @@ def failed_reads(reads: pl.LazyFrame) -> pl.LazyFrame:
     return failed.sort("finished_at", descending=True, nulls_last=True, maintain_order=True)
 
 
-def _ok(reads: pl.LazyFrame) -> pl.LazyFrame:
+def ok_reads(reads: pl.LazyFrame) -> pl.LazyFrame:
+    """The newest ok row of every key."""
     return latest(reads).filter(pl.col("status") == "ok")
 
 

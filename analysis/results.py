@@ -5,6 +5,7 @@ Every file's footer is checked first, so that a stranger's, a torn or a newer fi
 
 import io
 import os
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -20,8 +21,8 @@ class ResultsError(ValueError):
     """A result set or a request that cannot be answered; one line that says where, what, and what to do."""
 
 
-def scan(location: str, table: str = "reads") -> pl.LazyFrame:
-    """Table `table` of the result set at `location` (a folder or an fsspec URI), all rows of all files.
+def scan(locations: str | Sequence[str], table: str = "reads") -> pl.LazyFrame:
+    """Table `table` of the result sets at `locations` (folders or fsspec URIs), all rows of all files.
 
     Columns that an older file lacks are null; columns that this version does not know are left out. A result set
     without rows in a table other than `reads` gives an empty frame: a read of parameters has no spectrum.
@@ -30,7 +31,13 @@ def scan(location: str, table: str = "reads") -> pl.LazyFrame:
         ResultsError: no such folder, not a result set, a torn file, or one written by a newer deadbench.
     """
     if table not in TABLES:
-        raise ResultsError(f"{location}: a result set has no table {table!r}; choose {', '.join(TABLES)}")
+        raise ResultsError(f"a result set has no table {table!r}; choose {', '.join(TABLES)}")
+    if isinstance(locations, str):
+        return _scan_one(locations, table)
+    return pl.concat([_scan_one(location, table) for location in dict.fromkeys(locations)])
+
+
+def _scan_one(location: str, table: str) -> pl.LazyFrame:
     filesystem, files = _list_files(location, table)
     if not files:
         return pl.LazyFrame(schema=_polars_schema(table))
@@ -76,8 +83,13 @@ def collected(frame: pl.LazyFrame) -> pl.DataFrame:
     Raises:
         ResultsError: a file whose footer was whole and whose data are not, or that has gone meanwhile.
     """
+    return collected_all([frame])[0]
+
+
+def collected_all(frames: Sequence[pl.LazyFrame]) -> list[pl.DataFrame]:
+    """The frames, computed together; raises like `collected`."""
     try:
-        return frame.collect()
+        return pl.collect_all(frames)
     except (pl.exceptions.PolarsError, OSError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ResultsError(f"the result set cannot be read to its end ({reason}); move the file away") from error

@@ -13,6 +13,9 @@ from typing import Annotated, Any
 
 import typer
 
+from runners.analysis_cli import app as analysis_app
+from runners.console import EXIT_FALSE, EXIT_INTERRUPTED, EXIT_USAGE, Debug, Json, UserError, console, one_of
+
 app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -22,18 +25,8 @@ app = typer.Typer(
 )
 
 _CLASSIFY_THREADS = 8
-EXIT_FALSE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
-FORMATS = ("table", "json", "csv", "md", "html")
-PLAN_WIDTH = 150  # columns of a table that is not printed to a terminal
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
-Format = Annotated[str, typer.Option("--format", help=f"One of {', '.join(FORMATS)}.")]
-Results = Annotated[str, typer.Argument(metavar="RESULTS", help="A result set: folder or URI.")]
-
-
-class UserError(Exception):
-    """A mistake of the user's, in one line; exit code 2."""
+app.add_typer(analysis_app)  # without a name: its commands are ours
 
 
 @app.callback(invoke_without_command=True)
@@ -129,7 +122,7 @@ def run(
     from runners.jobs import ENGINES, JobError, Overrides, build_jobs
     from suite.registry import Dtype, RegistryError, find_registry, load_registry
 
-    _one_of("--dtype", dtype, Dtype.__args__)  # type: ignore[attr-defined]
+    one_of("--dtype", dtype, Dtype.__args__)  # type: ignore[attr-defined]
     if engine not in ENGINES:
         raise UserError(f"--engine {engine!r} cannot be run by this version; choose {' or '.join(ENGINES)}")
     if tensor_parallel > 1:
@@ -150,55 +143,6 @@ def run(
         print(f"{summary.ok} ok, {summary.failed} failed, {summary.skipped} already there; results in {out}")
     if summary.failed:
         raise typer.Exit(EXIT_FALSE)
-
-
-@app.command()
-def leaderboard(
-    results: Results,
-    format: Format = "table",
-    sort: Annotated[str, typer.Option(help="Column to rank by.")] = "depth",
-    family: Annotated[str | None, typer.Option(help="Only this normalisation family.")] = None,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Models ranked by the depth of their dead direction, like protocols together.
-
-    Example: [bold]deadbench leaderboard results/quick --format md[/bold]
-    """
-    from analysis.leaderboard import leaderboard as rank
-    from analysis.results import scan
-
-    _print_frame(rank(scan(results), sort=sort, family=family), "leaderboard", "json" if as_json else format)
-
-
-@app.command()
-def families(results: Results, format: Format = "table", as_json: Json = False, debug: Debug = False) -> None:
-    """Each claim about the normalisation families as a row, with how many models hold it.
-
-    Example: [bold]deadbench families results/quick[/bold]
-    """
-    from analysis.families import families as compare
-    from analysis.results import scan
-
-    _print_frame(compare(scan(results)), "families", "json" if as_json else format)
-
-
-@app.command()
-def report(
-    results: Results,
-    out: Annotated[Path, typer.Option("-o", "--out", metavar="FILE.html", help="Page to write.")] = Path("report.html"),
-    debug: Debug = False,
-) -> None:
-    """One self-contained page: leaderboard, claims and plots; no network needed to view it.
-
-    Example: [bold]deadbench report results/quick -o report.html[/bold]
-    """
-    from analysis.report import write_report
-
-    if not out.resolve().parent.is_dir():
-        raise UserError(f"--out {out}: no such directory")
-    write_report(results, out)
-    print(out)
 
 
 def main() -> None:
@@ -261,21 +205,6 @@ def _counts(summary: Any) -> dict[str, int]:
     return {"ok": summary.ok, "failed": summary.failed, "skipped": summary.skipped}
 
 
-def _one_of(option: str, value: str | None, allowed: tuple[str, ...]) -> None:
-    if value is not None and value not in allowed:
-        raise UserError(f"{option} {value!r} is unknown; choose {', '.join(allowed)}")
-
-
-def _print_frame(frame: Any, title: str, format: str) -> None:
-    from analysis.formats import render, rich_table
-
-    _one_of("--format", format, FORMATS)
-    if format == "table":
-        _console().print(rich_table(frame, title))
-    else:
-        print(render(frame, format, title=title))
-
-
 def _print_classified(results: list[dict[str, Any]]) -> None:
     from rich import box
     from rich.markup import escape
@@ -298,10 +227,4 @@ def _print_classified(results: list[dict[str, Any]]) -> None:
             "-" if depth is None else f"{depth:.2f}",
             f"{result['bytes_read']:,} of {result['bytes_total']:,}",
         )
-    _console().print(table)
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    return Console() if sys.stdout.isatty() else Console(width=PLAN_WIDTH)
+    console().print(table)

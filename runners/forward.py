@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from runners.events import Progress, Reading
 from runners.jobs import ReadJob
 from runners.torch_engine import BATCH_TOKENS, Blocks, TorchEngine, pick_device
-from suite.architecture import block_list, build_config, count_parameters, find_final_norm
+from suite.architecture import block_list, build_config, count_parameters, find_final_norm, objective
 from suite.final_norm import FinalNormRead
 from suite.inputs import Batch, Inputs, check_count, image_batches, token_batches
 from suite.norms import live_norm
@@ -71,6 +71,7 @@ def read_forward(
     final = find_final_norm(model)
     row: Row = architecture_columns(final) | {
         "num_parameters": num_parameters(json.dumps(raw_config, sort_keys=True)),
+        "objective": objective(raw_config),
         "dtype": dtype_name,
         "device": engine.device_name(),
         "load_seconds": engine.load_seconds,

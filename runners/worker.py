@@ -40,6 +40,7 @@ def one_line(error: BaseException) -> str:
 
 def _read_parameters(read: ReadJob) -> Reading:
     from runners.forward import num_parameters
+    from suite.architecture import objective
     from suite.parameters import list_norms, read_parameters
     from suite.sources import Checkpoint
 
@@ -49,6 +50,7 @@ def _read_parameters(read: ReadJob) -> Reading:
         raise ValueError(f"the final norm cannot be determined: {result.reason}")
     yield Progress(read.label(), "norms")
     row = result.columns() | {"error": result.reason, "dtype": result.stored_dtype}
+    row["objective"] = objective(checkpoint.config())
     row["num_parameters"] = num_parameters(json.dumps(checkpoint.config(), sort_keys=True))
     return {"reads": [row], "norms": list_norms(checkpoint, result)}
 

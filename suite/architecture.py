@@ -20,6 +20,20 @@ from suite.resolution import ArchitectureError, FinalNorm, NormBehaviour, Remote
 _SMALL_MODEL = 500_000_000  # parameters: 2 GB in float32, a few seconds to draw
 _CUT_CANDIDATES = 40  # modules, last called first, among which a norm behind a projection is looked for
 
+OBJECTIVES = {
+    "ForCausalLM": "causal",
+    "LMHeadModel": "causal",
+    "ForMaskedLM": "masked",
+    "ForPreTraining": "pretraining",
+    "ForConditionalGeneration": "conditional",
+    "ForImageClassification": "classification",
+    "ForSequenceClassification": "classification",
+    "ForMaskedImageModeling": "masked",
+    "ForCTC": "ctc",
+    "SentenceTransformer": "contrastive",
+    "CLIPModel": "contrastive",
+}
+
 
 def build_config(config: Mapping[str, Any]) -> Any:
     """transformers' configuration object from the contents of a config.json.
@@ -74,6 +88,15 @@ def count_parameters(config: Any) -> int:
             with torch.device("meta"):
                 return sum(p.numel() for p in published(config).parameters())
     return sum(p.numel() for p in build_model(config, "meta").parameters())
+
+
+def objective(config: Mapping[str, Any]) -> str | None:
+    """What the published model class is trained for, as its name in config.json's `architectures` says; else None."""
+    for name in config.get("architectures") or ():
+        for ending, meaning in OBJECTIVES.items():
+            if str(name).endswith(ending):
+                return meaning
+    return None
 
 
 def locate_final_norm(config: Any) -> FinalNorm:

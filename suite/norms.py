@@ -116,7 +116,7 @@ def _fit_eps(run: object, x: Tensor, unit: float, centred: bool) -> float:
 
 
 def _as_written(module: nn.Module, eps: float) -> float:
-    """The module's own float attribute that agrees with the fitted `eps`, digit for digit, else the round number near."""
+    """The module's own float attribute that agrees with the fitted `eps`, digit for digit, else the round number."""
     for value in vars(module).values():
         if isinstance(value, float) and math.isclose(value, eps, rel_tol=1e-3):
             return value

@@ -62,6 +62,7 @@ READS = [
     Column("hidden_size", INT, "dimensions", "D, the width of the residual stream"),
     Column("num_blocks", INT, "blocks", "L, the number of transformer blocks"),
     Column("num_parameters", INT, "parameters", "unique parameters of the published architecture"),
+    Column("objective", TEXT, "", "what the published model class is for, by its name; null where that does not tell"),
     # scales
     Column("num_zero_scales", INT, "dimensions", "|Z|, scales at most 1e-5 of the median magnitude"),
     Column("scale_harmonic", REAL, "scale^2", "HM(gamma^2) = D / sum gamma_i^-2"),

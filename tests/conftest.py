@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from importlib import resources
 from pathlib import Path
 
@@ -48,6 +49,22 @@ def ray_session(tmp_path_factory):
     )
     yield ray
     ray.shutdown()
+
+
+@pytest.fixture
+def deadbench(capsys, monkeypatch):
+    """Call the command line in this process; returns (exit code, stdout, stderr)."""
+
+    from runners import cli
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["deadbench", *map(str, arguments)])
+        with pytest.raises(SystemExit) as done:
+            cli.main()
+        captured = capsys.readouterr()
+        return done.value.code, captured.out, captured.err
+
+    return call
 
 
 def write_checkpoint(folder: Path, config: dict, tensors: dict[str, np.ndarray] | None = None) -> Path:

@@ -25,9 +25,16 @@ def _read(model: str = "m", read: str = "trained", *, minute: int = 0, **columns
     return row | columns
 
 
-def _write(folder: Path, rows: list[dict[str, Any]], spectra: dict[int, list[float]] | None = None) -> str:
-    """Write `rows`, one file each; `spectra` gives eigenvalues by index of the row."""
-    tables: dict[str, list[dict[str, Any]]] = {"reads": rows, "spectra": []}
+def _write(
+    folder: Path,
+    rows: list[dict[str, Any]],
+    spectra: dict[int, list[float]] | None = None,
+    blocks: dict[int, list[dict[str, Any]]] | None = None,
+) -> str:
+    """Write `rows`, one file each; `spectra` gives eigenvalues and `blocks` taps, by index of the row."""
+    tables: dict[str, list[dict[str, Any]]] = {"reads": rows, "spectra": [], "blocks": []}
+    for index, taps in (blocks or {}).items():
+        tables["blocks"] += [{name: rows[index].get(name) for name in ["run_id", *KEY]} | tap for tap in taps]
     for index, eigenvalues in (spectra or {}).items():
         key = {name: rows[index].get(name) for name in ["run_id", *KEY]}
         tables["spectra"].append(key | {"site": "final_norm", "eigenvalues": eigenvalues})
@@ -45,7 +52,7 @@ def read() -> Callable[..., dict[str, Any]]:
 
 @pytest.fixture
 def result_set(tmp_path: Path) -> Callable[..., str]:
-    return lambda rows, spectra=None, name="results": _write(tmp_path / name, rows, spectra)
+    return lambda rows, spectra=None, name="results", blocks=None: _write(tmp_path / name, rows, spectra, blocks)
 
 
 @pytest.fixture

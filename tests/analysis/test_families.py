@@ -2,7 +2,9 @@ import math
 
 import pytest
 
-from analysis.families import CLAIMS, SCHEMA, families
+from analysis.claims import CLAIMS
+from analysis.families import SCHEMA, collapsed_blocks, confusion, families
+from analysis.results import scan
 
 
 def claim(frame, rows, claim_id):
@@ -113,3 +115,87 @@ def test_no_rows(frame):
     table = families(frame([]))
     assert table["num_models"].to_list() == [0] * len(CLAIMS)
     assert table["holds"].to_list() == [None] * len(CLAIMS)
+
+
+def test_margins_are_signed_distances_to_the_threshold(frame, read):
+    rows = [read("near", containment=0.99995), read("far", containment=0.9)]
+    assert claim(frame, rows, "layernorm-kernel-contained")["value_margin"] == pytest.approx(0.9 - 0.9999)
+    assert claim(frame, rows[:1], "layernorm-kernel-contained")["value_margin"] == pytest.approx(5e-5)
+
+
+def test_seeds_count_once_and_their_spread_is_pooled(frame, read):
+    rows = [read("m", "random", seed=s, alignment=a) for s, a in enumerate((0.99996, 0.99998, 1.0))]
+    rows += [read("one", "random", alignment=0.99999)]
+    row = claim(frame, rows, "layernorm-random-aligned")
+    assert (row["num_models"], row["num_hold"], row["num_seeds"]) == (2, 2, 3)
+    assert row["value_seed_spread"] == pytest.approx(2e-5, rel=1e-6)
+    assert row["value_median"] == pytest.approx((0.99998 + 0.99999) / 2)
+    rows[0]["alignment"] = 0.5
+    assert claim(frame, rows, "layernorm-random-aligned")["failing"] == ["m"]
+    assert claim(frame, rows[3:], "layernorm-random-aligned")["value_seed_spread"] is None
+
+
+def test_deepening_is_against_the_mean_of_the_random_seeds(frame, read):
+    spectrum = {"lambda_mean": 1.0, "depth_limit": 28.0}
+    rows = [
+        read("m", "random", seed=s, lambda_v=v, depth_predicted=13.0, **spectrum) for s, v in ((0, 1e-12), (1, 1e-14))
+    ]
+    rows += [read("m", lambda_v=1e-15, depth_predicted=14.75, **spectrum)]
+    assert claim(frame, rows, "layernorm-deepens")["value_median"] == pytest.approx(2.0)
+    assert claim(frame, rows, "deepening-predicted")["value_median"] == pytest.approx(-0.25)
+
+
+@pytest.mark.parametrize("count", [*range(1, 60), 100, 250])
+def test_the_interval_of_the_median_covers_95_percent_and_is_none_where_it_cannot(frame, read, count):
+    """Exact: the k-th values from either end miss the median with probability 2 P(Binomial(n, 1/2) < k)."""
+    rows = [read(f"m{i}", containment=float(i)) for i in range(count)]
+    row = claim(frame, rows, "layernorm-kernel-contained")
+    if row["value_low"] is None:
+        assert 2 * 0.5**count > 0.05
+        return
+    place = int(row["value_low"]) + 1
+    assert row["value_high"] == count - place
+    missed = 2 * sum(math.comb(count, below) for below in range(place)) / 2**count
+    assert missed <= 0.05
+
+
+def test_twins_are_told_by_their_names_and_compared_at_the_same_checkpoint(frame, read):
+    rows = [
+        read("twin-layernorm", "random", depth=13.0), read("twin-rmsnorm", "random", depth=1.0, **RMS),
+        read("twin-layernorm", depth=13.5, checkpoint_step=9),
+        read("twin-rmsnorm", depth=10.5, checkpoint_step=9, **RMS),
+        read("alone-layernorm", depth=2.0), read("gpt2", depth=2.0),
+    ]  # fmt: skip
+    row = claim(frame, rows, "twins-separate")
+    assert (row["num_models"], row["num_hold"], row["failing"]) == (1, 0, ["twin-layernorm"])
+    assert (row["value_min"], row["value_max"]) == (3.0, 12.0)
+
+
+def test_confusion_counts_models_by_what_was_expected_and_found(frame, read):
+    told = {"read": "parameters", "family_expected": "layernorm"}
+    rows = [
+        read("a", **told),
+        read("b", **told),
+        read("c", **told | RMS),
+        read("d", **told | RMS | {"family_expected": "rmsnorm"}),
+    ]
+    rows += [read("a", revision="step2", **told), read("unknown", "parameters")]
+    assert confusion(frame(rows)).to_dicts() == [
+        {"expected": "layernorm", "layernorm": 2, "rmsnorm": 1},
+        {"expected": "rmsnorm", "layernorm": 0, "rmsnorm": 1},
+    ]
+    assert confusion(frame([])).is_empty()
+
+
+def test_a_collapsed_block_is_pinpointed_and_an_older_run_is_not(result_set, read):
+    rows = [read("m", run_id="old"), read("m", run_id="new", minute=1)]
+    tap = {"block": 3, "state": "collapsed", "ratio": 0.01, "bottom_coordinates": [7], "bottom_weights": [0.99]}
+    location = result_set(rows, blocks={0: [tap | {"block": 5}], 1: [tap, {"block": 4, "state": "preserved"}]})
+    (row,) = collapsed_blocks(scan(location), scan(location, "blocks")).to_dicts()
+    assert (row["model"], row["block"], row["bottom_coordinates"]) == ("m", 3, [7])
+
+
+def test_any_number_of_result_sets_is_one(result_set, read):
+    places = [result_set([read(model, containment=1.0)], name=model) for model in "abc"]
+    (row,) = families(scan([*places, places[0]])).filter(claim="layernorm-kernel-contained").to_dicts()
+    assert row["num_models"] == 3

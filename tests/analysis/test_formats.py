@@ -41,7 +41,7 @@ def board(frame, read):
 
 
 def test_json_is_strict_and_keeps_full_precision(board):
-    document = json.loads(render(board, "json", title="leaderboard"), parse_constant=pytest.fail)
+    document = json.loads(render({"leaderboard": board}, "json"), parse_constant=pytest.fail)
     (first, second) = document["leaderboard"]
     assert (first["model"], first["depth"], first["alignment"]) == (EVIL, 13.123456, 0.99999)
     assert second["alignment"] is None
@@ -49,17 +49,17 @@ def test_json_is_strict_and_keeps_full_precision(board):
 
 def test_json_and_csv_have_no_infinities():
     frame = pl.DataFrame({"x": [float("nan"), float("inf"), 1.0], "l": [["a", "b"], [], None]})
-    assert json.loads(render(frame, "json", title="t"), parse_constant=pytest.fail)["t"][1] == {"x": None, "l": []}
-    assert render(frame, "csv", title="t").splitlines() == ["x,l", ",a; b", ',""', "1.0,"]
+    assert json.loads(render({"t": frame}, "json"), parse_constant=pytest.fail)["t"][1] == {"x": None, "l": []}
+    assert render({"t": frame}, "csv").splitlines() == ["x,l", ",a; b", ',""', "1.0,"]
 
 
 def test_csv_reads_back(board):
-    (first, _) = csv.DictReader(io.StringIO(render(board, "csv", title="leaderboard")))
+    (first, _) = csv.DictReader(io.StringIO(render({"leaderboard": board}, "csv")))
     assert (first["model"], first["depth"], first["containment"]) == (EVIL, "13.123456", "")
 
 
 def test_md_is_one_line_a_row_with_escaped_cells(board):
-    lines = render(board, "md", title="leaderboard").splitlines()
+    lines = render({"leaderboard": board}, "md").splitlines()
     assert len(lines) == 4
     assert "&lt;script&gt;alert(1)&lt;/script&gt; \\| \\[red]x\\[/red] \\`y\\`" in lines[2]
     assert len({line.replace("\\|", "").count("|") for line in lines}) == 1
@@ -69,7 +69,7 @@ def test_md_is_one_line_a_row_with_escaped_cells(board):
 
 
 def test_html_shows_names_as_text(board):
-    page = Tags(render(board, "html", title="leaderboard"))
+    page = Tags(render({"leaderboard": board}, "html"))
     assert "script" not in page.tags
     assert any("<script>alert(1)</script>" in words for words in page.words)
 
@@ -98,13 +98,13 @@ def test_what_all_rows_share_and_errors_stand_below(frame, read):
 
 @pytest.mark.parametrize("format", ["json", "csv", "md", "html"])
 def test_empty_frame(frame, format):
-    assert render(leaderboard(frame([])), format, title="leaderboard")
+    assert render({"leaderboard": leaderboard(frame([]))}, format)
     assert "model" in printed(leaderboard(frame([])))
 
 
 def test_unknown_format(board):
     with pytest.raises(ResultsError, match="format 'xml' is unknown; choose json, csv, md, html"):
-        render(board, "xml", title="leaderboard")
+        render({"leaderboard": board}, "xml")
 
 
 @pytest.mark.parametrize(
@@ -119,6 +119,7 @@ def test_unknown_format(board):
         ("kernel_exact", False, None, "no"),
         ("failing", ["a", "b"], None, "a; b"),
         ("failing", [], None, "-"),
+        ("failing", list("abcdefghij"), None, "a; b; c; d; e; f; g; h; and 2 more"),
         ("error", "two\nlines\u202e", None, "two lines\ufffd"),
         ("rank", None, None, "-"),
     ],

@@ -4,9 +4,12 @@ from html.parser import HTMLParser
 
 import pytest
 
-from analysis.plots import MAX_POINTS, depth_plot, downsampled, spectra_plot, step_ticks, training_plot
+from analysis.export import save_plot, save_plots
+from analysis.plots import depth_plot, size_plot, slope_plot
 from analysis.report import report_page, write_report
 from analysis.results import ResultsError, scan
+from analysis.spectra_plots import MAX_POINTS, block_plot, downsampled, spectra_plot
+from analysis.training_plots import step_ticks, training_plot
 
 EVIL = "</script><script>alert(1)</script>"
 
@@ -31,15 +34,15 @@ class Page(HTMLParser):
 
 @pytest.fixture
 def history(read):
-    spectrum = {"lambda_mean": 1.0, "lambda_v": 1e-13, "depth": 13.0}
-    rows = [read(EVIL, "random", **spectrum)]
+    spectrum = {"lambda_mean": 1.0, "lambda_v": 1e-13, "depth": 13.0, "num_parameters": 1000}
+    rows = [read(EVIL, "random", **spectrum), read("other", "random", **spectrum)]
     rows += [read(EVIL, revision=f"step{s}", checkpoint_step=s, **spectrum) for s in (0, 16, 128)]
     return [*rows, read("broken", status="failed", error="out of <b>memory</b>", minute=5)]
 
 
 @pytest.fixture
 def location(result_set, history):
-    return result_set(history, {i: [2.0, 1.0, -1e-20, 1e-13] for i in range(4)})
+    return result_set(history, {i: [2.0, 1.0, -1e-20, 1e-13] for i in range(5)})
 
 
 def test_the_page_is_whole_and_loads_nothing(location, tmp_path):
@@ -49,25 +52,27 @@ def test_the_page_is_whole_and_loads_nothing(location, tmp_path):
     assert out.stat().st_size < 5e6
     page = Page(out.read_text(encoding="utf-8"))
     for _, attributes in page.elements:
-        assert not {"src", "href", "srcset"} & set(attributes)
+        assert not {"src", "srcset"} & set(attributes)
+        assert attributes.get("href", "#").startswith("#")
     assert not re.search(r"@import|url\(", "".join(re.findall(r"<style>.*?</style>", out.read_text(), re.DOTALL)))
 
 
 def test_names_are_text_and_never_script(location):
-    text = report_page(location)
+    text = report_page(location)[0]
     page = Page(text)
-    assert len(page.scripts) == 3  # library, data, drawing
+    tables, _library, data, _drawing = page.scripts
+    assert EVIL not in tables
     assert "<script>alert(1)" not in text
     assert "&lt;script&gt;alert(1)" in text
     assert "out of &lt;b&gt;memory" in text
-    specs = json.loads(page.scripts[1], parse_constant=pytest.fail)
-    assert len(specs) == 4
-    assert {row["line"] for row in specs[0]["datasets"]["points"]} == {EVIL}
+    specs = json.loads(data, parse_constant=pytest.fail)
+    assert len(specs) == 6, "spectra, depth, size, slopes, and two of training"
+    assert {row["line"] for row in specs[0]["datasets"]["points"]} == {EVIL, "other"}
 
 
 def test_a_result_set_without_measurements_has_a_page_without_plots(result_set, read):
-    page = report_page(result_set([read("m", "parameters", depth_predicted=13.0)]))
-    assert Page(page).scripts == []
+    page = report_page(result_set([read("m", "parameters", depth_predicted=13.0)]))[0]
+    assert len(Page(page).scripts) == 1, "tables sort; there is nothing to draw"
     assert "predicted" in page
 
 
@@ -155,3 +160,56 @@ def test_ticks_are_the_checkpoints_or_powers_of_ten():
     assert step_ticks([0, 16, 16, 4096]) == [0, 16, 4096]
     assert step_ticks([0, *range(1000, 143_000, 1000)]) == [0, 1, 10, 100, 1000, 10_000, 100_000]
     assert step_ticks(list(range(50, 2000, 100))) == [100, 1000]
+
+
+def test_spectra_show_where_rounding_begins(result_set, read):
+    rows = [read("m", lambda_v=2e-13, lambda_mean=2.0, depth=13.0, depth_predicted=13.0, spectrum_floor=1e-17)]
+    location = result_set(rows, {0: [7.0, 2e-13]})
+    bands = spectra_plot(scan(location), scan(location, "spectra"))["datasets"]["bands"]
+    kernel, floor = bands
+    assert (kernel["low"], kernel["high"]) == (pytest.approx(1e-13), pytest.approx(4e-13))
+    assert floor["high"] == 1e-17
+    assert floor["low"] < 1e-17
+
+
+def test_block_profiles_mark_the_collapse_and_the_rank_limit(result_set, read):
+    taps = [
+        {"block": 0, "sigma_min": 0.1, "sigma_median": 1.0, "floor": 1e-7, "rank_limited": True},
+        {"block": 1, "sigma_min": 0.2, "sigma_median": 2.0, "floor": 1e-7, "rank_limited": False},
+        {
+            "block": 2,
+            "sigma_min": 1e-6,
+            "sigma_median": 2.0,
+            "floor": 1e-7,
+            "rank_limited": False,
+            "state": "collapsed",
+        },
+        {"block": 3, "sigma_min": 0.0, "sigma_median": 2.0},
+    ]
+    location = result_set([read("m", depth=1.0)], blocks={0: taps})
+    rows = block_plot(scan(location), scan(location, "blocks"))["datasets"]["blocks"]
+    assert [(r["block"], r["state"]) for r in rows] == [(0, "rank-limited"), (1, "first"), (2, "collapsed")]
+    assert rows[2]["value"] == pytest.approx(5e-7)
+    assert "<h2>Collapsed blocks</h2>" in report_page(location)[0]
+
+
+def test_slopes_and_sizes_need_both_reads_and_two_models(frame, read):
+    rows = [read("a", "random", depth=12.0, num_parameters=10), read("a", depth=13.0, num_parameters=10)]
+    rows += [read("b", "random", depth=1.0, num_parameters=100)]
+    assert [(r["line"], r["read"], r["depth"]) for r in slope_plot(frame(rows))["datasets"]["slopes"]] == [
+        ("a", "random", 12.0), ("a", "trained", 13.0),
+    ]  # fmt: skip
+    assert {r["num_parameters"] for r in size_plot(frame(rows))["datasets"]["sizes"]} == {10, 100}
+    assert slope_plot(frame(rows[2:])) is None
+    assert size_plot(frame(rows[:2])) is None
+
+
+def test_plots_are_written_as_files(location, tmp_path):
+    plots = write_report(location, tmp_path / "r.html")
+    for format, start in (("svg", b"<svg"), ("png", b"\x89PNG")):
+        paths = save_plots(plots, tmp_path / "plots", format)
+        assert len(paths) == len(plots) == 6
+        assert all(path.read_bytes().startswith(start) for path in paths)
+    assert b"<script" not in (tmp_path / "plots" / "depth.svg").read_bytes()
+    with pytest.raises(ResultsError, match=r"x\.pdf: a plot is written as svg or png"):
+        save_plot(plots[0][1], tmp_path / "x.pdf")

@@ -18,22 +18,8 @@ from safetensors.numpy import load_file
 from runners import cli, driver
 from tests.conftest import ROOT, TWINS, save_tiny
 
-COMMANDS = ("classify", "run", "leaderboard", "families", "report")
+COMMANDS = ("classify", "run", "leaderboard", "families", "compare", "trend", "report", "publish")
 TWIN = str(TWINS / "layernorm" / "step4096")
-
-
-@pytest.fixture
-def deadbench(capsys, monkeypatch):
-    """Call the command line in this process; returns (exit code, stdout, stderr)."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["deadbench", *map(str, arguments)])
-        with pytest.raises(SystemExit) as done:
-            cli.main()
-        captured = capsys.readouterr()
-        return done.value.code, captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +107,19 @@ def test_runs_flags_are_the_contracts(deadbench):
         (["leaderboard", "RESULTS", "--family", "batchnorm"], "batchnorm"),
         (["families", "/no/such/results"], "/no/such/results"),
         (["report", "RESULTS", "-o", "/no/such/folder/r.html"], "no such directory"),
+        (["compare", "RESULTS", "/no/such/results"], "/no/such/results"),
+        (["compare", "RESULTS", "RESULTS@step9"], "no checkpoint 'step9'"),
+        (["compare", "RESULTS", "RESULTS", "--gate", "none.yaml"], "none.yaml: no such gate file"),
+        (["compare", "RESULTS", "RESULTS", "--junit", "x.xml"], "give one with --gate"),
+        (["trend", "RESULTS", "--model", "none"], "--model 'none' has no finished read here"),
+        (["trend", "RESULTS", "--model", TWIN, "--metric", "colour"], "'colour' is no numeric column"),
+        (["trend", "RESULTS", "--model", TWIN, "--plot", "x.pdf"], "x.pdf: a plot is written as svg or png"),
+        (["trend", "RESULTS", "--model", "none", "--bisect", "depth"], "is not in"),
+        (["trend", "RESULTS", "--model", "gpt2", "--bisect", "depth"], "has no series of checkpoints"),
+        (["trend", "RESULTS", "--model", "gpt2", "--bisect", "colour"], "the default gate has no rule for it"),
+        (["report", "RESULTS", "--plot-format", "gif"], "choose svg, png"),
+        (["publish", "RESULTS", "--to", "."], "is there already"),
+        (["publish", "RESULTS", "--to", "hf://datasets/x"], "expected hf://datasets/OWNER/NAME"),
         (["classify"], "Missing argument"),
         (["classify", TWIN, "--save-direction", "/no/such/v.safetensors"], "no such directory"),
     ],
@@ -209,7 +208,7 @@ def test_every_format(deadbench, results, command):
         code, rendered[format], _ = deadbench(command, results, "--format", format)
         assert code == 0
     rows = json.loads(rendered["json"])[command]
-    assert json.loads(deadbench(command, results, "--json")[1]) == {command: rows}
+    assert json.loads(deadbench(command, results, "--json")[1])[command] == rows
     assert len(list(csv.DictReader(io.StringIO(rendered["csv"])))) == len(rows)
     assert rendered["md"].splitlines()[1].startswith("|")
     assert rendered["html"].lstrip().lower().startswith("<!doctype html>")

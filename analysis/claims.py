@@ -1,0 +1,160 @@
+"""The claims over the normalisation families: what the paper says, its negative controls, and what it leaves out.
+
+A claim is one entry of `CLAIMS`: which reads test it, and one expression that says whether a read holds it. To add a
+claim, add an entry. An expression sees the columns of `reads`, on a forward read also
+
+- `log_lambda_v`: log10 of the variance along v, cut like the depth at what the projection resolves,
+- `random_<column>`: the mean over seeds of `RANDOM_COLUMNS` of the model's reads at random initialisation,
+- `twin_depth`: the depth of the same model with another norm (`TWIN`).
+
+Where it is null, the read cannot test the claim.
+"""
+
+from typing import NamedTuple
+
+import polars as pl
+
+RANDOM_COLUMNS = ["log_lambda_v", "num_dead_1e6", "num_learned", "depth_predicted"]
+# Twins are trained alike and differ in the norm only: their ids are equal but for the family's name.
+TWIN = pl.col("model").str.replace("layernorm|rmsnorm", "*")
+
+
+class Claim(NamedTuple):
+    """One claim: `holds` is a boolean expression over a read, `value` the number that it judges (null: none).
+
+    `margin` is how far the value is on the right side of the threshold, in the value's unit (null: none).
+    """
+
+    statement: str
+    family: str  # layernorm, rmsnorm or any
+    reads: tuple[str, ...]
+    holds: pl.Expr
+    threshold: str
+    value: pl.Expr
+    unit: str
+    margin: pl.Expr
+
+
+def _kept_log_lambda_v() -> pl.Expr:
+    """log10 of `max(lambda_v, lbar 10^-depth_limit)`; a zero without a known limit is undefined."""
+    limit = pl.col("lambda_mean") * pl.lit(10.0).pow(-pl.col("depth_limit"))
+    kept = pl.max_horizontal(pl.col("lambda_v"), limit)
+    return pl.when(kept > 0).then(kept.log10())
+
+
+def _at_least(name: str, value: pl.Expr, limit: float, unit: str, strict: bool = False) -> tuple[pl.Expr | str, ...]:
+    margin = value - limit
+    holds = margin > 0 if strict else margin >= 0
+    return holds, f"{name} {'>' if strict else '>='} {limit:g}", value, unit, margin
+
+
+def _at_most(name: str, value: pl.Expr, limit: float, unit: str, strict: bool = False) -> tuple[pl.Expr | str, ...]:
+    margin = limit - value
+    holds = margin > 0 if strict else margin >= 0
+    return holds, f"{name} {'<' if strict else '<='} {limit:g}", value, unit, margin
+
+
+def _within(name: str, error: pl.Expr, limit: float, unit: str) -> tuple[pl.Expr | str, ...]:
+    margin = limit - error.abs()
+    return margin >= 0, f"|{name}| <= {limit:g}", error, unit, margin
+
+
+def _equals(name: str, value: pl.Expr, wanted: int) -> tuple[pl.Expr | str, ...]:
+    return value == wanted, f"{name} = {wanted}", value, "dimensions", _NO_VALUE
+
+
+def _claim(statement: str, family: str, reads: tuple[str, ...], judged: tuple[pl.Expr | str, ...]) -> Claim:
+    return Claim(statement, family, reads, *judged)  # type: ignore[arg-type]
+
+
+_NO_VALUE = pl.lit(None, dtype=pl.Float64)
+LOG_LAMBDA_V = _kept_log_lambda_v()
+# u_D is arbitrary inside a kernel of two or more dimensions: alignment carries no claim there.
+_ALIGNMENT = pl.when(pl.col("num_zero_scales").fill_null(0) < 2).then(pl.col("alignment"))
+_NO_ZEROS = pl.col("num_zero_scales").fill_null(0) == 0
+_SLOPE = pl.col("precision_slope")
+_DEEPENING = pl.col("random_log_lambda_v") - pl.col("log_lambda_v")
+# In the closed form only HM(gamma^2) moves in training: the depths of equal architectures differ by log10 of its ratio.
+_PREDICTED_DEEPENING = pl.col("depth_predicted") - pl.col("random_depth_predicted")
+_MORE_DEAD = pl.col("num_dead_1e6") - pl.col("random_num_dead_1e6")
+_MORE_LEARNED = pl.col("num_learned") - pl.col("random_num_learned")
+_CONTROL_DEPTH = (pl.col("lambda_mean") / pl.col("lambda_control")).log10()
+_AS_EXPECTED = pl.col("family") == pl.col("family_expected")
+
+RANDOM, TRAINED, FORWARD, PARAMETERS = ("random",), ("trained",), ("random", "trained"), ("parameters",)
+
+CLAIMS = {
+    "layernorm-random-aligned": _claim(
+        "LayerNorm at random initialisation: the bottom eigenvector is the inverse-scale direction, to four decimals.",
+        "layernorm", RANDOM, _at_least("alignment", _ALIGNMENT, 0.99995, "cosine"),
+    ),
+    "rmsnorm-random-unaligned": _claim(
+        "RMSNorm at random initialisation (control): the bottom eigenvector is not the inverse-scale direction.",
+        "rmsnorm", RANDOM, _at_most("alignment", _ALIGNMENT, 0.99995, "cosine", strict=True),
+    ),
+    "rmsnorm-inverse-scale-alive": _claim(
+        "RMSNorm, random or trained (control): the variance along the inverse-scale direction is no rounding error.",
+        "rmsnorm", FORWARD, _at_most("depth", pl.col("depth"), 4, "decades", strict=True),
+    ),
+    "random-direction-alive": _claim(
+        "Any family, random or trained (control): a random direction is as alive as the mean eigenvalue.",
+        "any", FORWARD, _at_most("log10(mean / control)", _CONTROL_DEPTH, 1, "decades"),
+    ),
+    "layernorm-kernel-contained": _claim(
+        "Trained LayerNorm: the dead subspace predicted from the scales lies inside the measured one.",
+        "layernorm", TRAINED, _at_least("containment", pl.col("containment"), 0.9999, "cosine"),
+    ),
+    "layernorm-kernel-exact": Claim(
+        "LayerNorm without zero scales, random or trained: the kernel is algebraic, rounding alone fills it.",
+        "layernorm", FORWARD, pl.when(_NO_ZEROS).then(pl.col("kernel_exact")), "precision slope > 0.5", _SLOPE, "slope",
+        _SLOPE - 0.5,
+    ),
+    "rmsnorm-kernel-inexact": Claim(
+        "RMSNorm, random or trained (control): nothing along the inverse-scale direction is filled by rounding alone.",
+        "rmsnorm", FORWARD, ~pl.col("kernel_exact"), "precision slope <= 0.5", _SLOPE, "slope", 0.5 - _SLOPE,
+    ),
+    "layernorm-one-algebraic": _claim(
+        "LayerNorm without zero scales, random or trained: exactly one dead direction is algebraic.",
+        "layernorm", FORWARD, _equals("algebraic count", pl.when(_NO_ZEROS).then(pl.col("num_algebraic")), 1),
+    ),
+    "rmsnorm-none-algebraic": _claim(
+        "RMSNorm, random or trained (control): no dead direction is algebraic.",
+        "rmsnorm", FORWARD, _equals("algebraic count", pl.col("num_algebraic"), 0),
+    ),
+    "layernorm-deepens": _claim(
+        "LayerNorm: training deepens the direction, lambda_v at the last checkpoint is below that at random "
+        "initialisation.",
+        "layernorm", TRAINED, _at_least("log10(random / trained lambda_v)", _DEEPENING, 0, "decades", strict=True),
+    ),
+    "deepening-predicted": _claim(
+        "LayerNorm: the scales alone predict how much lambda_v falls in training.",
+        "layernorm", TRAINED,
+        _within("predicted - measured deepening", _PREDICTED_DEEPENING - _DEEPENING, 0.5, "decades"),
+    ),
+    "depth-predicted": _claim(
+        "LayerNorm, at random initialisation and at the last checkpoint: the scales alone predict the depth.",
+        "layernorm", FORWARD,
+        _within("predicted - measured", pl.col("depth_predicted") - pl.col("depth"), 0.5, "decades"),
+    ),
+    "more-dead-directions": _claim(
+        "Any family: after training more directions are dead at 1e-6 of the mean than at random initialisation.",
+        "any", TRAINED, _at_least("trained - random count", _MORE_DEAD, 0, "dimensions", strict=True),
+    ),
+    "learned-dead-directions": _claim(
+        "Any family: training opens dead directions that are not algebraic, dead in float64 as in float32.",
+        "any", TRAINED, _at_least("trained - random learned count", _MORE_LEARNED, 0, "dimensions", strict=True),
+    ),
+    "twins-separate": _claim(
+        "Twins that differ in the norm only: the LayerNorm twin is deeper by far, random and trained.",
+        "layernorm", FORWARD, _at_least("depth - twin's depth", pl.col("depth") - pl.col("twin_depth"), 4, "decades"),
+    ),
+    "blocks-preserved": Claim(
+        "Any family, random or trained: no block collapses a direction of the residual stream.",
+        "any", FORWARD, pl.col("blocks_preserved"), "no collapsed block", pl.col("worst_block_ratio"), "ratio",
+        _NO_VALUE,
+    ),
+    "classified": Claim(
+        "Any family: the parameters alone tell the normalisation family that the registry expects.",
+        "any", PARAMETERS, _AS_EXPECTED, "family as expected", _NO_VALUE, "", _NO_VALUE,
+    ),
+}  # fmt: skip

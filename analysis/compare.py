@@ -1,0 +1,249 @@
+"""Two result sets, read by read: what changed, by how much, and whether that is more than noise.
+
+A pair is the same read (model, revision, seed, engine) under the same protocol on either side. Reads of the baseline
+that the candidate lacks are rows too. What is a regression is for `analysis/gate.py` to say.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
+
+import polars as pl
+
+from analysis.lines import ok_reads
+from analysis.results import ResultsError, collected, collected_all, latest, scan
+from suite.schema import READS
+
+Scale = Literal["absolute", "relative", "decades"]
+
+_UNITS = {column.name: column.unit for column in READS}
+# What is compared where no gate asks for something else, and on which scale.
+METRICS: dict[str, Scale] = {
+    "depth": "decades",
+    "depth_exact": "decades",
+    "depth_as_executed": "decades",
+    "depth_predicted": "decades",
+    "lambda_v": "decades",
+    "alignment": "absolute",
+    "containment": "absolute",
+    "kernel_exact": "absolute",
+    "num_dead_1e6": "absolute",
+    "num_algebraic": "absolute",
+    "num_learned": "absolute",
+    "num_zero_scales": "absolute",
+    "blocks_preserved": "absolute",
+    "worst_block_ratio": "relative",
+}
+# Means of squares over tokens: of N gaussian ones the relative standard error is sqrt(2/N).
+_MEANS_OF_SQUARES = ("lambda_v", "lambda_control")
+_DEPTHS_OF_ONE = ("depth", "depth_exact", "depth_as_executed")
+_ROUNDING = 1e-9  # the same numbers, added up in another order
+_ABOUT_BLOCKS = ("blocks_preserved", "worst_block_ratio")
+
+_WHICH = ["model", "revision", "read", "seed", "engine"]
+_ORDER = ["model", "read", "revision", "seed"]
+_ABOUT = ["protocol_hash", "protocol", "dtype", "num_tokens", "worst_block"]
+_ROW = ["place", *_WHICH, "protocol", "dtype", "candidate_model", "candidate_revision"]
+
+
+class Ask(NamedTuple):
+    """A metric, a column of `reads`, and the scale of its change."""
+
+    metric: str
+    scale: Scale
+
+
+def open_side(location: str) -> pl.LazyFrame:
+    """The reads of one side of a comparison: `RESULTS`, or `RESULTS@REVISION` for one checkpoint of every model.
+
+    Raises:
+        ResultsError: no result set, or no such revision in it.
+    """
+    try:
+        return scan(location)
+    except ResultsError:
+        folder, at, revision = location.rpartition("@")
+        if not at or not folder:
+            raise
+    reads = scan(folder)
+    known = collected(reads.select(pl.col("revision").drop_nulls().unique().sort()))["revision"].to_list()
+    if revision not in known:
+        shown = ", ".join(known[:20]) or "none"
+        raise ResultsError(f"{location}: no checkpoint {revision!r} in {folder}; choose {shown}")
+    return reads.filter(pl.col("revision") == revision)
+
+
+def compare(baseline: pl.LazyFrame, candidate: pl.LazyFrame, asked: Mapping[str, Scale] = METRICS) -> pl.DataFrame:
+    """One row for every pair and metric that the baseline has, and one for every read that has no pair.
+
+    `change` is candidate - baseline on `scale`: absolute, relative (to the baseline's magnitude) or decades (of the
+    ratio; of the values where they are decades already). `noise` is the standard deviation that the change would have
+    from sampling alone, on the same scale, and `noise_from` where it is known from: `seeds` (the baseline's spread over
+    its seeds), `tokens` (the standard error of a mean over so many independent gaussian tokens), else null.
+    `verdict` is same, noise (at most two such deviations), changed, lost (null now), missing or failed.
+
+    Where either side has one model only, they are paired whatever their names; where each model has one checkpoint
+    on either side, whatever its revision.
+
+    Raises:
+        ResultsError: the same read was made under different protocols, or nothing can be paired.
+    """
+    metrics = list(asked)
+    needed = list(dict.fromkeys([*_WHICH, *_ABOUT, *metrics]))
+    sides = collected_all([ok_reads(reads).select(needed) for reads in (baseline, candidate)])
+    _check_not_empty(*sides)
+    left, right = _matched_names(*sides)
+    keys = [*_WHICH, "protocol_hash"]
+    beside = right.select(*keys, *_original(right), pl.col(metrics), pl.col("worst_block")).rename(
+        {name: f"candidate_{name}" for name in [*metrics, "worst_block"]}
+    )
+    pairs = left.join(beside, on=keys, how="inner", nulls_equal=True)
+    alone = left.join(pairs, on=keys, how="anti", nulls_equal=True)
+    _refuse_mixed(alone, right)
+    if pairs.is_empty():
+        raise ResultsError(
+            f"nothing to compare: the baseline has {_models(left)}, the candidate {_models(right)}; "
+            "a pair needs the same model id, checkpoint, read and seed"
+        )
+    # Names repeat for every metric: as categories they are four bytes each.
+    names = pl.selectors.string().cast(pl.Categorical)
+    lazy = _with_spread(pairs.sort(_ORDER, nulls_last=True), asked).with_columns(names).with_row_index("place").lazy()
+    rows = collected_all([_differences(lazy, Ask(metric, scale)) for metric, scale in asked.items()])
+    table = pl.concat(rows).sort("place", maintain_order=True).drop("place")  # a number sorts faster than names
+    if alone.is_empty():
+        return table
+    gone = _without_pair(alone, candidate)
+    gone = gone.cast({name: table.schema[name] for name in gone.columns})
+    return pl.concat([table, gone], how="diagonal").sort(_ORDER, maintain_order=True, nulls_last=True)
+
+
+def unit_of(metric: str) -> str | None:
+    """Unit of a numeric or boolean column of `reads`; None if there is no such column."""
+    column = next((c for c in READS if c.name == metric), None)
+    numeric = column is not None and str(column.type) in ("double", "int64", "bool") and metric != "seed"
+    return column.unit if column is not None and numeric else None
+
+
+def _check_not_empty(left: pl.DataFrame, right: pl.DataFrame) -> None:
+    for name, side in (("baseline", left), ("candidate", right)):
+        if side.is_empty():
+            raise ResultsError(f"the {name} has no finished read; nothing can be compared")
+
+
+def _matched_names(left: pl.DataFrame, right: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Both sides with their own names kept aside, renamed where the pairing is beyond doubt."""
+    left, right = (side.with_columns(own_model="model", own_revision="revision") for side in (left, right))
+    if left["model"].n_unique() == right["model"].n_unique() == 1:
+        right = right.with_columns(model=pl.lit(left["model"][0]))
+    if all(_single_checkpoints(side) for side in (left, right)):
+        unnamed = pl.lit(None, dtype=pl.String).alias("revision")
+        left, right = left.with_columns(unnamed), right.with_columns(unnamed)
+    return left, right
+
+
+def _single_checkpoints(side: pl.DataFrame) -> bool:
+    counts = side.group_by("model").agg(pl.col("revision").drop_nulls().n_unique())
+    return bool((counts["revision"] <= 1).all())
+
+
+def _original(right: pl.DataFrame) -> list[pl.Expr]:
+    return [pl.col(f"own_{name}").alias(f"candidate_{name}") for name in ("model", "revision")]
+
+
+def _refuse_mixed(alone: pl.DataFrame, right: pl.DataFrame) -> None:
+    other = right.select(*_WHICH, candidate_protocol="protocol", candidate_dtype="dtype")
+    mixed = alone.join(other, on=_WHICH, how="inner", nulls_equal=True).sort("model", "read")
+    if mixed.is_empty():
+        return
+    first = mixed.row(0, named=True)
+    here, there = (f"{first[f'{side}protocol']} {first[f'{side}dtype'] or ''}".strip() for side in ("", "candidate_"))
+    difference = f"{here} against {there}" if here != there else f"{here}, of another input or version of the read"
+    raise ResultsError(
+        f"{first['own_model']}: the {first['read']} reads were made under different protocols ({difference}); "
+        "run both sides with the same suite, tokens, input, dtype and deadbench"
+    )
+
+
+def _models(side: pl.DataFrame) -> str:
+    names = side["own_model"].unique().sort().to_list()
+    return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+
+
+def _without_pair(alone: pl.DataFrame, candidate: pl.LazyFrame) -> pl.DataFrame:
+    """Rows of the baseline's reads that the candidate has not, or only as a failure."""
+    failures = latest(candidate).filter(pl.col("status").ne_missing("ok"))
+    keys = ["own_model", "read", "seed"]
+    errors = collected(failures.select(own_model="model", read="read", seed="seed", detail="error").unique(keys))
+    return alone.join(errors, on=keys, how="left", nulls_equal=True).select(
+        model="own_model", revision="own_revision", read="read", seed="seed", engine="engine", protocol="protocol",
+        dtype="dtype", detail="detail",
+        verdict=pl.when(pl.col("detail").is_null()).then(pl.lit("missing")).otherwise(pl.lit("failed")),
+    )  # fmt: skip
+
+
+def _name(word: str) -> pl.Expr:
+    return pl.lit(word, dtype=pl.Categorical)
+
+
+def _number(name: str) -> pl.Expr:
+    value = pl.col(name).cast(pl.Float64)
+    return pl.when(value.is_finite()).then(value)
+
+
+def _change(metric: str, scale: Scale, before: pl.Expr, after: pl.Expr) -> pl.Expr:
+    """candidate - baseline on `scale`; infinite where a magnitude rises from or falls to zero."""
+    difference = after - before
+    if scale == "absolute" or (scale == "decades" and _UNITS[metric] == "decades"):
+        return difference
+    scaled = difference / before.abs() if scale == "relative" else (after / before).log10()
+    return pl.when(difference == 0).then(0.0).otherwise(scaled)
+
+
+def _with_spread(pairs: pl.DataFrame, asked: Mapping[str, Scale]) -> pl.DataFrame:
+    """With `noise_<metric>`: the baseline's standard deviation over seeds, on the metric's scale; null for one seed."""
+    group = [name for name in [*_WHICH, "protocol_hash"] if name != "seed"]
+    columns = {}
+    for metric, scale in asked.items():
+        value = _number(metric)
+        if scale == "decades" and _UNITS[metric] != "decades":
+            value = pl.when(value > 0).then(value.log10())
+        columns[f"noise_{metric}"] = value.std() / value.mean().abs() if scale == "relative" else value.std()
+    several = pairs.filter(pl.len().over(group) > 1) if pairs["seed"].n_unique() > 1 else pairs.clear()
+    return pairs.join(several.group_by(group).agg(**columns), on=group, how="left", nulls_equal=True)
+
+
+def _token_noise(metric: str, scale: Scale) -> pl.Expr:
+    """Standard error of one mean of squares over the read's tokens, on `scale`; null for what is no such mean."""
+    relative = (2 / pl.col("num_tokens")).sqrt()
+    if metric in _DEPTHS_OF_ONE or (metric in _MEANS_OF_SQUARES and scale == "decades"):
+        return relative / math.log(10)
+    if metric in _MEANS_OF_SQUARES:
+        return relative if scale == "relative" else relative * pl.col(metric)
+    return pl.lit(None, dtype=pl.Float64)
+
+
+def _differences(pairs: pl.LazyFrame, ask: Ask) -> pl.LazyFrame:
+    metric, scale = ask
+    seeds, tokens = pl.col(f"noise_{metric}"), _token_noise(metric, scale)
+    rows = pairs.select(
+        *(pl.col(f"own_{name}").alias(name) if name in ("model", "revision") else pl.col(name) for name in _ROW),
+        metric=_name(metric),
+        baseline=_number(metric),
+        candidate=_number(f"candidate_{metric}"),
+        scale=_name(scale),
+        # A difference has the noise of both sides.
+        noise=math.sqrt(2) * pl.coalesce(seeds, tokens),
+        noise_from=pl.when(seeds.is_not_null()).then(_name("seeds")).when(tokens.is_not_null()).then(_name("tokens")),
+        detail=pl.format("block {}", "candidate_worst_block")
+        if metric in _ABOUT_BLOCKS
+        else pl.lit(None, dtype=pl.String),
+    ).filter(pl.col("baseline").is_not_null())
+    return rows.with_columns(change=_change(metric, scale, pl.col("baseline"), pl.col("candidate"))).with_columns(
+        verdict=pl.when(pl.col("candidate").is_null())
+        .then(_name("lost"))
+        .when(pl.col("change").abs() <= _ROUNDING)
+        .then(_name("same"))
+        .when(pl.col("change").abs() <= 2 * pl.col("noise"))
+        .then(_name("noise"))
+        .otherwise(_name("changed"))
+    )

@@ -1,0 +1,239 @@
+"""Gates: `gate.yaml` says which changes of which metric break a build; `judge` applies it to a comparison.
+
+    noise: 2            # a change within so many standard deviations of its noise never breaks
+    missing: fail       # a baseline's read that the candidate lacks: fail or ignore
+    metrics:
+      depth: {worse: lower, decades: 0.5}
+      num_learned: {worse: higher, absolute: 0, reads: [trained]}
+      worst_block_ratio: {worse: lower, relative: 0.2, models: ["twin-*"]}
+
+A metric is a numeric column of `reads`. `worse` says which way is a regression (lower, higher, changed) and one of
+absolute, relative, decades how much of it is borne.
+"""
+
+import difflib
+import os
+import xml.etree.ElementTree as ElementTree
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated, Literal, Self, get_args
+
+import polars as pl
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from analysis.cells import one_line, text
+from analysis.compare import Scale, unit_of
+from analysis.formats import render
+from suite.registry import ReadName
+from suite.schema import READS as COLUMNS
+
+_SUMMARY_COLUMNS = [
+    "verdict", "model", "revision", "read", "metric", "baseline", "candidate", "change", "allowed", "detail",
+]  # fmt: skip
+BROKEN = ("broken", "lost", "missing", "failed")
+_Bound = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class GateError(ValueError):
+    """A gate file that does not hold; one line."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class MetricGate(_Strict):
+    """What is borne of one metric: at most one bound, none meaning `absolute: 0`; `models` are shell patterns."""
+
+    worse: Literal["lower", "higher", "changed"]
+    absolute: _Bound | None = None
+    relative: _Bound | None = None
+    decades: _Bound | None = None
+    reads: list[ReadName] = list(get_args(ReadName))
+    models: list[str] = ["*"]
+
+    @model_validator(mode="after")
+    def _one_bound(self) -> Self:
+        if sum(bound is not None for bound in (self.absolute, self.relative, self.decades)) > 1:
+            raise ValueError("give one of absolute, relative, decades")
+        return self
+
+    @property
+    def bound(self) -> tuple[Scale, float]:
+        """The scale of the bound, and the bound."""
+        if self.relative is not None:
+            return "relative", self.relative
+        return ("decades", self.decades) if self.decades is not None else ("absolute", self.absolute or 0.0)
+
+
+class Gate(_Strict):
+    """A whole gate file."""
+
+    noise: _Bound = 2.0
+    missing: Literal["fail", "ignore"] = "fail"
+    metrics: Annotated[dict[str, MetricGate], Field(min_length=1)]
+
+    @field_validator("metrics")
+    @classmethod
+    def _known(cls, metrics: dict[str, MetricGate]) -> dict[str, MetricGate]:
+        names = [column.name for column in COLUMNS if unit_of(column.name) is not None]
+        for metric in metrics:
+            if metric not in names:
+                near = difflib.get_close_matches(metric, names, n=3) or ["depth", "num_dead_1e6", "worst_block_ratio"]
+                raise ValueError(f"metric {metric!r} is no numeric column of reads; for example {', '.join(near)}")
+        return metrics
+
+    def scales(self) -> dict[str, Scale]:
+        """What `compare` is to be asked."""
+        return {metric: gate.bound[0] for metric, gate in self.metrics.items()}
+
+
+# What `trend --bisect` holds a metric against where no gate file says otherwise.
+DEFAULT = Gate(
+    metrics={
+        "depth": MetricGate(worse="lower", decades=1.0),
+        "depth_predicted": MetricGate(worse="lower", decades=1.0),
+        "lambda_v": MetricGate(worse="higher", decades=1.0),
+        "scale_harmonic": MetricGate(worse="changed", decades=1.0),
+        "kernel_exact": MetricGate(worse="lower"),
+        "containment": MetricGate(worse="lower", absolute=0.01),
+        "num_algebraic": MetricGate(worse="changed"),
+        "num_learned": MetricGate(worse="higher"),
+        "num_dead_1e6": MetricGate(worse="higher"),
+        "num_zero_scales": MetricGate(worse="higher"),
+        "blocks_preserved": MetricGate(worse="lower"),
+        "worst_block_ratio": MetricGate(worse="lower", relative=0.5),
+    }
+)
+
+
+def load_gate(path: Path) -> Gate:
+    """The gate file at `path`.
+
+    Raises:
+        GateError: no such file, not YAML, or a key or value that cannot be; the line says which and what is allowed.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise GateError(f"{path}: no such gate file ({os.strerror(error.errno or 0)})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise GateError(f"{path}: not YAML ({one_line(str(error))[:200]})") from error
+    if not isinstance(content, dict):
+        raise GateError(f"{path}: a gate file is a mapping with the key 'metrics'; see `deadbench compare --help`")
+    try:
+        return Gate.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        got = "" if isinstance(first["input"], dict) else f" (got {first['input']!r})"
+        message = first["msg"].removeprefix("Value error, ")
+        raise GateError(f"{path}: {one_line(f'{where}: {message}{got}')[:400]}") from error
+
+
+def judge(comparison: pl.DataFrame, gate: Gate) -> pl.DataFrame:
+    """The rows of `compare(…, gate.scales())` that the gate speaks of, with `allowed` and the verdict passed or broken.
+
+    A change breaks when it is worse by more than `allowed`: the metric's bound, or `gate.noise` times the noise where
+    that is larger. lost breaks too; missing and failed reads do unless the gate ignores them.
+    """
+    comparison = comparison.with_columns(pl.col("verdict").cast(pl.String))
+    judged = [_without_metric(comparison, gate)]
+    for metric, each in gate.metrics.items():
+        of_metric = comparison.filter((pl.col("metric") == metric) & pl.col("read").cast(pl.String).is_in(each.reads))
+        wanted = [name for name in of_metric["model"].unique() if any(fnmatchcase(name, p) for p in each.models)]
+        worse = {"lower": -pl.col("change"), "higher": pl.col("change"), "changed": pl.col("change").abs()}[each.worse]
+        allowed = pl.max_horizontal(pl.lit(each.bound[1]), gate.noise * pl.col("noise"))
+        judged.append(
+            of_metric.filter(pl.col("model").cast(pl.String).is_in(wanted)).with_columns(
+                allowed=allowed,
+                verdict=pl.when(pl.col("verdict") == "lost")
+                .then("verdict")
+                .when(worse > allowed)
+                .then(pl.lit("broken"))
+                .otherwise(pl.lit("passed")),
+            )
+        )
+    checks = pl.concat(judged, how="diagonal")
+    if checks.is_empty():
+        raise GateError(
+            f"the gate judges nothing: no read here has {', '.join(gate.metrics)} under its reads and models"
+        )
+    return checks
+
+
+def broken(judged: pl.DataFrame) -> pl.DataFrame:
+    """What breaks the gate, the worst kind first."""
+    order = pl.col("verdict").cast(pl.Enum([*BROKEN, "passed", "ignored"]))
+    return judged.filter(pl.col("verdict").is_in(BROKEN)).sort(order, maintain_order=True)
+
+
+def unjudged(judged: pl.DataFrame, gate: Gate) -> list[str]:
+    """The gate's metrics that no read of the comparison has."""
+    return [metric for metric in gate.metrics if metric not in set(judged["metric"])]
+
+
+def headline(judged: pl.DataFrame) -> str:
+    """`deadbench gate: 2 of 48 checks broke`."""
+    count = len(broken(judged))
+    outcome = f"{count} of {len(judged)} checks broke" if count else f"all {len(judged)} checks passed"
+    return f"deadbench gate: {outcome}"
+
+
+def github_summary(judged: pl.DataFrame) -> str:
+    """GitHub-flavoured Markdown: the headline, and a table of what broke."""
+    failures = broken(judged)
+    mark = "❌" if len(failures) else "✅"
+    lines = [f"### {mark} {headline(judged)}"]
+    if len(failures):
+        columns = [
+            "verdict",
+            "model",
+            "revision",
+            "read",
+            "metric",
+            "baseline",
+            "candidate",
+            "change",
+            "allowed",
+            "detail",
+        ]
+        lines += ["", render({"compare": failures.select(columns)}, "md")]
+    return "\n".join(lines) + "\n"
+
+
+def junit(judged: pl.DataFrame) -> str:
+    """JUnit XML: a suite a model, a case each check; what broke is a failure."""
+    root = ElementTree.Element("testsuites", name="deadbench gate")
+    for (model,), checks in judged.group_by("model", maintain_order=True):
+        count = len(broken(checks))
+        suite = ElementTree.SubElement(
+            root, "testsuite", name=one_line(str(model)), tests=str(len(checks)), failures=str(count)
+        )
+        for row in checks.iter_rows(named=True):
+            place = " ".join(one_line(str(row[name])) for name in ("revision", "read") if row[name] is not None)
+            case = ElementTree.SubElement(
+                suite,
+                "testcase",
+                classname=one_line(f"{model}"),
+                name=f"{place} seed {row['seed']}: {row['metric'] or 'read'}",
+            )
+            if row["verdict"] in BROKEN:
+                message = _said(row)
+                ElementTree.SubElement(case, "failure", type=row["verdict"], message=message).text = message
+    ElementTree.indent(root)
+    return ElementTree.tostring(root, encoding="unicode", xml_declaration=True)
+
+
+def _said(row: dict[str, object]) -> str:
+    values = [f"{name} {text('lambda_v' if row['metric'] == 'lambda_v' else name, row[name])}"
+              for name in ("baseline", "candidate", "change", "allowed") if row[name] is not None]  # fmt: skip
+    return one_line(", ".join([str(row["verdict"]), *values, *([str(row["detail"])] if row["detail"] else [])]))
+
+
+def _without_metric(comparison: pl.DataFrame, gate: Gate) -> pl.DataFrame:
+    rows = comparison.filter(pl.col("metric").is_null())
+    if gate.missing == "ignore":
+        rows = rows.with_columns(verdict=pl.lit("ignored"))
+    return rows.with_columns(allowed=pl.lit(None, dtype=pl.Float64))

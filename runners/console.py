@@ -1,0 +1,47 @@
+"""What the commands share: exit codes, options, one-line errors, tables on a terminal."""
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+EXIT_FALSE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+FORMATS = ("table", "json", "csv", "md", "html")
+PLAIN_WIDTH = 150  # columns of a table that is not printed to a terminal
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+Format = Annotated[str, typer.Option("--format", help=f"One of {', '.join(FORMATS)}.")]
+Results = Annotated[list[str], typer.Argument(metavar="RESULTS...", help="Result sets: folders or URIs.")]
+
+
+class UserError(Exception):
+    """A mistake of the user's, in one line; exit code 2."""
+
+
+def one_of(option: str, value: str | None, allowed: tuple[str, ...]) -> None:
+    """Refuse a `value` of `option` that is not `allowed`; None is."""
+    if value is not None and value not in allowed:
+        raise UserError(f"{option} {value!r} is unknown; choose {', '.join(allowed)}")
+
+
+def console() -> Any:
+    """The terminal on stdout; a wide one where stdout is a file."""
+    from rich.console import Console
+
+    return Console() if sys.stdout.isatty() else Console(width=PLAIN_WIDTH)
+
+
+def print_frames(frames: dict[str, Any], format: str) -> None:
+    """Data frames by title, on stdout: tables, one JSON document, or text one after another.
+
+    csv has no place for a second table and prints the first one only.
+    """
+    from analysis.formats import render, rich_table
+
+    one_of("--format", format, FORMATS)
+    if format == "table":
+        for title, frame in frames.items():
+            console().print(rich_table(frame, title))
+    else:
+        print(render(frames, format))

@@ -1,0 +1,118 @@
+import math
+
+import pytest
+
+from analysis.compare import METRICS, compare, open_side
+from analysis.results import ResultsError
+
+
+def rows_of(frame, baseline, candidate, asked=METRICS):
+    return compare(frame(baseline), frame(candidate), asked).to_dicts()
+
+
+def test_reads_are_paired_and_every_metric_of_the_baseline_is_a_row(frame, read):
+    baseline = [read("a", depth=13.0, num_dead_1e6=1), read("b", depth=2.0)]
+    candidate = [read("b", depth=2.0), read("a", depth=12.0, num_dead_1e6=3), read("new", depth=1.0)]
+    rows = rows_of(frame, baseline, candidate)
+    assert [(r["model"], r["metric"], r["change"], r["verdict"]) for r in rows] == [
+        ("a", "depth", -1.0, "changed"),
+        ("a", "num_dead_1e6", 2.0, "changed"),
+        ("b", "depth", 0.0, "same"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("scale", "metric", "before", "after", "change"),
+    [
+        ("absolute", "lambda_v", 2.0, 3.0, 1.0),
+        ("relative", "lambda_v", -2.0, -3.0, -0.5),
+        ("relative", "lambda_v", 0.0, 3.0, math.inf),
+        ("decades", "lambda_v", 1e-13, 1e-15, -2.0),
+        ("decades", "lambda_v", 1e-13, 0.0, -math.inf),
+        ("decades", "lambda_v", 0.0, 0.0, 0.0),
+        ("decades", "depth", 13.0, 12.5, -0.5),  # decades already
+        ("absolute", "kernel_exact", True, False, -1.0),
+    ],
+)
+def test_scales(frame, read, scale, metric, before, after, change):
+    (row,) = rows_of(frame, [read(**{metric: before})], [read(**{metric: after})], {metric: scale})
+    assert row["change"] == pytest.approx(change)
+
+
+def test_noise_comes_from_the_seeds_else_from_the_tokens(frame, read):
+    baseline = [read("m", "random", seed=s, lambda_v=v) for s, v in enumerate((1e-13, 1e-14))]
+    (first, _) = rows_of(frame, baseline, baseline, {"lambda_v": "decades"})
+    # log10 of the two values differ by one decade: standard deviation 1/sqrt(2), of a difference 1.
+    assert (first["noise"], first["noise_from"]) == (pytest.approx(1.0), "seeds")
+
+    one = [read("m", depth=13.0, num_tokens=800, alignment=0.9)]
+    depth, alignment = rows_of(frame, one, one, {"depth": "decades", "alignment": "absolute"})
+    assert depth["noise_from"] == "tokens"
+    assert depth["noise"] == pytest.approx(math.sqrt(2) * math.sqrt(2 / 800) / math.log(10))
+    assert (alignment["noise"], alignment["noise_from"]) == (None, None)
+
+
+def test_a_change_within_noise_is_told_from_one_beyond(frame, read):
+    tokens = {"num_tokens": 800}  # noise 0.0307 decades
+    changes = [
+        rows_of(frame, [read(depth=13.0, **tokens)], [read(depth=d)], {"depth": "decades"}) for d in (13.05, 13.1)
+    ]
+    assert [rows[0]["verdict"] for rows in changes] == ["noise", "changed"]
+    (row,) = rows_of(frame, [read(depth=1.0)], [read(depth=1.0 + 1e-12)], {"depth": "decades"})
+    assert row["verdict"] == "same", "the same numbers added up in another order"
+
+
+def test_what_is_gone_is_said(frame, read):
+    baseline = [read("a", depth=1.0), read("b", depth=1.0), read("c", depth=1.0)]
+    candidate = [read("a", depth=None), read("b", status="failed", error="no memory"), read("d", depth=1.0)]
+    rows = rows_of(frame, baseline, candidate, {"depth": "decades"})
+    assert [(r["model"], r["metric"], r["verdict"], r["detail"]) for r in rows] == [
+        ("a", "depth", "lost", None), ("b", None, "failed", "no memory"), ("c", None, "missing", None),
+    ]  # fmt: skip
+
+
+def test_two_models_or_two_checkpoints_are_paired_whatever_their_names(frame, read):
+    baseline = [read("./old", revision="step1", depth=1.0)]
+    candidate = [read("./new", revision="step2", depth=2.0)]
+    (row,) = rows_of(frame, baseline, candidate, {"depth": "decades"})
+    assert (row["model"], row["candidate_model"]) == ("./old", "./new")
+    assert (row["revision"], row["candidate_revision"], row["change"]) == ("step1", "step2", 1.0)
+    # With a series on one side a checkpoint has only its own name.
+    series = [*baseline, read("./old", revision="step2", depth=5.0)]
+    (alone, paired) = rows_of(frame, series, candidate, {"depth": "decades"})
+    assert (paired["revision"], paired["verdict"], alone["verdict"]) == ("step2", "changed", "missing")
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"protocol": "standard[tokens=9]"}, "standard float32 against standard[tokens=9] float32"),
+        ({"dtype": "bfloat16"}, "standard float32 against standard bfloat16"),
+        ({}, "standard float32, of another input or version of the read"),
+    ],
+)
+def test_mixed_protocols_are_refused_in_one_line(frame, read, other, words):
+    with pytest.raises(ResultsError, match="different protocols") as refused:
+        rows_of(frame, [read("m", depth=1.0)], [read("m", depth=1.0, protocol_hash="other", **other)])
+    assert words in str(refused.value)
+    assert "m: the trained reads" in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_nothing_in_common(frame, read):
+    with pytest.raises(ResultsError, match="the baseline has a, b, the candidate c, d"):
+        rows_of(frame, [read("a"), read("b")], [read("c"), read("d")])
+    with pytest.raises(ResultsError, match="the candidate has no finished read"):
+        rows_of(frame, [read("a")], [read("a", status="failed")])
+
+
+def test_a_side_is_a_result_set_or_one_checkpoint_of_it(result_set, read):
+    location = result_set([read(revision="step1", depth=1.0), read(revision="step2", depth=2.0), read(read="random")])
+    assert open_side(location).collect().height == 3
+    assert open_side(f"{location}@step2").collect()["depth"].to_list() == [2.0]
+    odd = result_set([read(depth=3.0)], name="a@b")
+    assert open_side(odd).collect()["depth"].to_list() == [3.0], "a folder of that name comes first"
+    with pytest.raises(ResultsError, match="no checkpoint 'step3' in .*; choose step1, step2"):
+        open_side(f"{location}@step3")
+    with pytest.raises(ResultsError, match="no such result set"):
+        open_side("absent@step1")

@@ -1,0 +1,90 @@
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from analysis.results import ResultsError
+from analysis.training_plots import trend_plot
+from analysis.trend import change_point, checkpoints, first_failing, sparkline, summary
+
+
+@pytest.fixture
+def series(frame, read):
+    depths = {0: 13.0, 16: 13.1, 128: 12.9, 512: 13.0, 2048: 9.0, 4096: 9.1}
+    rows = [read("m", revision=f"step{s}", checkpoint_step=s, depth=d, lambda_v=10.0**-d) for s, d in depths.items()]
+    return frame([*reversed(rows), read("m", "random", depth=1.0), read("other", depth=1.0)])
+
+
+def test_checkpoints_come_in_training_order(series):
+    assert checkpoints(series, "m")["checkpoint_step"].to_list() == [0, 16, 128, 512, 2048, 4096]
+
+
+def test_the_summary_marks_the_change_point(series):
+    found = {row["metric"]: row for row in summary(checkpoints(series, "m")).to_dicts()}
+    assert (found["depth"]["change_step"], found["depth"]["change_revision"]) == (2048, "step2048")
+    assert found["depth"]["change"] == pytest.approx(-3.95)
+    assert found["depth"]["trend"] == "████▁▁"
+    # A magnitude changes by decades.
+    assert (found["lambda_v"]["change_step"], found["lambda_v"]["unit"]) == (2048, "decades")
+    assert found["lambda_v"]["change"] == pytest.approx(3.95)
+    assert "alignment" not in found, "nothing measured, no row"
+
+
+def test_the_plot_has_a_panel_a_metric_with_its_change_point(series):
+    table = checkpoints(series, "m")
+    spec = trend_plot(table, summary(table), ["depth", "alignment", "lambda_v"])
+    assert len(spec["concat"]) == 2
+    assert [row["step"] for row in spec["datasets"]["depth_change"]] == [2048]
+
+
+def test_parameter_reads_are_a_series_where_nothing_ran(frame, read):
+    rows = [read("m", "parameters", revision=f"step{s}", checkpoint_step=s, num_zero_scales=s) for s in (2, 1)]
+    assert checkpoints(frame(rows), "m")["num_zero_scales"].to_list() == [1, 2]
+    with pytest.raises(ResultsError, match="only its random initialisation"):
+        checkpoints(frame([read("m", "random")]), "m")
+
+
+@pytest.mark.parametrize(
+    ("values", "place"),
+    [
+        ([1, 1, 1, 1], None),
+        ([1, 1, 1], None),  # too few to tell
+        ([0, 0, 5, 5, 5], 2),
+        ([5, 0, 0, 0, 0], 1),
+        ([0, 0, 0, 0, 5], 4),
+        ([0.0, 1.0, 0.0, 1.0, 0.0, 1.0], None),
+        ([1.0, 1.0 + 1e-14, 1.0, 1.0 + 1e-14], None),
+        ([1.0, float("inf"), 1.0, 1.0], None),
+    ],
+)
+def test_change_point(values, place):
+    assert change_point(np.array(values, float)) == place
+
+
+def test_noise_alone_has_a_change_point_rarely():
+    generator = np.random.default_rng(0)
+    found = sum(change_point(generator.normal(size=50)) is not None for _ in range(400))
+    # 2 log n is Yao's penalty: consistent, and at n = 50 a false alarm in some 5 to 20 % of pure noise.
+    assert found < 100
+
+
+def test_sparkline():
+    assert sparkline([0, 1, 2, 7]) == "▁▂▃█"
+    assert sparkline([1, 1]) == "▁▁"
+    assert sparkline([1.0, 1.0 - 1e-14]) == "▁▁"
+
+
+@given(st.integers(2, 300), st.data())
+def test_bisection_finds_the_first_failure_in_log_n_reads(count, data):
+    first = data.draw(st.integers(1, count))
+    asked = []
+
+    def fails(i):
+        asked.append(i)
+        return i >= first
+
+    assert first_failing(range(count), fails) == (first if first < count else None)
+    assert len(asked) == len(set(asked)) <= 1 + math.ceil(math.log2(max(count - 1, 1)))
+    assert first_failing([0], fails) is None

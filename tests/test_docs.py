@@ -1,0 +1,102 @@
+"""The documents do what they say: every example is run on a stored quick result set, and its output compared.
+
+`UPDATE_DOCS=1 pytest tests/test_docs.py` writes the output of this version into the documents.
+"""
+
+import os
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+QUICK = Path(__file__).parent / "data" / "quick"
+CONSOLE = re.compile(r"```console\n(.*?)```", re.DOTALL)
+MEASURES = ("deadbench run", "--bisect")  # takes minutes, and has tests of its own
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A folder as the documents take it to be."""
+    shutil.copytree(QUICK, tmp_path / "results" / "quick")
+    shutil.copy(ROOT / "examples" / "gate.yaml", tmp_path)
+    (tmp_path / "suite").symlink_to(ROOT / "suite")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("runners.console.PLAIN_WIDTH", 150)
+    return tmp_path
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+def test_commands_print_what_the_document_shows(workplace, deadbench, path):
+    text = path.read_text(encoding="utf-8")
+    shown = [block.group(1) for block in CONSOLE.finditer(text)]
+    ran = [_played(block, deadbench) for block in shown]
+    if os.environ.get("UPDATE_DOCS"):
+        replacements = iter(ran)
+        path.write_text(CONSOLE.sub(lambda _: f"```console\n{next(replacements)}```", text), encoding="utf-8")
+    assert ran == shown
+
+
+def _played(block, deadbench):
+    """The block with each command's real output; `…` stands for whatever is left out."""
+    played = []
+    for command, output in re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", block, re.MULTILINE):
+        played.append(f"$ {command}\n")
+        _, *arguments = shlex.split(command)
+        if any(word in command for word in MEASURES):
+            flags = [word for word in arguments if word.startswith("--")]
+            _, usage, _ = deadbench(arguments[0], "--help")
+            assert [flag for flag in flags if flag not in usage] == []
+            played.append(output)
+            continue
+        code, out, err = deadbench(*arguments)
+        assert code == ("checks broke" in err), err
+        lines = [line.rstrip() for line in (out + err).splitlines()]
+        lines = [line for before, line in zip(["", *lines], lines, strict=False) if line or before]  # no double blanks
+        real = "\n".join(lines).strip("\n") + "\n"
+        start = output.split("…\n")[0]
+        played.append(output if "…\n" in output and real.startswith(start) else real)
+    return "".join(played)
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+def test_python_examples_run(workplace, monkeypatch, path):
+    from analysis.claims import CLAIMS
+
+    monkeypatch.setattr("analysis.families.CLAIMS", CLAIMS)
+    before = dict(CLAIMS)
+    try:
+        for block in re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL):
+            exec(compile(block, path.name, "exec"), {})
+    finally:
+        CLAIMS.clear()
+        CLAIMS.update(before)
+
+
+@pytest.mark.parametrize("path", [*DOCS, ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=lambda path: path.name)
+def test_links_lead_somewhere(path):
+    for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text(encoding="utf-8")):
+        assert (path.parent / target).exists(), f"{path.name} links to {target}"
+
+
+def test_the_gate_in_the_document_is_valid(tmp_path):
+    from analysis.gate import load_gate
+
+    (shown,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "ci.md").read_text(encoding="utf-8"), re.DOTALL)
+    (tmp_path / "gate.yaml").write_text(shown, encoding="utf-8")
+    assert set(load_gate(tmp_path / "gate.yaml").metrics) == {"depth", "num_learned", "worst_block_ratio"}
+
+
+def test_every_command_has_an_example_in_the_documents():
+    from typer.main import get_command
+
+    from runners.cli import app
+
+    text = "\n".join(path.read_text(encoding="utf-8") for path in DOCS)
+    commands = get_command(app).commands
+    assert {"leaderboard", "families", "compare", "trend", "report", "publish"} <= set(commands)
+    assert [name for name in commands if f"$ deadbench {name}" not in text] == []
