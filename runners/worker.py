@@ -50,7 +50,11 @@ def _read_parameters(read: ReadJob) -> Reading:
     yield Progress(read.label(), "norms")
     row = result.columns() | {"error": result.reason, "dtype": result.stored_dtype}
     row["num_parameters"] = num_parameters(json.dumps(checkpoint.config(), sort_keys=True))
-    return {"reads": [row], "norms": list_norms(checkpoint, result)}
+    norms = list_norms(checkpoint, result)
+    counted = [each["dead_parameters"] for each in norms if each["dead_parameters"] is not None]
+    row["dead_parameters"] = sum(counted) if counted else None
+    row["dead_parameters_share"] = sum(counted) / row["num_parameters"] if counted else None
+    return {"reads": [row], "norms": norms}
 
 
 def _read_random(read: ReadJob) -> Reading:

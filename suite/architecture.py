@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from suite.norms import NormBehaviour, probe
 
-_SMALL_MODEL = 500_000_000  # parameters: 2 GB in float32, a few seconds to draw
+SMALL_MODEL = 500_000_000  # parameters: 2 GB in float32, a few seconds to draw
 
 
 class ArchitectureError(ValueError):
@@ -92,16 +92,34 @@ def build_model(config: Any, device: str = "cpu") -> nn.Module:
     return model.eval()
 
 
-def count_parameters(config: Any) -> int:
-    """Unique parameters of the published architecture (`config.architectures[0]`), heads included, ties once."""
+def published_class(config: Any) -> Any:
+    """transformers' class of the published architecture (`config.architectures[0]`), heads included, or None."""
     import transformers
 
-    for name in config.architectures or ():
-        published = getattr(transformers, name, None)
-        if published is not None:
-            with torch.device("meta"):
-                return sum(p.numel() for p in published(config).parameters())
-    return sum(p.numel() for p in build_model(config, "meta").parameters())
+    names = (name for name in config.architectures or () if isinstance(name, str))
+    return next((found for name in names if (found := getattr(transformers, name, None)) is not None), None)
+
+
+def build_published(config: Any, device: str = "cpu") -> nn.Module:
+    """The published architecture of `config` with its heads, as `build_model` builds; the bare model if it has none.
+
+    Raises:
+        ArchitectureError: transformers refuses to build it.
+    """
+    published = published_class(config)
+    if published is None:
+        return build_model(config, device)
+    try:
+        with torch.device(device):
+            model: nn.Module = published._from_config(config, dtype=torch.float32, experts_implementation="eager")
+    except Exception as error:
+        raise ArchitectureError(f"transformers cannot build {published.__name__}: {_one_line(error)}") from error
+    return model.eval()
+
+
+def count_parameters(config: Any) -> int:
+    """Unique parameters of the published architecture (`config.architectures[0]`), heads included, ties once."""
+    return sum(p.numel() for p in build_published(config, "meta").parameters())
 
 
 def locate_final_norm(config: Any) -> FinalNorm:
@@ -111,7 +129,7 @@ def locate_final_norm(config: Any) -> FinalNorm:
     """
     model = build_model(config, "meta")
     found = find_final_norm(model)
-    if found.family == "undetermined" and sum(p.numel() for p in model.parameters()) <= _SMALL_MODEL:
+    if found.family == "undetermined" and sum(p.numel() for p in model.parameters()) <= SMALL_MODEL:
         found = find_final_norm(build_model(config))
     return found
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 SCHEMA_VERSION = 1
 
 # Enters the protocol hash: raise a read's version when a change moves its numbers, and say so in the changelog.
-READ_VERSION = {"parameters": 1, "random": 2, "trained": 2}
+READ_VERSION = {"parameters": 2, "random": 2, "trained": 2}
 
 
 class Column(NamedTuple):
@@ -70,6 +70,8 @@ READS = [
     Column(
         "depth_predicted_as_executed", REAL, "decades", "the same for the dtype that the model runs or is stored in"
     ),
+    Column("dead_parameters", INT, "parameters", "dead parameter directions, all norms: at most the Fisher's nullity"),
+    Column("dead_parameters_share", REAL, "", "dead_parameters / num_parameters"),
     # spectrum of the norm replayed in float32
     Column("alignment", REAL, "cosine", "|<v, u_D>|; carries no claim where num_zero_scales >= 2"),
     Column("containment", REAL, "cosine", "smallest singular value of U_k^T K, k = num_dead_1e10; null if k = 0"),
@@ -172,7 +174,13 @@ NORMS = [
     Column("scale_max", REAL, "scale", "largest magnitude"),
     Column("scale_harmonic", REAL, "scale^2", "HM(gamma^2)"),
     Column("num_zero_scales", INT, "dimensions", "|Z|"),
-    Column("dead_parameters", INT, "parameters", "dead parameter directions this norm gives; null until they are read"),
+    Column(
+        "dead_parameters",
+        INT,
+        "parameters",
+        "dead parameter directions that it gives, read and written",
+    ),
+    Column("dead_parameters_written", INT, "parameters", "of those, shifts along 1 of what writes to its stream"),
 ]
 
 TABLES: dict[str, list[Column]] = {"reads": READS, "spectra": SPECTRA, "blocks": BLOCKS, "norms": NORMS}
