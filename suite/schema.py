@@ -12,7 +12,7 @@ import pyarrow as pa
 SCHEMA_VERSION = 1
 
 # Enters the protocol hash: raise a read's version when a change moves its numbers, and say so in the changelog.
-READ_VERSION = {"parameters": 2, "random": 2, "trained": 2}
+READ_VERSION = {"parameters": 2, "random": 2, "trained": 2, "functional": 1}
 
 
 class Column(NamedTuple):
@@ -183,7 +183,38 @@ NORMS = [
     Column("dead_parameters_written", INT, "parameters", "of those, shifts along 1 of what writes to its stream"),
 ]
 
-TABLES: dict[str, list[Column]] = {"reads": READS, "spectra": SPECTRA, "blocks": BLOCKS, "norms": NORMS}
+FUNCTIONAL = [
+    RUN_ID,
+    *KEY_COLUMNS,
+    Column("weights", TEXT, "", "trained, or random where the source has a configuration and no weights"),
+    Column("site", TEXT, "", "module path, in the published architecture, of the linear map that was moved"),
+    Column("norm", TEXT, "", "module path of the norm that feeds it"),
+    Column("family", TEXT, "", "what that norm does"),
+    Column("direction", TEXT, "", "compensated, or a control: uncompensated, random or inverse-scale-rms"),
+    Column("step", REAL, "output", "e in W + e u w^T, |w| = 1, u of root mean square 1"),
+    Column("kl", REAL, "nats", "mean KL divergence of the output distributions; null where there are no logits"),
+    Column("output_change", REAL, "", "norm of the change of logits, else of the last hidden state, over their norm"),
+    Column(
+        "fisher",
+        REAL,
+        "nats",
+        "closed-form Fisher information along u w^T, kl = e^2/2 of it; null but at a replayed head",
+    ),
+    Column("compensation", TEXT, "", "what took u (w . beta) off: none (it is 0, or control), bias, or a bias added"),
+    Column("has_bias", FLAG, "", "the map has a bias of its own; without, an added one is no parameter of the model"),
+    Column(
+        "tied", FLAG, "", "its matrix is shared: moved at a replayed head alone, which is no direction of the model"
+    ),
+    Column("num_tokens", INT, "tokens", "output rows that were compared"),
+]
+
+TABLES: dict[str, list[Column]] = {
+    "reads": READS,
+    "spectra": SPECTRA,
+    "blocks": BLOCKS,
+    "norms": NORMS,
+    "functional": FUNCTIONAL,
+}
 
 Row = dict[str, Any]
 
