@@ -3,8 +3,8 @@
     python examples/lora_targets.py ./my-checkpoint
 
 A LoRA update `W + B A` of a linear map that a LayerNorm feeds sees `A y`. The part of A along the norm's dead direction
-v sees the same number `v . beta` at every token: it can learn nothing but a bias. `dead_inputs` gives the dead directions
-of each map; `project` takes them out of A, at initialisation or after every step.
+v sees the same number `v . beta` at every token: it can learn nothing but a bias. `dead_inputs` gives the dead
+directions of each map; `project` takes them out of A, at initialisation or after every step.
 """
 
 import sys

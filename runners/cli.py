@@ -74,7 +74,7 @@ def classify(
         _classify_module(module, width, as_json)
         return
     if not sources:
-        raise UserError("nothing to classify; give a SOURCE or --module package:Class")
+        raise UserError("Missing argument 'SOURCE...'; give a checkpoint, or --module package:Class")
     from suite.parameters import classify as classify_one
 
     _quieten_transformers()
@@ -334,10 +334,11 @@ def _classify_module(name: str, width: int, as_json: bool) -> None:
     if "" not in sys.path:
         sys.path.insert(0, "")  # the user's own folder, as with `python -m`
     found = probe(load_norm_class(name, width), width)
+    kernel = {"layernorm": True, "rmsnorm": False}.get(found.family)
     facts = {
         "module": name,
         "family": found.family,
-        "kernel": {"layernorm": True, "rmsnorm": False}.get(found.family),
+        "kernel": kernel,
         "scale": found.scale,
         "has_bias": None if found.family == "other" else found.shift_parameter is not None,
         "eps": found.eps,
@@ -347,7 +348,7 @@ def _classify_module(name: str, width: int, as_json: bool) -> None:
         print(json.dumps(facts, indent=2))
     else:
         verdict = {True: "a dead direction, gamma^-1", False: "no dead direction", None: "cannot be told"}
-        print(f"{name}: {found.family}, {verdict[facts['kernel']]} ({'; '.join(found.evidence)})")
+        print(f"{name}: {found.family}, {verdict[kernel]} ({'; '.join(found.evidence)})")
     if found.family == "other":
         raise typer.Exit(EXIT_FALSE)
 
