@@ -90,3 +90,11 @@ def test_weights_that_cannot_be_read_are_no_random_initialisation(tmp_path):
     (event,) = (e for e in run_model(jobs[0], "run", 1) if isinstance(e, Finished))
     assert event.row["status"] == "failed"
     assert "pickled" in event.row["error"]
+
+
+def test_the_parameters_read_counts_what_the_norms_make_dead():
+    tables = read_tables(TWINS / "layernorm/step4096", "parameters")
+    row = tables["reads"][0]
+    assert row["dead_parameters"] == sum(norm["dead_parameters"] for norm in tables["norms"]) == 2824
+    assert row["dead_parameters_share"] == 2824 / row["num_parameters"]
+    assert read_tables(TWINS / "rmsnorm/step4096", "parameters")["reads"][0]["dead_parameters"] == 0
