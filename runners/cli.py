@@ -44,7 +44,9 @@ def _root(
 
 @app.command()
 def classify(
-    sources: Annotated[list[str], typer.Argument(metavar="SOURCE...", help="Folder, Hub id (org/name[@rev]), or URL.")],
+    sources: Annotated[
+        list[str] | None, typer.Argument(metavar="[SOURCE]...", help="Folder, Hub id (org/name[@rev]), or URL.")
+    ] = None,
     save_direction: Annotated[
         Path | None, typer.Option(metavar="FILE.safetensors", help="Write the inverse-scale directions (float64).")
     ] = None,
@@ -52,6 +54,11 @@ def classify(
         bool,
         typer.Option("--verify", help="Resolve by the modules' behaviour although the atlas has the architecture."),
     ] = False,
+    module: Annotated[
+        str | None,
+        typer.Option(metavar="PACKAGE:CLASS", help="Your own norm class, imported and put to the kernel test."),
+    ] = None,
+    width: Annotated[int, typer.Option(min=2, help="Width that the class of --module is built with.")] = 64,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -61,6 +68,13 @@ def classify(
 
     Example: [bold]deadbench classify openai-community/gpt2 ./my-checkpoint --save-direction v.safetensors[/bold]
     """
+    if module is not None:
+        if sources or save_direction is not None:
+            raise UserError("--module tests a class by itself; leave out SOURCE and --save-direction")
+        _classify_module(module, width, as_json)
+        return
+    if not sources:
+        raise UserError("Missing argument 'SOURCE...'; give a checkpoint, or --module package:Class")
     from suite.parameters import classify as classify_one
 
     if save_direction is not None and not save_direction.resolve().parent.is_dir():
@@ -85,13 +99,32 @@ def classify(
 
 
 @app.command()
+def export(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Folder, Hub id (org/name[@rev]), or URL.")],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="FILE.safetensors", help="File to write.")],
+    debug: Debug = False,
+) -> None:
+    """Dead directions of every norm of a checkpoint as safetensors, for other programs; from its parameters alone.
+
+    Each norm's inverse-scale direction, predicted dead subspace and shift, in float64; names in the metadata.
+
+    Example: [bold]deadbench export openai-community/gpt2 -o directions.safetensors[/bold]
+    """
+    from runners.directions_file import export_directions
+
+    if not out.resolve().parent.is_dir():
+        raise UserError(f"--out {out}: no such directory")
+    print(f"{out}: {export_directions(source, out)} norms")
+
+
+@app.command()
 def run(
     models: Annotated[
         list[str] | None, typer.Argument(metavar="[MODEL]...", help="Registry ids or SOURCEs; none: the suite.")
     ] = None,
     suite: Annotated[str | None, typer.Option(metavar="NAME", help="Suite of the registry. [default: quick]")] = None,
     registry: Annotated[Path | None, typer.Option(metavar="FILE", help="Registry. [default: models.yaml]")] = None,
-    reads: Annotated[str | None, typer.Option(help="Comma-separated: parameters, random, trained.")] = None,
+    reads: Annotated[str | None, typer.Option(help="Comma-separated: parameters, random, trained, functional.")] = None,
     address: Annotated[str | None, typer.Option(help="Ray to join: local, auto, host:port. [default: local]")] = None,
     out: Annotated[str, typer.Option(metavar="DIR_OR_URI", help="Result set to write or continue.")] = "results",
     resume: Annotated[bool, typer.Option("--resume/--fresh", help="Skip finished reads, or redo them.")] = True,
@@ -228,3 +261,29 @@ def _print_classified(results: list[dict[str, Any]]) -> None:
             f"{result['bytes_read']:,} of {result['bytes_total']:,}",
         )
     console().print(table)
+
+
+def _classify_module(name: str, width: int, as_json: bool) -> None:
+    """Print what the kernel test finds in a user's own class; exit code 1 where it is no known normalisation."""
+    from suite.norms import load_norm_class, probe
+
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # the user's own folder, as with `python -m`
+    found = probe(load_norm_class(name, width), width)
+    kernel = {"layernorm": True, "rmsnorm": False}.get(found.family)
+    facts = {
+        "module": name,
+        "family": found.family,
+        "kernel": kernel,
+        "scale": found.scale,
+        "has_bias": None if found.family == "other" else found.shift_parameter is not None,
+        "eps": found.eps,
+        "evidence": list(found.evidence),
+    }
+    if as_json:
+        print(json.dumps(facts, indent=2))
+    else:
+        verdict = {True: "a dead direction, gamma^-1", False: "no dead direction", None: "cannot be told"}
+        print(f"{name}: {found.family}, {verdict[kernel]} ({'; '.join(found.evidence)})")
+    if found.family == "other":
+        raise typer.Exit(EXIT_FALSE)

@@ -87,7 +87,7 @@ def read_forward(
     rule = read.protocol.tokens
     num_tokens = rule if isinstance(rule, int) else int(rule[:-1]) * final.hidden_size
     yield Progress(read.label(), "input", 0, num_tokens)
-    inputs = _make_inputs(read, config, folder, num_tokens, final.rows_per_item)
+    inputs = make_inputs(read, config, folder, num_tokens, final.rows_per_item)
     check_count(inputs.num_tokens, final.hidden_size)
 
     measured = FinalNormRead(module, norm)
@@ -167,7 +167,8 @@ def _accumulator_bytes(read: ReadJob, device: torch.device) -> float:
     return float(free) / _ACCUMULATOR_SHARE
 
 
-def _make_inputs(read: ReadJob, config: Any, folder: Path | None, num_tokens: int, rows_per_item: int) -> Inputs:
+def make_inputs(read: ReadJob, config: Any, folder: Path | None, num_tokens: int, rows_per_item: int) -> Inputs:
+    """The batches that `read` asks for; `rows_per_item` rows of output come of one picture."""
     assert read.input is not None
     if read.model.modality == "image":
         size = config.image_size

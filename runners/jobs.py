@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from suite.functional import NUM_TOKENS
 from suite.inputs import InputError, check_spec, content_hash
-from suite.registry import READS, Model, Protocol, Registry, SuiteEntry
+from suite.registry import DEFAULT_READS, READS, Model, Protocol, Registry, SuiteEntry
 from suite.schema import KEY, READ_VERSION
 from suite.sources import Checkpoint, checkpoint_step
 from suite.tensors import CheckpointError
@@ -130,7 +131,7 @@ def build_jobs(
     jobs = []
     for entry in entries:
         model = registry.model(entry.model) or _own_model(entry.model, overrides)
-        wanted = reads or entry.reads or (suite.reads if suite else list(READS))
+        wanted = reads or entry.reads or (suite.reads if suite else list(DEFAULT_READS))
         spec = overrides.input or entry.input or model.input or DEFAULT_INPUT[model.modality]
         if any(r != "parameters" for r in wanted):
             try:
@@ -176,10 +177,14 @@ def _model_job(
                 continue
             # Parameters are read without input, and random weights without a checkpoint.
             has_forward = read != "parameters"
+            rule, run_dtype = protocol, dtype
+            if read == "functional":  # few tokens, and precision enough to see that nothing moves
+                rule = protocol.model_copy(update={"tokens": overrides.tokens or NUM_TOKENS})
+                run_dtype = overrides.dtype or "float64"
             fingerprint, error = _fingerprint(model, revision, read, base)
             facts: dict[str, Any] = {"read": read, "version": READ_VERSION[read]}
             if has_forward:
-                facts |= {"tokens": protocol.tokens, "sequence_length": protocol.sequence_length, "dtype": dtype}
+                facts |= {"tokens": rule.tokens, "sequence_length": rule.sequence_length, "dtype": run_dtype}
                 facts |= {"input": content_hash(spec)}
             digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
             jobs.append(
@@ -190,10 +195,10 @@ def _model_job(
                     seed=overrides.seed,
                     engine=engine if has_forward else None,
                     protocol_name=protocol_name,
-                    protocol=protocol,
+                    protocol=rule,
                     protocol_hash=digest,
                     input=absolute if has_forward else None,
-                    dtype=dtype,
+                    dtype=run_dtype,
                     fingerprint=fingerprint,
                     base=base,
                     error=error,
@@ -205,7 +210,7 @@ def _model_job(
 
 def _fingerprint(model: Model, revision: str | None, read: str, base: Path) -> tuple[str | None, str | None]:
     """What the read will open, hashed; or why it cannot be opened, so that the read fails as a row of its own."""
-    if read == "random" and model.config is not None:
+    if model.config is not None and (read == "random" or (read == "functional" and model.source is None)):
         return hashlib.sha256(json.dumps(model.config, sort_keys=True).encode()).hexdigest()[:16], None
     if model.source is None:
         return None, f"the registry gives no source, which the read {read!r} needs"

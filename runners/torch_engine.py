@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from suite.architecture import build_model
+from suite.architecture import build_model, build_published
 from suite.inputs import Batch
 from suite.tensors import CheckpointError
 
@@ -51,18 +51,21 @@ class TorchEngine:
     device: torch.device
     load_seconds: float = field(default=0.0)
 
-    def load_random(self, config: Any, seed: int, dtype: torch.dtype) -> nn.Module:
-        """transformers' own initialisation: `set_seed(seed)`, `AutoModel.from_config` in float32, cast to `dtype`."""
+    def load_random(self, config: Any, seed: int, dtype: torch.dtype, *, published: bool = False) -> nn.Module:
+        """transformers' own initialisation: `set_seed(seed)`, `AutoModel.from_config` in float32, cast to `dtype`.
+
+        With `published` the published class takes AutoModel's place: the same body with its heads.
+        """
         import transformers
 
         started = time.perf_counter()
         transformers.set_seed(seed)
-        model = build_model(config).to(self.device, dtype)
+        model = (build_published if published else build_model)(config).to(self.device, dtype)
         self.load_seconds = time.perf_counter() - started
         return model
 
-    def load_trained(self, folder: Path, dtype: torch.dtype) -> nn.Module:
-        """The checkpoint in `folder`, safetensors only, no code from the checkpoint.
+    def load_trained(self, folder: Path, dtype: torch.dtype, model_class: Any = None) -> nn.Module:
+        """The checkpoint in `folder` as `model_class` (None: AutoModel), safetensors only, no code from the checkpoint.
 
         Raises:
             CheckpointError: weights that transformers cannot load, or that miss tensors of the architecture.
@@ -71,7 +74,7 @@ class TorchEngine:
 
         started = time.perf_counter()
         try:
-            model, report = transformers.AutoModel.from_pretrained(
+            model, report = (model_class or transformers.AutoModel).from_pretrained(
                 folder,
                 dtype=dtype,
                 use_safetensors=True,
@@ -137,6 +140,11 @@ class TorchEngine:
         finally:
             for handle in handles:
                 handle.remove()
+
+    def forward(self, model: nn.Module, batch: Batch) -> Any:
+        """What `model` returns for one batch, without gradients."""
+        with torch.no_grad():
+            return model(**self._on_device(model, batch.model_inputs))
 
     def peak_device_bytes(self) -> int | None:
         """Peak accelerator memory of this process; None on CPU."""

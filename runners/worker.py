@@ -52,7 +52,11 @@ def _read_parameters(read: ReadJob) -> Reading:
     row = result.columns() | {"error": result.reason, "dtype": result.stored_dtype}
     row["objective"] = objective(checkpoint.config())
     row["num_parameters"] = num_parameters(json.dumps(checkpoint.config(), sort_keys=True))
-    return {"reads": [row], "norms": list_norms(checkpoint, result)}
+    norms = list_norms(checkpoint, result)
+    counted = [each["dead_parameters"] for each in norms if each["dead_parameters"] is not None]
+    row["dead_parameters"] = sum(counted) if counted else None
+    row["dead_parameters_share"] = sum(counted) / row["num_parameters"] if counted else None
+    return {"reads": [row], "norms": norms}
 
 
 def _read_random(read: ReadJob) -> Reading:
@@ -84,11 +88,30 @@ def _read_trained(read: ReadJob) -> Reading:
         return (yield from read_forward(read, config, folder, trained=True, entries=entries))
 
 
+def _read_functional(read: ReadJob) -> Reading:
+    from runners.functional import read_functional
+    from suite.sources import Checkpoint
+    from suite.tensors import PICKLED_SUFFIXES, read_headers
+
+    if read.model.source is None:
+        assert read.model.config is not None
+        return (yield from read_functional(read, read.model.config, None, trained=False))
+    checkpoint = Checkpoint(read.model.source, read.revision, read.base)
+    # A configuration alone is an architecture at random initialisation; weights that are there are never passed over.
+    trained = any(name.endswith((".safetensors", *PICKLED_SUFFIXES)) for name in checkpoint.names())
+    if trained:
+        read_headers(checkpoint)
+    config = checkpoint.config()
+    with checkpoint.local_copy() as folder:
+        return (yield from read_functional(read, config, folder, trained=trained))
+
+
 # One read is one function and one line here; the runner does not change.
 READ_FUNCTIONS: dict[str, Callable[[ReadJob], Reading]] = {
     "parameters": _read_parameters,
     "random": _read_random,
     "trained": _read_trained,
+    "functional": _read_functional,
 }
 
 

@@ -17,7 +17,7 @@ from suite.dummy_inputs import minimal_inputs
 from suite.norms import probe
 from suite.resolution import ArchitectureError, FinalNorm, NormBehaviour, RemoteCodeError
 
-_SMALL_MODEL = 500_000_000  # parameters: 2 GB in float32, a few seconds to draw
+SMALL_MODEL = 500_000_000  # parameters: 2 GB in float32, a few seconds to draw
 _CUT_CANDIDATES = 40  # modules, last called first, among which a norm behind a projection is looked for
 
 OBJECTIVES = {
@@ -78,16 +78,34 @@ def build_model(config: Any, device: str = "cpu") -> nn.Module:
     return model.eval()
 
 
-def count_parameters(config: Any) -> int:
-    """Unique parameters of the published architecture (`config.architectures[0]`), heads included, ties once."""
+def published_class(config: Any) -> Any:
+    """transformers' class of the published architecture (`config.architectures[0]`), heads included, or None."""
     import transformers
 
-    for name in config.architectures or ():
-        published = getattr(transformers, name, None)
-        if published is not None:
-            with torch.device("meta"):
-                return sum(p.numel() for p in published(config).parameters())
-    return sum(p.numel() for p in build_model(config, "meta").parameters())
+    names = (name for name in config.architectures or () if isinstance(name, str))
+    return next((found for name in names if (found := getattr(transformers, name, None)) is not None), None)
+
+
+def build_published(config: Any, device: str = "cpu") -> nn.Module:
+    """The published architecture of `config` with its heads, as `build_model` builds; the bare model if it has none.
+
+    Raises:
+        ArchitectureError: transformers refuses to build it.
+    """
+    published = published_class(config)
+    if published is None:
+        return build_model(config, device)
+    try:
+        with torch.device(device):
+            model: nn.Module = published._from_config(config, dtype=torch.float32, experts_implementation="eager")
+    except Exception as error:
+        raise ArchitectureError(f"transformers cannot build {published.__name__}: {_one_line(error)}") from error
+    return model.eval()
+
+
+def count_parameters(config: Any) -> int:
+    """Unique parameters of the published architecture (`config.architectures[0]`), heads included, ties once."""
+    return sum(p.numel() for p in build_published(config, "meta").parameters())
 
 
 def objective(config: Mapping[str, Any]) -> str | None:
@@ -107,7 +125,7 @@ def locate_final_norm(config: Any) -> FinalNorm:
     """
     model = build_model(config, "meta")
     found = find_final_norm(model)
-    if found.path is None and sum(p.numel() for p in model.parameters()) <= _SMALL_MODEL:
+    if found.path is None and sum(p.numel() for p in model.parameters()) <= SMALL_MODEL:
         found = find_final_norm(build_model(config))
     elif found.family == "none":
         # On meta only identity is seen; a norm behind a copy or a projection would be missed.

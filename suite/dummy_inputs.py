@@ -51,6 +51,24 @@ def minimal_inputs(model: nn.Module) -> Iterator[dict[str, Any]]:
                 yield inputs | {"use_cache": False}  # some caches refuse the layers of a small configuration
 
 
+def running_inputs(model: nn.Module) -> dict[str, Any]:
+    """The first of `minimal_inputs` that the model runs on.
+
+    Raises:
+        Exception: what the forward pass raised on the likeliest of them, if it runs on none.
+    """
+    failure: Exception | None = None
+    for inputs in minimal_inputs(model):
+        try:
+            with torch.no_grad():
+                model(**inputs)
+        except Exception as error:
+            failure = failure or error
+            continue
+        return inputs
+    raise failure or ValueError(f"{type(model).__name__} takes an input that is not known here")
+
+
 def _with(
     alone: list[dict[str, Any]], names: Sequence[str], config: Any, noise: _Shape, whole: _Shape, main: str
 ) -> Iterator[dict[str, Any]]:

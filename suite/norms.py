@@ -5,6 +5,7 @@ scales, whether it shifts and with which eps. Shapes: N tokens, D hidden size.
 """
 
 import copy
+import importlib
 import math
 
 import numpy as np
@@ -130,6 +131,30 @@ def _size(tensor: Tensor) -> float:
 
 def _close(a: Tensor, b: Tensor) -> bool:
     return _size(a - b) <= _RELATIVE_TOLERANCE * max(_size(a), _size(b))
+
+
+def load_norm_class(name: str, hidden_size: int) -> nn.Module:
+    """An instance of the user's own norm class, `package:Class`, built as `Class(hidden_size)`.
+
+    This imports and runs the named code: only ever call it with a name that the user gave.
+
+    Raises:
+        ValueError: no such module or class, or a class that is no `nn.Module` of one width; one line.
+    """
+    package, _, attribute = name.partition(":")
+    if not package or not attribute:
+        raise ValueError(f"{name!r} names no class; write it as package.module:Class")
+    try:
+        module_class = getattr(importlib.import_module(package), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{name}: cannot be imported ({error}); it must be importable from here") from error
+    try:
+        module = module_class(hidden_size)
+    except Exception as error:
+        raise ValueError(f"{name}: {attribute}({hidden_size}) fails ({type(error).__name__}: {error})") from error
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"{name}: {attribute}({hidden_size}) is a {type(module).__name__}, not a torch.nn.Module")
+    return module
 
 
 def live_norm(module: nn.Module, behaviour: NormBehaviour, hidden_size: int) -> EffectiveNorm:

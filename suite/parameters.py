@@ -188,42 +188,66 @@ def _candidates(entries: dict[str, TensorEntry], hidden_size: int | None) -> lis
 
 
 def list_norms(checkpoint: Checkpoint, read: ParametersRead) -> list[Row]:
-    """One row of `norms` for every norm that the architecture has and the checkpoint stores, with its role."""
-    from suite.architecture import block_list, build_config, build_model
+    """One row of `norms` for every norm that the published architecture has and the checkpoint stores, with its role.
+
+    Norms without parameters are there too where the wiring tells of them. `dead_parameters` is null where the wiring is
+    not known; paths are those in the bare model (`AutoModel`).
+    """
+    return [row for row, _ in norms_of(checkpoint, read)]
+
+
+def norms_of(checkpoint: Checkpoint, read: ParametersRead) -> list[tuple[Row, EffectiveNorm]]:
+    """The rows of `list_norms`, each with the norm itself."""
+    from suite.architecture import block_list, build_config
     from suite.norms import own_vectors, probe
+    from suite.nullity import count_dead_parameters, trace_published
 
     try:
-        model = build_model(build_config(checkpoint.config()), "meta")
+        model, wiring = trace_published(build_config(checkpoint.config()))
     except ArchitectureError:
         return []
-    blocks_path, _ = block_list(model, read.final.path)
-    rows: list[Row] = []
+    bare = getattr(model, "base_model", model)
+    prefix = next((f"{path}." for path, module in model.named_modules() if module is bare and path), "")
+    blocks_path, _ = block_list(bare, read.final.path)
+    called = wiring.norms if wiring else {}
+    norms: dict[str, EffectiveNorm] = {}
     probed: dict[tuple[type, int, tuple[str, ...]], NormBehaviour] = {}  # a model has many norms of few kinds
     for path, module in model.named_modules():
         vectors = own_vectors(module)
-        if not vectors or any(True for _ in module.children()) or any(p.dim() > 1 for p in module.parameters()):
+        if any(True for _ in module.children()) or any(p.dim() > 1 for p in module.parameters()):
             continue
-        width = len(next(iter(vectors.values())))
+        if not vectors and path not in called:
+            continue
+        width = len(next(iter(vectors.values()))) if vectors else called[path][1]
         kind = (type(module), width, tuple(vectors))
         if kind not in probed:
-            probed[kind] = probe(module, width)
-        scale = stored_tensor(read.entries, path, probed[kind].scale_parameter)
-        if scale is None:
+            probed[kind] = called[path][0] if path in called else probe(module, width)
+        behaviour = probed[kind]
+        if behaviour.family not in ("layernorm", "rmsnorm"):
             continue
-        norm = effective_norm(probed[kind], read_vector(checkpoint, scale), None, width)
-        magnitude_D = np.abs(norm.scale_D)
-        rows.append(
-            {
-                "norm": path,
-                "family": norm.family,
-                "role": _role(path, width, read.final, blocks_path),
-                "scale_min": float(magnitude_D.min()),
-                "scale_median": float(np.median(magnitude_D)),
-                "scale_max": float(magnitude_D.max()),
-                "scale_harmonic": harmonic_scale(norm.scale_D),
-                "num_zero_scales": len(zero_scales(norm.scale_D)),
-            }
-        )
+        names = (behaviour.scale_parameter, behaviour.shift_parameter)
+        stored = [stored_tensor(read.entries, path.removeprefix(prefix), name) for name in names]
+        if any(name and entry is None for name, entry in zip(names, stored, strict=True)):
+            continue
+        scale_D, shift_D = (read_vector(checkpoint, entry) if entry else None for entry in stored)
+        norms[path] = effective_norm(behaviour, scale_D, shift_D, width)
+    counts = count_dead_parameters(model, wiring, norms) if wiring else {}
+    rows = []
+    for path, norm in norms.items():
+        magnitude_D, name = np.abs(norm.scale_D), path.removeprefix(prefix)
+        row = {
+            "norm": name,
+            "family": norm.family,
+            "role": _role(name, len(magnitude_D), read.final, blocks_path),
+            "scale_min": float(magnitude_D.min()),
+            "scale_median": float(np.median(magnitude_D)),
+            "scale_max": float(magnitude_D.max()),
+            "scale_harmonic": harmonic_scale(norm.scale_D),
+            "num_zero_scales": len(zero_scales(norm.scale_D)),
+            "dead_parameters": sum(counts[path]) if path in counts else None,
+            "dead_parameters_written": counts[path][1] if path in counts else None,
+        }
+        rows.append((row, norm))
     return rows
 
 

@@ -11,10 +11,11 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-READS = ("parameters", "random", "trained")
+READS = ("parameters", "random", "trained", "functional")
 DEFAULT_REGISTRY = "models.yaml"
 
-ReadName = Literal["parameters", "random", "trained"]
+ReadName = Literal["parameters", "random", "trained", "functional"]
+DEFAULT_READS: tuple[ReadName, ...] = ("parameters", "random", "trained")
 Modality = Literal["text", "image", "audio"]
 Family = Literal["layernorm", "rmsnorm", "none", "other"]
 Dtype = Literal["auto", "float32", "float16", "bfloat16", "float64"]
@@ -118,7 +119,7 @@ class Suite(_Strict):
 
     protocol: str
     models: list[str | SuiteEntry]
-    reads: list[ReadName] = ["parameters", "random", "trained"]
+    reads: list[ReadName] = list(DEFAULT_READS)
 
     def entries(self) -> list[SuiteEntry]:
         """Every entry in full."""

@@ -12,7 +12,7 @@ import pyarrow as pa
 SCHEMA_VERSION = 1
 
 # Enters the protocol hash: raise a read's version when a change moves its numbers, and say so in the changelog.
-READ_VERSION = {"parameters": 1, "random": 2, "trained": 2}
+READ_VERSION = {"parameters": 2, "random": 2, "trained": 2, "functional": 1}
 
 
 class Column(NamedTuple):
@@ -71,6 +71,8 @@ READS = [
     Column(
         "depth_predicted_as_executed", REAL, "decades", "the same for the dtype that the model runs or is stored in"
     ),
+    Column("dead_parameters", INT, "parameters", "dead parameter directions, all norms: at most the Fisher's nullity"),
+    Column("dead_parameters_share", REAL, "", "dead_parameters / num_parameters"),
     # spectrum of the norm replayed in float32
     Column("alignment", REAL, "cosine", "|<v, u_D>|; carries no claim where num_zero_scales >= 2"),
     Column("containment", REAL, "cosine", "smallest singular value of U_k^T K, k = num_dead_1e10; null if k = 0"),
@@ -173,10 +175,47 @@ NORMS = [
     Column("scale_max", REAL, "scale", "largest magnitude"),
     Column("scale_harmonic", REAL, "scale^2", "HM(gamma^2)"),
     Column("num_zero_scales", INT, "dimensions", "|Z|"),
-    Column("dead_parameters", INT, "parameters", "dead parameter directions this norm gives; null until they are read"),
+    Column(
+        "dead_parameters",
+        INT,
+        "parameters",
+        "dead parameter directions that it gives, read and written",
+    ),
+    Column("dead_parameters_written", INT, "parameters", "of those, shifts along 1 of what writes to its stream"),
 ]
 
-TABLES: dict[str, list[Column]] = {"reads": READS, "spectra": SPECTRA, "blocks": BLOCKS, "norms": NORMS}
+FUNCTIONAL = [
+    RUN_ID,
+    *KEY_COLUMNS,
+    Column("weights", TEXT, "", "trained, or random where the source has a configuration and no weights"),
+    Column("site", TEXT, "", "module path, in the published architecture, of the linear map that was moved"),
+    Column("norm", TEXT, "", "module path of the norm that feeds it"),
+    Column("family", TEXT, "", "what that norm does"),
+    Column("direction", TEXT, "", "compensated, or a control: uncompensated, random or inverse-scale-rms"),
+    Column("step", REAL, "output", "e in W + e u w^T, |w| = 1, u of root mean square 1"),
+    Column("kl", REAL, "nats", "mean KL divergence of the output distributions; null where there are no logits"),
+    Column("output_change", REAL, "", "norm of the change of logits, else of the last hidden state, over their norm"),
+    Column(
+        "fisher",
+        REAL,
+        "nats",
+        "closed-form Fisher information along u w^T, kl = e^2/2 of it; null but at a replayed head",
+    ),
+    Column("compensation", TEXT, "", "what took u (w . beta) off: none (it is 0, or control), bias, or a bias added"),
+    Column("has_bias", FLAG, "", "the map has a bias of its own; without, an added one is no parameter of the model"),
+    Column(
+        "tied", FLAG, "", "its matrix is shared: moved at a replayed head alone, which is no direction of the model"
+    ),
+    Column("num_tokens", INT, "tokens", "output rows that were compared"),
+]
+
+TABLES: dict[str, list[Column]] = {
+    "reads": READS,
+    "spectra": SPECTRA,
+    "blocks": BLOCKS,
+    "norms": NORMS,
+    "functional": FUNCTIONAL,
+}
 
 Row = dict[str, Any]
 

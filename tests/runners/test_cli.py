@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 from runners import cli, driver
 from tests.conftest import ROOT, TWINS, save_tiny
 
-COMMANDS = ("classify", "run", "leaderboard", "families", "compare", "trend", "report", "publish")
+COMMANDS = ("classify", "export", "run", "leaderboard", "families", "compare", "trend", "report", "publish")
 TWIN = str(TWINS / "layernorm" / "step4096")
 
 

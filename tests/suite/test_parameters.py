@@ -156,3 +156,21 @@ def test_scales_come_from_the_file_and_not_from_the_initialiser(tmp_path):
     stored = scales.astype(np.float32).astype(np.float64)
     assert direction_D == pytest.approx((1 / stored) / np.linalg.norm(1 / stored), rel=1e-12)
     assert result["scale_harmonic"] == pytest.approx(len(stored) / np.sum(stored**-2), rel=1e-12)
+
+
+def test_dead_parameters_of_minilm_and_the_twins_by_hand(minilm):
+    """BERT, D 384, MLP 1536: 3 maps read a block's output, 1 its attention's; each linear map out has one a column."""
+    checkpoint = Checkpoint(str(minilm))
+    rows = {row["norm"]: row for row in list_norms(checkpoint, read_parameters(checkpoint))}
+    embedded = 30522 + 512 + 2
+    assert rows["embeddings.LayerNorm"]["dead_parameters"] == 3 * 384 + embedded
+    assert rows["encoder.layer.0.attention.output.LayerNorm"]["dead_parameters"] == 1536 + 384 + 1
+    assert rows["encoder.layer.5.output.LayerNorm"]["dead_parameters"] == 384 + 1536 + 1  # the pooler reads the last
+    assert rows["encoder.layer.5.output.LayerNorm"]["dead_parameters_written"] == 1536 + 1
+    checkpoint = Checkpoint(str(TWINS / "rmsnorm/step4096"))
+    assert {row["dead_parameters"] for row in list_norms(checkpoint, read_parameters(checkpoint))} == {0}
+    # A GPT-NeoX block reads both its norms with biases (3 D and the MLP's 160); the head has none, and counts nothing.
+    checkpoint = Checkpoint(str(TWINS / "layernorm/step4096"))
+    rows = {row["norm"]: row for row in list_norms(checkpoint, read_parameters(checkpoint))}
+    assert sum(row["dead_parameters"] for row in rows.values()) == 512 + 4 * (3 * 64 + 160 + 64 + 1 + 160 + 1)
+    assert rows["final_layer_norm"]["dead_parameters"] == 64 + 1 + 160 + 1

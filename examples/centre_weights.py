@@ -1,0 +1,71 @@
+"""Centre what a model writes to its residual stream: fewer parameters that mean anything, the same outputs.
+
+    python examples/centre_weights.py ./my-checkpoint ./centred
+
+Where only LayerNorms read the stream, a constant along the vector of ones is taken out by their mean, whatever wrote
+it. So each embedding row, each column of an output map and each bias can lose its mean. (If everything that writes is
+in the list, the stream's mean is then zero, and a LayerNorm of it is an RMSNorm.)
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+from torch import nn
+
+from suite.architecture import published_class
+from suite.nullity import trace_published
+from suite.wiring import Wiring, is_linear, private_parameters, weight_out_in
+
+
+def centre_weights(model: nn.Module, wiring: Wiring) -> list[str]:
+    """Take the mean over the stream's axis off every parameter whose shift along 1 only LayerNorms read, in place.
+
+    Returns:
+        Paths of what was centred. A matrix that is shared with another module stays as it is.
+    """
+    private = private_parameters(model)
+    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+    centred = []
+    with torch.no_grad():
+        for path in wiring.writes:
+            module = modules.get(path)
+            own = [parameters[path]] if module is None else list(module.parameters(recurse=False))
+            if any(id(parameter) not in private for parameter in own):
+                continue
+            if module is None:
+                parameters[path].sub_(parameters[path].mean(-1, keepdim=True))
+            elif is_linear(module):
+                weight_DI = weight_out_in(module)
+                weight_DI.sub_(weight_DI.mean(0))
+                if module.bias is not None:
+                    module.bias.sub_(module.bias.mean())
+            elif isinstance(module, nn.Embedding):
+                module.weight.sub_(module.weight.mean(-1, keepdim=True))
+            else:  # a norm that writes to the stream: its shift
+                shift = getattr(module, wiring.norms[path][0].shift_parameter or "", None)
+                if shift is None:
+                    continue
+                shift.sub_(shift.mean())
+            centred.append(path)
+    return centred
+
+
+def main() -> None:
+    """Centre the checkpoint in one folder and save it in another."""
+    if len(sys.argv) != 3:
+        sys.exit("usage: python examples/centre_weights.py CHECKPOINT_FOLDER OUT_FOLDER")
+    source, out = sys.argv[1:]
+    config = transformers.AutoConfig.from_pretrained(source)
+    _, wiring = trace_published(config)
+    if wiring is None:
+        sys.exit(f"{source}: its forward pass cannot be followed; nothing written")
+    model = (published_class(config) or transformers.AutoModel).from_pretrained(source, dtype="auto")
+    centred = centre_weights(model, wiring)
+    model.save_pretrained(Path(out))
+    print(f"{out}: centred {len(centred)} of the modules that write to the stream")
+
+
+if __name__ == "__main__":
+    main()
