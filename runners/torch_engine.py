@@ -46,10 +46,12 @@ class TorchEngine:
     Attributes:
         device: where the model lives.
         load_seconds: how long the last load took.
+        detail: what a row says of how the model was run.
     """
 
     device: torch.device
     load_seconds: float = field(default=0.0)
+    detail: str = field(default="resident on one device")
 
     def load_random(self, config: Any, seed: int, dtype: torch.dtype) -> nn.Module:
         """transformers' own initialisation: `set_seed(seed)`, `AutoModel.from_config` in float32, cast to `dtype`."""
@@ -67,9 +69,20 @@ class TorchEngine:
         Raises:
             CheckpointError: weights that transformers cannot load, or that miss tensors of the architecture.
         """
+        started = time.perf_counter()
+        model = self.from_pretrained(folder, dtype)
+        model = model.to(self.device)
+        self.load_seconds = time.perf_counter() - started
+        return model  # type: ignore[no-any-return]
+
+    def from_pretrained(self, folder: Path, dtype: torch.dtype, **placement: Any) -> Any:
+        """transformers' loading of `folder` with `placement` (device map, offload folder), in evaluation mode.
+
+        Raises:
+            CheckpointError: weights that transformers cannot load, or that miss tensors of the architecture.
+        """
         import transformers
 
-        started = time.perf_counter()
         try:
             model, report = transformers.AutoModel.from_pretrained(
                 folder,
@@ -78,6 +91,7 @@ class TorchEngine:
                 local_files_only=True,
                 trust_remote_code=False,
                 output_loading_info=True,
+                **placement,
             )
         except Exception as error:
             reason = (str(error).strip().splitlines() or [""])[0][:300]
@@ -88,9 +102,7 @@ class TorchEngine:
             raise CheckpointError(
                 f"{folder}: the weights lack {len(missing)} tensors of {type(model).__name__}, {missing[0]} among them"
             )
-        model = model.to(self.device).eval()
-        self.load_seconds = time.perf_counter() - started
-        return model  # type: ignore[no-any-return]
+        return model.eval()
 
     def passes(
         self, model: nn.Module, norm: nn.Module, batches: list[Batch], blocks: Blocks | None = None
