@@ -54,7 +54,7 @@ class DeferredInit(TorchDispatchMode):
     """Inside `with`, large empty tensors are made on the meta device, and what is done to them is recorded."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._storages: dict[int, torch.UntypedStorage] = {}  # kept, so that no address is used twice
         self._writers: dict[int, list[_Step]] = {}
         self._count = 0
@@ -93,18 +93,18 @@ class DeferredInit(TorchDispatchMode):
     def __enter__(self) -> Self:
         """Start to record."""
         torch.nn.init._no_grad_trunc_normal_ = self._trunc_normal
-        return super().__enter__()  # type: ignore[no-untyped-call, no-any-return]
+        return super().__enter__()
 
     def __exit__(self, *exception: Any) -> None:
         """Stop."""
         torch.nn.init._no_grad_trunc_normal_ = _trunc_normal
-        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+        super().__exit__(*exception)
 
     def _trunc_normal(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """trunc_normal_ rejects values by looking at them: one operation here, not many."""
         if not tensor.is_meta:
             return _trunc_normal(tensor, *args, **kwargs)
-        return self._record(_trunc_normal, (tensor, *args), kwargs, [tensor])  # type: ignore[no-any-return]
+        return self._record(_trunc_normal, (tensor, *args), kwargs, [tensor])
 
     def _record(self, func: Any, args: Any, kwargs: Any, deferred: list[Tensor]) -> Any:
         written = _written(func, args, kwargs)
@@ -112,7 +112,7 @@ class DeferredInit(TorchDispatchMode):
         if func is _trunc_normal or torch.Tag.nondeterministic_seeded in func.tags:
             generator = torch.get_rng_state()
             _move_generator_on(func, args, kwargs)
-        before = tree_map(self._frozen, (args, kwargs))
+        frozen_args, frozen_kwargs = tree_map(self._frozen, (args, kwargs))
         out = func(*args, **kwargs)
         made = [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.is_meta and self._is_new(t)]
         for tensor in made:
@@ -122,7 +122,7 @@ class DeferredInit(TorchDispatchMode):
             touched = {self._view(t).storage for t in (*made, *written)}
             reads = tuple({self._view(t).storage for t in deferred} - ({*touched} if whole else set()))
             views = tuple(self._view(t) for t in made)
-            step = _Step(self._count, func, *before, generator, views, reads, whole)
+            step = _Step(self._count, func, frozen_args, frozen_kwargs, generator, views, reads, whole)
             self._count += 1
             for storage in touched:
                 self._writers[storage].append(step)
@@ -142,7 +142,7 @@ class DeferredInit(TorchDispatchMode):
         if view.storage not in real:
             real[view.storage] = torch.UntypedStorage(self._storages[view.storage].nbytes())
         base = torch.empty(0, dtype=view.dtype)
-        return base.set_(real[view.storage], view.offset, view.shape, view.stride)  # type: ignore[call-overload, no-any-return]
+        return base.set_(real[view.storage], view.offset, view.shape, view.stride)
 
     def _frozen(self, value: Any) -> Any:
         """What the tape keeps of an argument: a place for a deferred tensor, a copy of a real one."""

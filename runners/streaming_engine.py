@@ -14,30 +14,21 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-import numpy as np
 import psutil
 import torch
-from greenlet import greenlet
 from torch import Tensor, nn
 
 from runners.deferred_init import deferred_model
-from runners.torch_engine import Blocks, ForwardPass, TorchEngine
-from suite.architecture import build_config, build_model, locate_final_norm
+from runners.stepped_pass import Parked, SteppedPass, handed_over, same_block
+from runners.torch_engine import Blocks, ForwardPass, Swept, TorchEngine
+from suite.architecture import FinalNorm, build_config, build_model, locate_final_norm
 from suite.inputs import Batch
 
 _PARKED_SHARE = 4  # of the memory that is free, waiting streams take one part in so many before they go to disk
 
 Values = Callable[[str], Tensor]
-
-
-@dataclass(frozen=True)
-class Swept:
-    """Every batch has entered block call number `call` of `num_calls` and left it: its tap is complete."""
-
-    call: int
-    num_blocks: int
 
 
 @dataclass
@@ -48,17 +39,20 @@ class StreamingEngine(TorchEngine):
         parked_bytes: how much of the batches' streams may wait in memory; None: a part of what is free.
     """
 
+    tap_by_tap: ClassVar[bool] = True
+
     parked_bytes: float | None = None
     _blocks: dict[nn.Module, "_Block"] = field(default_factory=dict)
+    _final: FinalNorm | None = None
     _folder: Any = None
 
     def load_random(self, config: Any, seed: int, dtype: torch.dtype) -> nn.Module:
         """The weights that `TorchEngine.load_random` draws, bit for bit; those of blocks when they are wanted."""
         started = time.perf_counter()
-        final_norm = locate_final_norm(config).path
+        self._final = locate_final_norm(config)
         model, drawn = deferred_model(config, seed)
         deferred = {name: tensor for name, tensor in _tensors(model) if tensor.is_meta}
-        self._place(model, final_norm, lambda name: drawn.value(deferred[name]), dtype)
+        self._place(model, lambda name: drawn.value(deferred[name]), dtype)
         self.load_seconds = time.perf_counter() - started
         self.detail = "blocks streamed; random weights drawn block by block, equal to those of the resident model"
         return model
@@ -73,7 +67,7 @@ class StreamingEngine(TorchEngine):
 
         started = time.perf_counter()
         config = build_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-        final_norm = locate_final_norm(config).path
+        self._final = locate_final_norm(config)
         empty = build_model(config, "meta")
         paths = _streamed_paths(empty)
         inside = tuple(f"{path}." for path in paths)
@@ -84,19 +78,24 @@ class StreamingEngine(TorchEngine):
         )
         stored = _offloaded(model)
         remove_hook_from_submodules(model)
-        self._place(model, final_norm, lambda name: stored[name], None)
+        self._place(model, lambda name: stored[name], None)
         self.load_seconds = time.perf_counter() - started
         self.detail = "blocks streamed from the checkpoint"
         return model
 
+    def final_norm(self, model: nn.Module) -> FinalNorm:
+        """The final norm of the model, found without its weights."""
+        assert self._final is not None
+        return self._final
+
     def passes(
         self, model: nn.Module, norm: nn.Module, batches: list[Batch], blocks: Blocks | None = None
-    ) -> Iterator[Any]:
+    ) -> Iterator[tuple[Batch, ForwardPass] | Swept]:
         """As `TorchEngine.passes`, in one sweep over the blocks; `Swept` after each, before its batches come out.
 
         The seconds of the first batch are those of the sweep; `blocks.on_input` is called block by block.
         """
-        taps = {module: None for module in (blocks.modules if blocks else ())}
+        taps = dict.fromkeys(blocks.modules if blocks else ())
         captured: dict[str, Tensor] = {}
 
         def capture(module: nn.Module, args: Any, output: Any) -> None:
@@ -104,12 +103,13 @@ class StreamingEngine(TorchEngine):
             captured["output"] = (output[0] if isinstance(output, tuple) else output).detach()
 
         clock = _Clock()
-        runs = [_Run(batch, model, self._on_device(model, batch.model_inputs)) for batch in batches]
+        runs = [SteppedPass(batch, model, self._on_device(model, batch.model_inputs)) for batch in batches]
         with contextlib.ExitStack() as stack:
-            parked = stack.enter_context(_Parked(self._parked_budget()))
+            parked = stack.enter_context(Parked(self._parked_budget()))
             stack.callback(norm.register_forward_hook(capture).remove)
-            stack.enter_context(_handed_over(self._blocks))
-            stack.callback(lambda: [run.kill() for run in runs])
+            stack.enter_context(handed_over(self._blocks))
+            for run in runs:
+                stack.callback(run.kill)
             calls = 0
             for run in runs:
                 with torch.no_grad(), clock.model():
@@ -119,7 +119,7 @@ class StreamingEngine(TorchEngine):
                 else:
                     parked.put(run)
             while not all(run.finished for run in runs):
-                module = _same_block(runs)
+                module = same_block(runs)
                 tapped = module in taps
                 with self._loaded(module, clock):
                     for run in runs:
@@ -154,13 +154,14 @@ class StreamingEngine(TorchEngine):
         free = torch.cuda.mem_get_info(self.device)[0] if cuda else psutil.virtual_memory().available
         return float(free) / _PARKED_SHARE
 
-    def _place(self, model: nn.Module, final_norm: str | None, values: Values, dtype: torch.dtype | None) -> None:
+    def _place(self, model: nn.Module, values: Values, dtype: torch.dtype | None) -> None:
         """Bring everything outside the blocks to the device, and note what each block lacks."""
 
         def ready(tensor: Tensor) -> Tensor:
             return tensor.detach().to(self.device, dtype if tensor.is_floating_point() else None)
 
         blocks = {path: _Block(model.get_submodule(path), values, ready) for path in _streamed_paths(model)}
+        final_norm = self._final.path if self._final else None
         placed: dict[int, Tensor] = {}
         for name, tensor in list(_tensors(model)):
             owner_path, _, attribute = name.rpartition(".")
@@ -203,104 +204,6 @@ class _Block:
             _put(owner, attribute, placeholder)
 
 
-@dataclass(frozen=True)
-class _Call:
-    """A block's call that waits for its weights."""
-
-    module: nn.Module
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def stream(self) -> Tensor:
-        stream = self.args[0] if self.args else self.kwargs.get("hidden_states")
-        if not isinstance(stream, Tensor):
-            raise ValueError(f"{type(self.module).__name__} is not called with a stream of hidden states")
-        return stream
-
-
-class _Run:
-    """The forward pass of one batch, which stops at each block's call."""
-
-    def __init__(self, batch: Batch, model: nn.Module, inputs: dict[str, Any]):
-        self.batch = batch
-        self.call: _Call | None = None
-        self._pass = greenlet(lambda: _without_result(model, inputs))
-
-    def go_on(self, result: Any) -> None:
-        """Run to the next block's call, `result` being what the last one returns."""
-        self.call = None
-        self.call = self._pass.switch(result) if self._pass else self._pass.switch()
-
-    @property
-    def finished(self) -> bool:
-        return bool(self._pass.dead)
-
-    def kill(self) -> None:
-        if self._pass:
-            self._pass.throw()
-
-
-def _without_result(model: nn.Module, inputs: dict[str, Any]) -> None:
-    model(**inputs)
-
-
-@contextlib.contextmanager
-def _handed_over(blocks: dict[nn.Module, _Block]) -> Iterator[None]:
-    """Inside, a block's forward does not run: it gives its call to who started the greenlet, and waits."""
-    main = greenlet.getcurrent()
-
-    def instead(module: nn.Module) -> Callable[..., Any]:
-        return lambda *args, **kwargs: main.switch(_Call(module, args, kwargs))
-
-    for module in blocks:
-        module.forward = instead(module)
-    try:
-        yield
-    finally:
-        for module in blocks:
-            del module.forward
-
-
-class _Parked:
-    """Streams of batches that wait: in memory up to a budget, then in files of the system's temporary folder."""
-
-    def __init__(self, budget_bytes: float):
-        self._budget, self._resident, self._files = budget_bytes, 0, 0
-        self._held: dict[int, int] = {}
-        self._away: dict[int, tuple[Tensor, Path]] = {}
-
-    def __enter__(self) -> "_Parked":
-        self._folder = tempfile.TemporaryDirectory(prefix="deadbench-")
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        self._folder.cleanup()
-
-    def put(self, run: _Run) -> None:
-        """Count a waiting run's stream; past the budget, write it and give its memory back."""
-        assert run.call is not None
-        stream = run.call.stream()
-        storage = stream.untyped_storage()
-        if self._resident + storage.nbytes() <= self._budget or not storage.resizable():
-            self._held[id(run)] = storage.nbytes()
-            self._resident += storage.nbytes()
-            return
-        path = Path(self._folder.name) / str(id(run))
-        _bytes_of(stream).cpu().clone().numpy().tofile(path)
-        storage.resize_(0)
-        self._away[id(run)] = (stream, path)
-
-    def take(self, run: _Run) -> None:
-        """Have the stream of a run back in memory."""
-        self._resident -= self._held.pop(id(run), 0)
-        if id(run) in self._away:
-            stream, path = self._away.pop(id(run))
-            content = torch.from_numpy(np.fromfile(path, np.uint8))
-            stream.untyped_storage().resize_(len(content))
-            _bytes_of(stream).copy_(content)
-            path.unlink()
-
-
 class _Clock:
     """Seconds in the model and in the taps since a batch last came out."""
 
@@ -328,15 +231,6 @@ class _Clock:
         return ForwardPass(captured.pop("input"), captured.pop("output"), model, taps, calls)
 
 
-def _same_block(runs: list[_Run]) -> nn.Module:
-    modules = {run.call.module if run.call else None for run in runs}
-    if len(modules) != 1 or None in modules:
-        raise ValueError("the batches do not pass through the same blocks; such a model cannot be streamed")
-    (module,) = modules
-    assert module is not None
-    return module
-
-
 def _streamed_paths(model: nn.Module) -> list[str]:
     """The entries of every outermost ModuleList that hold weights: decoder's blocks, encoder's, a vision tower's."""
     lists = [path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
@@ -356,11 +250,6 @@ def _put(owner: nn.Module, attribute: str, tensor: Tensor) -> None:
         owner._parameters[attribute] = nn.Parameter(tensor, requires_grad=False)
     else:
         owner._buffers[attribute] = tensor
-
-
-def _bytes_of(tensor: Tensor) -> Tensor:
-    storage = tensor.untyped_storage()
-    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage, 0, (storage.nbytes(),), (1,))  # type: ignore[call-overload, no-any-return]
 
 
 def _offloaded(model: nn.Module) -> Any:

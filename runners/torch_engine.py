@@ -8,12 +8,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from suite.architecture import build_model
+from suite.architecture import FinalNorm, build_model, find_final_norm
 from suite.inputs import Batch
 from suite.tensors import CheckpointError
 
@@ -39,15 +39,26 @@ class Blocks:
     on_input: Callable[[int, Tensor, Batch], None]
 
 
+@dataclass(frozen=True)
+class Swept:
+    """An engine that runs block by block: every batch has passed `num_done` of `num_blocks` block calls."""
+
+    num_done: int
+    num_blocks: int
+
+
 @dataclass
 class TorchEngine:
     """One model on one device.
 
     Attributes:
+        tap_by_tap: one pass gives one tap after another (`Swept` between them), not all taps of one batch at a time.
         device: where the model lives.
         load_seconds: how long the last load took.
         detail: what a row says of how the model was run.
     """
+
+    tap_by_tap: ClassVar[bool] = False
 
     device: torch.device
     load_seconds: float = field(default=0.0)
@@ -104,9 +115,13 @@ class TorchEngine:
             )
         return model.eval()
 
+    def final_norm(self, model: nn.Module) -> FinalNorm:
+        """The final norm of a loaded model."""
+        return find_final_norm(model)
+
     def passes(
         self, model: nn.Module, norm: nn.Module, batches: list[Batch], blocks: Blocks | None = None
-    ) -> Iterator[tuple[Batch, ForwardPass]]:
+    ) -> Iterator[tuple[Batch, ForwardPass] | Swept]:
         """Run every batch once, yielding what entered and left `norm` in its last call of each pass.
 
         `blocks.on_input` is given what enters each block, in call order, while the pass runs: nothing of it is kept
