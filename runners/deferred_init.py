@@ -93,7 +93,8 @@ class DeferredInit(TorchDispatchMode):
     def __enter__(self) -> Self:
         """Start to record."""
         torch.nn.init._no_grad_trunc_normal_ = self._trunc_normal
-        return super().__enter__()
+        super().__enter__()
+        return self
 
     def __exit__(self, *exception: Any) -> None:
         """Stop."""
@@ -104,7 +105,8 @@ class DeferredInit(TorchDispatchMode):
         """trunc_normal_ rejects values by looking at them: one operation here, not many."""
         if not tensor.is_meta:
             return _trunc_normal(tensor, *args, **kwargs)
-        return self._record(_trunc_normal, (tensor, *args), kwargs, [tensor])
+        recorded: Tensor = self._record(_trunc_normal, (tensor, *args), kwargs, [tensor])
+        return recorded
 
     def _record(self, func: Any, args: Any, kwargs: Any, deferred: list[Tensor]) -> Any:
         written = _written(func, args, kwargs)

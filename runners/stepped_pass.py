@@ -27,6 +27,11 @@ class BlockCall:
     kwargs: dict[str, Any]
 
     def stream(self) -> Tensor:
+        """The hidden states that enter the block.
+
+        Raises:
+            ValueError: there are none.
+        """
         stream = self.args[0] if self.args else self.kwargs.get("hidden_states")
         if not isinstance(stream, Tensor):
             raise ValueError(f"{type(self.module).__name__} is not called with a stream of hidden states")
@@ -48,9 +53,11 @@ class SteppedPass:
 
     @property
     def finished(self) -> bool:
+        """Whether the model's forward has returned."""
         return bool(self._pass.dead)
 
     def kill(self) -> None:
+        """Unwind a pass that will not go on, so that it gives its memory back."""
         if self._pass:
             self._pass.throw()
 
@@ -117,6 +124,11 @@ class Parked:
 
 
 def same_block(runs: list[SteppedPass]) -> nn.Module:
+    """The block before which all passes stand.
+
+    Raises:
+        ValueError: they stand before different ones.
+    """
     modules = {run.call.module if run.call else None for run in runs}
     if len(modules) != 1 or None in modules:
         raise ValueError("the batches do not pass through the same blocks; such a model cannot be streamed")

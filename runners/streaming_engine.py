@@ -73,7 +73,7 @@ class StreamingEngine(TorchEngine):
         inside = tuple(f"{path}." for path in paths)
         device_map = {name: "cpu" for name, _ in _tensors(empty) if not name.startswith(inside)}
         self._folder = tempfile.TemporaryDirectory(prefix="deadbench-")
-        model = self.from_pretrained(
+        model: nn.Module = self.from_pretrained(
             folder, dtype, device_map=device_map | dict.fromkeys(paths, "disk"), offload_folder=self._folder.name
         )
         stored = _offloaded(model)
