@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from suite.architecture import build_model
 
 _DEFERRED_ELEMENTS = 2**14  # smaller tensors are made at once: norms, biases, tables
-_CHUNK_ELEMENTS = 2**22  # the generator is moved on by drawing so many values at a time, in the cache
+_CHUNK_ELEMENTS = 2**20  # the generator is moved on by drawing so many values at a time, in the cache
 _FILLS = {torch.ops.aten.uniform_.default, torch.ops.aten.normal_.default}
 _trunc_normal = torch.nn.init._no_grad_trunc_normal_
 _OVERWRITES = _FILLS | {torch.ops.aten.zero_.default, torch.ops.aten.fill_.Scalar, _trunc_normal}
@@ -58,6 +58,7 @@ class DeferredInit(TorchDispatchMode):
         self._storages: dict[int, torch.UntypedStorage] = {}  # kept, so that no address is used twice
         self._writers: dict[int, list[_Step]] = {}
         self._count = 0
+        self._piece = torch.empty(2 * _CHUNK_ELEMENTS)
 
     def value(self, deferred: Tensor) -> Tensor:
         """What `deferred`, made inside, holds by now."""
@@ -113,7 +114,7 @@ class DeferredInit(TorchDispatchMode):
         generator = None
         if func is _trunc_normal or torch.Tag.nondeterministic_seeded in func.tags:
             generator = torch.get_rng_state()
-            _move_generator_on(func, args, kwargs)
+            self._move_generator_on(func, args, kwargs)
         frozen_args, frozen_kwargs = tree_map(self._frozen, (args, kwargs))
         out = func(*args, **kwargs)
         made = [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.is_meta and self._is_new(t)]
@@ -129,6 +130,21 @@ class DeferredInit(TorchDispatchMode):
             for storage in touched:
                 self._writers[storage].append(step)
         return out
+
+    def _move_generator_on(self, func: Any, args: Any, kwargs: Any) -> None:
+        """Draw what `func` would draw and throw it away, a piece at a time where pieces draw the same."""
+        target: Any = args[0] if args else None
+        if func in _FILLS and target.is_contiguous() and target.dtype == torch.float32:
+            # Both kernels take one value per element in order; normal_ works in groups of 16 and draws a last one anew.
+            # One piece of memory for all: freed ones between the tape's small objects would never be given back.
+            rest = target.numel()
+            while rest >= 2 * _CHUNK_ELEMENTS:
+                func(self._piece[:_CHUNK_ELEMENTS], *args[1:], **kwargs)
+                rest -= _CHUNK_ELEMENTS
+            func(self._piece[:rest], *args[1:], **kwargs)
+            return
+        real_args, real_kwargs = tree_map(_scratch, (args, kwargs))
+        func(*real_args, **real_kwargs)
 
     def _replay(self, step: _Step, real: dict[int, torch.UntypedStorage]) -> None:
         if step.generator is not None:
@@ -203,23 +219,8 @@ def _is_whole(tensor: Tensor) -> bool:
     return tensor.is_contiguous() and tensor.nbytes == tensor.untyped_storage().nbytes()
 
 
-def _move_generator_on(func: Any, args: Any, kwargs: Any) -> None:
-    """Draw what `func` would draw and throw it away, a piece at a time where pieces draw the same."""
-    target = args[0]
-    if func in _FILLS and target.is_contiguous() and target.numel() > 2 * _CHUNK_ELEMENTS:
-        # Both kernels take one value per element in order; normal_ works in groups of 16 and draws a last one anew.
-        piece = torch.empty(_CHUNK_ELEMENTS, dtype=target.dtype)
-        rest = target.numel()
-        while rest >= 2 * _CHUNK_ELEMENTS:
-            func(piece, *args[1:], **kwargs)
-            rest -= _CHUNK_ELEMENTS
-        func(torch.empty(rest, dtype=target.dtype), *args[1:], **kwargs)
-        return
-
-    def scratch(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.is_meta:
-            return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
-        return _on_cpu(value)
-
-    real_args, real_kwargs = tree_map(scratch, (args, kwargs))
-    func(*real_args, **real_kwargs)
+def _scratch(value: Any) -> Any:
+    """Memory of an argument's form, with nothing in it."""
+    if isinstance(value, Tensor) and value.is_meta:
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
+    return _on_cpu(value)
