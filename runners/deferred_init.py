@@ -7,8 +7,9 @@ disk, and one weight in memory.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -21,8 +22,9 @@ from suite.architecture import build_model
 _DEFERRED_ELEMENTS = 2**14  # smaller tensors are made at once: norms, biases, tables
 _CHUNK_ELEMENTS = 2**20  # the generator is moved on by drawing so many values at a time, in the cache
 _FILLS = {torch.ops.aten.uniform_.default, torch.ops.aten.normal_.default}
-_trunc_normal = torch.nn.init._no_grad_trunc_normal_
-_OVERWRITES = _FILLS | {torch.ops.aten.zero_.default, torch.ops.aten.fill_.Scalar, _trunc_normal}
+# These look at values and do nothing to a meta tensor: each is recorded whole.
+_LOOKING = {name: getattr(nn.init, name) for name in ("_no_grad_trunc_normal_", "orthogonal_", "dirac_", "sparse_")}
+_OVERWRITES = _FILLS | {torch.ops.aten.zero_.default, torch.ops.aten.fill_.Scalar, *_LOOKING.values()}
 
 
 @dataclass(frozen=True)
@@ -38,14 +40,14 @@ class _View:
 
 @dataclass(frozen=True)
 class _Step:
-    """One recorded operation; `generator` is the state before a random one."""
+    """One recorded operation; `generator` is the state before a random one, `made` its new tensors."""
 
     index: int
     function: Any
     args: Any
     kwargs: Any
     generator: Tensor | None
-    made: tuple[_View, ...]
+    made: dict[int, _View]
     reads: tuple[int, ...]
     overwrites: bool
 
@@ -93,39 +95,39 @@ class DeferredInit(TorchDispatchMode):
 
     def __enter__(self) -> Self:
         """Start to record."""
-        torch.nn.init._no_grad_trunc_normal_ = self._trunc_normal
+        _set_init({name: partial(self._looking, function) for name, function in _LOOKING.items()})
         super().__enter__()
         return self
 
     def __exit__(self, *exception: Any) -> None:
         """Stop."""
-        torch.nn.init._no_grad_trunc_normal_ = _trunc_normal
+        _set_init(_LOOKING)
         super().__exit__(*exception)
 
-    def _trunc_normal(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """trunc_normal_ rejects values by looking at them: one operation here, not many."""
+    def _looking(self, function: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not tensor.is_meta:
-            return _trunc_normal(tensor, *args, **kwargs)
-        recorded: Tensor = self._record(_trunc_normal, (tensor, *args), kwargs, [tensor])
-        return recorded
+            return function(tensor, *args, **kwargs)
+        self._record(function, (tensor, *args), kwargs, [tensor])
+        return tensor
 
     def _record(self, func: Any, args: Any, kwargs: Any, deferred: list[Tensor]) -> Any:
         written = _written(func, args, kwargs)
         generator = None
-        if func is _trunc_normal or torch.Tag.nondeterministic_seeded in func.tags:
+        if func in _LOOKING.values() or torch.Tag.nondeterministic_seeded in func.tags:
             generator = torch.get_rng_state()
             self._move_generator_on(func, args, kwargs)
         frozen_args, frozen_kwargs = tree_map(self._frozen, (args, kwargs))
         out = func(*args, **kwargs)
-        made = [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.is_meta and self._is_new(t)]
-        for tensor in made:
-            self._remember(tensor)
+        made = {}
+        for place, tensor in enumerate(tree_leaves(out)):
+            if isinstance(tensor, Tensor) and tensor.is_meta and self._is_new(tensor):
+                self._remember(tensor)
+                made[place] = self._view(tensor)
         if made or written:
             whole = bool(written) and func in _OVERWRITES and _is_whole(written[0])
-            touched = {self._view(t).storage for t in (*made, *written)}
+            touched = {view.storage for view in made.values()} | {self._view(t).storage for t in written}
             reads = tuple({self._view(t).storage for t in deferred} - ({*touched} if whole else set()))
-            views = tuple(self._view(t) for t in made)
-            step = _Step(self._count, func, frozen_args, frozen_kwargs, generator, views, reads, whole)
+            step = _Step(self._count, func, frozen_args, frozen_kwargs, generator, made, reads, whole)
             self._count += 1
             for storage in touched:
                 self._writers[storage].append(step)
@@ -151,10 +153,11 @@ class DeferredInit(TorchDispatchMode):
             torch.set_rng_state(step.generator)
         args, kwargs = tree_map(lambda x: self._real(x, real) if isinstance(x, _View) else x, (step.args, step.kwargs))
         out = step.function(*args, **kwargs)
-        if step.made:
-            results = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
-            for view, result in zip(step.made, results, strict=True):
-                real[view.storage] = result.contiguous().untyped_storage()
+        results = tree_leaves(out)
+        for place, view in step.made.items():
+            # Kernels lay out what they make as they like; later steps see it as the meta device did.
+            base = self._real(view, real)
+            base.copy_(results[place])
 
     def _real(self, view: _View, real: dict[int, torch.UntypedStorage]) -> Tensor:
         if view.storage not in real:
@@ -201,7 +204,7 @@ def _deferred(args: Any, kwargs: Any) -> Iterator[Tensor]:
 
 def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
     """The deferred tensors that `func` writes to, by its schema."""
-    if func is _trunc_normal:
+    if func in _LOOKING.values():
         return [args[0]]
     written = []
     for place, argument in enumerate(func._schema.arguments):
@@ -209,6 +212,16 @@ def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
             value = args[place] if place < len(args) else kwargs.get(argument.name)
             written += [t for t in tree_leaves(value) if isinstance(t, Tensor) and t.is_meta]
     return written
+
+
+def _set_init(functions: Mapping[str, Any]) -> None:
+    """Have torch, and transformers which keeps torch's functions at hand, initialise by `functions`."""
+    from transformers import initialization
+
+    for name, function in functions.items():
+        setattr(nn.init, name, function)
+        if name in initialization.TORCH_INIT_FUNCTIONS:
+            initialization.TORCH_INIT_FUNCTIONS[name] = function
 
 
 def _on_cpu(value: Any) -> Any:

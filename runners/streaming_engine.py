@@ -9,8 +9,11 @@ stream of every batch, which goes to disk past a budget.
 
 import contextlib
 import json
+import shutil
 import tempfile
 import time
+import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,16 +25,17 @@ from torch import Tensor, nn
 
 from runners.deferred_init import deferred_model
 from runners.stepped_pass import Parked, SteppedPass, handed_over, same_block
-from runners.torch_engine import Blocks, ForwardPass, Swept, TorchEngine
+from runners.torch_engine import Blocks, ForwardPass, Swept, TorchEngine, mismatch
 from suite.architecture import FinalNorm, build_config, build_model, locate_final_norm
 from suite.inputs import Batch
+from suite.tensors import CheckpointError
 
 _PARKED_SHARE = 4  # of the memory that is free, waiting streams take one part in so many before they go to disk
 
 Values = Callable[[str], Tensor]
 
 
-@dataclass
+@dataclass(eq=False)
 class StreamingEngine(TorchEngine):
     """One model on one device, of which one block is there at a time.
 
@@ -44,7 +48,6 @@ class StreamingEngine(TorchEngine):
     parked_bytes: float | None = None
     _blocks: dict[nn.Module, "_Block"] = field(default_factory=dict)
     _final: FinalNorm | None = None
-    _folder: Any = None
 
     def load_random(self, config: Any, seed: int, dtype: torch.dtype) -> nn.Module:
         """The weights that `TorchEngine.load_random` draws, bit for bit; those of blocks when they are wanted."""
@@ -69,13 +72,16 @@ class StreamingEngine(TorchEngine):
         config = build_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
         self._final = locate_final_norm(config)
         empty = build_model(config, "meta")
-        paths = _streamed_paths(empty)
+        paths = streamed_paths(empty)
         inside = tuple(f"{path}." for path in paths)
         device_map = {name: "cpu" for name, _ in _tensors(empty) if not name.startswith(inside)}
-        self._folder = tempfile.TemporaryDirectory(prefix="deadbench-")
-        model: nn.Module = self.from_pretrained(
-            folder, dtype, device_map=device_map | dict.fromkeys(paths, "disk"), offload_folder=self._folder.name
-        )
+        converted = tempfile.mkdtemp(prefix="deadbench-")
+        weakref.finalize(self, shutil.rmtree, converted, ignore_errors=True)
+        with warnings.catch_warnings():  # accelerate would have modules, and a root's own parameters are in none
+            warnings.filterwarnings("ignore", message="The following device_map keys")
+            model: nn.Module = self.from_pretrained(
+                folder, dtype, device_map=device_map | dict.fromkeys(paths, "disk"), offload_folder=converted
+            )
         stored = _offloaded(model)
         remove_hook_from_submodules(model)
         self._place(model, lambda name: stored[name], None)
@@ -141,12 +147,6 @@ class StreamingEngine(TorchEngine):
                 if tapped:
                     yield Swept(calls, len(taps))
 
-    def release(self) -> None:
-        """Give cached accelerator memory back, and the folder of converted tensors."""
-        super().release()
-        if self._folder is not None:
-            self._folder.cleanup()
-
     def _parked_budget(self) -> float:
         if self.parked_bytes is not None:
             return self.parked_bytes
@@ -160,7 +160,7 @@ class StreamingEngine(TorchEngine):
         def ready(tensor: Tensor) -> Tensor:
             return tensor.detach().to(self.device, dtype if tensor.is_floating_point() else None)
 
-        blocks = {path: _Block(model.get_submodule(path), values, ready) for path in _streamed_paths(model)}
+        blocks = {path: _Block(model.get_submodule(path), values, ready) for path in streamed_paths(model)}
         final_norm = self._final.path if self._final else None
         placed: dict[int, Tensor] = {}
         for name, tensor in list(_tensors(model)):
@@ -177,9 +177,9 @@ class StreamingEngine(TorchEngine):
 
     @contextlib.contextmanager
     def _loaded(self, module: nn.Module, clock: "_Clock") -> Iterator[None]:
-        with clock.model():
-            self._blocks[module].load()
         try:
+            with clock.model():
+                self._blocks[module].load()
             yield
         finally:
             self._blocks[module].drop()
@@ -196,8 +196,11 @@ class _Block:
 
     def load(self) -> None:
         self._placeholders = [getattr(owner, attribute) for owner, attribute, _ in self.absent]
-        for owner, attribute, name in self.absent:
-            _put(owner, attribute, self._ready(self._values(name)))
+        for (owner, attribute, name), placeholder in zip(self.absent, self._placeholders, strict=True):
+            value = self._values(name)
+            if value.shape != placeholder.shape:
+                raise CheckpointError(mismatch(name, value.shape, placeholder.shape))
+            _put(owner, attribute, self._ready(value))
 
     def drop(self) -> None:
         for (owner, attribute, _), placeholder in zip(self.absent, self._placeholders, strict=True):
@@ -231,7 +234,7 @@ class _Clock:
         return ForwardPass(captured.pop("input"), captured.pop("output"), model, taps, calls)
 
 
-def _streamed_paths(model: nn.Module) -> list[str]:
+def streamed_paths(model: nn.Module) -> list[str]:
     """The entries of every outermost ModuleList that hold weights: decoder's blocks, encoder's, a vision tower's."""
     lists = [path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     outermost = [path for path in lists if not any(path.startswith(f"{other}.") for other in lists)]

@@ -5,7 +5,7 @@ Shapes: B sequences or images, T positions, D hidden size.
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -102,11 +102,14 @@ class TorchEngine:
                 local_files_only=True,
                 trust_remote_code=False,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are named below
                 **placement,
             )
         except Exception as error:
             reason = (str(error).strip().splitlines() or [""])[0][:300]
             raise CheckpointError(f"{folder}: cannot be loaded ({type(error).__name__}: {reason})") from error
+        for name, stored, expected in sorted(report["mismatched_keys"])[:1]:
+            raise CheckpointError(f"{folder}: {mismatch(name, stored, expected)}")
         # Poolers come after the final norm and are often not stored.
         missing = sorted(name for name in report["missing_keys"] if "pooler" not in name)
         if missing:
@@ -197,3 +200,11 @@ class TorchEngine:
 def pick_device() -> torch.device:
     """The accelerator that Ray gave this process, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def mismatch(name: str, stored: Sequence[int], expected: Sequence[int]) -> str:
+    """That a checkpoint's tensor is not of the configuration's shape."""
+    return (
+        f"the checkpoint does not match config.json: {name} is {list(stored)} in the weights and {list(expected)} by "
+        "the configuration; take both from the same place"
+    )
