@@ -19,7 +19,7 @@ from runners.torch_engine import Swept
 from suite.architecture import build_config, build_model, find_final_norm
 from suite.inputs import token_batches
 engine, config = make_engine(sys.argv[1]), build_config(json.loads(sys.argv[2]))
-tiny = build_config(json.loads(sys.argv[2]) | {"num_hidden_layers": 1, "hidden_size": 64, "vocab_size": 99})
+tiny = build_config(json.loads(sys.argv[2]) | {"num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 1})
 find_final_norm(build_model(tiny))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 batches = token_batches("tokens:random", vocab_size=config.vocab_size, num_tokens=2 * config.hidden_size,
