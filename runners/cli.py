@@ -15,6 +15,7 @@ import typer
 
 from runners.analysis_cli import app as analysis_app
 from runners.console import EXIT_FALSE, EXIT_INTERRUPTED, EXIT_USAGE, Debug, Json, UserError, console, one_of
+from runners.plan_command import choose_cluster, plan
 
 app = typer.Typer(
     add_completion=False,
@@ -27,6 +28,7 @@ app = typer.Typer(
 _CLASSIFY_THREADS = 8
 
 app.add_typer(analysis_app)  # without a name: its commands are ours
+app.command()(plan)
 
 
 @app.callback(invoke_without_command=True)
@@ -128,7 +130,7 @@ def run(
     address: Annotated[str | None, typer.Option(help="Ray to join: local, auto, host:port. [default: local]")] = None,
     out: Annotated[str, typer.Option(metavar="DIR_OR_URI", help="Result set to write or continue.")] = "results",
     resume: Annotated[bool, typer.Option("--resume/--fresh", help="Skip finished reads, or redo them.")] = True,
-    engine: Annotated[str, typer.Option(help="auto or torch.")] = "auto",
+    engine: Annotated[str, typer.Option(help="auto, torch or streaming (one block at a time).")] = "auto",
     tensor_parallel: Annotated[int, typer.Option(min=1, help="Devices that share one model.")] = 1,
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens to read. [default: the protocol's]")] = None,
     input_spec: Annotated[
@@ -152,12 +154,14 @@ def run(
 
     Example: [bold]deadbench run --suite quick --out results/quick[/bold]
     """
+    from runners.cluster import PlanError
     from runners.jobs import ENGINES, JobError, Overrides, build_jobs
+    from runners.plan import place_jobs
     from suite.registry import Dtype, RegistryError, find_registry, load_registry
 
     one_of("--dtype", dtype, Dtype.__args__)  # type: ignore[attr-defined]
     if engine not in ENGINES:
-        raise UserError(f"--engine {engine!r} cannot be run by this version; choose {' or '.join(ENGINES)}")
+        raise UserError(f"--engine {engine!r} cannot be run by this version; choose {', '.join(ENGINES)}")
     if tensor_parallel > 1:
         raise UserError(f"--tensor-parallel {tensor_parallel}: the torch engine runs a model on one device; give 1")
     if tokens is not None and input_spec is not None and input_spec.endswith(".npy"):
@@ -167,8 +171,11 @@ def run(
         overrides = Overrides(tokens, input_spec, dtype, None if engine == "auto" else engine, seed, accumulator_gb)
         wanted = [part.strip() for part in reads.split(",")] if reads is not None else None
         jobs = build_jobs(load_registry(path), path, models or [], suite, wanted, overrides)
-    except (RegistryError, JobError) as error:
+        jobs, remarks = place_jobs(jobs, choose_cluster(None, address))
+    except (RegistryError, JobError, PlanError) as error:
         raise UserError(str(error)) from error
+    for remark in remarks:
+        print(f"deadbench: {remark}", file=sys.stderr)
     summary = _execute(jobs, out, resume, address, timeout, max_retries, debug)
     if as_json:
         print(json.dumps({"run_id": summary.run_id, "out": out, **_counts(summary), "reads": summary.reads}, indent=2))

@@ -5,6 +5,7 @@ memory; the taps that are left are read in further passes over the same tokens.
 """
 
 import json
+import sys
 import time
 from dataclasses import dataclass
 from functools import cache
@@ -17,13 +18,13 @@ from torch import Tensor, nn
 
 from runners.events import Progress, Reading
 from runners.jobs import ReadJob
-from runners.torch_engine import BATCH_TOKENS, Blocks, TorchEngine, pick_device
-from suite.architecture import block_list, build_config, count_parameters, find_final_norm, objective
+from runners.torch_engine import BATCH_TOKENS, Blocks, Swept, TorchEngine, pick_device
+from suite.architecture import block_list, build_config, count_parameters, objective
 from suite.final_norm import FinalNormRead
 from suite.inputs import Batch, Inputs, check_count, image_batches, token_batches
 from suite.norms import live_norm
 from suite.parameters import architecture_columns, scale_columns, stored_tensor
-from suite.residual import ResidualRead
+from suite.residual import TAP_BYTES, ResidualRead
 from suite.resolution import FinalNorm
 from suite.schema import Row
 from suite.tensors import TensorEntry, stored_dtype
@@ -65,16 +66,17 @@ def read_forward(
         declared = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
         dtype_name = (stored_dtype(entries) if entries else None) or declared
     dtype = getattr(torch, dtype_name)
-    engine = TorchEngine(pick_device())
+    engine = make_engine(read.engine)
     model = engine.load_trained(folder, dtype) if trained and folder else engine.load_random(config, read.seed, dtype)
 
-    final = find_final_norm(model)
+    final = engine.final_norm(model)
     row: Row = architecture_columns(final) | {
         "num_parameters": num_parameters(json.dumps(raw_config, sort_keys=True)),
         "objective": objective(raw_config),
         "dtype": dtype_name,
         "device": engine.device_name(),
         "load_seconds": engine.load_seconds,
+        "engine_detail": engine.detail,
     }
     if final.path is None:
         if final.family == "undetermined":
@@ -87,13 +89,21 @@ def read_forward(
     rule = read.protocol.tokens
     num_tokens = rule if isinstance(rule, int) else int(rule[:-1]) * final.hidden_size
     yield Progress(read.label(), "input", 0, num_tokens)
-    inputs = make_inputs(read, config, folder, num_tokens, final.rows_per_item)
-    check_count(inputs.num_tokens, final.hidden_size)
-
-    measured = FinalNormRead(module, norm)
-    stream = ResidualRead(final.hidden_size, inputs.num_tokens, dtype_name, str(final.placement), engine.device)
-    seconds = Seconds()
-    yield from _run_passes(read, engine, model, final, inputs, measured, stream, seconds)
+    for batch_tokens in (BATCH_TOKENS, BATCH_TOKENS // 2):
+        inputs = make_inputs(read, config, folder, num_tokens, final.rows_per_item, batch_tokens)
+        check_count(inputs.num_tokens, final.hidden_size)
+        measured = FinalNormRead(module, norm)
+        stream = ResidualRead(final.hidden_size, inputs.num_tokens, dtype_name, str(final.placement), engine.device)
+        seconds = Seconds()
+        try:
+            yield from _run_passes(read, engine, model, final, inputs, measured, stream, seconds)
+            break
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            if batch_tokens < BATCH_TOKENS:
+                raise ValueError(_sizes(engine, model, batch_tokens, final.hidden_size)) from error
+        yield Progress(read.label(), "out of memory: again with half the batch", 0, inputs.num_tokens)
     yield Progress(read.label(), "spectrum", inputs.num_tokens, inputs.num_tokens)
     started = time.perf_counter()
     columns, final_spectrum = measured.finish()
@@ -129,12 +139,20 @@ def _run_passes(
     modules = list(model.get_submodule(blocks_path).children()) if blocks_path else []
     blocks = Blocks(modules, lambda tap, acts, batch: stream.update(tap, acts, batch.mask_ST))
     per_pass = stream.taps_within(_accumulator_bytes(read, engine.device), final.hidden_size)
+    if engine.tap_by_tap:
+        per_pass = sys.maxsize
     first, num_taps = 0, 1
     while first < num_taps:
         stream.wanted = range(first, first + per_pass)
         done = 0
-        for batch, traffic in engine.passes(model, norm, inputs.batches, blocks):
+        for step in engine.passes(model, norm, inputs.batches, blocks):
             started = time.perf_counter()
+            if isinstance(step, Swept):  # all of this tap's rows are there, and nothing of the next tap's
+                stream.end_pass()
+                seconds.spectrum += time.perf_counter() - started
+                yield Progress(read.label(), "blocks", step.num_done, step.num_blocks)
+                continue
+            batch, traffic = step
             if first == 0:
                 measured.update(traffic.input_BTD, traffic.output_BTD, batch.mask_ST)
             if modules:
@@ -167,7 +185,36 @@ def _accumulator_bytes(read: ReadJob, device: torch.device) -> float:
     return float(free) / _ACCUMULATOR_SHARE
 
 
-def make_inputs(read: ReadJob, config: Any, folder: Path | None, num_tokens: int, rows_per_item: int) -> Inputs:
+def make_engine(name: str | None) -> TorchEngine:
+    """The engine of that name, on the device that this process has."""
+    if name == "streaming":
+        from runners.streaming_engine import StreamingEngine
+
+        return StreamingEngine(pick_device())
+    return TorchEngine(pick_device())
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _sizes(engine: TorchEngine, model: nn.Module, batch_tokens: int, hidden_size: int) -> str:
+    weights = sum(p.nbytes for p in model.parameters() if not p.is_meta)
+    return (
+        f"out of memory on {engine.device_name()}, with half the batch too: {weights / 1e9:.1f} GB of weights, batches "
+        f"of {batch_tokens} tokens, accumulators of {TAP_BYTES * hidden_size**2 / 1e9:.1f} GB a tap; give "
+        "--engine streaming, a smaller --accumulator-gb or --dtype bfloat16"
+    )
+
+
+def make_inputs(
+    read: ReadJob,
+    config: Any,
+    folder: Path | None,
+    num_tokens: int,
+    rows_per_item: int,
+    batch_tokens: int = BATCH_TOKENS,
+) -> Inputs:
     """The batches that `read` asks for; `rows_per_item` rows of output come of one picture."""
     assert read.input is not None
     if read.model.modality == "image":
@@ -181,7 +228,7 @@ def make_inputs(read: ReadJob, config: Any, folder: Path | None, num_tokens: int
             rows_per_image=rows_per_item,
             seed=read.seed,
             processor_folder=folder,
-            batch_images=max(1, BATCH_TOKENS // rows_per_item),
+            batch_images=max(1, batch_tokens // rows_per_item),
         )
     text_config = config.get_text_config()
     longest = getattr(text_config, "max_position_embeddings", None)
@@ -193,7 +240,7 @@ def make_inputs(read: ReadJob, config: Any, folder: Path | None, num_tokens: int
         sequence_length=min(length, longest) if isinstance(longest, int) and longest > 0 else length,
         seed=read.seed,
         tokenizer_folder=folder,
-        batch_tokens=BATCH_TOKENS,
+        batch_tokens=batch_tokens,
         padding_id=getattr(text_config, "pad_token_id", None),
     )
 

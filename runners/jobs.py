@@ -19,7 +19,7 @@ from suite.sources import Checkpoint, checkpoint_step
 from suite.tensors import CheckpointError
 
 DEFAULT_INPUT = {"text": "text", "image": "image", "audio": "audio"}
-ENGINES = ("auto", "torch")  # what this version can run
+ENGINES = ("auto", "torch", "streaming")  # what this version can run
 
 
 class JobError(ValueError):

@@ -5,16 +5,17 @@ Shapes: B sequences or images, T positions, D hidden size.
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from suite.architecture import build_model, build_published
+from suite.architecture import build_model, build_published, find_final_norm
 from suite.inputs import Batch
+from suite.resolution import FinalNorm
 from suite.tensors import CheckpointError
 
 BATCH_TOKENS = 4096  # a forward pass of this size keeps every core busy and a 1 B model's activations below 2 GB
@@ -39,17 +40,30 @@ class Blocks:
     on_input: Callable[[int, Tensor, Batch], None]
 
 
+@dataclass(frozen=True)
+class Swept:
+    """An engine that runs block by block: every batch has passed `num_done` of `num_blocks` block calls."""
+
+    num_done: int
+    num_blocks: int
+
+
 @dataclass
 class TorchEngine:
     """One model on one device.
 
     Attributes:
+        tap_by_tap: one pass gives one tap after another (`Swept` between them), not all taps of one batch at a time.
         device: where the model lives.
         load_seconds: how long the last load took.
+        detail: what a row says of how the model was run.
     """
+
+    tap_by_tap: ClassVar[bool] = False
 
     device: torch.device
     load_seconds: float = field(default=0.0)
+    detail: str = field(default="resident on one device")
 
     def load_random(self, config: Any, seed: int, dtype: torch.dtype, *, published: bool = False) -> nn.Module:
         """transformers' own initialisation: `set_seed(seed)`, `AutoModel.from_config` in float32, cast to `dtype`.
@@ -70,9 +84,20 @@ class TorchEngine:
         Raises:
             CheckpointError: weights that transformers cannot load, or that miss tensors of the architecture.
         """
+        started = time.perf_counter()
+        model = self.from_pretrained(folder, dtype, model_class)
+        model = model.to(self.device)
+        self.load_seconds = time.perf_counter() - started
+        return model  # type: ignore[no-any-return]
+
+    def from_pretrained(self, folder: Path, dtype: torch.dtype, model_class: Any = None, **placement: Any) -> Any:
+        """transformers' loading of `folder` with `placement` (device map, offload folder), in evaluation mode.
+
+        Raises:
+            CheckpointError: weights that transformers cannot load, or that miss tensors of the architecture.
+        """
         import transformers
 
-        started = time.perf_counter()
         try:
             model, report = (model_class or transformers.AutoModel).from_pretrained(
                 folder,
@@ -81,23 +106,29 @@ class TorchEngine:
                 local_files_only=True,
                 trust_remote_code=False,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are named below
+                **placement,
             )
         except Exception as error:
             reason = (str(error).strip().splitlines() or [""])[0][:300]
             raise CheckpointError(f"{folder}: cannot be loaded ({type(error).__name__}: {reason})") from error
+        for name, stored, expected in sorted(report["mismatched_keys"])[:1]:
+            raise CheckpointError(f"{folder}: {mismatch(name, stored, expected)}")
         # Poolers come after the final norm and are often not stored.
         missing = sorted(name for name in report["missing_keys"] if "pooler" not in name)
         if missing:
             raise CheckpointError(
                 f"{folder}: the weights lack {len(missing)} tensors of {type(model).__name__}, {missing[0]} among them"
             )
-        model = model.to(self.device).eval()
-        self.load_seconds = time.perf_counter() - started
-        return model  # type: ignore[no-any-return]
+        return model.eval()
+
+    def final_norm(self, model: nn.Module) -> FinalNorm:
+        """The final norm of a loaded model."""
+        return find_final_norm(model)
 
     def passes(
         self, model: nn.Module, norm: nn.Module, batches: list[Batch], blocks: Blocks | None = None
-    ) -> Iterator[tuple[Batch, ForwardPass]]:
+    ) -> Iterator[tuple[Batch, ForwardPass] | Swept]:
         """Run every batch once, yielding what entered and left `norm` in its last call of each pass.
 
         `blocks.on_input` is given what enters each block, in call order, while the pass runs: nothing of it is kept
@@ -178,3 +209,11 @@ class TorchEngine:
 def pick_device() -> torch.device:
     """The accelerator that Ray gave this process, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def mismatch(name: str, stored: Sequence[int], expected: Sequence[int]) -> str:
+    """That a checkpoint's tensor is not of the configuration's shape."""
+    return (
+        f"the checkpoint does not match config.json: {name} is {list(stored)} in the weights and {list(expected)} by "
+        "the configuration; take both from the same place"
+    )

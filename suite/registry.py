@@ -19,7 +19,7 @@ DEFAULT_READS: tuple[ReadName, ...] = ("parameters", "random", "trained")
 Modality = Literal["text", "image", "audio"]
 Family = Literal["layernorm", "rmsnorm", "none", "other"]
 Dtype = Literal["auto", "float32", "float16", "bfloat16", "float64"]
-Engine = Literal["auto", "torch", "vllm"]
+Engine = Literal["auto", "torch", "streaming", "vllm"]
 TokenRule = Annotated[str, Field(pattern=r"^[1-9]\d*D$")] | Annotated[int, Field(gt=0)]
 
 

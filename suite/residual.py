@@ -22,7 +22,7 @@ SAME_DEAD = 0.9  # containment above which dead directions of two taps are the s
 MIN_DISTINCT = 4  # in D: fewer distinct rows, and the rank is that of the input
 _FLOORS = {"bfloat16": 8.0, "float16": 8.0, "float32": 32.0, "float64": 32.0}
 _BOTTOM_MASS, _BOTTOM_COORDINATES = 0.9, 16
-_TAP_BYTES = 40  # in D^2: two halves of at most a Gram matrix, a factor and a whitener each, with room to decompose
+TAP_BYTES = 40  # in D^2: two halves of at most a Gram matrix, a factor and a whitener each, with room to decompose
 
 
 class Tap:
@@ -115,7 +115,7 @@ class ResidualRead:
     @staticmethod
     def taps_within(budget_bytes: float, hidden_size: int) -> int:
         """How many taps of this width fit in `budget_bytes`, at least one."""
-        return max(1, int(budget_bytes // (_TAP_BYTES * hidden_size**2)))
+        return max(1, int(budget_bytes // (TAP_BYTES * hidden_size**2)))
 
     def update(self, tap: int, acts: Tensor, mask: Bool[Tensor, "B T"] | None = None) -> None:
         """Add one forward pass's stream at `tap`; a stream of another width (a merger's, a pyramid's) is left out.

@@ -117,6 +117,7 @@ READS = [
     Column("worst_block", INT, "block", "block with the smallest ratio of smallest singular values; null if not read"),
     Column("worst_block_ratio", REAL, "", "that ratio; null if not read"),
     # how
+    Column("engine_detail", TEXT, "", "how the engine held the model, and where random weights came from"),
     Column("tensor_parallel", INT, "devices", "devices that shared the model"),
     Column("device", TEXT, "", "device name"),
     Column("dtype", TEXT, "", "dtype of the forward pass; of the stored scale for a read without one"),

@@ -91,7 +91,7 @@ def test_runs_flags_are_the_contracts(deadbench):
         (["run", "--nonsense"], "No such option: --nonsense"),
         (["run", "--tokens", "many"], "Invalid value for '--tokens'"),
         (["run", "--tokens", "0"], "greater than or equal to 1"),
-        (["run", "--engine", "vlm"], "--engine 'vlm' cannot be run by this version; choose auto or torch"),
+        (["run", "--engine", "vlm"], "--engine 'vlm' cannot be run by this version; choose auto, torch, streaming"),
         (["run", "--tensor-parallel", "2"], "give 1"),
         (["run", "--dtype", "int8"], "--dtype 'int8' is unknown; choose auto, float32"),
         (["run", "--suite", "none"], "suite 'none' is unknown; choose quick"),
@@ -139,7 +139,7 @@ def test_a_broken_registry_names_the_entry(deadbench, tmp_path):
     code, _, err = deadbench("run", "x", "--registry", tmp_path / "r.yaml")
     assert (code, err) == (
         2,
-        f"deadbench: {tmp_path}/r.yaml: x: engine 'vlm' is unknown; choose 'auto', 'torch' or 'vllm'\n",
+        f"deadbench: {tmp_path}/r.yaml: x: engine 'vlm' is unknown; choose 'auto', 'torch', 'streaming' or 'vllm'\n",
     )
 
 
