@@ -44,6 +44,10 @@ _WHICH = ["model", "revision", "read", "seed", "engine"]
 _ORDER = ["model", "read", "revision", "seed"]
 _ABOUT = ["protocol_hash", "protocol", "dtype", "num_tokens", "worst_block"]
 _ROW = ["place", *_WHICH, "protocol", "dtype", "candidate_model", "candidate_revision"]
+COLUMNS = [
+    *_WHICH, "metric", "baseline", "candidate", "change", "scale", "noise", "noise_from", "verdict", "detail",
+    "protocol", "dtype", "candidate_model", "candidate_revision",
+]  # fmt: skip
 
 
 class Ask(NamedTuple):
@@ -109,12 +113,12 @@ def compare(baseline: pl.LazyFrame, candidate: pl.LazyFrame, asked: Mapping[str,
     names = pl.selectors.string().cast(pl.Categorical)
     lazy = _with_spread(pairs.sort(_ORDER, nulls_last=True), asked).with_columns(names).with_row_index("place").lazy()
     rows = collected_all([_differences(lazy, Ask(metric, scale)) for metric, scale in asked.items()])
-    table = pl.concat(rows).sort("place", maintain_order=True).drop("place")  # a number sorts faster than names
+    table = pl.concat(rows).sort("place", maintain_order=True).select(COLUMNS)  # a number sorts faster than names
     if alone.is_empty():
         return table
     gone = _without_pair(alone, candidate)
     gone = gone.cast({name: table.schema[name] for name in gone.columns})
-    return pl.concat([table, gone], how="diagonal").sort(_ORDER, maintain_order=True, nulls_last=True)
+    return pl.concat([table, gone], how="diagonal").select(COLUMNS).sort(_ORDER, maintain_order=True, nulls_last=True)
 
 
 def unit_of(metric: str) -> str | None:

@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from analysis.cells import one_line, text
 from analysis.compare import Scale, unit_of
 from analysis.formats import render
-from suite.registry import ReadName
+from suite.registry import ReadName, UniqueKeyLoader
 from suite.schema import READS as COLUMNS
 
 _SUMMARY_COLUMNS = [
@@ -115,7 +115,7 @@ def load_gate(path: Path) -> Gate:
         GateError: no such file, not YAML, or a key or value that cannot be; the line says which and what is allowed.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeyLoader)
     except OSError as error:
         raise GateError(f"{path}: no such gate file ({os.strerror(error.errno or 0)})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -180,7 +180,7 @@ def load_registry(path: Path) -> Registry:
         RegistryError: unreadable, not YAML, or invalid; the first mistake as one line.
     """
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeyLoader)
     except (OSError, UnicodeDecodeError) as error:
         raise RegistryError(f"{path}: cannot be read ({error})") from error
     except yaml.YAMLError as error:
@@ -195,10 +195,11 @@ def load_registry(path: Path) -> Registry:
         raise RegistryError(f"{path}: {_first_mistake(error, raw)}") from error
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
+class UniqueKeyLoader(yaml.SafeLoader):
     """YAML that refuses a key given twice instead of taking the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping of distinct keys."""
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)

@@ -76,6 +76,7 @@ def test_a_gate_that_judges_nothing_is_refused_and_an_idle_rule_is_named(frame, 
     [
         ("", "a gate file is a mapping"),
         ("[1", "not YAML"),
+        ("metrics: {depth: {worse: lower}, depth: {worse: higher}}", "key 'depth' is given twice"),
         ("metrics: {}", "metrics: "),
         ("metrics: {dept: {worse: lower}}", "metric 'dept' is no numeric column of reads; for example depth"),
         ("metrics: {model: {worse: lower}}", "metric 'model' is no numeric column"),

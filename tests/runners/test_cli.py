@@ -125,7 +125,7 @@ def test_runs_flags_are_the_contracts(deadbench):
     ],
 )
 def test_bad_usage_is_one_line_and_exit_2(deadbench, results, arguments, message):
-    code, out, err = deadbench(*(str(results) if a == "RESULTS" else a for a in arguments))
+    code, out, err = deadbench(*(argument.replace("RESULTS", str(results)) for argument in arguments))
     assert (code, out) == (2, "")
     assert message in err
     assert err.startswith("deadbench: ")
