@@ -104,10 +104,13 @@ def build_jobs(
     suite_name: str | None,
     reads: list[str] | None,
     overrides: Overrides,
+    *,
+    every_checkpoint: bool = False,
 ) -> list[ModelJob]:
     """Jobs for `models` (registry ids or SOURCEs), or for a whole suite when none are named.
 
-    Models named without a suite run under the protocol `standard`; with one, under the suite's.
+    Models named without a suite run under the protocol `standard`; with one, under the suite's. Of a model with a
+    revision and a series, the series is read with `every_checkpoint`, or in a suite that says `checkpoints: true`.
 
     Raises:
         JobError: an unknown suite or read, a SOURCE that does not exist, an input that does not fit.
@@ -142,7 +145,7 @@ def build_jobs(
             protocol = protocol.model_copy(update={"tokens": overrides.tokens})
         name = protocol_name + overrides.label()
         base = registry_path.resolve().parent
-        series = model.revision is None or (suite is not None and suite.checkpoints)
+        series = every_checkpoint or model.revision is None or (suite is not None and suite.checkpoints)
         jobs.append(_model_job(model, series, wanted, spec, name, protocol, overrides, base))
     return jobs
 
