@@ -104,7 +104,7 @@ def _series(model_id: str, registry_file: Path | None, suite: str | None, read: 
     if registry.model(model_id) is None:
         known = ", ".join(model.id for model in registry.models if model.checkpoints)
         raise JobError(f"--model {model_id!r} is not in {path}; with a series there are {known}")
-    (job,) = build_jobs(registry, path, [model_id], suite, [read], Overrides())
+    (job,) = build_jobs(registry, path, [model_id], suite, [read], Overrides(), every_checkpoint=True)
     if len(job.reads) < 2:
         raise JobError(f"{path}: {model_id}: has no series of checkpoints; list them under 'checkpoints'")
     return job

@@ -13,9 +13,9 @@ from typing import Any
 
 from suite.functional import NUM_TOKENS
 from suite.inputs import InputError, check_spec, content_hash
-from suite.registry import DEFAULT_READS, READS, Model, Protocol, Registry, SuiteEntry
+from suite.registry import DEFAULT_READS, READS, CheckpointPattern, Model, Protocol, Registry, SuiteEntry
 from suite.schema import KEY, READ_VERSION
-from suite.sources import Checkpoint, checkpoint_step
+from suite.sources import Checkpoint, checkpoint_step, list_revisions
 from suite.tensors import CheckpointError
 
 DEFAULT_INPUT = {"text": "text", "image": "image", "audio": "audio"}
@@ -105,10 +105,13 @@ def build_jobs(
     suite_name: str | None,
     reads: list[str] | None,
     overrides: Overrides,
+    *,
+    every_checkpoint: bool = False,
 ) -> list[ModelJob]:
     """Jobs for `models` (registry ids or SOURCEs), or for a whole suite when none are named.
 
-    Models named without a suite run under the protocol `standard`; with one, under the suite's.
+    Models named without a suite run under the protocol `standard`; with one, under the suite's. Of a model with a
+    revision and a series, the series is read with `every_checkpoint`, or in a suite that says `checkpoints: true`.
 
     Raises:
         JobError: an unknown suite or read, a SOURCE that does not exist, an input that does not fit.
@@ -142,7 +145,9 @@ def build_jobs(
         if overrides.tokens is not None:
             protocol = protocol.model_copy(update={"tokens": overrides.tokens})
         name = protocol_name + overrides.label()
-        jobs.append(_model_job(model, wanted, spec, name, protocol, overrides, registry_path.resolve().parent))
+        base = registry_path.resolve().parent
+        series = every_checkpoint or model.revision is None or (suite is not None and suite.checkpoints)
+        jobs.append(_model_job(model, series, wanted, spec, name, protocol, overrides, base))
     return jobs
 
 
@@ -163,7 +168,14 @@ def _own_model(source: str, overrides: Overrides) -> Model:
 
 
 def _model_job(
-    model: Model, reads: list[Any], spec: str, protocol_name: str, protocol: Protocol, overrides: Overrides, base: Path
+    model: Model,
+    series: bool,
+    reads: list[Any],
+    spec: str,
+    protocol_name: str,
+    protocol: Protocol,
+    overrides: Overrides,
+    base: Path,
 ) -> ModelJob:
     kind, _, rest = spec.partition(":")
     local_input = rest and kind in ("text", "image", "tokens") and rest != "random"
@@ -171,9 +183,10 @@ def _model_job(
     dtype = overrides.dtype or model.dtype
     engine = overrides.engine or ("torch" if model.engine == "auto" else model.engine)
     jobs = []
-    for revision in model.checkpoint_names():
+    revisions, unlisted = _revisions(model, base) if series else ([model.revision], None)
+    for revision in revisions:
         for read in READS:
-            if read not in reads or (read == "random" and revision != model.checkpoint_names()[0]):
+            if read not in reads or (read == "random" and revision != revisions[0]):
                 continue
             # Parameters are read without input, and random weights without a checkpoint.
             has_forward = read != "parameters"
@@ -181,7 +194,7 @@ def _model_job(
             if read == "functional":  # few tokens, and precision enough to see that nothing moves
                 rule = protocol.model_copy(update={"tokens": overrides.tokens or NUM_TOKENS})
                 run_dtype = overrides.dtype or "float64"
-            fingerprint, error = _fingerprint(model, revision, read, base)
+            fingerprint, error = _fingerprint(model, revision, read, base) if unlisted is None else (None, unlisted)
             facts: dict[str, Any] = {"read": read, "version": READ_VERSION[read]}
             if has_forward:
                 facts |= {"tokens": rule.tokens, "sequence_length": rule.sequence_length, "dtype": run_dtype}
@@ -206,6 +219,24 @@ def _model_job(
                 )
             )
     return ModelJob(model.id, tuple(jobs), model.gpus)
+
+
+def _revisions(model: Model, base: Path) -> tuple[list[str | None], str | None]:
+    """The checkpoints of a model's series in training order, or why they cannot be listed."""
+    series = model.checkpoints
+    if series is None:
+        return [model.revision], None
+    if isinstance(series, CheckpointPattern):
+        return list(series.names()), None
+    if isinstance(series, list):
+        return list(series), None
+    try:
+        found = series.names(list_revisions(model.source or "", base))
+    except CheckpointError as error:
+        return [model.revision], str(error)
+    return (
+        (list(found), None) if found else ([model.revision], f"{model.source}: no checkpoint matches {series.listed!r}")
+    )
 
 
 def _fingerprint(model: Model, revision: str | None, read: str, base: Path) -> tuple[str | None, str | None]:

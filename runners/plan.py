@@ -73,7 +73,7 @@ def _facts(read: ReadJob) -> tuple[ModelSize, str, int]:
     config, dtype = read.model.config, read.dtype
     entries = None
     if config is None or read.read == "trained":
-        checkpoint = Checkpoint(read.model.source or "", read.revision or read.model.checkpoint_names()[0], read.base)
+        checkpoint = Checkpoint(read.model.source or "", read.revision or read.model.main_checkpoint(), read.base)
         config = checkpoint.config()
         entries = read_headers(checkpoint) if read.read == "trained" else None
     built = build_config(config)

@@ -158,6 +158,25 @@ class Checkpoint:
         return f"{self._root}/{name}"
 
 
+def list_revisions(source: str, base: Path | None = None) -> list[str]:
+    """What checkpoints a series has: branches and tags of a Hub repository, else the folders below `source`.
+
+    Raises:
+        CheckpointError: they cannot be listed.
+    """
+    local = _local_folder(source, base)
+    if local is not None:
+        return sorted(p.name for p in local.iterdir() if p.is_dir())
+    with _one_line_errors(source):
+        if "://" in source:
+            fs, root = fsspec.core.url_to_fs(source)
+            return sorted(Path(f["name"]).name for f in fs.ls(root, detail=True) if f["type"] == "directory")
+        from huggingface_hub import HfApi
+
+        refs = HfApi().list_repo_refs(source)
+        return [ref.name for ref in (*refs.branches, *refs.tags)]
+
+
 def checkpoint_step(name: str | None) -> int | None:
     """Training step that a revision or folder name tells: 7 for `step7`, `global_step7` and `stage1-step7-…`."""
     match = _STEP.search(name or "")

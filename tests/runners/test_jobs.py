@@ -100,3 +100,22 @@ def test_a_missing_checkpoint_fails_as_a_row_of_its_own(tmp_path):
 def test_requests_that_cannot_be_met(kwargs, message):
     with pytest.raises(JobError, match=message):
         jobs(**kwargs)
+
+
+def test_a_series_beside_a_revision_is_read_where_it_is_asked_for(tmp_path):
+    for step in (10, 2, 4):
+        save_tiny(tmp_path / "run" / f"step{step}")
+    path = tmp_path / "models.yaml"
+    suites = "{all: {protocol: standard, checkpoints: true, models: [m]}, one: {protocol: standard, models: [m]}}"
+    model = "{id: m, source: run, revision: step4, checkpoints: {listed: 'NAME{step}'}}"
+    text = f"protocols: {{standard: {{}}}}\nsuites: {suites}\nmodels: [{model}]\n"
+
+    def read(name="step", **how):
+        path.write_text(text.replace("NAME", name))
+        models, suite = (["m"], None) if "suite" not in how else ([], how.pop("suite"))
+        (job,) = build_jobs(load_registry(path), path, models, suite, ["parameters"], Overrides(), **how)
+        return [(r.revision, r.error) for r in job.reads]
+
+    assert read() == read(suite="one") == [("step4", None)]
+    assert read(suite="all") == read(every_checkpoint=True) == [(f"step{s}", None) for s in (2, 4, 10)]
+    assert read("ckpt", suite="all") == [("step4", "run: no checkpoint matches 'ckpt{step}'")]

@@ -41,7 +41,7 @@ def test_inline_configurations_build_with_the_published_parameter_count(model):
 
 @pytest.mark.parametrize("model", [m for m in REGISTRY.models if not m.config], ids=lambda m: m.id)
 def test_bundled_models_are_there_with_their_parameter_count(model):
-    names = model.checkpoint_names()
+    names = model.checkpoints.names()
     assert len(names) >= 6
     for name in names:
         checkpoint = Checkpoint(model.source, name, ROOT)
@@ -56,10 +56,51 @@ def test_quick_suite_has_both_families_at_true_dimensions():
     assert REGISTRY.protocols[quick.protocol].tokens == "4D"
 
 
+def test_paper_suite_is_nine_layernorm_then_five_rmsnorm_from_160m_to_35b():
+    paper = [REGISTRY.model(e.model) for e in REGISTRY.suites["paper"].entries()]
+    assert [m.family for m in paper] == ["layernorm"] * 9 + ["rmsnorm"] * 5
+    assert {m.modality for m in paper} == {"text", "image"}
+    sizes = [m.parameters for m in paper]
+    assert (min(sizes), max(sizes)) == (162322944, 34980831232)
+    assert "google/gemma-4-31B" in {m.source for m in paper}
+
+
+def test_extended_suite_is_everything_published_and_nothing_hides_what_is_unverified():
+    extended = [e.model for e in REGISTRY.suites["extended"].entries()]
+    published = [m for m in REGISTRY.models if "/" in m.source and not m.source.startswith("suite/")]
+    assert sorted(extended) == sorted(m.id for m in published)
+    assert len(extended) >= 40
+    for model in published:
+        # A configuration that was seen on no page is itself on the list.
+        assert (model.seen is None) == ("config" in model.unverified) or model.id == "gpt2"
+        assert model.seen is None or model.seen.page.startswith("https://")
+
+
+def test_checkpoint_series_of_pythia_and_olmo_2():
+    suite = REGISTRY.suites["checkpoints"]
+    assert suite.checkpoints
+    names = REGISTRY.model("pythia-160m").checkpoints.names()
+    assert len(names) == 154
+    assert names[:4] + names[-2:] == ["step0", "step1", "step2", "step4", "step142000", "step143000"]
+    listed = REGISTRY.model("olmo-2-1124-7b").checkpoints
+    found = ["main", "stage1-step928646-tokens3896B", "stage1-step1000-tokens5B", "step150-tokens1B",
+             "stage2-ingredient1-step11931-tokens50B", "stage1-step2000-tokens9Bx"]  # fmt: skip
+    assert listed.names(found) == ["stage1-step1000-tokens5B", "stage1-step928646-tokens3896B"]
+
+
+def test_listed_checkpoints_can_be_thinned(tmp_path):
+    content = copy.deepcopy(GOOD)
+    content["models"][0] |= {"checkpoints": {"listed": "s{step}", "every": 10}, "revision": "main"}
+    model = load_registry(write(tmp_path, content)).model("m")
+    assert model.checkpoints.names(["s5", "s20", "s10", "t10"]) == ["s10", "s20"]
+    assert model.main_checkpoint() == "main"
+
+
 def test_a_good_registry_loads(tmp_path):
     registry = load_registry(write(tmp_path, GOOD))
-    assert registry.model("m").checkpoint_names() == ["step0", "step1"]
-    assert registry.model("n").checkpoint_names() == [None]
+    assert registry.model("m").checkpoints.names() == ["step0", "step1"]
+    assert registry.model("m").main_checkpoint() == "step0"
+    assert registry.model("n").main_checkpoint() is None
     assert registry.suites["s"].entries()[1].reads == ["random"]
     assert registry.model("nope") is None
 
@@ -67,7 +108,9 @@ def test_a_good_registry_loads(tmp_path):
 def test_a_step_range_is_inclusive(tmp_path):
     content = copy.deepcopy(GOOD)
     content["models"][0]["checkpoints"] = {"pattern": "s{step}", "first": 0, "last": 30, "every": 10}
-    assert load_registry(write(tmp_path, content)).model("m").checkpoint_names() == ["s0", "s10", "s20", "s30"]
+    assert load_registry(write(tmp_path, content)).model("m").checkpoints.names() == ["s0", "s10", "s20", "s30"]
+    content["models"][0]["checkpoints"]["steps"] = [1, 2]
+    assert load_registry(write(tmp_path, content)).model("m").checkpoints.names()[:3] == ["s1", "s2", "s0"]
 
 
 def change(path, value):
@@ -86,7 +129,7 @@ def change(path, value):
 @pytest.mark.parametrize(
     ("mistake", "expected"),
     [
-        (change(("models", 0, "engine"), "vlm"), "m: engine 'vlm' is unknown; choose 'auto', 'torch' or 'vllm'"),
+        (change(("models", 0, "engine"), "vlm"), "m: engine 'vlm' is unknown; choose 'auto', 'torch', 'streaming' or 'vllm'"),
         (change(("models", 0, "family"), "batchnorm"), "m: family 'batchnorm' is unknown; choose 'layernorm'"),
         (change(("models", 0, "familly"), "layernorm"), "m: unknown key 'familly'; allowed: checkpoints, config"),
         (change(("models", 1, "id"), "m"), "m: duplicate id"),
@@ -94,7 +137,15 @@ def change(path, value):
         (change(("models", 1, "config"), {}), "n: config needs a model_type"),
         (change(("models", 0, "gpus"), 0), "m: gpus 0: input should be greater than or equal to 1"),
         (change(("models", 0, "checkpoints"), {"pattern": "x", "steps": [1]}), "m: pattern has no {step}"),
-        (change(("models", 0, "checkpoints"), {"pattern": "{step}"}), "m: give either steps, or first, last and every"),
+        (
+            change(("models", 0, "checkpoints"), {"pattern": "{step}"}),
+            "m: give steps, or first, last and every, or both",
+        ),
+        (change(("models", 0, "checkpoints"), {"listed": "s{step}"}), "m: listed checkpoints need a revision"),
+        (change(("models", 0, "checkpoints"), {"listed": "s*"}), "m: listed has no {step}"),
+        (change(("models", 0, "unverified"), ["licence"]), "m: unverified 'licence' is no key of this entry"),
+        (change(("models", 1, "unverified"), ["config.n_embd"]), "n: unverified 'config.n_embd' is no key of this"),
+        (change(("models", 0, "seen"), {"by": "rumour", "page": "x"}), "m: seen.by 'rumour' is unknown; choose"),
         (change(("models", "append"), {"source": "a/b"}), "models[2]: 'id' is missing"),
         (change(("suites", "s", "models", "append"), "x"), "suite s: model 'x' is unknown; choose m or n"),
         (change(("suites", "s", "protocol"), "x"), "suite s: protocol 'x' is unknown; choose standard"),
