@@ -129,7 +129,10 @@ def change(path, value):
 @pytest.mark.parametrize(
     ("mistake", "expected"),
     [
-        (change(("models", 0, "engine"), "vlm"), "m: engine 'vlm' is unknown; choose 'auto', 'torch', 'streaming' or 'vllm'"),
+        (
+            change(("models", 0, "engine"), "vlm"),
+            "m: engine 'vlm' is unknown; choose 'auto', 'torch', 'streaming' or 'vllm'",
+        ),
         (change(("models", 0, "family"), "batchnorm"), "m: family 'batchnorm' is unknown; choose 'layernorm'"),
         (change(("models", 0, "familly"), "layernorm"), "m: unknown key 'familly'; allowed: checkpoints, config"),
         (change(("models", 1, "id"), "m"), "m: duplicate id"),
