@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from suite.inputs import InputError, check_spec, content_hash
-from suite.registry import READS, Model, Protocol, Registry, SuiteEntry
+from suite.registry import READS, CheckpointPattern, Model, Protocol, Registry, SuiteEntry
 from suite.schema import KEY, READ_VERSION
-from suite.sources import Checkpoint, checkpoint_step
+from suite.sources import Checkpoint, checkpoint_step, list_revisions
 from suite.tensors import CheckpointError
 
 DEFAULT_INPUT = {"text": "text", "image": "image", "audio": "audio"}
@@ -141,7 +141,9 @@ def build_jobs(
         if overrides.tokens is not None:
             protocol = protocol.model_copy(update={"tokens": overrides.tokens})
         name = protocol_name + overrides.label()
-        jobs.append(_model_job(model, wanted, spec, name, protocol, overrides, registry_path.resolve().parent))
+        base = registry_path.resolve().parent
+        series = model.revision is None or (suite is not None and suite.checkpoints)
+        jobs.append(_model_job(model, series, wanted, spec, name, protocol, overrides, base))
     return jobs
 
 
@@ -162,7 +164,14 @@ def _own_model(source: str, overrides: Overrides) -> Model:
 
 
 def _model_job(
-    model: Model, reads: list[Any], spec: str, protocol_name: str, protocol: Protocol, overrides: Overrides, base: Path
+    model: Model,
+    series: bool,
+    reads: list[Any],
+    spec: str,
+    protocol_name: str,
+    protocol: Protocol,
+    overrides: Overrides,
+    base: Path,
 ) -> ModelJob:
     kind, _, rest = spec.partition(":")
     local_input = rest and kind in ("text", "image", "tokens") and rest != "random"
@@ -170,13 +179,14 @@ def _model_job(
     dtype = overrides.dtype or model.dtype
     engine = overrides.engine or ("torch" if model.engine == "auto" else model.engine)
     jobs = []
-    for revision in model.checkpoint_names():
+    revisions, unlisted = _revisions(model, base) if series else ([model.revision], None)
+    for revision in revisions:
         for read in READS:
-            if read not in reads or (read == "random" and revision != model.checkpoint_names()[0]):
+            if read not in reads or (read == "random" and revision != revisions[0]):
                 continue
             # Parameters are read without input, and random weights without a checkpoint.
             has_forward = read != "parameters"
-            fingerprint, error = _fingerprint(model, revision, read, base)
+            fingerprint, error = _fingerprint(model, revision, read, base) if unlisted is None else (None, unlisted)
             facts: dict[str, Any] = {"read": read, "version": READ_VERSION[read]}
             if has_forward:
                 facts |= {"tokens": protocol.tokens, "sequence_length": protocol.sequence_length, "dtype": dtype}
@@ -201,6 +211,24 @@ def _model_job(
                 )
             )
     return ModelJob(model.id, tuple(jobs), model.gpus)
+
+
+def _revisions(model: Model, base: Path) -> tuple[list[str | None], str | None]:
+    """The checkpoints of a model's series in training order, or why they cannot be listed."""
+    series = model.checkpoints
+    if series is None:
+        return [model.revision], None
+    if isinstance(series, CheckpointPattern):
+        return list(series.names()), None
+    if isinstance(series, list):
+        return list(series), None
+    try:
+        found = series.names(list_revisions(model.source or "", base))
+    except CheckpointError as error:
+        return [model.revision], str(error)
+    return list(found) or [
+        model.revision
+    ], None if found else f"{model.source}: no checkpoint is called like {series.listed}"
 
 
 def _fingerprint(model: Model, revision: str | None, read: str, base: Path) -> tuple[str | None, str | None]:

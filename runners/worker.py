@@ -60,12 +60,12 @@ def _read_random(read: ReadJob) -> Reading:
     with ExitStack() as stack:
         config, folder = read.model.config, None
         if config is None:
-            checkpoint = Checkpoint(read.model.source or "", read.model.checkpoint_names()[0], read.base)
+            checkpoint = Checkpoint(read.model.source or "", read.model.main_checkpoint(), read.base)
             config = checkpoint.config()
         if read.input is not None and read.input.partition(":")[0] in ("text", "hf"):
             if read.model.source is None:
                 raise ValueError("text needs a tokenizer and the registry gives no source; use tokens:random")
-            checkpoint = Checkpoint(read.model.source, read.model.checkpoint_names()[0], read.base)
+            checkpoint = Checkpoint(read.model.source, read.model.main_checkpoint(), read.base)
             folder = stack.enter_context(checkpoint.local_copy())
         return (yield from read_forward(read, config, folder, trained=False))
 

@@ -19,6 +19,7 @@ Modality = Literal["text", "image", "audio"]
 Family = Literal["layernorm", "rmsnorm", "none", "other"]
 Dtype = Literal["auto", "float32", "float16", "bfloat16", "float64"]
 Engine = Literal["auto", "torch", "vllm"]
+Stack = Literal["encoder", "decoder"]
 TokenRule = Annotated[str, Field(pattern=r"^[1-9]\d*D$")] | Annotated[int, Field(gt=0)]
 
 
@@ -41,7 +42,7 @@ class Protocol(_Strict):
 
 
 class CheckpointPattern(_Strict):
-    """A series of checkpoints by rule: `pattern` with `{step}`, and the steps as a list or as first, last, every."""
+    """A series of checkpoints by rule: `pattern` with `{step}`, and `steps`, or `first`, `last`, `every`, or both."""
 
     pattern: str
     steps: list[int] | None = None
@@ -54,26 +55,55 @@ class CheckpointPattern(_Strict):
         if "{step}" not in self.pattern:
             raise ValueError("pattern has no {step}")
         ranged = [self.first, self.last, self.every]
-        if (self.steps is None) == (None in ranged) or (self.steps is not None and ranged != [None] * 3):
-            raise ValueError("give either steps, or first, last and every")
+        if ranged.count(None) not in (0, 3) or (self.steps is None and self.first is None):
+            raise ValueError("give steps, or first, last and every, or both")
         return self
 
     def names(self) -> list[str]:
         """Checkpoint names in training order."""
-        steps = self.steps
-        if steps is None:
-            assert self.first is not None
-            assert self.last is not None
-            assert self.every is not None
-            steps = list(range(self.first, self.last + 1, self.every))
+        steps = list(self.steps or ())
+        if self.first is not None and self.last is not None and self.every is not None:
+            steps += range(self.first, self.last + 1, self.every)
         return [self.pattern.replace("{step}", str(step)) for step in steps]
+
+
+class ListedCheckpoints(_Strict):
+    """A series whose names no rule gives: the branches, tags or folders there are that match `listed`.
+
+    In it `{step}` and any other `{name}` stand for digits; `every` keeps the steps that it divides.
+    """
+
+    listed: str
+    every: Annotated[int, Field(gt=0)] = 1
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if "{step}" not in self.listed:
+            raise ValueError("listed has no {step}")
+        return self
+
+    def names(self, found: list[str]) -> list[str]:
+        """Those of `found` that belong to the series, in training order."""
+        rule = re.sub(r"\\\{\w+\\\}", r"\\d+", re.escape(self.listed).replace(r"\{step\}", r"(?P<step>\d+)"))
+        steps = {name: int(match["step"]) for name in found if (match := re.fullmatch(rule, name))}
+        return sorted((name for name in steps if steps[name] % self.every == 0), key=lambda name: (steps[name], name))
+
+
+class Seen(_Strict):
+    """Where the configuration was read: on the model's own page, on a copy or a derivative, or in parts only."""
+
+    by: Literal["official", "mirror", "derivative", "partly"]
+    page: str
 
 
 class Model(_Strict):
     """One model: where it is and what is expected of it.
 
     `source` is a Hub id, a URL, or a folder relative to the registry; `checkpoints` are Hub revisions or folders below
-    the source. With an inline `config` (contents of a config.json) a random-init read needs no source at all.
+    the source. Where there is a `revision` too, it stands for the model, and the series is read by the suites that say
+    `checkpoints: true`. With an inline `config` (contents of a config.json) a random-init read needs no source at all.
+    `stack` says which half of an encoder-decoder a forward pass is read in. `seen` and `unverified` say how well the
+    entry is known: `unverified` names keys of the entry, or `config.KEY`, that no page has shown.
     """
 
     id: Annotated[str, Field(pattern=r"^[\w][\w.\-/]*$")]
@@ -86,8 +116,13 @@ class Model(_Strict):
     engine: Engine = "auto"
     gpus: Annotated[int, Field(ge=1)] = 1
     config: dict[str, Any] | None = None
-    checkpoints: list[str] | CheckpointPattern | None = None
+    checkpoints: list[str] | CheckpointPattern | ListedCheckpoints | None = None
     input: str | None = None
+    stack: Stack = "encoder"
+    licence: str | None = None
+    gated: bool = False
+    seen: Seen | None = None
+    unverified: list[str] = []
     notes: str | None = None
 
     @model_validator(mode="after")
@@ -96,13 +131,19 @@ class Model(_Strict):
             raise ValueError("needs a source, an inline config, or both")
         if self.config is not None and not isinstance(self.config.get("model_type"), str):
             raise ValueError("config needs a model_type")
+        if isinstance(self.checkpoints, ListedCheckpoints) and self.revision is None:
+            raise ValueError("listed checkpoints need a revision, which stands for the model")
+        for name in self.unverified:
+            key, *below = name.split(".")
+            if key not in self.model_fields_set or (below and not _has_key(self.config, below)):
+                raise ValueError(f"unverified {name!r} is no key of this entry")
         return self
 
-    def checkpoint_names(self) -> list[str | None]:
-        """Revisions or folders to read, in training order; the single revision (or None) where there is no series."""
-        if isinstance(self.checkpoints, CheckpointPattern):
-            return list(self.checkpoints.names())
-        return list(self.checkpoints) if self.checkpoints else [self.revision]
+    def main_checkpoint(self) -> str | None:
+        """The revision or folder that stands for the model: its revision, else the first of its series, else None."""
+        if self.revision is None and isinstance(self.checkpoints, CheckpointPattern):
+            return self.checkpoints.names()[0]
+        return self.checkpoints[0] if self.revision is None and isinstance(self.checkpoints, list) else self.revision
 
 
 class SuiteEntry(_Strict):
@@ -114,10 +155,11 @@ class SuiteEntry(_Strict):
 
 
 class Suite(_Strict):
-    """A named list of models under one protocol."""
+    """A named list of models under one protocol; with `checkpoints`, every checkpoint of those that have a series."""
 
     protocol: str
     models: list[str | SuiteEntry]
+    checkpoints: bool = False
     reads: list[ReadName] = ["parameters", "random", "trained"]
 
     def entries(self) -> list[SuiteEntry]:
@@ -209,8 +251,9 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 def _first_mistake(error: ValidationError, raw: dict[str, Any]) -> str:
     """`entry: key value is …; choose …` of the first error."""
-    # A union reports a mistake once per member; the member that the user meant complains of more than the type.
-    details = min(error.errors(), key=lambda e: e["type"] in ("string_type", "list_type", "int_parsing", "int_type"))
+    # A union reports a mistake once per member; the member that the user meant complains of more than type and keys.
+    rank = {"string_type": 2, "list_type": 2, "int_parsing": 2, "int_type": 2, "missing": 1, "extra_forbidden": 1}
+    details = min(error.errors(), key=lambda e: rank.get(e["type"], 0))
     location, entry = list(details["loc"]), ""
     if len(location) > 1 and location[0] == "models" and isinstance(location[1], int):
         item = raw["models"][location[1]]
@@ -237,9 +280,17 @@ def _first_mistake(error: ValidationError, raw: dict[str, Any]) -> str:
     return f"{entry}{key} {value!r}: {details['msg'][0].lower()}{details['msg'][1:]}"
 
 
+def _has_key(config: dict[str, Any] | None, path: list[str]) -> bool:
+    for key in path:
+        if not isinstance(config, dict) or key not in config:
+            return False
+        config = config[key]
+    return True
+
+
 def _allowed_keys(location: list[Any]) -> list[str]:
     named: dict[str, type[_Strict]] = {"protocols": Protocol, "models": Model, "suites": Suite}
-    classes = {c.__name__: c for c in (SuiteEntry, CheckpointPattern)}
+    classes = {c.__name__: c for c in (SuiteEntry, CheckpointPattern, ListedCheckpoints, Seen)}
     for part in reversed(location):
         if part in classes:
             return sorted(classes[part].model_fields)

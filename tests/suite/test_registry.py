@@ -2,6 +2,7 @@
 
 import copy
 import re
+from collections import Counter
 
 import pytest
 import yaml
@@ -41,12 +42,59 @@ def test_inline_configurations_build_with_the_published_parameter_count(model):
 
 @pytest.mark.parametrize("model", [m for m in REGISTRY.models if not m.config], ids=lambda m: m.id)
 def test_bundled_models_are_there_with_their_parameter_count(model):
-    names = model.checkpoint_names()
+    names = model.checkpoints.names()
     assert len(names) >= 6
     for name in names:
         checkpoint = Checkpoint(model.source, name, ROOT)
         assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(checkpoint.names())
     assert count_parameters(build_config(checkpoint.config())) == model.parameters
+
+
+def entries_of(suite):
+    return [REGISTRY.model(entry.model) for entry in REGISTRY.suites[suite].entries()]
+
+
+def test_the_paper_suite_is_fourteen_models_of_both_families_and_kinds():
+    models = entries_of("paper")
+    assert Counter(m.family for m in models) == {"layernorm": 9, "rmsnorm": 5}
+    assert Counter(m.modality for m in models) == {"text": 11, "image": 3}
+    assert min(m.parameters for m in models) == 162_322_944
+    assert max(m.parameters for m in models) == 34_980_831_232
+    assert "gemma-4-31b" in [m.id for m in models]
+
+
+def test_the_extended_suite_has_every_published_model_and_the_traps():
+    models = entries_of("extended")
+    assert {m.id for m in models} == {m.id for m in REGISTRY.models if m.config}
+    assert len(models) >= 40
+    assert {"none", "layernorm", "rmsnorm"} == {m.family for m in models}
+    assert {"text", "image", "audio"} == {m.modality for m in models}
+    assert sum("Trap" in (m.notes or "") for m in models) >= 14
+
+
+def test_the_checkpoint_suite_follows_published_names():
+    suite = REGISTRY.suites["checkpoints"]
+    assert suite.checkpoints
+    for model in entries_of("checkpoints"):
+        if "pythia" in model.id:
+            names = model.checkpoints.names()
+            assert len(names) == len(set(names)) == 154
+            assert names[:3] == ["step0", "step1", "step2"]
+            assert names[10:13] == ["step512", "step1000", "step2000"]
+            assert names[-1] == "step143000"
+    found = ["main", "stage2-ingredient1-step1000-tokens5B", "stage1-step2000-tokens9B", "stage1-step150-tokens1B"]
+    olmo = REGISTRY.model("olmo-2-1124-7b").checkpoints
+    assert olmo.names(found) == ["stage1-step150-tokens1B", "stage1-step2000-tokens9B"]
+    assert olmo.model_copy(update={"every": 1000}).names(found) == ["stage1-step2000-tokens9B"]
+
+
+def test_what_no_page_has_shown_is_said():
+    """An entry that no page was seen for says so; a count from memory is marked."""
+    for model in REGISTRY.models:
+        if model.config and model.seen is None:
+            assert "config" in model.unverified, model.id
+    assert "config.vision_config.num_hidden_layers" in REGISTRY.model("gemma-4-31b").unverified
+    assert REGISTRY.model("qwen3.5-35b-a3b").seen.by == "partly"
 
 
 def test_quick_suite_has_both_families_at_true_dimensions():
@@ -58,8 +106,9 @@ def test_quick_suite_has_both_families_at_true_dimensions():
 
 def test_a_good_registry_loads(tmp_path):
     registry = load_registry(write(tmp_path, GOOD))
-    assert registry.model("m").checkpoint_names() == ["step0", "step1"]
-    assert registry.model("n").checkpoint_names() == [None]
+    assert registry.model("m").checkpoints.names() == ["step0", "step1"]
+    assert registry.model("m").main_checkpoint() == "step0"
+    assert registry.model("n").main_checkpoint() is None
     assert registry.suites["s"].entries()[1].reads == ["random"]
     assert registry.model("nope") is None
 
@@ -67,7 +116,9 @@ def test_a_good_registry_loads(tmp_path):
 def test_a_step_range_is_inclusive(tmp_path):
     content = copy.deepcopy(GOOD)
     content["models"][0]["checkpoints"] = {"pattern": "s{step}", "first": 0, "last": 30, "every": 10}
-    assert load_registry(write(tmp_path, content)).model("m").checkpoint_names() == ["s0", "s10", "s20", "s30"]
+    assert load_registry(write(tmp_path, content)).model("m").checkpoints.names() == ["s0", "s10", "s20", "s30"]
+    content["models"][0]["checkpoints"]["steps"] = [3, 4]
+    assert load_registry(write(tmp_path, content)).model("m").checkpoints.names()[:3] == ["s3", "s4", "s0"]
 
 
 def change(path, value):
@@ -94,7 +145,15 @@ def change(path, value):
         (change(("models", 1, "config"), {}), "n: config needs a model_type"),
         (change(("models", 0, "gpus"), 0), "m: gpus 0: input should be greater than or equal to 1"),
         (change(("models", 0, "checkpoints"), {"pattern": "x", "steps": [1]}), "m: pattern has no {step}"),
-        (change(("models", 0, "checkpoints"), {"pattern": "{step}"}), "m: give either steps, or first, last and every"),
+        (
+            change(("models", 0, "checkpoints"), {"pattern": "{step}"}),
+            "m: give steps, or first, last and every, or both",
+        ),
+        (change(("models", 0, "checkpoints"), {"listed": "x"}), "m: listed has no {step}"),
+        (change(("models", 0, "checkpoints"), {"listed": "s{step}"}), "m: listed checkpoints need a revision"),
+        (change(("models", 0, "unverified"), ["licence"]), "m: unverified 'licence' is no key of this entry"),
+        (change(("models", 1, "unverified"), ["config.n_layer"]), "n: unverified 'config.n_layer' is no key"),
+        (change(("models", 0, "seen"), {"by": "me", "page": "x"}), "m: seen.by 'me' is unknown; choose 'official'"),
         (change(("models", "append"), {"source": "a/b"}), "models[2]: 'id' is missing"),
         (change(("suites", "s", "models", "append"), "x"), "suite s: model 'x' is unknown; choose m or n"),
         (change(("suites", "s", "protocol"), "x"), "suite s: protocol 'x' is unknown; choose standard"),
