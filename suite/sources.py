@@ -14,17 +14,14 @@ from typing import Any
 
 import fsspec
 
-from suite.tensors import INDEX_FILE, SINGLE_FILE, CheckpointError
+from suite.http_files import HttpFolder, HubFolder
+from suite.tensors import MAX_JSON_BYTES, CheckpointError, parse_object
 
+# Numbers in a configuration that make transformers build so many objects, whatever the device.
+_COUNTS = re.compile(r"^(n_layers?|num_.*layers|.*_layers|depths?|num_labels|(n|num)_.*experts)$")
+_MAX_COUNT = 100_000
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?$")
 _STEP = re.compile(r"step[-_]?(\d+)", re.IGNORECASE)
-_MAX_JSON_BYTES = 64_000_000  # index files of the largest checkpoints are a few megabytes
-# What a listing-free web server is asked for.
-_KNOWN_FILES = (
-    "config.json", INDEX_FILE, SINGLE_FILE, "pytorch_model.bin", "tokenizer.json", "tokenizer_config.json",
-    "special_tokens_map.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model",
-    "preprocessor_config.json",
-)  # fmt: skip
 LOADED_PATTERNS = [
     "*.json",
     "*.safetensors",
@@ -39,7 +36,6 @@ class Checkpoint:
     Attributes:
         source: as the user gave it.
         revision: Hub revision, or the checkpoint folder below a series' source; None where there is only one.
-        bytes_read: bytes of file content read so far.
     """
 
     def __init__(self, source: str, revision: str | None = None, base: Path | None = None):
@@ -48,26 +44,29 @@ class Checkpoint:
         Raises:
             CheckpointError: no such folder, or nothing that could be a Hub id or URL.
         """
-        self.source, self.revision, self.bytes_read = source, revision, 0
+        self.source, self.revision = source, revision
         self._names: list[str] | None = None
-        local = _local_folder(source, base)
+        self._local: Path | None = _local_folder(source, base)
         self._hub_id: str | None = None
-        if local is not None:
-            self._folder = local / revision if revision else local
-            if not self._folder.is_dir():
-                raise CheckpointError(f"{self._folder}: no such directory; the checkpoints are {_listing(local)}")
-            self._fs, self._root = fsspec.filesystem("file"), str(self._folder)
-        elif "://" in source:
-            with _one_line_errors(source):
-                self._fs, root = fsspec.core.url_to_fs(source)
-            self._root = root.rstrip("/") + (f"/{revision}" if revision else "")
-        elif _HUB_ID.match(source):
-            from huggingface_hub import HfFileSystem
-
-            self._hub_id, _, own_revision = source.partition("@")
+        self._folder: HttpFolder | FsspecFolder
+        hub_id = source.removeprefix("hf://")
+        if self._local is not None:
+            series, self._local = self._local, self._local / revision if revision else self._local
+            if not self._local.is_dir():
+                raise CheckpointError(f"{self._local}: no such directory; the checkpoints are {_listing(series)}")
+            self._folder = FsspecFolder(source, str(self._local))
+        elif _HUB_ID.match(hub_id):
+            self._hub_id, _, own_revision = hub_id.partition("@")
             self.revision = own_revision or revision or "main"
-            self._fs = HfFileSystem()
-            self._root = f"{self._hub_id}@{self.revision.replace('/', '%2F')}"
+            self._local = _cached(self._hub_id, self.revision)
+            if self._local is None:
+                self._folder = HubFolder(source, self._hub_id, self.revision)
+            else:
+                self._folder = FsspecFolder(source, str(self._local))
+        elif source.startswith(("http://", "https://")):
+            self._folder = HttpFolder(source, source.rstrip("/") + (f"/{revision}" if revision else ""))
+        elif "://" in source:
+            self._folder = FsspecFolder(source, source.rstrip("/") + (f"/{revision}" if revision else ""))
         elif Path(source).exists():
             raise CheckpointError(f"{source}: not a directory; give the folder that holds config.json")
         else:
@@ -75,28 +74,27 @@ class Checkpoint:
                 f"{source}: no such directory, and neither a Hub id (org/name[@revision]) nor a URL (s3://…)"
             )
 
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of file content read so far."""
+        return self._folder.bytes_read
+
     def names(self) -> list[str]:
         """File names in the folder (not below it)."""
         if self._names is None:
             with _one_line_errors(self.source):
-                if self._fs.protocol in ("http", "https") or "http" in self._fs.protocol:
-                    self._names = [name for name in _KNOWN_FILES if self._fs.exists(self._path(name))]
-                else:
-                    listed = self._fs.ls(self._root, detail=True)
-                    self._names = sorted(f["name"].rsplit("/", 1)[-1] for f in listed if f["type"] == "file")
+                self._names = self._folder.names()
         return self._names
 
     def size(self, name: str) -> int:
         """Bytes of a file."""
         with _one_line_errors(f"{self.source}: {name}"):
-            return int(self._fs.size(self._path(name)) or 0)
+            return self._folder.size(name)
 
     def read(self, name: str, start: int = 0, end: int | None = None) -> bytes:
         """Bytes `start` to `end` (the whole file for None) of a file."""
         with _one_line_errors(f"{self.source}: {name}"):
-            data: bytes = self._fs.cat_file(self._path(name), start=start, end=end)
-        self.bytes_read += len(data)
-        return data
+            return self._folder.read(name, start, end)
 
     def bytes_total(self) -> int:
         """Bytes of all weight files."""
@@ -110,37 +108,29 @@ class Checkpoint:
         """
         if "config.json" not in self.names():
             raise CheckpointError(f"{self.source}: no config.json; not a transformers checkpoint")
-        if self.size("config.json") > _MAX_JSON_BYTES:
-            raise CheckpointError(f"{self.source}: config.json is larger than {_MAX_JSON_BYTES} bytes")
-        try:
-            config = json.loads(self.read("config.json"))
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{self.source}: config.json is not JSON ({error})") from error
-        if not isinstance(config, dict):
-            raise CheckpointError(f"{self.source}: config.json is not a JSON object")
+        if self.size("config.json") > MAX_JSON_BYTES:
+            raise CheckpointError(f"{self.source}: config.json is larger than {MAX_JSON_BYTES} bytes")
+        config = parse_object(self.read("config.json"), f"{self.source}: config.json")
+        _check_counts(config, self.source)
         return config
 
     def fingerprint(self) -> str:
         """Hash that changes when the checkpoint does: the Hub's commit, else names, sizes and times of its files."""
         with _one_line_errors(self.source):
-            if self._hub_id:
-                from huggingface_hub import HfApi
-
-                return str(HfApi().model_info(self._hub_id, revision=self.revision).sha)
-            facts = []
-            for name in self.names():
-                if name.endswith((".safetensors", ".json")):
-                    info = self._fs.info(self._path(name))
-                    stamp = info.get("ETag") or info.get("mtime") or info.get("LastModified")
-                    facts.append([name, info["size"], str(stamp)])
+            names = self.names()
+            commit = getattr(self._folder, "commit", None)
+            if commit:
+                return str(commit)
+            chosen = [name for name in names if name.endswith((".safetensors", ".json"))]
+            facts = [[name, self._folder.size(name), self._folder.stamp(name)] for name in chosen]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
     @contextlib.contextmanager
     def local_copy(self) -> Iterator[Path]:
         """A local folder with the configuration, weights and tokenizer; from the Hub through its cache."""
-        if self._fs.protocol == "file" or "file" in self._fs.protocol:
-            yield self._folder
-        elif self._hub_id:
+        if self._local is not None:
+            yield self._local
+        elif self._hub_id and getattr(self._folder, "commit", None):
             from huggingface_hub import snapshot_download
 
             with _one_line_errors(self.source):
@@ -151,36 +141,107 @@ class Checkpoint:
                 with _one_line_errors(self.source):
                     for name in self.names():
                         if any(Path(name).match(pattern) for pattern in LOADED_PATTERNS):
-                            self._fs.get_file(self._path(name), f"{folder}/{name}")
+                            self._folder.download(name, Path(folder) / name)
                 yield Path(folder)
 
-    def _path(self, name: str) -> str:
-        return f"{self._root}/{name}"
+
+class FsspecFolder:
+    """The files of a folder that fsspec opens: local, s3://, gs://, memory:// and what else is installed.
+
+    Attributes:
+        bytes_read: bytes of file content read so far.
+    """
+
+    def __init__(self, source: str, location: str):
+        """Open the folder at `location`; `source` is what the user called it."""
+        self.bytes_read = 0
+        with _one_line_errors(source):
+            self._fs, root = fsspec.core.url_to_fs(location)
+        self._root = root.rstrip("/")
+        self._infos: dict[str, dict[str, Any]] = {}
+
+    def names(self) -> list[str]:
+        """File names in the folder (not below it)."""
+        listed = self._fs.ls(self._root, detail=True)
+        found = {f["name"].rsplit("/", 1)[-1]: f for f in listed}
+        links = [name for name, info in found.items() if info.get("islink") and Path(self._root, name).is_file()]
+        for name in links:
+            _check_link(Path(self._root), name)
+        self._infos = {name: info for name, info in found.items() if info["type"] == "file" and name not in links}
+        return sorted([*self._infos, *links])
+
+    def size(self, name: str) -> int:
+        """Bytes of a file."""
+        known = self._infos.get(name, {}).get("size")
+        return int(known if known is not None else self._fs.size(f"{self._root}/{name}"))
+
+    def stamp(self, name: str) -> str:
+        """What changes when the file does: its ETag or the time of its last change."""
+        info = self._fs.info(f"{self._root}/{name}")
+        return str(info.get("ETag") or info.get("mtime") or info.get("LastModified"))
+
+    def read(self, name: str, start: int = 0, end: int | None = None) -> bytes:
+        """Bytes `start` to `end` (the end of the file for None)."""
+        data: bytes = self._fs.cat_file(f"{self._root}/{name}", start=start, end=end)
+        self.bytes_read += len(data)
+        return data
+
+    def download(self, name: str, target: Path) -> None:
+        """Write a whole file to `target`."""
+        self._fs.get_file(f"{self._root}/{name}", str(target))
 
 
 def list_revisions(source: str, base: Path | None = None) -> list[str]:
-    """What checkpoints a series has: branches and tags of a Hub repository, else the folders below `source`.
+    """Names of the checkpoints of `source`: branches and tags of a Hub repository, else the folders below it.
 
     Raises:
-        CheckpointError: they cannot be listed.
+        CheckpointError: it cannot be listed.
     """
-    local = _local_folder(source, base)
+    local, hub_id = _local_folder(source, base), source.removeprefix("hf://")
     if local is not None:
         return sorted(p.name for p in local.iterdir() if p.is_dir())
     with _one_line_errors(source):
-        if "://" in source:
-            fs, root = fsspec.core.url_to_fs(source)
-            return sorted(Path(f["name"]).name for f in fs.ls(root, detail=True) if f["type"] == "directory")
-        from huggingface_hub import HfApi
+        if _HUB_ID.match(hub_id):
+            from huggingface_hub import HfApi
 
-        refs = HfApi().list_repo_refs(source)
-        return [ref.name for ref in (*refs.branches, *refs.tags)]
+            refs = HfApi().list_repo_refs(hub_id)
+            return sorted({ref.name for ref in (*refs.branches, *refs.tags)})
+        fs, root = fsspec.core.url_to_fs(source)
+        return sorted(f["name"].rsplit("/", 1)[-1] for f in fs.ls(root, detail=True) if f["type"] == "directory")
+
+
+def _cached(hub_id: str, revision: str) -> Path | None:
+    """The folder in the Hub's cache, where HF_HUB_OFFLINE says that there is nothing else."""
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    if constants.HF_HUB_OFFLINE:
+        with contextlib.suppress(LocalEntryNotFoundError):
+            return Path(snapshot_download(hub_id, revision=revision, local_files_only=True))
+    return None
+
+
+def _check_link(folder: Path, name: str) -> None:
+    """Refuse a link that leaves the folder for something that is no such file, unless it is the Hub's cache."""
+    target = (folder / name).resolve()
+    inside = target.is_relative_to(folder.resolve())
+    if not (inside or target.suffix == Path(name).suffix or target.parent.name == "blobs"):
+        raise CheckpointError(f"{folder / name}: a link to {target}, outside the checkpoint; put the file itself there")
 
 
 def checkpoint_step(name: str | None) -> int | None:
     """Training step that a revision or folder name tells: 7 for `step7`, `global_step7` and `stage1-step7-…`."""
     match = _STEP.search(name or "")
     return int(match[1]) if match else None
+
+
+def _check_counts(config: dict[str, Any], source: str) -> None:
+    for key, value in config.items():
+        values = value if isinstance(value, list) else [value]
+        if isinstance(value, dict):
+            _check_counts(value, source)
+        elif _COUNTS.match(key) and any(isinstance(v, (int, float)) and v > _MAX_COUNT for v in values):
+            raise CheckpointError(f"{source}: config.json: {key} is {value!r}; no model has more than {_MAX_COUNT}")
 
 
 def _local_folder(source: str, base: Path | None) -> Path | None:
@@ -210,8 +271,11 @@ def _one_line_errors(what: str) -> Iterator[None]:
             "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set and the file is not in the cache",
             "LocalEntryNotFoundError": "the Hub cannot be reached and the file is not in the cache",
             "FileNotFoundError": "no such file or directory",
-            "PermissionError": "permission denied",
+            "PermissionError": "permission denied; set the store's credentials where it is a remote one",
+            "NoCredentialsError": "no credentials for this store; set AWS_ACCESS_KEY_ID or AWS_PROFILE",
         }.get(name)
+        if isinstance(error, ImportError) and "s3fs" in str(error):
+            advice = "s3:// needs s3fs; pip install 'deadbench[s3]'"
         if advice is None and isinstance(error, (OSError, ImportError, ValueError)):
             advice = f"cannot be read ({name}: {(str(error).strip().splitlines() or [''])[0][:200]})"
         if advice is None and not isinstance(error, (OSError, RuntimeError)):

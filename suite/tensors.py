@@ -4,9 +4,11 @@ The header is untrusted: its length, offsets, dtypes and shapes are checked befo
 Format: 8 bytes little-endian header length, JSON header, tensor data (github.com/huggingface/safetensors).
 """
 
+import concurrent.futures
 import itertools
 import json
 import math
+import reprlib
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,7 +18,14 @@ from numpy.typing import NDArray
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+MAX_JSON_BYTES = 64_000_000  # index and configuration files of the largest checkpoints are a few megabytes
+MAX_OBJECTS = 3_000_000  # objects and lists of one header: a million tensors, each with its shape and offsets
+MAX_DIMENSIONS, MAX_EXTENT = 32, 2**48
+_CONCURRENT_HEADERS = 8  # shards of a remote checkpoint are opened together
 PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5")
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
 
 _ITEM_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2,
@@ -62,18 +71,31 @@ def read_headers(files: Files) -> dict[str, TensorEntry]:
         CheckpointError: no safetensors, a missing shard, an index that leaves the folder, a malformed header.
     """
     names = files.names()
+    weight_map: dict[str, str] = {}
     if INDEX_FILE in names:
-        shards = _indexed_shards(files, names)
+        weight_map = _read_index(files, names)
+        shards = sorted(set(weight_map.values()))
     elif SINGLE_FILE in names:
         shards = [SINGLE_FILE]
     else:
         shards = sorted(n for n in names if n.endswith(".safetensors") and not n.startswith("adapter_"))
         if len(shards) != 1:
             raise _no_weights(names, shards)
+    if len(shards) == 1:
+        headers = [_read_header(files, shards[0])]
+    else:
+        with concurrent.futures.ThreadPoolExecutor(_CONCURRENT_HEADERS) as pool:
+            headers = list(pool.map(lambda shard: _read_header(files, shard), shards))
+    held = {shard: {entry.name: entry for entry in header} for shard, header in zip(shards, headers, strict=True)}
     entries: dict[str, TensorEntry] = {}
-    for shard in shards:
-        for entry in _read_header(files, shard):
-            entries.setdefault(entry.name, entry)
+    for tensor, shard in weight_map.items():
+        if tensor not in held[shard]:
+            raise CheckpointError(
+                f"{INDEX_FILE}: says that {shard} holds {tensor!r}, which it does not; download the checkpoint again"
+            )
+        entries[tensor] = held[shard][tensor]
+    for tensors in held.values():
+        entries = tensors | entries  # what the index does not list is listed after what it does
     return entries
 
 
@@ -110,18 +132,60 @@ def stored_dtype(entries: dict[str, TensorEntry]) -> str | None:
     return DTYPE_NAMES[max(sizes, key=lambda dtype: sizes[dtype])] if sizes else None
 
 
-def _indexed_shards(files: Files, names: list[str]) -> list[str]:
-    try:
-        index = json.loads(files.read(INDEX_FILE))
-        shards = sorted(set(index["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{INDEX_FILE}: not a safetensors index ({type(error).__name__})") from error
+def _read_index(files: Files, names: list[str]) -> dict[str, str]:
+    """The index's shard of every tensor; each shard is a file that is there."""
+    if files.size(INDEX_FILE) > MAX_JSON_BYTES:
+        raise CheckpointError(f"{INDEX_FILE}: larger than {MAX_JSON_BYTES} bytes; no index of a checkpoint")
+    weight_map = parse_object(files.read(INDEX_FILE), f"{INDEX_FILE}: the index").get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{INDEX_FILE}: not a safetensors index (weight_map is no object)")
+    shards = sorted({shard if isinstance(shard, str) else f"../{_shown(shard)}" for shard in weight_map.values()})
+    if not shards:
+        raise CheckpointError(f"{INDEX_FILE}: its weight_map is empty; download the checkpoint again")
     for shard in shards:
-        if not isinstance(shard, str) or "/" in shard or "\\" in shard or shard.startswith("."):
-            raise CheckpointError(f"{INDEX_FILE}: names the file {shard!r} outside the checkpoint folder")
+        if "/" in shard or "\\" in shard or shard.startswith("."):
+            raise CheckpointError(f"{INDEX_FILE}: names the file {_shown(shard)} outside the checkpoint folder")
+        if not shard.endswith(".safetensors"):
+            raise CheckpointError(f"{INDEX_FILE}: names {_shown(shard)}, which is no .safetensors file")
         if shard not in names:
             raise CheckpointError(f"{INDEX_FILE}: names {shard}, which is missing; download the checkpoint again")
-    return shards
+    return dict(weight_map)
+
+
+def parse_object(raw: bytes, what: str) -> dict[str, Any]:
+    """A JSON object of unknown origin, in bounded time and memory.
+
+    Raises:
+        CheckpointError: not JSON, not an object, a key given twice, or more lists than any checkpoint has.
+    """
+    if raw.count(b"{") + raw.count(b"[") > MAX_OBJECTS:
+        raise CheckpointError(f"{what} holds more than {MAX_OBJECTS:,} lists; corrupt or hostile")
+    try:
+        found = json.loads(raw, object_pairs_hook=_unique_keys)
+    except RecursionError as error:
+        raise CheckpointError(f"{what} is not JSON (nested too deeply); corrupt or hostile") from error
+    except ValueError as error:
+        raise CheckpointError(f"{what} is not JSON ({str(error)[:150]}); corrupt, or another format") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{what} is not a JSON object")
+    return found
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, refused where a key is given twice: which value holds would depend on the reader."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"the key {_shown(key)} is given twice")
+            seen.add(key)
+    return found
+
+
+def _shown(value: object) -> str:
+    """A value of unknown size and depth, in a few words."""
+    return _SHORT.repr(value)
 
 
 def _no_weights(names: list[str], shards: list[str]) -> CheckpointError:
@@ -147,32 +211,37 @@ def _read_header(files: Files, name: str) -> list[TensorEntry]:
         raise CheckpointError(
             f"{name}: the header claims {length} bytes, the file has {size}; truncated or not a safetensors file"
         )
-    try:
-        header = json.loads(files.read(name, 8, 8 + length))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{name}: the header is not JSON; corrupt or not a safetensors file") from error
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{name}: the header is not a JSON object")
+    raw = files.read(name, 8, 8 + length)
+    if len(raw) != length:
+        raise CheckpointError(f"{name}: the header is cut off; download the file again")
+    header = parse_object(raw, f"{name}: the header")
     header.pop("__metadata__", None)
     entries = [_entry(name, tensor, spec, 8 + length, size) for tensor, spec in header.items()]
     ordered = sorted(entries, key=lambda e: (e.start, e.end))
     for before, after in itertools.pairwise(ordered):
         if after.start < before.end:
-            raise CheckpointError(f"{name}: tensors {before.name} and {after.name} overlap; corrupt header")
+            raise CheckpointError(
+                f"{name}: tensors {_shown(before.name)} and {_shown(after.name)} overlap; corrupt header"
+            )
     return entries
 
 
 def _entry(file: str, tensor: str, spec: Any, data_start: int, size: int) -> TensorEntry:
+    # A name is a key here and nowhere a path, but it goes into messages, tables and other tools' file names.
+    if not tensor.isprintable() or tensor.startswith(("/", "\\")) or ".." in tensor.replace("\\", "/").split("/"):
+        raise CheckpointError(
+            f"{file}: the tensor name {_shown(tensor)} is a path or not printable; corrupt or hostile"
+        )
     try:
         dtype, shape, (start, end) = spec["dtype"], tuple(spec["shape"]), spec["data_offsets"]
         sane = isinstance(dtype, str) and all(type(n) is int and n >= 0 for n in (*shape, start, end))
-        if dtype in _ITEM_BYTES:  # dtypes younger than this list are listed, not checked and never read
-            sane = sane and end - start == math.prod(shape) * _ITEM_BYTES[dtype]
-        sane = sane and start <= end
+        sane = sane and len(shape) <= MAX_DIMENSIONS and max(shape, default=0) <= MAX_EXTENT and start <= end
+        if sane and dtype in _ITEM_BYTES:  # dtypes younger than this list are listed, not checked and never read
+            sane = end - start == math.prod(shape) * _ITEM_BYTES[dtype]
     except (TypeError, KeyError, ValueError):
         sane = False
     if not sane:
-        raise CheckpointError(f"{file}: tensor {tensor!r} has a malformed entry: {str(spec)[:120]}")
+        raise CheckpointError(f"{file}: tensor {_shown(tensor)} has a malformed entry: {_shown(spec)}")
     if data_start + end > size:
-        raise CheckpointError(f"{file}: tensor {tensor!r} lies beyond the end of the file; truncated")
+        raise CheckpointError(f"{file}: tensor {_shown(tensor)} lies beyond the end of the file; truncated")
     return TensorEntry(tensor, file, dtype, shape, data_start + start, data_start + end)

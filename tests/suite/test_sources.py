@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from suite.sources import Checkpoint, checkpoint_step
+from suite.sources import Checkpoint, checkpoint_step, list_revisions
 from suite.tensors import CheckpointError
 from tests.conftest import ROOT, save_tiny
 
@@ -59,6 +59,45 @@ def test_the_fingerprint_follows_the_files(tmp_path):
     save_tiny(folder, seed=1)
     os.utime(folder / "model.safetensors", ns=(1, 1))
     assert Checkpoint(str(folder)).fingerprint() != before
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "config.json is not JSON"),
+        ("[" * 100_000, "config.json is not JSON .nested too deeply"),
+        ("[1]", "config.json is not a JSON object"),
+        ('{"a": 1, "a": 2}', "the key 'a' is given twice"),
+        ('{"model_type": "gpt2", "n_layer": 1000000000}', "n_layer is 1000000000; no model has more"),
+        ('{"vision_config": {"depths": [2, 1e300]}}', "depths is .*; no model has more"),
+        ('{"num_labels": 1000000000}', "num_labels is 1000000000; no model"),
+    ],
+)
+def test_configurations_that_are_none(content, message, tmp_path):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        Checkpoint(str(tmp_path)).config()
+    assert "\n" not in str(caught.value)
+
+
+def test_links_may_stay_or_lead_into_a_cache_and_nowhere_else(tmp_path):
+    folder = save_tiny(tmp_path / "m")
+    for cache in (tmp_path / "blobs", tmp_path / "elsewhere"):
+        cache.mkdir()
+    (tmp_path / "m" / "config.json").rename(tmp_path / "blobs" / "1a2b")
+    (folder / "config.json").symlink_to("../blobs/1a2b")
+    (folder / "model.safetensors").rename(tmp_path / "elsewhere" / "model.safetensors")
+    (folder / "model.safetensors").symlink_to(tmp_path / "elsewhere" / "model.safetensors")
+    assert "model.safetensors" in Checkpoint(str(folder)).names()
+    (folder / "secret.json").symlink_to("/etc/passwd")
+    with pytest.raises(CheckpointError, match="secret.json: a link to /etc/passwd, outside the checkpoint"):
+        Checkpoint(str(folder)).names()
+
+
+def test_a_series_is_listed_where_it_is(tmp_path):
+    for name in ("step1", "step20", "other"):
+        (tmp_path / "series" / name).mkdir(parents=True)
+    assert list_revisions(str(tmp_path / "series")) == ["other", "step1", "step20"]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,8 @@ import struct
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.numpy import save
 
 from suite.tensors import CheckpointError, read_headers, read_vector, stored_dtype
@@ -64,6 +66,11 @@ def test_shards_are_followed_through_the_index():
     entries = read_headers(files)
     assert {name: e.file for name, e in entries.items()} == index["weight_map"]
     assert read_vector(files, entries["a"]).tolist() == [1, 1, 1]
+    files.files["model.safetensors.index.json"] = json.dumps(
+        {"weight_map": index["weight_map"] | {"c": "model-00001-of-00002.safetensors"}}
+    ).encode()
+    with pytest.raises(CheckpointError, match=r"00001-of-00002.safetensors holds 'c', which it does not"):
+        read_headers(files)
     del files.files["model-00002-of-00002.safetensors"]
     with pytest.raises(CheckpointError, match="00002-of-00002.safetensors, which is missing"):
         read_headers(files)
@@ -87,7 +94,24 @@ def test_shards_are_followed_through_the_index():
         (raw({"v": entry(), "w": entry(offsets=(4, 12))}, b"x" * 12), "overlap"),
         (Memory(config__json=b"{}"), "no model.safetensors"),
         (Memory(pytorch_model__bin=b"x"), "only pickled weights"),
-        (Memory(model__safetensors__index__json=b"[]"), "not a safetensors index"),
+        (raw({"w": entry(shape=(1,) * 40)}, b"x" * 8), "malformed"),
+        (raw({"w": entry(dtype="F4", shape=(2**60,))}, b"x" * 8), "malformed"),
+        (raw({"w": {"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]}}, b"x" * 8), "malformed"),
+        (raw({"w": entry(offsets=(8, 0))}, b"x" * 8), "malformed"),
+        (raw({"../../etc/w": entry()}, b"x" * 8), "is a path or not printable"),
+        (raw({"/etc/w": entry()}, b"x" * 8), "is a path or not printable"),
+        (raw({"w\n\x1b[2J": entry()}, b"x" * 8), "is a path or not printable"),
+        (raw(b'{"w": 1, "w": 2}'), "the key 'w' is given twice"),
+        (raw(b'{"w": {"shape": [1], "shape": [2]}}'), "the key 'shape' is given twice"),
+        (raw(b'{"w": ' + b"9" * 5000 + b"}"), "not JSON"),
+        (raw(b"[" + b"[]," * 3_000_000 + b"[]]"), "more than 3,000,000 lists"),
+        (Memory(model__safetensors__index__json=b"[]"), "the index is not a JSON object"),
+        (Memory(model__safetensors__index__json=b"{}"), "weight_map is no object"),
+        (Memory(model__safetensors__index__json=b'{"weight_map": {}}'), "weight_map is empty"),
+        (Memory(model__safetensors__index__json=b'{"weight_map": {"a": "/etc/passwd"}}'), "outside the checkpoint"),
+        (Memory(model__safetensors__index__json=b'{"weight_map": {"a": "..\\\\w.safetensors"}}'), "outside the check"),
+        (Memory(model__safetensors__index__json=b'{"weight_map": {"a": "w.bin"}}'), "which is no .safetensors file"),
+        (Memory(model__safetensors__index__json=b'{"weight_map": {"a": ["w"]}}'), "outside the checkpoint"),
         (
             Memory(model__safetensors__index__json=b'{"weight_map": {"a": "../../etc/passwd"}}'),
             "outside the checkpoint",
@@ -127,3 +151,49 @@ def test_stored_dtype_is_that_of_most_parameters():
     files = Memory(model__safetensors=save({"a": np.zeros((9, 9), np.float16), "b": np.zeros(5, np.float32)}))
     assert stored_dtype(read_headers(files)) == "float16"
     assert stored_dtype({}) is None
+
+
+def headers_or_error(files):
+    try:
+        return read_headers(files), None
+    except CheckpointError as error:
+        return None, str(error)
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_a_header_or_one_line(data):
+    files = Memory(model__safetensors=data)
+    entries, error = headers_or_error(files)
+    assert (entries is None) != (error is None)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=10,
+)
+SPEC = st.fixed_dictionaries(
+    {},
+    optional={
+        "dtype": st.sampled_from(["F32", "BF16", "BOOL", "F4"]) | JSON,
+        "shape": st.lists(st.integers(-1, 5) | JSON, max_size=4) | JSON,
+        "data_offsets": st.lists(st.integers(-1, 40) | JSON, min_size=1, max_size=3) | JSON,
+    },
+)
+
+
+@given(st.dictionaries(st.text(max_size=8), SPEC | JSON, max_size=4) | JSON, st.integers(0, 40))
+def test_any_json_header_gives_tensors_inside_the_file_or_one_line(header, size):
+    files = raw(header, b"\0" * size)
+    entries, error = headers_or_error(files)
+    assert entries is not None or ("\n" not in error and len(error) < 500)
+    for each in (entries or {}).values():
+        assert 8 <= each.start <= each.end <= files.size("model.safetensors")
+
+
+@given(st.dictionaries(st.text(max_size=5), st.text(max_size=12) | JSON, max_size=3) | JSON)
+def test_any_index_is_one_line(weight_map):
+    files = Memory(model__safetensors__index__json=json.dumps({"weight_map": weight_map}).encode())
+    with pytest.raises(CheckpointError) as caught:
+        read_headers(files)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,317 @@
+"""Files behind HTTP, read by byte ranges: a Hub repository at a revision, or a folder on any web server.
+
+A server that ignores `Range` is never allowed to send a whole checkpoint, an answer that ends early is asked for
+again, and only what may pass is tried again: 429 and 5xx after the time that the server names, and broken connections.
+"""
+
+import concurrent.futures
+import contextlib
+import json
+import re
+import threading
+import time
+import urllib.parse
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import httpx2
+
+from suite.tensors import CheckpointError
+
+# What a web server without listings is asked for.
+KNOWN_FILES = (
+    "config.json", "model.safetensors.index.json", "model.safetensors", "pytorch_model.bin", "tokenizer.json",
+    "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model",
+    "spiece.model", "preprocessor_config.json", "processor_config.json",
+)  # fmt: skip
+CONCURRENT_REQUESTS = 8
+
+_FIRST_BYTES = 16_384  # asked for together with a file's size: a configuration, or the head of a header, in one request
+_SMALL_BYTES = 16_000_000  # as far as a server that ignores Range is read from a file's start
+_MAX_API_BYTES = 64_000_000
+_ATTEMPTS = 4
+_FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.5, 30.0
+_IDLE_SECONDS, _REQUEST_SECONDS = 30.0, 300.0  # without a byte; for one ranged answer
+_PASSING = (429, 500, 502, 503, 504)
+
+
+T = TypeVar("T")
+
+
+class _CutOffError(Exception):
+    """An answer shorter than it said; asked for again."""
+
+
+class HttpFolder:
+    """The files below one URL.
+
+    Attributes:
+        commit: the Hub's commit of what is read, once the files are listed; None elsewhere.
+        bytes_read: bytes of file content received so far.
+    """
+
+    def __init__(self, source: str, url: str):
+        """Open the folder at `url`; `source` is what the user called it."""
+        self.source, self.url = source, url.rstrip("/")
+        self.commit: str | None = None
+        self.bytes_read = 0
+        self._headers = {"Accept-Encoding": "identity"}
+        # Not the Hub's session: HF_HUB_OFFLINE says nothing about other servers.
+        self._client = httpx2.Client(follow_redirects=True, timeout=_IDLE_SECONDS)
+        weakref.finalize(self, self._client.close)
+        self._heads: dict[str, tuple[int, bytes, str]] = {}  # size, first bytes and ETag of the files seen
+        self._lock = threading.Lock()
+
+    def names(self) -> list[str]:
+        """Names of the files, of those that a checkpoint can have."""
+        with concurrent.futures.ThreadPoolExecutor(CONCURRENT_REQUESTS) as pool:
+            there = pool.map(self._exists, KNOWN_FILES)
+            names = [name for name, found in zip(KNOWN_FILES, there, strict=True) if found]
+        if "model.safetensors.index.json" in names:  # shards have no fixed names; those that the index names are there
+            index = self.read("model.safetensors.index.json")
+            shards: set[object] = set()
+            with contextlib.suppress(ValueError, AttributeError, TypeError, RecursionError):  # told by who reads it
+                shards = set(json.loads(index)["weight_map"].values())
+            plain = sorted(shard for shard in shards if isinstance(shard, str) and "/" not in shard)
+            with concurrent.futures.ThreadPoolExecutor(CONCURRENT_REQUESTS) as pool:
+                names += [n for n, found in zip(plain, pool.map(self._exists, plain), strict=True) if found]
+        return names
+
+    def size(self, name: str) -> int:
+        """Bytes of a file."""
+        return self._head(name)[0]
+
+    def stamp(self, name: str) -> str:
+        """What changes when the file does: its ETag, or the time of its last change."""
+        return self._head(name)[2]
+
+    def read(self, name: str, start: int = 0, end: int | None = None) -> bytes:
+        """Bytes `start` to `end` (the end of the file for None)."""
+        size, first, _ = self._head(name)
+        end = size if end is None else min(end, size)
+        if end <= len(first):
+            return first[start:end]
+        return first[start:] + self._request(name, max(start, len(first)), end)[0]
+
+    def download(self, name: str, target: Path) -> None:
+        """Write a whole file to `target`."""
+
+        def write(answer: httpx2.Response) -> None:
+            expected, received = answer.headers.get("Content-Length"), 0
+            with target.open("wb") as file:
+                for piece in answer.iter_raw():
+                    file.write(piece)
+                    received += len(piece)
+            if expected is not None and received != int(expected):
+                raise _CutOffError(f"{received} of {expected} bytes")
+            self._count(received)
+
+        self._ask(name, {}, write)
+
+    def _address(self, name: str) -> str:
+        return f"{self.url}/{urllib.parse.quote(name)}"
+
+    def _exists(self, name: str) -> bool:
+        try:
+            self._head(name)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def _head(self, name: str) -> tuple[int, bytes, str]:
+        """Size, first bytes and stamp of a file, in one request."""
+        if name not in self._heads:
+            data, size, stamp = self._request(name, 0, _FIRST_BYTES)
+            self._heads[name] = (size, data, stamp)
+        return self._heads[name]
+
+    def _request(self, name: str, start: int, end: int) -> tuple[bytes, int, str]:
+        """Bytes `start` to `end` of a file or as many as it has, its size and stamp."""
+
+        def take(answer: httpx2.Response) -> tuple[bytes, int, str]:
+            stamp = answer.headers.get("ETag") or answer.headers.get("Last-Modified") or ""
+            if answer.status_code == 416:  # nothing there: an empty file, or one that is shorter than it was
+                return b"", _total(answer.headers.get("Content-Range")) or 0, stamp
+            if answer.status_code == 206:
+                size, first = self._ranged(answer, name, start), start
+            else:
+                size, first = self._unranged(answer, name, end), 0
+            wanted = max(0, min(end, size) - first)
+            data = _take(answer, wanted)
+            self._count(len(data))
+            if len(data) < wanted:
+                raise _CutOffError(f"{len(data)} of {wanted} bytes")
+            return data[start - first :], size, stamp
+
+        return self._ask(name, {"Range": f"bytes={start}-{end - 1}"}, take)
+
+    def _ask(self, name: str, headers: dict[str, str], take: Callable[[httpx2.Response], T]) -> T:
+        """What `take` makes of the answer, asking again where that may help."""
+        for attempt in range(_ATTEMPTS):
+            with (
+                self._tried_again(name, attempt),
+                self._client.stream("GET", self._address(name), headers=self._headers | headers) as answer,
+            ):
+                self._raise_for_status(answer, name, attempt)
+                return take(answer)
+        raise AssertionError("the last attempt returns or raises")
+
+    def _count(self, received: int) -> None:
+        with self._lock:
+            self.bytes_read += received
+
+    def _ranged(self, answer: httpx2.Response, name: str, start: int) -> int:
+        """Size of the file, from a 206 answer that is what was asked for."""
+        told = answer.headers.get("Content-Range", "")
+        size = _total(told)
+        if size is None or not re.match(rf"bytes {start}-", told):
+            raise CheckpointError(f"{self._called(name)}: the server answers with another range ({told!r})")
+        return size
+
+    def _unranged(self, answer: httpx2.Response, name: str, end: int) -> int:
+        """Size of the file, from a 200 answer that starts at its first byte whatever was asked for."""
+        told = answer.headers.get("Content-Length", "")
+        if not told.isdigit():
+            raise CheckpointError(
+                f"{self._called(name)}: the server ignores Range requests and tells no length; "
+                "serve the checkpoint with ranges"
+            )
+        if min(end, int(told)) > _SMALL_BYTES:
+            raise CheckpointError(
+                f"{self._called(name)}: the server ignores Range requests, so {int(told):,} bytes would be downloaded "
+                "for a few; serve the checkpoint with ranges, or download it and name the folder"
+            )
+        return int(told)
+
+    def _raise_for_status(self, answer: httpx2.Response, name: str, attempt: int) -> None:
+        """Raise what a status above 299 means; where it may pass and attempts are left, wait and raise _CutOffError."""
+        status = answer.status_code
+        if status < 300 or status == 416:
+            return
+        if status in _PASSING:
+            wait = _retry_after(answer.headers.get("Retry-After"))
+            if attempt + 1 < _ATTEMPTS and (wait is None or wait <= _LONGEST_WAIT_SECONDS):
+                if wait is not None:
+                    time.sleep(wait)
+                raise _CutOffError(f"HTTP {status}")
+            after = f"; try again in {wait:.0f} s" if wait else "; try again later"
+            if status == 429:
+                advice = f"{after}{self._token_advice()}"
+                raise CheckpointError(f"{self._called(name)}: the server limits requests (429){advice}")
+            raise CheckpointError(f"{self._called(name)}: the server fails (HTTP {status}){after}")
+        if status == 404 or status == 410:
+            raise FileNotFoundError(self._missing(answer, name))
+        if status in (401, 403):
+            raise CheckpointError(self._denied(answer, name))
+        raise CheckpointError(f"{self._called(name)}: HTTP {status} {answer.reason_phrase}".rstrip())
+
+    def _missing(self, answer: httpx2.Response, name: str) -> str:
+        return f"{self._called(name)}: no such file (404)"
+
+    def _denied(self, answer: httpx2.Response, name: str) -> str:
+        return f"{self._called(name)}: access denied ({answer.status_code}); give a URL that this machine may read"
+
+    def _token_advice(self) -> str:
+        return ""
+
+    def _called(self, name: str) -> str:
+        return f"{self.source}: {name}" if name else self.source
+
+    @contextlib.contextmanager
+    def _tried_again(self, name: str, attempt: int) -> Iterator[None]:
+        """Let pass what a further attempt may mend, after a pause; the last attempt's error is one line."""
+        try:
+            yield
+        except (_CutOffError, httpx2.TransportError) as error:
+            broken = isinstance(error, (_CutOffError, httpx2.ReadError, httpx2.RemoteProtocolError))
+            # Nobody answers at that address: asking again helps no more than a look at the address.
+            hopeless = isinstance(error, (httpx2.ConnectError, httpx2.UnsupportedProtocol))
+            if hopeless or attempt + 1 == _ATTEMPTS:
+                reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+                what = f"the answer is cut off ({reason})" if broken else f"cannot be reached ({reason})"
+                tried = "" if hopeless else f" in {_ATTEMPTS} attempts"
+                advice = "check the address and the network"
+                raise CheckpointError(f"{self._called(name)}: {what}{tried}; {advice}") from error
+            time.sleep(_FIRST_WAIT_SECONDS * 2**attempt)
+        except (httpx2.TooManyRedirects, httpx2.InvalidURL, httpx2.DecodingError) as error:
+            raise CheckpointError(f"{self._called(name)}: cannot be read ({type(error).__name__})") from error
+
+
+class HubFolder(HttpFolder):
+    """The files of a Hub repository at a revision; with the Hub's own HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE."""
+
+    def __init__(self, source: str, repository: str, revision: str):
+        """Open `repository` at `revision`."""
+        from huggingface_hub import constants, get_session
+        from huggingface_hub.utils._headers import build_hf_headers
+
+        super().__init__(source, f"{constants.ENDPOINT}/{repository}/resolve/{urllib.parse.quote(revision, safe='')}")
+        quoted = urllib.parse.quote(revision, safe="")
+        self._api = f"{constants.ENDPOINT}/api/models/{repository}/revision/{quoted}"
+        self._repository, self._revision = repository, revision
+        self._headers |= build_hf_headers(library_name="deadbench")
+        self._client = get_session()
+
+    def names(self) -> list[str]:
+        """Names of the files, as the Hub lists them; a mirror without the Hub's API is asked for known names."""
+        try:
+            listing = json.loads(self._ask("", {}, lambda answer: _take(answer, _MAX_API_BYTES)))
+            self.commit = listing.get("sha")
+            return sorted(f["rfilename"] for f in listing["siblings"] if "/" not in f["rfilename"])
+        except FileNotFoundError as error:
+            if not str(error).endswith("(404)"):  # the Hub knows: no such repository, no such revision
+                raise CheckpointError(str(error)) from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+        names = super().names()
+        if not names:
+            raise CheckpointError(f"{self.source}: no such repository on the Hub, or no such revision")
+        return names
+
+    def _address(self, name: str) -> str:
+        return super()._address(name) if name else self._api
+
+    def _missing(self, answer: httpx2.Response, name: str) -> str:
+        told = answer.headers.get("X-Error-Code")
+        if told == "RepoNotFound":
+            return f"{self.source}: no such repository on the Hub"
+        if told == "RevisionNotFound":
+            return f"{self.source}: the repository has no revision {self._revision!r}"
+        return super()._missing(answer, name)
+
+    def _denied(self, answer: httpx2.Response, name: str) -> str:
+        code, status = answer.headers.get("X-Error-Code"), answer.status_code
+        if code == "RepoNotFound":  # what the Hub answers to who is not logged in
+            return f"{self.source}: no such repository on the Hub, or it is private and HF_TOKEN is not set ({status})"
+        page = f"{self.url.split('/resolve/')[0]}"
+        token = "check that HF_TOKEN may read it" if "authorization" in self._headers else "set HF_TOKEN"
+        return f"{self._called(name)}: gated or private ({status}): accept its licence on {page} and {token}"
+
+    def _token_advice(self) -> str:
+        return "" if "authorization" in self._headers else ", or set HF_TOKEN for a higher limit"
+
+
+def _take(answer: httpx2.Response, count: int) -> bytes:
+    """The first `count` bytes of an answer, which may be longer; fewer where it ends."""
+    pieces, received, deadline = [], 0, time.monotonic() + _REQUEST_SECONDS
+    for piece in answer.iter_raw():
+        pieces.append(piece)
+        received += len(piece)
+        if received >= count:
+            break
+        if time.monotonic() > deadline:
+            raise _CutOffError(f"{received} of {count} bytes in {_REQUEST_SECONDS:.0f} s")
+    return b"".join(pieces)[:count]
+
+
+def _total(content_range: str | None) -> int | None:
+    match = re.fullmatch(r"bytes (?:\d+-\d+|\*)/(\d+)", content_range or "")
+    return int(match[1]) if match else None
+
+
+def _retry_after(value: str | None) -> float | None:
+    """Seconds to wait, where the server names them as a number."""
+    return float(value) if value is not None and value.strip().isdigit() else None
