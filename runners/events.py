@@ -58,20 +58,20 @@ def to_tables(rows: Rows, read: ReadJob, run_id: str, attempt: int, started_at: 
         "protocol": read.protocol_name,
         "family_expected": read.model.family,
         "tensor_parallel": 1 if read.engine else None,
-        "peak_host_bytes": _peak_host_bytes(),
         "versions": versions(),
         "started_at": started_at,
         "finished_at": datetime.now(UTC),
         "attempt": attempt,
     }
     row.setdefault("input", read.input)
+    row.setdefault("peak_host_bytes", peak_host_bytes())
     keyed = {name: [key | each for each in (rows[name] if name != "reads" else [row])] for name in rows}
     return {name: to_table(name, each) for name, each in keyed.items()}
 
 
 def failed_read(read: ReadJob, run_id: str, attempt: int, error: str) -> Finished:
     """The row of a read whose process died before it could speak."""
-    rows: Rows = {"reads": [{"status": "failed", "error": error}]}
+    rows: Rows = {"reads": [{"status": "failed", "error": error, "peak_host_bytes": None}]}
     return Finished(read, to_tables(rows, read, run_id, attempt, datetime.now(UTC)))
 
 
@@ -82,6 +82,10 @@ def versions() -> str:
     return json.dumps({"deadbench": metadata.version("deadbench"), "python": platform.python_version(), **found})
 
 
-def _peak_host_bytes() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+def peak_host_bytes() -> int:
+    """Peak resident memory of this process since it started, in bytes."""
+    try:  # getrusage's maximum is not this process's own: a child starts from its parent's
+        return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024

@@ -100,15 +100,15 @@ def write_reads(folder, count, seed=0):
 def peak_bytes(body, location):
     """Peak resident memory of a process that opens the result set and does only `body`."""
     script = f"""
-import resource
 import polars as pl
+from runners.events import peak_host_bytes
 from analysis.results import collected, scan
 from analysis.compare import compare
 from analysis.families import families
 from analysis.leaderboard import leaderboard
 reads = scan({location!r})
 {body}
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(peak_host_bytes())
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     return int(done.stdout)

@@ -107,10 +107,11 @@ def test_beside_the_direct_route(benchmark, route):
 
 
 MEMORY = """
-import resource, sys, torch
+import sys, torch
+from runners.events import peak_host_bytes
 from suite.spectrum import CovarianceFactor
 torch.linalg.svd(torch.randn(64, 64, dtype=torch.float64))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_host_bytes()
 batches = (torch.randn(4096, 768, generator=torch.Generator().manual_seed(k)) for k in range(16))
 if sys.argv[1] == "streamed":
     accumulator = CovarianceFactor(768)
@@ -122,7 +123,7 @@ else:
     stored -= stored.mean(0)
     _, sigma, _ = torch.linalg.svd(stored, full_matrices=False)
     print(float(sigma[-1]) ** 2 / len(stored), end=" ")
-print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+print(peak_host_bytes() - before)
 """
 
 

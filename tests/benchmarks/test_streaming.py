@@ -13,7 +13,8 @@ import pytest
 from tests.conftest import ROOT
 
 ONE_PASS = """
-import json, resource, sys, time, torch, warnings
+import json, sys, time, torch, warnings
+from runners.events import peak_host_bytes
 from runners.forward import make_engine
 from runners.torch_engine import Swept
 from suite.architecture import build_config, build_model, find_final_norm
@@ -21,7 +22,7 @@ from suite.inputs import token_batches
 engine, config = make_engine(sys.argv[1]), build_config(json.loads(sys.argv[2]))
 tiny = build_config(json.loads(sys.argv[2]) | {"num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 1})
 find_final_norm(build_model(tiny))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_host_bytes()
 batches = token_batches("tokens:random", vocab_size=config.vocab_size, num_tokens=2 * config.hidden_size,
                         sequence_length=256, seed=0, tokenizer_folder=None, batch_tokens=256).batches
 started = time.perf_counter()
@@ -30,7 +31,7 @@ norm = model.get_submodule(engine.final_norm(model).path)
 total = sum(float(step[1].output_BTD.double().square().sum())
             for step in engine.passes(model, norm, batches) if not isinstance(step, Swept))
 seconds = time.perf_counter() - started
-print(json.dumps([seconds, 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before), total]))
+print(json.dumps([seconds, peak_host_bytes() - before, total]))
 """
 SMALL = {"hidden_size": 256, "num_hidden_layers": 24, "vocab_size": 1000}
 LARGE = {"hidden_size": 1024, "num_hidden_layers": 16, "vocab_size": 8192}

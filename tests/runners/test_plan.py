@@ -100,9 +100,10 @@ def test_a_cluster_that_is_none(shape):
 
 
 MEASURED = """
-import json, resource, sys, transformers, warnings
+import json, sys, transformers, warnings
 from pathlib import Path
 from runners.jobs import Overrides, build_jobs
+from runners.events import peak_host_bytes
 from runners.plan import place
 from runners.cluster import this_machine
 from runners.worker import Finished, run_model
@@ -114,7 +115,7 @@ path = Path(sys.argv[1])
 (job,) = build_jobs(load_registry(path), path, ["m"], None, ["random"], Overrides(tokens=1100))
 planned = place(job.reads[0], this_machine())
 find_final_norm(build_model(build_config(neox(64, 1, 4, 99)))); torch.linalg.eigh(torch.eye(600, dtype=torch.float64))
-overhead = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+overhead = peak_host_bytes()
 *_, last = run_model(job, "run", 1)
 assert last.row["status"] == "ok", last.row["error"]
 print(json.dumps([planned.engine, planned.peak_host_bytes, overhead, last.row["peak_host_bytes"]]))
