@@ -57,7 +57,6 @@ def to_tables(rows: Rows, read: ReadJob, run_id: str, attempt: int, started_at: 
         "modality": read.model.modality,
         "protocol": read.protocol_name,
         "family_expected": read.model.family,
-        "tensor_parallel": 1 if read.engine else None,
         "peak_host_bytes": _peak_host_bytes(),
         "versions": versions(),
         "started_at": started_at,
@@ -65,6 +64,7 @@ def to_tables(rows: Rows, read: ReadJob, run_id: str, attempt: int, started_at: 
         "attempt": attempt,
     }
     row.setdefault("input", read.input)
+    row.setdefault("tensor_parallel", read.tensor_parallel if read.engine else None)
     keyed = {name: [key | each for each in (rows[name] if name != "reads" else [row])] for name in rows}
     return {name: to_table(name, each) for name, each in keyed.items()}
 

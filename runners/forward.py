@@ -75,6 +75,7 @@ def read_forward(
         "device": engine.device_name(),
         "load_seconds": engine.load_seconds,
         "engine_detail": engine.detail,
+        "tensor_parallel": engine.ranks.size,
     }
     if final.path is None:
         if final.family == "undetermined":
@@ -91,17 +92,21 @@ def read_forward(
         inputs = _make_inputs(read, config, folder, num_tokens, final.rows_per_item, batch_tokens)
         check_count(inputs.num_tokens, final.hidden_size)
         measured = FinalNormRead(module, norm)
-        stream = ResidualRead(final.hidden_size, inputs.num_tokens, dtype_name, str(final.placement), engine.device)
+        stream = ResidualRead(
+            final.hidden_size, inputs.num_tokens, dtype_name, str(final.placement), engine.device, engine.ranks
+        )
         seconds = Seconds()
         try:
             yield from _run_passes(read, engine, model, final, inputs, measured, stream, seconds)
             break
         except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
+            if not _is_out_of_memory(error) or engine.ranks.size > 1:  # the other ranks are in a pass of their own
                 raise
             if batch_tokens < BATCH_TOKENS:
                 raise ValueError(_sizes(engine, model, batch_tokens, final.hidden_size)) from error
         yield Progress(read.label(), "out of memory: again with half the batch", 0, inputs.num_tokens)
+    if engine.ranks.rank > 0:
+        return {"reads": [row]}  # rank 0 has every row and tells
     yield Progress(read.label(), "spectrum", inputs.num_tokens, inputs.num_tokens)
     started = time.perf_counter()
     columns, final_spectrum = measured.finish()
@@ -136,7 +141,9 @@ def _run_passes(
     blocks_path, _ = block_list(model, final.path)
     modules = list(model.get_submodule(blocks_path).children()) if blocks_path else []
     blocks = Blocks(modules, lambda tap, acts, batch: stream.update(tap, acts, batch.mask_ST))
-    per_pass = stream.taps_within(_accumulator_bytes(read, engine.device), final.hidden_size)
+    ranks = engine.ranks
+    budget = min(ranks.gather(_accumulator_bytes(read, engine.device)))
+    per_pass = ranks.size * stream.taps_within(budget, final.hidden_size)
     if engine.tap_by_tap:
         per_pass = sys.maxsize
     first, num_taps = 0, 1
@@ -151,13 +158,14 @@ def _run_passes(
                 yield Progress(read.label(), "blocks", step.num_done, step.num_blocks)
                 continue
             batch, traffic = step
-            if first == 0:
-                measured.update(traffic.input_BTD, traffic.output_BTD, batch.mask_ST)
-            if modules:
-                # A post-LN model's stream leaves its last block through the final norm.
-                last = traffic.output_BTD if final.placement == "post" else traffic.input_BTD
-                stream.update(traffic.num_block_calls, last, batch.mask_ST)
-                num_taps = traffic.num_block_calls + 1
+            with ranks.together():
+                if first == 0 and ranks.rank == 0:
+                    measured.update(traffic.input_BTD, traffic.output_BTD, batch.mask_ST)
+                if modules:
+                    # A post-LN model's stream leaves its last block through the final norm.
+                    last = traffic.output_BTD if final.placement == "post" else traffic.input_BTD
+                    stream.update(traffic.num_block_calls, last, batch.mask_ST)
+                    num_taps = traffic.num_block_calls + 1
             seconds.forward += traffic.seconds
             seconds.spectrum += traffic.tap_seconds + time.perf_counter() - started
             done += _num_rows(batch, traffic.output_BTD)
@@ -189,6 +197,10 @@ def make_engine(name: str | None) -> TorchEngine:
         from runners.streaming_engine import StreamingEngine
 
         return StreamingEngine(pick_device())
+    if torch.distributed.is_initialized():  # this process is one rank of a group
+        from runners.parallel import ParallelEngine
+
+        return ParallelEngine(pick_device())
     return TorchEngine(pick_device())
 
 

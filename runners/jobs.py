@@ -35,6 +35,7 @@ class Overrides:
     engine: str | None = None
     seed: int = 0
     accumulator_gb: float | None = None
+    tensor_parallel: int | None = None
 
     def label(self) -> str:
         """The overrides that change numbers, as they are appended to the protocol's name."""
@@ -61,6 +62,7 @@ class ReadJob:
     base: Path
     error: str | None = None
     accumulator_gb: float | None = None
+    tensor_parallel: int = 1  # devices that share the model; the driver sets it
 
     def key_columns(self) -> dict[str, Any]:
         """The key columns of this read's rows."""
@@ -85,11 +87,24 @@ class ReadJob:
 
 @dataclass(frozen=True)
 class ModelJob:
-    """All reads of one model, for one actor."""
+    """All reads of one model, for one actor, or one actor per rank.
+
+    `tensor_parallel` as asked for; None: `num_gpus`, where there are GPUs.
+    """
 
     model_id: str
     reads: tuple[ReadJob, ...]
     num_gpus: int
+    tensor_parallel: int | None = None
+
+    @property
+    def engine(self) -> str | None:
+        """The engine of the reads that run the model; None where none does."""
+        return next((read.engine for read in self.reads if read.engine), None)
+
+    def over(self, devices: int) -> "ModelJob":
+        """The job with its reads told how many devices share the model."""
+        return replace(self, reads=tuple(replace(read, tensor_parallel=devices) for read in self.reads))
 
     def without(self, done: Iterable[tuple[Any, ...]]) -> "ModelJob":
         """The job less the reads whose identity is in `done`."""
@@ -141,8 +156,26 @@ def build_jobs(
         if overrides.tokens is not None:
             protocol = protocol.model_copy(update={"tokens": overrides.tokens})
         name = protocol_name + overrides.label()
-        jobs.append(_model_job(model, wanted, spec, name, protocol, overrides, registry_path.resolve().parent))
+        base = registry_path.resolve().parent
+        if any(read != "parameters" for read in wanted):
+            _check_degree(model, overrides.tensor_parallel or model.gpus, base)
+        jobs.append(_model_job(model, wanted, spec, name, protocol, overrides, base))
     return jobs
+
+
+def _check_degree(model: Model, degree: int, base: Path) -> None:
+    """Raise JobError where `degree` devices cannot share the heads of `model`; what cannot be opened fails later."""
+    try:
+        names = model.checkpoint_names()
+        config = model.config or (Checkpoint(model.source or "", names[0], base).config() if degree > 1 else {})
+    except CheckpointError:
+        return
+    config = config.get("text_config") or config
+    heads = config.get("num_attention_heads") or config.get("n_head")
+    for count, what in ((heads, "attention heads"), (config.get("num_key_value_heads"), "key/value heads")):
+        if isinstance(count, int) and count % degree:
+            fitting = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0 and (heads or count) % n == 0)
+            raise JobError(f"{model.id}: {degree} devices do not divide its {count} {what}; choose one of {fitting}")
 
 
 def _own_model(source: str, overrides: Overrides) -> Model:
@@ -169,7 +202,7 @@ def _model_job(
     absolute = f"{kind}:{Path(rest).resolve()}" if local_input else spec
     dtype = overrides.dtype or model.dtype
     engine = overrides.engine or ("torch" if model.engine == "auto" else model.engine)
-    jobs = []
+    jobs: list[ReadJob] = []
     for revision in model.checkpoint_names():
         for read in READS:
             if read not in reads or (read == "random" and revision != model.checkpoint_names()[0]):
@@ -200,7 +233,8 @@ def _model_job(
                     accumulator_gb=overrides.accumulator_gb,
                 )
             )
-    return ModelJob(model.id, tuple(jobs), model.gpus)
+    degree = overrides.tensor_parallel
+    return ModelJob(model.id, tuple(jobs), degree or model.gpus, degree)
 
 
 def _fingerprint(model: Model, revision: str | None, read: str, base: Path) -> tuple[str | None, str | None]:

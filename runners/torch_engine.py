@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from suite.architecture import FinalNorm, build_model, find_final_norm
 from suite.inputs import Batch
+from suite.residual import Ranks
 from suite.tensors import CheckpointError
 
 BATCH_TOKENS = 4096  # a forward pass of this size keeps every core busy and a 1 B model's activations below 2 GB
@@ -56,6 +57,7 @@ class TorchEngine:
         device: where the model lives.
         load_seconds: how long the last load took.
         detail: what a row says of how the model was run.
+        ranks: the processes that share the model; this one alone, unless an engine says otherwise.
     """
 
     tap_by_tap: ClassVar[bool] = False
@@ -63,6 +65,7 @@ class TorchEngine:
     device: torch.device
     load_seconds: float = field(default=0.0)
     detail: str = field(default="resident on one device")
+    ranks: Ranks = field(default=Ranks())
 
     def load_random(self, config: Any, seed: int, dtype: torch.dtype) -> nn.Module:
         """transformers' own initialisation: `set_seed(seed)`, `AutoModel.from_config` in float32, cast to `dtype`."""
