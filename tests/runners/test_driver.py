@@ -1,5 +1,6 @@
 """The driver on a real local Ray: what dies becomes failed rows, the others go on, nothing finished is lost."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -76,7 +77,12 @@ def lives(pid):
 
 
 def actor_processes():
-    return [p for p in psutil.process_iter(["cmdline"]) if "ModelActor" in " ".join(p.info["cmdline"] or [])]
+    found = []
+    for process in psutil.Process().children(recursive=True):  # not those of another Ray on this machine
+        with contextlib.suppress(psutil.Error):
+            if "ModelActor" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 def kill_when(out, model, count):
