@@ -130,8 +130,10 @@ def run(
     address: Annotated[str | None, typer.Option(help="Ray to join: local, auto, host:port. [default: local]")] = None,
     out: Annotated[str, typer.Option(metavar="DIR_OR_URI", help="Result set to write or continue.")] = "results",
     resume: Annotated[bool, typer.Option("--resume/--fresh", help="Skip finished reads, or redo them.")] = True,
-    engine: Annotated[str, typer.Option(help="auto, torch or streaming (one block at a time).")] = "auto",
-    tensor_parallel: Annotated[int, typer.Option(min=1, help="Devices that share one model.")] = 1,
+    engine: Annotated[str, typer.Option(help="auto, torch, streaming (one block at a time) or vllm.")] = "auto",
+    tensor_parallel: Annotated[
+        int | None, typer.Option(min=1, help="Devices (without GPUs: processes) that share one model. [default: gpus]")
+    ] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens to read. [default: the protocol's]")] = None,
     input_spec: Annotated[
         str | None,
@@ -162,13 +164,12 @@ def run(
     one_of("--dtype", dtype, Dtype.__args__)  # type: ignore[attr-defined]
     if engine not in ENGINES:
         raise UserError(f"--engine {engine!r} cannot be run by this version; choose {', '.join(ENGINES)}")
-    if tensor_parallel > 1:
-        raise UserError(f"--tensor-parallel {tensor_parallel}: the torch engine runs a model on one device; give 1")
     if tokens is not None and input_spec is not None and input_spec.endswith(".npy"):
         raise UserError("--tokens does nothing with tokens:FILE.npy, which is used exactly as given; leave one out")
     try:
         path = find_registry(registry)
-        overrides = Overrides(tokens, input_spec, dtype, None if engine == "auto" else engine, seed, accumulator_gb)
+        chosen = None if engine == "auto" else engine
+        overrides = Overrides(tokens, input_spec, dtype, chosen, seed, accumulator_gb, tensor_parallel)
         wanted = [part.strip() for part in reads.split(",")] if reads is not None else None
         jobs = build_jobs(load_registry(path), path, models or [], suite, wanted, overrides)
         jobs, remarks = place_jobs(jobs, choose_cluster(None, address))

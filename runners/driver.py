@@ -1,4 +1,4 @@
-"""The driver: one Ray actor a model, its events to the reporter, its tables to the store, everything given back.
+"""The driver: the actors of each model, their events to the reporter, their tables to the store, everything given back.
 
 The driver alone writes. Actors are neither restarted nor detached: what dies becomes failed rows (or, with
 `max_retries`, another attempt at the reads that are left), and the other models go on.
@@ -9,17 +9,17 @@ import signal
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from runners.actors import Capacity, Group, PlacementError, release, start
 from runners.events import Event, Finished, Progress, failed_read
 from runners.jobs import ModelJob
 from runners.progress import Reporter
 from runners.store import ResultStore
-from runners.worker import run_model
 
 _POLL_SECONDS = 0.5
+_BROKEN = "GroupBrokenError"
 _LOCAL_OBJECT_STORE_BYTES = 200 * 2**20  # tables are small; weights never pass through
 
 
@@ -51,16 +51,6 @@ class Summary:
     reads: list[dict[str, Any]] = field(default_factory=list)
 
 
-@dataclass
-class _Running:
-    job: ModelJob
-    actor: Any
-    attempt: int
-    done: list[tuple[Any, ...]] = field(default_factory=list)
-    last_event: float = field(default_factory=time.monotonic)
-    expired: bool = False
-
-
 def new_run_id() -> str:
     """Sortable by time, unique without coordination."""
     return f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{uuid.uuid4().hex[:6]}"
@@ -78,45 +68,67 @@ def execute(jobs: list[ModelJob], store: ResultStore, settings: Settings, report
     summary = Summary(run_id)
     started_here = _connect(settings.address)
     previous = signal.signal(signal.SIGTERM, _interrupt)  # after ray.init, which installs its own
-    running: dict[Any, _Running] = {}
+    running: dict[Any, Group] = {}  # by stream; a group of ranks has several
     try:
-        slots, options = _placement(jobs)
-        queue = deque(sorted(jobs, key=lambda job: (job.num_gpus, _parameters(job)), reverse=True))
+        capacity = Capacity.of_cluster(len(jobs))
+        queue = deque(sorted(jobs, key=lambda job: (capacity.devices(job), _parameters(job)), reverse=True))
         attempts = {job.model_id: 1 for job in jobs}
         while queue or running:
-            while queue and len(running) < slots:
+            taken = sum(group.weight for group in _groups(running))
+            while queue and taken + capacity.weight(queue[0]) <= capacity.slots:
                 job = queue.popleft()
-                actor = _actor_class(options(job)).remote()
-                stream = actor.run.remote(job, run_id, attempts[job.model_id])
-                running[stream] = _Running(job, actor, attempts[job.model_id])
+                group = start(job, capacity, run_id, attempts[job.model_id])
+                running |= dict.fromkeys(group.streams, group)
+                taken += group.weight
             for stream in _ready(ray, running):
-                state = running[stream]
-                death = _take_event(ray, stream, state, store, reporter, summary)
+                if stream not in running:
+                    continue  # its group has ended in this round
+                group = running[stream]
+                death = _take_event(ray, stream, group, store, reporter, summary)
                 if death is None:
                     continue
-                if state.expired:
+                if not death:
+                    del running[stream]
+                    continue
+                broken = death == _BROKEN
+                if group.expired:
                     death = f"no progress for {settings.timeout:g} s (--timeout)"
-                del running[stream]
-                ray.kill(state.actor)
-                reporter.gone(state.job.model_id)
-                left = state.job.without(state.done)
+                _end(group, running, reporter)
+                left = group.job.without(group.done)
                 if not left.reads:
                     continue
-                if state.attempt <= settings.max_retries:
-                    reporter.say(f"{left.model_id}: {death}; attempt {state.attempt + 1}")
+                if broken:
+                    queue.appendleft(left)  # the read that broke the ranks' step is a row; the others want a new group
+                elif group.attempt <= settings.max_retries:
+                    reporter.say(f"{left.model_id}: {death}; attempt {group.attempt + 1}")
                     attempts[left.model_id] += 1
                     queue.append(left)
                 else:
                     for read in left.reads:
-                        _store(failed_read(read, run_id, state.attempt, death), store, reporter, summary)
+                        _store(failed_read(read, run_id, group.attempt, death), store, reporter, summary)
             _expire(ray, running, settings.timeout)
+    except PlacementError as error:
+        raise DriverError(str(error)) from error
     finally:
-        for state in running.values():
-            ray.kill(state.actor)
+        for group in _groups(running):
+            release(group)
         signal.signal(signal.SIGTERM, previous)
         if started_here:
             ray.shutdown()
     return summary
+
+
+def _groups(running: dict[Any, Group]) -> list[Group]:
+    return list({id(group): group for group in running.values()}.values())
+
+
+def _end(group: Group, running: dict[Any, Group], reporter: Reporter) -> None:
+    """Everything of `group` is gone, from the cluster and from `running`."""
+    for stream in group.streams:
+        running.pop(stream, None)
+    for survivor in release(group):
+        reporter.say(f"{group.job.model_id}: {survivor} would not end; its memory is not free")
+    reporter.gone(group.job.model_id)
 
 
 def _connect(address: str | None) -> bool:
@@ -137,60 +149,31 @@ def _connect(address: str | None) -> bool:
     return target == "local"
 
 
-def _placement(jobs: list[ModelJob]) -> tuple[int, Any]:
-    """How many actors may run at once, and the resources each asks for.
-
-    With GPUs an actor owns its own. Without, two actors share the CPUs: while one loads, the other computes.
-    """
-    import ray
-
-    total = ray.cluster_resources()
-    cpus, gpus = int(total.get("CPU", 1)), int(total.get("GPU", 0))
-    if gpus == 0:
-        slots = min(len(jobs), 2, max(1, cpus))
-        return slots, lambda job: {"num_cpus": max(1, cpus // slots)}
-    per_node = [int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]]
-    for job in jobs:
-        if job.num_gpus > max(per_node):
-            raise DriverError(f"{job.model_id}: needs {job.num_gpus} GPUs on one node; the largest has {max(per_node)}")
-    smallest = min(job.num_gpus for job in jobs)
-    return max(1, gpus // smallest), lambda job: {"num_cpus": 1, "num_gpus": job.num_gpus}
-
-
-def _actor_class(options: dict[str, Any]) -> Any:
-    import ray
-
-    class ModelActor:
-        """Owns the resources of one model for as long as its reads take."""
-
-        @ray.method(num_returns="streaming")  # type: ignore[untyped-decorator]
-        def run(self, job: ModelJob, run_id: str, attempt: int) -> Iterator[Event]:
-            yield from run_model(job, run_id, attempt)
-
-    return ray.remote(max_restarts=0, max_task_retries=0, **options)(ModelActor)
-
-
-def _ready(ray: Any, running: dict[Any, _Running]) -> list[Any]:
+def _ready(ray: Any, running: dict[Any, Group]) -> list[Any]:
     """Streams that have an event, or have ended."""
     ready, _ = ray.wait(list(running), num_returns=1, timeout=_POLL_SECONDS, fetch_local=False)
     return list(ready)
 
 
 def _take_event(
-    ray: Any, stream: Any, state: _Running, store: ResultStore, reporter: Reporter, summary: Summary
+    ray: Any, stream: Any, group: Group, store: ResultStore, reporter: Reporter, summary: Summary
 ) -> str | None:
-    """Handle the next event of a stream; returns why the actor has ended, or None while it lives."""
+    """Handle the next event of a stream; returns why its group has ended, "" if only this rank, None while it lives."""
+    first = stream == group.streams[0]
     try:
         event: Event = ray.get(next(stream))
     except StopIteration:
-        return "the actor ended"
+        return "the actor ended" if first else ""
     except ray.exceptions.RayError as error:
-        return _cause(ray, error)
-    state.last_event = time.monotonic()
+        if isinstance(error, ray.exceptions.RayTaskError) and _BROKEN in type(error.cause).__name__:
+            return _BROKEN
+        return group.name(stream) + _cause(ray, error)
+    group.last_event = time.monotonic()
     if isinstance(event, Progress):
-        reporter.progress(state.job.model_id, event)
-    else:
-        state.done.append(event.job.identity())
+        if first:
+            reporter.progress(group.job.model_id, event)
+    elif event.job.identity() not in group.done:
+        group.done.append(event.job.identity())
         _store(event, store, reporter, summary)
     return None
 
@@ -204,12 +187,13 @@ def _store(event: Finished, store: ResultStore, reporter: Reporter, summary: Sum
     reporter.finished(event)
 
 
-def _expire(ray: Any, running: dict[Any, _Running], timeout: float) -> None:
+def _expire(ray: Any, running: dict[Any, Group], timeout: float) -> None:
     """Kill actors that have been silent too long; their streams then end."""
-    for state in running.values():
-        if not state.expired and time.monotonic() - state.last_event > timeout:
-            state.expired = True
-            ray.kill(state.actor)
+    for group in _groups(running):
+        if not group.expired and time.monotonic() - group.last_event > timeout and group.is_placed():
+            group.expired = True
+            for actor in group.actors:
+                ray.kill(actor)
 
 
 def _cause(ray: Any, error: Exception) -> str:

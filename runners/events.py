@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
+from pathlib import Path
 
 import pyarrow as pa
 
@@ -57,7 +58,6 @@ def to_tables(rows: Rows, read: ReadJob, run_id: str, attempt: int, started_at: 
         "modality": read.model.modality,
         "protocol": read.protocol_name,
         "family_expected": read.model.family,
-        "tensor_parallel": 1 if read.engine else None,
         "versions": versions(),
         "started_at": started_at,
         "finished_at": datetime.now(UTC),
@@ -65,6 +65,7 @@ def to_tables(rows: Rows, read: ReadJob, run_id: str, attempt: int, started_at: 
     }
     row.setdefault("input", read.input)
     row.setdefault("peak_host_bytes", peak_host_bytes())
+    row.setdefault("tensor_parallel", read.tensor_parallel if read.engine else None)
     keyed = {name: [key | each for each in (rows[name] if name != "reads" else [row])] for name in rows}
     return {name: to_table(name, each) for name, each in keyed.items()}
 
@@ -85,7 +86,8 @@ def versions() -> str:
 def peak_host_bytes() -> int:
     """Peak resident memory of this process since it started, in bytes."""
     try:  # getrusage's maximum is not this process's own: a child starts from its parent's
-        return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM:"))
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return next(1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:"))
     except (OSError, StopIteration):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024

@@ -61,11 +61,8 @@ def read_forward(
         ValueError: what cannot be read, in one line.
     """
     config = build_config(raw_config)
-    dtype_name = read.dtype
-    if dtype_name == "auto":
-        declared = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
-        dtype_name = (stored_dtype(entries) if entries else None) or declared
-    dtype = getattr(torch, dtype_name)
+    name = dtype_name(read, config, entries)
+    dtype = getattr(torch, name)
     engine = make_engine(read.engine)
     model = engine.load_trained(folder, dtype) if trained and folder else engine.load_random(config, read.seed, dtype)
 
@@ -73,10 +70,11 @@ def read_forward(
     row: Row = architecture_columns(final) | {
         "num_parameters": num_parameters(json.dumps(raw_config, sort_keys=True)),
         "objective": objective(raw_config),
-        "dtype": dtype_name,
+        "dtype": name,
         "device": engine.device_name(),
         "load_seconds": engine.load_seconds,
         "engine_detail": engine.detail,
+        "tensor_parallel": engine.ranks.size,
     }
     if final.path is None:
         if final.family == "undetermined":
@@ -86,32 +84,35 @@ def read_forward(
     module = model.get_submodule(final.path)
     assert final.hidden_size is not None
     norm = live_norm(module, final.behaviour, final.hidden_size)
-    rule = read.protocol.tokens
-    num_tokens = rule if isinstance(rule, int) else int(rule[:-1]) * final.hidden_size
+    num_tokens = wanted_tokens(read, final.hidden_size)
     yield Progress(read.label(), "input", 0, num_tokens)
     for batch_tokens in (BATCH_TOKENS, BATCH_TOKENS // 2):
         inputs = make_inputs(read, config, folder, num_tokens, final.rows_per_item, batch_tokens)
         check_count(inputs.num_tokens, final.hidden_size)
         measured = FinalNormRead(module, norm)
-        stream = ResidualRead(final.hidden_size, inputs.num_tokens, dtype_name, str(final.placement), engine.device)
+        stream = ResidualRead(
+            final.hidden_size, inputs.num_tokens, name, str(final.placement), engine.device, engine.ranks
+        )
         seconds = Seconds()
         try:
             yield from _run_passes(read, engine, model, final, inputs, measured, stream, seconds)
             break
         except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
+            if not _is_out_of_memory(error) or engine.ranks.size > 1:  # the other ranks are in a pass of their own
                 raise
             if batch_tokens < BATCH_TOKENS:
                 raise ValueError(_sizes(engine, model, batch_tokens, final.hidden_size)) from error
         yield Progress(read.label(), "out of memory: again with half the batch", 0, inputs.num_tokens)
+    if engine.ranks.rank > 0:
+        return {"reads": [row]}  # rank 0 has every row and tells
     yield Progress(read.label(), "spectrum", inputs.num_tokens, inputs.num_tokens)
     started = time.perf_counter()
     columns, final_spectrum = measured.finish()
     stream_columns, blocks, spectra = stream.finish()
     seconds.spectrum += time.perf_counter() - started
-    row |= scale_columns(norm, dtype_name) | columns | stream_columns
+    row |= scale_columns(norm, name) | columns | stream_columns
     row |= {
-        "final_norm_tensor": _tensor_name(entries, final),
+        "final_norm_tensor": tensor_name(entries, final),
         "input": inputs.description,
         "num_distinct_inputs": inputs.num_distinct,
         "forward_seconds": seconds.forward,
@@ -138,7 +139,9 @@ def _run_passes(
     blocks_path, _ = block_list(model, final.path)
     modules = list(model.get_submodule(blocks_path).children()) if blocks_path else []
     blocks = Blocks(modules, lambda tap, acts, batch: stream.update(tap, acts, batch.mask_ST))
-    per_pass = stream.taps_within(_accumulator_bytes(read, engine.device), final.hidden_size)
+    ranks = engine.ranks
+    budget = min(ranks.gather(accumulator_bytes(read, engine.device)))
+    per_pass = ranks.size * stream.taps_within(budget, final.hidden_size)
     if engine.tap_by_tap:
         per_pass = sys.maxsize
     first, num_taps = 0, 1
@@ -153,13 +156,14 @@ def _run_passes(
                 yield Progress(read.label(), "blocks", step.num_done, step.num_blocks)
                 continue
             batch, traffic = step
-            if first == 0:
-                measured.update(traffic.input_BTD, traffic.output_BTD, batch.mask_ST)
-            if modules:
-                # A post-LN model's stream leaves its last block through the final norm.
-                last = traffic.output_BTD if final.placement == "post" else traffic.input_BTD
-                stream.update(traffic.num_block_calls, last, batch.mask_ST)
-                num_taps = traffic.num_block_calls + 1
+            with ranks.together():
+                if first == 0 and ranks.rank == 0:
+                    measured.update(traffic.input_BTD, traffic.output_BTD, batch.mask_ST)
+                if modules:
+                    # A post-LN model's stream leaves its last block through the final norm.
+                    last = traffic.output_BTD if final.placement == "post" else traffic.input_BTD
+                    stream.update(traffic.num_block_calls, last, batch.mask_ST)
+                    num_taps = traffic.num_block_calls + 1
             seconds.forward += traffic.seconds
             seconds.spectrum += traffic.tap_seconds + time.perf_counter() - started
             done += _num_rows(batch, traffic.output_BTD)
@@ -177,7 +181,21 @@ def _num_rows(batch: Batch, output: Tensor) -> int:
     return output.numel() // output.shape[-1] if batch.mask_ST is None else int(batch.mask_ST.sum())
 
 
-def _accumulator_bytes(read: ReadJob, device: torch.device) -> float:
+def dtype_name(read: ReadJob, config: Any, entries: dict[str, TensorEntry] | None) -> str:
+    """The dtype of the forward pass: as asked, else that of the stored tensors, else the configuration's."""
+    if read.dtype != "auto":
+        return read.dtype
+    declared = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+    return (stored_dtype(entries) if entries else None) or declared
+
+
+def wanted_tokens(read: ReadJob, hidden_size: int) -> int:
+    """The protocol's tokens for a model of that width."""
+    rule = read.protocol.tokens
+    return rule if isinstance(rule, int) else int(rule[:-1]) * hidden_size
+
+
+def accumulator_bytes(read: ReadJob, device: torch.device) -> float:
     """What the taps of one pass may take, where the model lives: as asked, else a part of what is free."""
     if read.accumulator_gb is not None:
         return read.accumulator_gb * 1e9
@@ -191,6 +209,10 @@ def make_engine(name: str | None) -> TorchEngine:
         from runners.streaming_engine import StreamingEngine
 
         return StreamingEngine(pick_device())
+    if torch.distributed.is_initialized():  # this process is one rank of a group
+        from runners.parallel import ParallelEngine
+
+        return ParallelEngine(pick_device())
     return TorchEngine(pick_device())
 
 
@@ -208,14 +230,9 @@ def _sizes(engine: TorchEngine, model: nn.Module, batch_tokens: int, hidden_size
 
 
 def make_inputs(
-    read: ReadJob,
-    config: Any,
-    folder: Path | None,
-    num_tokens: int,
-    rows_per_item: int,
-    batch_tokens: int = BATCH_TOKENS,
+    read: ReadJob, config: Any, folder: Path | None, num_tokens: int, rows_per_item: int, batch_tokens: int
 ) -> Inputs:
-    """The batches that `read` asks for; `rows_per_item` rows of output come of one picture."""
+    """What the model is fed, in batches of about `batch_tokens`."""
     assert read.input is not None
     if read.model.modality == "image":
         size = config.image_size
@@ -245,7 +262,8 @@ def make_inputs(
     )
 
 
-def _tensor_name(entries: dict[str, TensorEntry] | None, final: FinalNorm) -> str | None:
+def tensor_name(entries: dict[str, TensorEntry] | None, final: FinalNorm) -> str | None:
+    """The name of the final norm's scale in the checkpoint."""
     if entries is None or final.path is None:
         return None
     entry = stored_tensor(entries, final.path, final.behaviour.scale_parameter)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from runners.events import Progress, Reading
 from runners.forward import make_inputs, num_parameters
 from runners.jobs import ReadJob
-from runners.torch_engine import TorchEngine, pick_device
+from runners.torch_engine import BATCH_TOKENS, TorchEngine, pick_device
 from suite.architecture import build_config, find_final_norm, published_class
 from suite.functional import read_head, read_inner, sites
 from suite.inputs import Batch
@@ -50,7 +50,7 @@ def read_functional(read: ReadJob, raw_config: dict[str, Any], folder: Path | No
     rule = read.protocol.tokens
     assert isinstance(rule, int)
     yield Progress(read.label(), "input", 0, rule)
-    inputs = make_inputs(read, config, folder, rule, max(1, rule // _IMAGES))
+    inputs = make_inputs(read, config, folder, rule, max(1, rule // _IMAGES), BATCH_TOKENS)
 
     modules = dict(model.named_modules())
     norms = {path: live_norm(modules[path], behaviour, D) for path, (behaviour, D) in wiring.norms.items()}

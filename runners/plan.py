@@ -105,7 +105,7 @@ def _place(row: Placement, size: ModelSize, need: Needs, read: ReadJob, cluster:
         activation_bytes=int(need.activations),
         gpus=int(on_gpu),
         tensor_parallel=1,
-        engine="torch",
+        engine="vllm" if wanted == "vllm" else "torch",
     )
     if wanted != "streaming" and one_tap <= budget and loadable:
         at_once = _taps_at_once(read, need, budget - need.weights)
@@ -203,10 +203,13 @@ def place_jobs(jobs: list[ModelJob], cluster: Cluster) -> tuple[list[ModelJob], 
     problems: list[str] = []
     placed = []
     for job in jobs:
-        reads = []
+        reads, degree = [], None
         for read in job.reads:
-            if read.engine in ("torch", "streaming") and not read.error and not _surely_fits(read, cluster):
+            shared = (job.tensor_parallel or 1) > 1  # asked for: the actors say what does not fit
+            if read.engine and not read.error and not shared and not _surely_fits(read, cluster):
                 row = place(read, cluster)
+                if row.gpus > 1:
+                    degree = max(degree or 1, row.gpus)
                 if row.problem:
                     problems.append(f"{read.label()}: {row.problem}")
                     read = replace(read, error=row.problem)
@@ -214,7 +217,7 @@ def place_jobs(jobs: list[ModelJob], cluster: Cluster) -> tuple[list[ModelJob], 
                     problems.append(f"{read.label()}: {row.note}")
                     read = replace(read, engine="streaming")
             reads.append(read)
-        placed.append(replace(job, reads=tuple(reads)))
+        placed.append(replace(job, reads=tuple(reads), tensor_parallel=job.tensor_parallel or degree))
     return placed, problems
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from suite.architecture import build_model, build_published, find_final_norm
 from suite.inputs import Batch
+from suite.residual import Ranks
 from suite.resolution import FinalNorm
 from suite.tensors import CheckpointError
 
@@ -57,6 +58,7 @@ class TorchEngine:
         device: where the model lives.
         load_seconds: how long the last load took.
         detail: what a row says of how the model was run.
+        ranks: the processes that share the model; this one alone, unless an engine says otherwise.
     """
 
     tap_by_tap: ClassVar[bool] = False
@@ -64,6 +66,7 @@ class TorchEngine:
     device: torch.device
     load_seconds: float = field(default=0.0)
     detail: str = field(default="resident on one device")
+    ranks: Ranks = field(default=Ranks())
 
     def load_random(self, config: Any, seed: int, dtype: torch.dtype, *, published: bool = False) -> nn.Module:
         """transformers' own initialisation: `set_seed(seed)`, `AutoModel.from_config` in float32, cast to `dtype`.

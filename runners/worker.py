@@ -60,7 +60,6 @@ def _read_parameters(read: ReadJob) -> Reading:
 
 
 def _read_random(read: ReadJob) -> Reading:
-    from runners.forward import read_forward
     from suite.sources import Checkpoint
 
     with ExitStack() as stack:
@@ -73,11 +72,10 @@ def _read_random(read: ReadJob) -> Reading:
                 raise ValueError("text needs a tokenizer and the registry gives no source; use tokens:random")
             checkpoint = Checkpoint(read.model.source, read.model.main_checkpoint(), read.base)
             folder = stack.enter_context(checkpoint.local_copy())
-        return (yield from read_forward(read, config, folder, trained=False))
+        return (yield from _model_reader(read)(read, config, folder, trained=False))
 
 
 def _read_trained(read: ReadJob) -> Reading:
-    from runners.forward import read_forward
     from suite.sources import Checkpoint
     from suite.tensors import read_headers
 
@@ -85,7 +83,18 @@ def _read_trained(read: ReadJob) -> Reading:
     config = checkpoint.config()
     entries = read_headers(checkpoint)  # refuses pickles and broken files before anything is loaded
     with checkpoint.local_copy() as folder:
-        return (yield from read_forward(read, config, folder, trained=True, entries=entries))
+        return (yield from _model_reader(read)(read, config, folder, trained=True, entries=entries))
+
+
+def _model_reader(read: ReadJob) -> Callable[..., Reading]:
+    """The function that runs a model and reads it: of vLLM, or of the torch engines."""
+    if read.engine == "vllm":
+        from runners.vllm_engine import read_vllm
+
+        return read_vllm
+    from runners.forward import read_forward
+
+    return read_forward
 
 
 def _read_functional(read: ReadJob) -> Reading:

@@ -5,7 +5,10 @@ the singular values of the centred stream over sqrt(N) are compared with those o
 hidden size, k dead directions.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -82,15 +85,51 @@ class Tap:
 
 
 @dataclass(frozen=True)
-class _Reading:
-    """What is compared of one tap. The tap stays at hand: its halves are asked for only where the bottom has fallen."""
+class Ranks:
+    """Processes that share one model and all see its whole stream: rank r reads the taps r, r + size, r + 2 size, ….
 
-    tap: Tap
-    spectrum: Spectrum
-    sigma_min: float
+    `gather` gives every rank the list of what each gave. By default a process is alone.
+    """
+
+    rank: int = 0
+    size: int = 1
+    gather: Callable[[Any], list[Any]] = lambda mine: [mine]
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What one rank raises inside, all raise: none is left waiting for another."""
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as raised:
+            if self.size == 1:
+                raise
+            error = raised
+        told = [text for text in self.gather(error and f"{error}") if text is not None]
+        if error:
+            raise error
+        if told:
+            raise ValueError(told[0])
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """What is compared of one tap: small, and it travels between ranks."""
+
+    eigenvalues_D: NDArray[np.float64]
+    bottom_D: NDArray[np.float64]
     floor: float
     dead_kD: NDArray[np.float64]
     rank_limited: bool
+
+    @property
+    def sigma_min(self) -> float:
+        return float(np.sqrt(self.eigenvalues_D[-1]))
+
+    def fell_from(self, before: "_Reading") -> bool:
+        """Whether the bottom is lower than it was, neither being dead: the halves must then say by how much."""
+        comparable = not (before.rank_limited or len(self.dead_kD) or len(before.dead_kD))
+        return comparable and self.sigma_min < before.sigma_min
 
 
 class ResidualRead:
@@ -101,14 +140,24 @@ class ResidualRead:
     """
 
     def __init__(
-        self, hidden_size: int, num_tokens: int, dtype: str, placement: str, device: torch.device | str = "cpu"
+        self,
+        hidden_size: int,
+        num_tokens: int,
+        dtype: str,
+        placement: str,
+        device: torch.device | str = "cpu",
+        ranks: Ranks | None = None,
     ):
-        """Read taps of a model that runs in `dtype` over `num_tokens` tokens; `placement` as in `reads`."""
+        """Read taps of a model that runs in `dtype` over `num_tokens` tokens; `placement` as in `reads`.
+
+        With `ranks`, every rank gives its taps and all end their passes together; each has all the rows then.
+        """
         self.hidden_size, self.num_tokens, self.dtype, self.placement = hidden_size, num_tokens, dtype, placement
-        self.device = device
+        self.device, self.ranks = device, ranks or Ranks()
         self.wanted = range(0)
         self._taps: dict[int, Tap] = {}
-        self._before: _Reading | None = None
+        self._last_tap: dict[int, Tap] = {}  # of the pass before: its halves may yet be asked for
+        self._before: tuple[int, _Reading] | None = None
         self._blocks: list[Row] = []
         self._spectra: list[Row] = []
 
@@ -123,7 +172,7 @@ class ResidualRead:
         Raises:
             ValueError: values that are not finite, or rows of zeros after the first block.
         """
-        if tap not in self.wanted or acts.shape[-1] != self.hidden_size:
+        if tap not in self.wanted or tap % self.ranks.size != self.ranks.rank or acts.shape[-1] != self.hidden_size:
             return
         rows = token_rows(acts, mask)
         if tap:
@@ -142,11 +191,26 @@ class ResidualRead:
 
     def end_pass(self) -> None:
         """Decompose the taps of this pass; their accumulators are given back."""
-        for index in sorted(self._taps):
-            now = self._reading(self._taps.pop(index))
-            self._blocks.append(self._row(index, now, self._before))
-            self._spectra.append({"site": f"tap {index}", "eigenvalues": now.spectrum.eigenvalues_D.tolist()})
-            self._before = now
+        now = self._shared({index: self._reading(tap) for index, tap in self._taps.items()})
+        known = dict([self._before] if self._before else []) | {index: now[index] for index in sorted(now)}
+        pairs = list(zip(known, list(known)[1:], strict=False))
+        asked = {tap for ahead, tap in pairs if known[tap].fell_from(known[ahead])}
+        asked |= {ahead for ahead, tap in pairs if tap in asked}
+        taps = self._last_tap | self._taps
+        halves = self._shared({index: taps[index].halves() for index in asked if index in taps})
+        for index, reading in ((i, known[i]) for i in sorted(now)):
+            before = next((ahead for ahead, tap in pairs if tap == index), None)
+            self._blocks.append(self._row(index, reading, before, known, halves))
+            self._spectra.append({"site": f"tap {index}", "eigenvalues": reading.eigenvalues_D.tolist()})
+        if now:
+            last = max(now)
+            self._before = last, now[last]
+            self._last_tap = {last: self._taps[last]} if last in self._taps else {}
+        self._taps = {}
+
+    def _shared(self, mine: dict[int, Any]) -> dict[int, Any]:
+        """What all ranks have, by tap."""
+        return {index: value for part in self.ranks.gather(mine) for index, value in part.items()}
 
     def finish(self) -> tuple[Row, list[Row], list[Row]]:
         """(columns of `reads`, rows of `blocks`, rows of `spectra`)."""
@@ -168,23 +232,31 @@ class ResidualRead:
         resolution = float(np.sqrt(spectrum.resolution))  # what the accumulator itself can tell from zero
         dead_D = sigma_D <= np.maximum(_FLOORS[self.dtype] * floors_D, resolution)
         return _Reading(
-            tap,
-            spectrum,
-            float(sigma_D[-1]),
+            spectrum.eigenvalues_D,
+            spectrum.eigenvectors_DD[-1].copy(),
             max(float(floors_D[-1]), resolution),
             spectrum.eigenvectors_DD[dead_D],
             tap.num_distinct() < MIN_DISTINCT * self.hidden_size,
         )
 
-    def _row(self, index: int, now: _Reading, before: _Reading | None) -> Row:
-        sigma_D = np.sqrt(now.spectrum.eigenvalues_D)
-        weights_D = now.spectrum.eigenvectors_DD[-1] ** 2
+    def _row(
+        self,
+        index: int,
+        now: _Reading,
+        ahead: int | None,
+        known: dict[int, _Reading],
+        halves: dict[int, tuple[float, float]],
+    ) -> Row:
+        sigma_D = np.sqrt(now.eigenvalues_D)
+        weights_D = now.bottom_D**2
         order = np.argsort(-weights_D)
         needed = int(np.searchsorted(np.cumsum(weights_D[order]), _BOTTOM_MASS)) + 1
         largest = order[: min(needed, _BOTTOM_COORDINATES)]
-        comparable = before is not None and not before.rank_limited
-        ratio = now.sigma_min / before.sigma_min if before is not None and comparable and before.sigma_min > 0 else None
-        state = self._state(now, before) if before is not None and comparable else None
+        before = None if ahead is None or known[ahead].rank_limited else known[ahead]
+        ratio = now.sigma_min / before.sigma_min if before is not None and before.sigma_min > 0 else None
+        state = None
+        if before is not None and ahead is not None:
+            state = self._state(now, before, halves.get(index), halves.get(ahead))
         return {
             "block": index,
             "sigma_min": now.sigma_min,
@@ -198,20 +270,28 @@ class ResidualRead:
             "bottom_coordinates": largest.tolist(),
             "bottom_weights": weights_D[largest].tolist(),
             "participation": float(1 / np.sum(weights_D**2)),
-            "bottom_direction": now.spectrum.eigenvectors_DD[-1].tolist() if state == "collapsed" else None,
+            "bottom_direction": now.bottom_D.tolist() if state == "collapsed" else None,
         }
 
-    def _state(self, now: _Reading, before: _Reading) -> str:
+    def _state(
+        self,
+        now: _Reading,
+        before: _Reading,
+        halves_now: tuple[float, float] | None,
+        halves_before: tuple[float, float] | None,
+    ) -> str:
         """preserved, collapsed, preserved-dead or revived, from one tap to the next."""
         if len(now.dead_kD):
             # In a post-LN model every tap is a norm's output and carries that norm's own kernel.
             return "preserved-dead" if self.placement == "post" or _same_dead(now, before) else "collapsed"
         if len(before.dead_kD):
             return "revived"
-        if now.sigma_min >= before.sigma_min:
+        if not now.fell_from(before):
             return "preserved"
-        pairs = zip(now.tap.halves(), before.tap.halves(), strict=True)
-        return "collapsed" if all(after < COLLAPSE_RATIO * ahead for after, ahead in pairs) else "preserved"
+        assert halves_now is not None
+        assert halves_before is not None
+        pairs = zip(halves_now, halves_before, strict=True)
+        return "collapsed" if all(after < COLLAPSE_RATIO * earlier for after, earlier in pairs) else "preserved"
 
 
 def _same_dead(now: _Reading, before: _Reading) -> bool:

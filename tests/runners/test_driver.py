@@ -1,5 +1,6 @@
 """The driver on a real local Ray: what dies becomes failed rows, the others go on, nothing finished is lost."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -9,7 +10,7 @@ import polars as pl
 import psutil
 import pytest
 
-from runners import driver
+from runners import actors, driver
 from runners.driver import DriverError, Settings, execute
 from runners.jobs import Overrides, build_jobs
 from runners.progress import Reporter
@@ -51,8 +52,37 @@ def rows(out):
     return pl.scan_parquet(out / "reads" / "*.parquet").collect()
 
 
+def acting(body):
+    """An actor class whose runs are `body(job)` and no event."""
+
+    def make(options):
+        import ray
+
+        class ModelActor:
+            def __init__(self, token):
+                os.environ[actors.MARK] = token
+
+            @ray.method(num_returns="streaming")
+            def run(self, job, run_id, attempt, place, meeting):
+                body(job)
+                yield from ()
+
+        return ray.remote(max_restarts=0, max_task_retries=0, **options)(ModelActor)
+
+    return make
+
+
+def lives(pid):
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
 def actor_processes():
-    return [p for p in psutil.process_iter(["cmdline"]) if "ModelActor" in " ".join(p.info["cmdline"] or [])]
+    found = []
+    for process in psutil.Process().children(recursive=True):  # not those of another Ray on this machine
+        with contextlib.suppress(psutil.Error):
+            if "ModelActor" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 def kill_when(out, model, count):
@@ -127,19 +157,7 @@ def test_a_broken_model_fails_and_the_others_go_on(ray_session, registry, tmp_pa
 
 
 def test_a_silent_actor_is_given_up(ray_session, registry, tmp_path, monkeypatch):
-    def hang(self, job, run_id, attempt):
-        time.sleep(600)
-        yield
-
-    def hanging(options):
-        import ray
-
-        class ModelActor:
-            run = ray.method(num_returns="streaming")(hang)
-
-        return ray.remote(max_restarts=0, max_task_retries=0, **options)(ModelActor)
-
-    monkeypatch.setattr(driver, "_actor_class", hanging)
+    monkeypatch.setattr(actors, "actor_class", acting(lambda job: time.sleep(600)))
     summary = run(registry, tmp_path / "out", ["b"], settings=Settings(timeout=2))
     assert (summary.ok, summary.failed) == (0, 3)
     assert set(rows(tmp_path / "out")["error"]) == {"no progress for 2 s (--timeout)"}
@@ -151,6 +169,30 @@ def test_actors_are_gone_afterwards(ray_session, registry, tmp_path):
     while actor_processes() and time.monotonic() < deadline:
         time.sleep(0.1)
     assert actor_processes() == []
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_what_an_actor_started_is_gone_before_the_next_model(ray_session, registry, tmp_path, monkeypatch, failing):
+    """A child in a session of its own, which outlives the kill of its parent."""
+    pids = tmp_path / "pids"
+    pids.mkdir()
+
+    def body(job):
+        import subprocess
+
+        alive = [p.name for p in pids.iterdir() if lives(int(p.name))]
+        (tmp_path / f"{job.model_id}.alive").write_text(str(alive))
+        child = subprocess.Popen(["sleep", "600"], start_new_session=True)
+        (pids / str(child.pid)).touch()
+        if failing:
+            os._exit(1)
+
+    monkeypatch.setattr(actors, "actor_class", acting(body))
+    monkeypatch.setattr(actors, "_CPU_SLOTS", 1)
+    run(registry, tmp_path / "out", ["b", "c"])
+    assert [(tmp_path / f"{model}.alive").read_text() for model in "bc"] == ["[]", "[]"]
+    assert len(list(pids.iterdir())) == 2
+    assert not any(lives(int(p.name)) for p in pids.iterdir())
 
 
 def test_an_interrupt_stops_the_actors_and_keeps_what_finished(ray_session, registry, tmp_path, monkeypatch):
