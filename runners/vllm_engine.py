@@ -7,6 +7,7 @@ import contextlib
 import gc
 import json
 import os
+import pickle
 import tempfile
 import time
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from runners.events import Progress, Reading
 from runners.forward import accumulator_bytes, dtype_name, make_inputs, num_parameters, tensor_name, wanted_tokens
 from runners.jobs import INSTALL_VLLM, ReadJob, vllm_is_installed
 from runners.torch_engine import BATCH_TOKENS, pick_device
-from suite.architecture import build_config, locate_final_norm
+from suite.architecture import build_config, build_model, locate_final_norm
 from suite.inputs import Inputs, check_count
 from suite.parameters import architecture_columns
 from suite.residual import ResidualRead
@@ -61,6 +62,8 @@ def read_vllm(
     final = locate_final_norm(config)
     if final.path is None or final.hidden_size is None:
         raise ValueError(f"the final norm cannot be determined: {final.reason}; give --engine torch")
+    module = build_model(config, "meta").get_submodule(final.path).to_empty(device="cpu")
+    sought = pickle.dumps((final, module))
     raw_config = raw_config | {"architectures": [_architecture(raw_config)]}
     num_tokens = wanted_tokens(read, final.hidden_size)
     yield Progress(read.label(), "input", 0, num_tokens)
@@ -73,7 +76,7 @@ def read_vllm(
     started = time.perf_counter()
     with _loaded(read, raw_config, folder if trained else None, dtype, max(map(len, prompts))) as llm:
         load_seconds = time.perf_counter() - started
-        llm.collective_rpc("deadbench_begin", args=(json.dumps(raw_config), inputs.num_tokens, dtype))
+        llm.collective_rpc("deadbench_begin", args=(sought, inputs.num_tokens, dtype))
         _run(llm, prompts[:1])
         device = pick_device()
         budget = accumulator_bytes(read, device) / (1 if device.type == "cuda" else read.tensor_parallel)

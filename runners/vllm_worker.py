@@ -5,6 +5,7 @@ of `StreamReader` join vLLM's own worker class, so their names carry a prefix.
 """
 
 import json
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,11 @@ from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from runners.deferred_init import deferred_model
-from suite.architecture import block_list, build_config, build_model, locate_final_norm
+from suite.architecture import block_list, build_config
 from suite.final_norm import FinalNormRead
 from suite.parameters import scale_columns
 from suite.residual import Ranks, ResidualRead
-from suite.resolution import EffectiveNorm, effective_norm
+from suite.resolution import EffectiveNorm, FinalNorm, effective_norm
 from suite.schema import Row, to_table
 
 RANDOM_FORMAT = "deadbench_random"
@@ -34,9 +35,14 @@ class StreamReader:
 
     model_runner: Any
 
-    def deadbench_begin(self, raw_config: str, num_tokens: int, dtype: str) -> None:
-        """Hook the model; the pass that follows is a probe, in which the final norm and the blocks are found."""
-        self._reading = _Reading(self.model_runner.get_model(), json.loads(raw_config), num_tokens, dtype)
+    def deadbench_begin(self, sought: bytes, num_tokens: int, dtype: str) -> None:
+        """Hook the model; the pass that follows is a probe, in which the final norm and the blocks are found.
+
+        `sought` is the final norm and its module as transformers builds it, pickled by the parent process: here vLLM
+        has put its own layers into transformers' classes.
+        """
+        final, replay = pickle.loads(sought)
+        self._reading = _Reading(self.model_runner.get_model(), final, replay, num_tokens, dtype)
 
     def deadbench_pass(self, first: int, count: int) -> None:
         """The taps `first` to `first + count - 1` are read in the pass that follows; the final norm in the first."""
@@ -54,12 +60,11 @@ class StreamReader:
 class _Reading:
     """One read, in one worker."""
 
-    def __init__(self, model: nn.Module, raw_config: dict[str, Any], num_tokens: int, dtype: str):
+    def __init__(self, model: nn.Module, final: FinalNorm, replay: nn.Module, num_tokens: int, dtype: str):
         group = get_tp_group()
         self.model, self.num_tokens, self.dtype = model, num_tokens, dtype
         self.ranks = Ranks(group.rank_in_group, group.world_size, lambda mine: _gather(group, mine))
-        self.config = build_config(raw_config)
-        self.final = locate_final_norm(self.config)
+        self.final, self.replay = final, replay
         assert self.final.hidden_size is not None
         self.stream = ResidualRead(
             self.final.hidden_size, num_tokens, dtype, str(self.final.placement), _device(model), self.ranks
@@ -202,8 +207,7 @@ class _Reading:
     def _formula(self, module: nn.Module) -> tuple[EffectiveNorm, nn.Module]:
         """The norm as a formula, and transformers' own module, both with vLLM's parameters."""
         behaviour, D = self.final.behaviour, self.stream.hidden_size
-        replay = build_model(self.config, "meta").get_submodule(str(self.final.path)).to_empty(device="cpu")
-        values = {}
+        replay, values = self.replay, {}
         for name in (behaviour.scale_parameter, behaviour.shift_parameter):
             if name is not None:
                 value = getattr(module, name).detach().cpu().reshape(D).double()

@@ -1,0 +1,186 @@
+"""The vLLM engine on real vLLM: the rows of the torch engine, over architectures, and with two ranks."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import polars as pl
+import pytest
+from polars.testing import assert_frame_equal
+
+from tests.conftest import ROOT, TINY_NEOX, save_tiny
+from tests.runners.test_parallel import table
+
+HAS_VLLM = importlib.util.find_spec("vllm") is not None
+needs_vllm = pytest.mark.skipif(not HAS_VLLM, reason="vLLM is not installed: make vllm")
+
+_BASE = {
+    "vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128,
+    "max_position_embeddings": 256,
+}  # fmt: skip
+_WITH_KV = _BASE | {"num_key_value_heads": 2}
+# Native and by vLLM's transformers backend; a stream of h and of h + r; scale and 1 + scale; pre- and parallel blocks.
+ARCHITECTURES = {
+    "llama": _WITH_KV | {"architectures": ["LlamaForCausalLM"]},
+    "qwen2": _WITH_KV | {"architectures": ["Qwen2ForCausalLM"]},
+    "gemma2": _WITH_KV
+    | {"architectures": ["Gemma2ForCausalLM"], "head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 256},
+    "gpt2": {"architectures": ["GPT2LMHeadModel"], "vocab_size": 128, "n_embd": 64, "n_layer": 2, "n_head": 2,
+             "n_positions": 256},
+    "opt": _BASE | {"architectures": ["OPTForCausalLM"], "ffn_dim": 128, "word_embed_proj_dim": 64},
+    "stablelm": _WITH_KV | {"architectures": ["StableLmForCausalLM"]},
+    "falcon": _BASE
+    | {"architectures": ["FalconForCausalLM"], "alibi": False, "new_decoder_architecture": False, "multi_query": False,
+       "parallel_attn": True, "bias": False},
+    "cohere": _WITH_KV | {"architectures": ["CohereForCausalLM"]},
+    "nemotron": _WITH_KV | {"architectures": ["NemotronForCausalLM"]},
+    "gpt_neox": _BASE | {"architectures": ["GPTNeoXForCausalLM"]},
+}  # fmt: skip
+RANDOM = ("llama", "gpt2", "nemotron")
+
+# One process, so that vLLM starts once: its workers run in it. All torch reads come first, as vLLM's transformers
+# backend puts layers of its own into transformers' classes.
+READ_ALL = """
+import sys
+from pathlib import Path
+from runners.events import Finished
+from runners.jobs import Overrides, build_jobs
+from runners.store import ResultStore
+from runners.worker import run_model
+from suite.registry import load_registry
+registry, out = Path(sys.argv[1]), Path(sys.argv[2])
+for engine in ("torch", "vllm"):
+    store = ResultStore(str(out / engine))
+    jobs = build_jobs(load_registry(registry), registry, [], "all", None, Overrides(engine=engine))
+    randoms = build_jobs(load_registry(registry), registry, [], "some", None, Overrides(engine=engine))
+    for job in (*randoms, *jobs):
+        for event in run_model(job, "run", 1):
+            if isinstance(event, Finished):
+                store.write(event.tables)
+"""
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vllm")
+    models = []
+    for name, config in ARCHITECTURES.items():
+        save_tiny(folder / name, config | {"model_type": name})
+        models.append({"id": name, "source": name, "input": "tokens:random", "dtype": "float32"})
+    suites = {
+        "all": {"protocol": "few", "models": list(ARCHITECTURES), "reads": ["trained"]},
+        "some": {"protocol": "few", "models": list(RANDOM), "reads": ["random"]},
+    }
+    (folder / "models.yaml").write_text(
+        json.dumps({"protocols": {"standard": {}, "few": {"tokens": "8D"}}, "suites": suites, "models": models})
+    )
+    return folder / "models.yaml"
+
+
+def plain_environment(**more):
+    return os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"} | more
+
+
+@pytest.fixture(scope="module")
+def parity(registry, tmp_path_factory):
+    out = tmp_path_factory.mktemp("parity")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", READ_ALL, str(registry), str(out)],
+        env=plain_environment(VLLM_ENABLE_V1_MULTIPROCESSING="0"), cwd=ROOT,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out / "torch", out / "vllm"
+
+
+def assert_same(torch_rows, vllm_rows):
+    """Rows of two engines: equal to float32 rounding, and where rounding is all there is, equally deep."""
+    assert vllm_rows["error"].drop_nulls().to_list() == []
+    names = ["model", "read", "family", "num_tokens", "num_distinct_inputs", "kernel_exact", "protocol_hash"]
+    assert_frame_equal(torch_rows.select(names), vllm_rows.select(names))
+    exact = ["lambda_mean", "lambda_max", "lambda_second", "lambda_control", "worst_block_ratio", "scale_harmonic"]
+    assert_frame_equal(torch_rows.select(exact), vllm_rows.select(exact), rel_tol=1e-4)
+    assert_frame_equal(torch_rows.select("alignment"), vllm_rows.select("alignment"), abs_tol=1e-4)
+    depths = torch_rows.select("depth", "depth_exact", "depth_as_executed") - vllm_rows.select(
+        "depth", "depth_exact", "depth_as_executed"
+    )
+    assert depths.select(pl.all().abs().max()).row(0) < (0.4, 0.4, 0.4)
+    rms = (torch_rows["family"] == "rmsnorm").to_list()
+    assert depths.filter(rms).select(pl.all().abs().max()).row(0) < (1e-3, 1e-3, 1e-3)
+
+
+@needs_vllm
+def test_parity_with_the_torch_engine(parity):
+    torch_rows, vllm_rows = (table(out, "reads") for out in parity)
+    assert len(vllm_rows) == len(ARCHITECTURES) + len(RANDOM)
+    assert_same(torch_rows, vllm_rows)
+    assert set(vllm_rows["engine"]) == {"vllm"}
+    detail = dict(zip(vllm_rows["model"], vllm_rows["engine_detail"], strict=True))
+    assert "LlamaForCausalLM; hooked model.norm (RMSNorm) and 2 blocks, stream h + r" in detail["llama"]
+    assert "replayed by transformers' LlamaRMSNorm" in detail["llama"]
+    assert "TransformersForCausalLM" in detail["gpt_neox"]
+
+
+@needs_vllm
+def test_every_block_is_that_of_the_torch_engine(parity):
+    torch_rows, vllm_rows = (table(out, "blocks") for out in parity)
+    names = ["model", "read", "block", "state", "rank_limited", "preserved"]
+    assert_frame_equal(torch_rows.select(names), vllm_rows.select(names))
+    sigmas = ["sigma_min", "sigma_max"]
+    assert_frame_equal(torch_rows.select(sigmas), vllm_rows.select(sigmas), rel_tol=1e-4)
+
+
+@needs_vllm
+@pytest.mark.ray
+def test_two_ranks_through_the_command_line(registry, parity, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "runners", "run", "llama", "--registry", str(registry), "--suite", "all", "--engine",
+         "vllm", "--tensor-parallel", "2", "--out", str(tmp_path)],
+        env=plain_environment(), cwd=ROOT, capture_output=True, text=True, timeout=400, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = table(tmp_path, "reads")
+    assert_same(table(parity[0], "reads").filter(model="llama", read="trained"), rows)
+    assert rows["tensor_parallel"].to_list() == [2]
+
+
+@needs_vllm
+def test_what_vllm_cannot_do_is_a_failed_row_that_says_what_can(tmp_path):
+    save_tiny(tmp_path / "albert", TINY_NEOX | {"model_type": "albert", "architectures": ["AlbertModel"]})
+    model = {"id": "albert", "source": "albert", "input": "tokens:random"}
+    suite = {"protocol": "standard", "models": ["albert"], "reads": ["trained"]}
+    content = {"protocols": {"standard": {}}, "suites": {"all": suite, "some": suite}, "models": [model]}
+    (tmp_path / "models.yaml").write_text(json.dumps(content))
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", READ_ALL, str(tmp_path / "models.yaml"), str(tmp_path / "out")],
+        env=plain_environment(), cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert set(table(tmp_path / "out" / "torch", "reads")["status"]) == {"ok"}
+    rows = table(tmp_path / "out" / "vllm", "reads")
+    assert set(rows["status"]) == {"failed"}
+    assert all("'albert' is none; give --engine torch" in error for error in rows["error"])
+
+
+@pytest.mark.skipif(HAS_VLLM, reason="vLLM is installed")
+def test_without_vllm_the_command_says_how_to_install_it(deadbench):
+    code, out, err = deadbench("run", "gpt2", "--engine", "vllm")
+    assert (code, out) == (2, "")
+    assert "pip install 'deadbench[vllm]' (CUDA)" in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.skipif(HAS_VLLM, reason="vLLM is installed")
+def test_the_registrys_wish_for_vllm_falls_back_to_torch(tmp_path):
+    from runners.jobs import Overrides, build_jobs
+    from suite.registry import load_registry
+
+    save_tiny(tmp_path / "m")
+    model = {"id": "m", "source": "m", "engine": "vllm", "input": "tokens:random"}
+    (tmp_path / "models.yaml").write_text(json.dumps({"protocols": {"standard": {}}, "suites": {}, "models": [model]}))
+    (job,) = build_jobs(
+        load_registry(tmp_path / "models.yaml"), tmp_path / "models.yaml", ["m"], None, None, Overrides()
+    )
+    assert {read.engine for read in job.reads} == {None, "torch"}
