@@ -7,7 +7,7 @@ memory; the taps that are left are read in further passes over the same tokens.
 import json
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from runners.events import Progress, Reading
 from runners.jobs import ReadJob
 from runners.torch_engine import BATCH_TOKENS, Blocks, Swept, TorchEngine, pick_device
-from suite.architecture import block_list, build_config, count_parameters, objective
+from suite.architecture import block_list, build_config, count_parameters, find_final_norm, objective
+from suite.feed import feed, part_of
 from suite.final_norm import FinalNormRead
-from suite.inputs import Batch, Inputs, check_count, image_batches, token_batches
+from suite.inputs import Batch, Inputs, check_count
 from suite.norms import live_norm
 from suite.parameters import architecture_columns, scale_columns, stored_tensor
 from suite.residual import TAP_BYTES, ResidualRead
@@ -66,8 +67,8 @@ def read_forward(
     engine = make_engine(read.engine)
     model = engine.load_trained(folder, dtype) if trained and folder else engine.load_random(config, read.seed, dtype)
 
-    final = engine.final_norm(model)
-    row: Row = architecture_columns(final) | {
+    path, model, final = _part(engine, model, read)
+    row: Row = architecture_columns(below(path, final)) | {
         "num_parameters": num_parameters(json.dumps(raw_config, sort_keys=True)),
         "objective": objective(raw_config),
         "dtype": name,
@@ -87,7 +88,7 @@ def read_forward(
     num_tokens = wanted_tokens(read, final.hidden_size)
     yield Progress(read.label(), "input", 0, num_tokens)
     for batch_tokens in (BATCH_TOKENS, BATCH_TOKENS // 2):
-        inputs = make_inputs(read, config, folder, num_tokens, final.rows_per_item, batch_tokens)
+        inputs = make_inputs(read, engine.runnable(model), folder, num_tokens, batch_tokens)
         check_count(inputs.num_tokens, final.hidden_size)
         measured = FinalNormRead(module, norm)
         stream = ResidualRead(
@@ -112,7 +113,7 @@ def read_forward(
     seconds.spectrum += time.perf_counter() - started
     row |= scale_columns(norm, name) | columns | stream_columns
     row |= {
-        "final_norm_tensor": tensor_name(entries, final),
+        "final_norm_tensor": tensor_name(entries, below(path, final)),
         "input": inputs.description,
         "num_distinct_inputs": inputs.num_distinct,
         "forward_seconds": seconds.forward,
@@ -230,36 +231,40 @@ def _sizes(engine: TorchEngine, model: nn.Module, batch_tokens: int, hidden_size
 
 
 def make_inputs(
-    read: ReadJob, config: Any, folder: Path | None, num_tokens: int, rows_per_item: int, batch_tokens: int
+    read: ReadJob, part: nn.Module, folder: Path | None, num_tokens: int, batch_tokens: int, least_items: int = 1
 ) -> Inputs:
-    """What the model is fed, in batches of about `batch_tokens`."""
+    """What the part of the model that is read is fed, in batches of about `batch_tokens`."""
     assert read.input is not None
-    if read.model.modality == "image":
-        size = config.image_size
-        patch = getattr(config, "patch_size", None)
-        return image_batches(
-            read.input,
-            image_size=(size, size) if isinstance(size, int) else tuple(size),
-            patch_size=patch if isinstance(patch, int) else None,
-            num_images=-(-num_tokens // rows_per_item),
-            rows_per_image=rows_per_item,
-            seed=read.seed,
-            processor_folder=folder,
-            batch_images=max(1, batch_tokens // rows_per_item),
-        )
-    text_config = config.get_text_config()
-    longest = getattr(text_config, "max_position_embeddings", None)
-    length = read.protocol.sequence_length
-    return token_batches(
+    return feed(
+        part,
         read.input,
-        vocab_size=text_config.vocab_size,
+        modality=read.model.modality,
         num_tokens=num_tokens,
-        sequence_length=min(length, longest) if isinstance(longest, int) and longest > 0 else length,
+        sequence_length=read.protocol.sequence_length,
         seed=read.seed,
-        tokenizer_folder=folder,
+        folder=folder,
         batch_tokens=batch_tokens,
-        padding_id=getattr(text_config, "pad_token_id", None),
+        least_items=least_items,
     )
+
+
+def _part(engine: TorchEngine, whole: nn.Module, read: ReadJob) -> tuple[str, nn.Module, FinalNorm]:
+    """The part of the model that is read, its path, and its final norm.
+
+    Raises:
+        ValueError: an engine that runs whole models only.
+    """
+    path, part = part_of(whole, read.model.modality, read.model.stack)
+    if not path:
+        return path, part, engine.final_norm(part)
+    if type(engine) is not TorchEngine:
+        raise ValueError(f"of {type(whole).__name__} only {path} is read; give --engine torch and --tensor-parallel 1")
+    return path, part, find_final_norm(part)
+
+
+def below(path: str, final: FinalNorm) -> FinalNorm:
+    """`final`, found in the part at `path`, as the whole model calls it."""
+    return final if final.path is None or not path else replace(final, path=f"{path}.{final.path}")
 
 
 def tensor_name(entries: dict[str, TensorEntry] | None, final: FinalNorm) -> str | None:

@@ -50,7 +50,7 @@ def read_functional(read: ReadJob, raw_config: dict[str, Any], folder: Path | No
     rule = read.protocol.tokens
     assert isinstance(rule, int)
     yield Progress(read.label(), "input", 0, rule)
-    inputs = make_inputs(read, config, folder, rule, max(1, rule // _IMAGES), BATCH_TOKENS)
+    inputs = make_inputs(read, model, folder, rule, BATCH_TOKENS, _IMAGES)
 
     modules = dict(model.named_modules())
     norms = {path: live_norm(modules[path], behaviour, D) for path, (behaviour, D) in wiring.norms.items()}

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from suite.functional import NUM_TOKENS
-from suite.inputs import InputError, check_spec, content_hash
+from suite.inputs import check_spec, content_hash
 from suite.registry import DEFAULT_READS, READS, CheckpointPattern, Model, Protocol, Registry, SuiteEntry
 from suite.schema import KEY, READ_VERSION
+from suite.signals import InputError
 from suite.sources import Checkpoint, checkpoint_step, list_revisions
 from suite.tensors import CheckpointError
 
-DEFAULT_INPUT = {"text": "text", "image": "image", "audio": "audio"}
+DEFAULT_INPUT = {"text": "text", "image": "image", "audio": "audio:noise"}
 ENGINES = ("auto", "torch", "vllm", "streaming")  # what this version can run
 
 

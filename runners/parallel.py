@@ -24,7 +24,7 @@ from runners.events import Event, Progress
 from runners.jobs import ModelJob, ReadJob
 from runners.torch_engine import Blocks, ForwardPass, Swept, TorchEngine
 from runners.worker import run_model
-from suite.architecture import build_config, locate_final_norm
+from suite.architecture import build_config, build_model, locate_final_norm
 from suite.dummy_inputs import minimal_inputs
 from suite.inputs import Batch
 from suite.residual import Ranks, check_rows
@@ -158,6 +158,11 @@ class ParallelEngine(TorchEngine):
         """The final norm of the model, found without its weights."""
         assert self._final is not None
         return self._final
+
+    def runnable(self, model: nn.Module) -> nn.Module:
+        """A model without values: its forward pass moves no weights and needs no other rank."""
+        config: Any = model.config
+        return build_model(config, "meta")
 
     def passes(
         self, model: nn.Module, norm: nn.Module, batches: list[Batch], blocks: Blocks | None = None

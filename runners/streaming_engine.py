@@ -99,6 +99,11 @@ class StreamingEngine(TorchEngine):
         assert self._final is not None
         return self._final
 
+    def runnable(self, model: nn.Module) -> nn.Module:
+        """A model without values: its forward pass moves no weights and needs no other rank."""
+        config: Any = model.config
+        return build_model(config, "meta")
+
     def passes(
         self, model: nn.Module, norm: nn.Module, batches: list[Batch], blocks: Blocks | None = None
     ) -> Iterator[tuple[Batch, ForwardPass] | Swept]:

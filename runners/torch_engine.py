@@ -4,6 +4,7 @@ Shapes: B sequences or images, T positions, D hidden size.
 """
 
 import contextlib
+import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -129,6 +130,10 @@ class TorchEngine:
         """The final norm of a loaded model."""
         return find_final_norm(model)
 
+    def runnable(self, model: nn.Module) -> nn.Module:
+        """What small inputs are tried on: the model, or where that is in pieces, its like on the meta device."""
+        return model
+
     def passes(
         self, model: nn.Module, norm: nn.Module, batches: list[Batch], blocks: Blocks | None = None
     ) -> Iterator[tuple[Batch, ForwardPass] | Swept]:
@@ -201,11 +206,8 @@ class TorchEngine:
         moved: dict[str, Any] = {
             name: t.to(self.device, dtype if t.is_floating_point() else None) for name, t in inputs.items()
         }
-        config: Any = model.config
-        if "input_ids" in moved:
+        if "use_cache" in inspect.signature(model.forward).parameters:
             moved["use_cache"] = False
-            if getattr(config, "is_encoder_decoder", False):
-                moved["decoder_input_ids"] = moved["input_ids"]
         return moved
 
 

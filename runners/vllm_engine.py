@@ -4,6 +4,7 @@ vLLM is imported only here and in the workers, and only when a read asks for it.
 """
 
 import contextlib
+import copy
 import gc
 import json
 import os
@@ -62,12 +63,13 @@ def read_vllm(
     final = locate_final_norm(config)
     if final.path is None or final.hidden_size is None:
         raise ValueError(f"the final norm cannot be determined: {final.reason}; give --engine torch")
-    module = build_model(config, "meta").get_submodule(final.path).to_empty(device="cpu")
+    whole = build_model(config, "meta")
+    module = copy.deepcopy(whole.get_submodule(final.path)).to_empty(device="cpu")
     sought = pickle.dumps((final, module))
     raw_config = raw_config | {"architectures": [_architecture(raw_config)]}
     num_tokens = wanted_tokens(read, final.hidden_size)
     yield Progress(read.label(), "input", 0, num_tokens)
-    inputs = make_inputs(read, config, folder, num_tokens, final.rows_per_item, BATCH_TOKENS)
+    inputs = make_inputs(read, whole, folder, num_tokens, BATCH_TOKENS)
     check_count(inputs.num_tokens, final.hidden_size)
     prompts = list(_prompts(inputs))
     row: Row = architecture_columns(final) | {"num_parameters": num_parameters(json.dumps(raw_config, sort_keys=True))}

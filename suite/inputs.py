@@ -4,13 +4,15 @@
     image                    the bundled photographs       image:DIR    a folder of photographs
     tokens:random            seeded uniform token ids      tokens:FILE.npy   ids exactly as given, in order
     hf:DATASET[:CONFIG][:SPLIT]    a Hub dataset's text column
+    audio:noise              seeded Gaussian noise
 
 Nothing falls back to something else: a model without a tokenizer cannot read text, and says so.
 Shapes: S sequences, T positions, N tokens, B images.
 """
 
 import hashlib
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -22,16 +24,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from suite.hub_text import read_hub_text
+from suite.signals import InputError, photo_files
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model",
 )  # fmt: skip
-PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+MODALITIES = {"text": "text", "tokens": "text", "hf": "text", "image": "image", "audio": "audio"}
 _CHARACTERS_PER_PIECE = 100_000
-
-
-class InputError(ValueError):
-    """An input that cannot be had or does not fit the model; one line."""
 
 
 @dataclass(frozen=True)
@@ -55,14 +54,16 @@ class Inputs:
 def check_spec(spec: str, modality: str) -> None:
     """Raise InputError where `spec` is no input specification, names a missing file, or is not for `modality`."""
     kind, _, rest = spec.partition(":")
-    if kind not in ("text", "image", "tokens", "hf") or (kind in ("tokens", "hf") and not rest):
+    if (
+        kind not in MODALITIES
+        or (kind in ("tokens", "hf", "audio") and not rest)
+        or (kind == "audio" and rest != "noise")
+    ):
         raise InputError(
-            f"input {spec!r} is unknown; choose text, text:FILE, image, image:DIR, tokens:random, tokens:FILE.npy "
-            "or hf:DATASET[:CONFIG][:SPLIT]"
+            f"input {spec!r} is unknown; choose text, text:FILE, image, image:DIR, tokens:random, tokens:FILE.npy, "
+            "hf:DATASET[:CONFIG][:SPLIT] or audio:noise"
         )
-    if modality == "audio":
-        raise InputError("audio models have no input yet; only their parameters can be read")
-    if (kind == "image") != (modality == "image"):
+    if MODALITIES[kind] != modality:
         raise InputError(f"input {spec!r} does not fit a model that reads {modality}")
     if kind == "text" and rest and not Path(rest).is_file():
         raise InputError(f"input {spec!r}: no such file")
@@ -85,10 +86,10 @@ def content_hash(spec: str) -> str:
     """What `spec` stands for, by content: two files of one name are two inputs."""
     kind, _, rest = spec.partition(":")
     digest = hashlib.sha256(kind.encode())
-    if (kind == "tokens" and rest == "random") or kind == "hf":
+    if (kind == "tokens" and rest == "random") or kind in ("hf", "audio"):
         digest.update(rest.encode())
     elif kind == "image":
-        for photo in _photo_files(rest):
+        for photo in photo_files(rest):
             digest.update(photo.read_bytes())
     else:
         digest.update(_text_path(rest).read_bytes() if kind == "text" else Path(rest).read_bytes())
@@ -104,12 +105,12 @@ def token_batches(
     seed: int,
     tokenizer_folder: Path | None,
     batch_tokens: int,
-    padding_id: int | None = None,
+    avoided_ids: Sequence[int] = (),
 ) -> Inputs:
     """Batches of token ids: `num_tokens` of them (all of a `tokens:FILE.npy`), in sequences of `sequence_length`.
 
-    Text is cut into windows, each with the special tokens that the tokenizer puts around a text. The last sequence is
-    shorter and padded; padding is masked out of attention and of the statistics.
+    Random ids are none of `avoided_ids`. Text is cut into windows, each with the special tokens that the tokenizer puts
+    around a text. The last sequence is shorter and padded; padding is masked out of attention and of the statistics.
 
     Raises:
         InputError: no tokenizer, too little text, ids outside the vocabulary, a file that is no integer array.
@@ -120,8 +121,9 @@ def token_batches(
         sequence_length = len(sequences[0])
     elif kind == "tokens":
         ids_N = np.random.default_rng(seed).integers(0, vocab_size, num_tokens)
-        if padding_id is not None:
-            ids_N[ids_N == padding_id] = (padding_id + 1) % vocab_size  # its embedding is zero in many models
+        for avoided in (a for a in avoided_ids if len(avoided_ids) < vocab_size):
+            other = next(i % vocab_size for i in itertools.count(avoided + 1) if i % vocab_size not in avoided_ids)
+            ids_N[ids_N == avoided] = other
         sequences = _cut(ids_N, sequence_length)
     else:
         sequences = _tokenised(spec, num_tokens, sequence_length, tokenizer_folder)
@@ -134,37 +136,6 @@ def token_batches(
     per_batch = max(1, batch_tokens // sequence_length)
     batches = [_pad(sequences[i : i + per_batch]) for i in range(0, len(sequences), per_batch)]
     return Inputs(batches, sum(len(s) for s in sequences), distinct, spec)
-
-
-def image_batches(
-    spec: str,
-    *,
-    image_size: tuple[int, int],
-    patch_size: int | None,
-    num_images: int,
-    rows_per_image: int,
-    seed: int,
-    processor_folder: Path | None,
-    batch_images: int,
-) -> Inputs:
-    """Batches of photographs: each whole, then seeded random crops until there are `num_images`.
-
-    With a `processor_folder` that holds a preprocessor_config.json the model's own processor prepares them; without,
-    they are scaled to `image_size` and to [-1, 1], and the description says so.
-    """
-    photos = [_open_photo(path) for path in _photo_files(spec.partition(":")[2])]
-    crops = _crops(photos, num_images, seed)
-    own = processor_folder is not None and (processor_folder / "preprocessor_config.json").is_file()
-    if own:
-        pixels = _processed(crops, processor_folder)
-    else:
-        pixels = torch.stack([_plain_pixels(crop, image_size) for crop in crops])
-    batches = [Batch({"pixel_values": part}) for part in pixels.split(batch_images)]
-    distinct = None
-    if patch_size and pixels.shape[-1] % patch_size == 0 and pixels.shape[-2] % patch_size == 0:
-        distinct = _distinct_patches(pixels, patch_size)
-    description = spec if own else f"{spec} (scaled to [-1, 1])"
-    return Inputs(batches, len(crops) * rows_per_image, distinct, description)
 
 
 def _load_ids(path: Path, vocab_size: int) -> NDArray[np.int64]:
@@ -263,57 +234,3 @@ def _pad(sequences: list[NDArray[np.int64]]) -> Batch:
         ids_ST[row, : len(sequence)] = torch.from_numpy(sequence)
         mask_ST[row, : len(sequence)] = True
     return Batch({"input_ids": ids_ST, "attention_mask": mask_ST.long()}, mask_ST)
-
-
-def _photo_files(folder: str) -> list[Path]:
-    root = Path(folder) if folder else Path(str(resources.files("suite").joinpath("data/photos")))
-    photos = sorted(p for p in root.iterdir() if p.suffix.lower() in PHOTO_SUFFIXES)
-    if not photos:
-        raise InputError(f"{root}: no photographs ({', '.join(PHOTO_SUFFIXES)})")
-    return photos
-
-
-def _open_photo(path: Path) -> Any:
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as photo:
-            return photo.convert("RGB")
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: not a photograph that can be opened ({type(error).__name__})") from error
-
-
-def _crops(photos: list[Any], count: int, seed: int) -> list[Any]:
-    rng = np.random.default_rng(seed)
-    crops = list(photos[:count])
-    while len(crops) < count:
-        photo = photos[len(crops) % len(photos)]
-        side = int(min(photo.size) * rng.uniform(0.3, 0.9))
-        left, top = (int(rng.integers(0, extent - side + 1)) for extent in photo.size)
-        crop = photo.crop((left, top, left + side, top + side))
-        crops.append(crop.transpose(0) if rng.random() < 0.5 else crop)  # 0: left-right mirror
-    return crops
-
-
-def _plain_pixels(photo: Any, size: tuple[int, int]) -> Tensor:
-    height, width = size
-    pixels = np.asarray(photo.resize((width, height), 3), dtype=np.float32)  # 3: bicubic
-    return torch.from_numpy(pixels / 127.5 - 1.0).permute(2, 0, 1).contiguous()
-
-
-def _processed(crops: list[Any], folder: Path | None) -> Tensor:
-    from transformers import AutoImageProcessor
-
-    try:
-        processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        pixels: Tensor = processor(images=crops, return_tensors="pt")["pixel_values"]
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [""])[0][:200]
-        raise InputError(f"the image processor in {folder} fails ({type(error).__name__}: {reason})") from error
-    return pixels
-
-
-def _distinct_patches(pixels: Tensor, patch: int) -> int:
-    patches = pixels.unfold(2, patch, patch).unfold(3, patch, patch)
-    flat = patches.permute(0, 2, 3, 1, 4, 5).reshape(-1, pixels.shape[1] * patch * patch)
-    return len({row.tobytes() for row in flat.numpy()})

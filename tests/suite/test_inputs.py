@@ -11,7 +11,8 @@ import torch
 from fsspec.implementations.dirfs import DirFileSystem
 
 from suite.hub_text import DatasetError, read_hub_text
-from suite.inputs import InputError, check_count, check_spec, content_hash, image_batches, token_batches
+from suite.inputs import check_count, check_spec, content_hash, token_batches
+from suite.signals import InputError
 from tests.conftest import TWINS
 
 TWIN = TWINS / "layernorm" / "step0"
@@ -119,39 +120,19 @@ def test_too_little_text(tmp_path):
         tokens(f"text:{tmp_path / 'latin.txt'}")
 
 
+@pytest.mark.parametrize("avoided", [(), (3,), (3, 4, 511), tuple(range(511))])
+def test_random_tokens_avoid_ids_that_stand_for_something_else(avoided):
+    inputs = tokens("tokens:random", num_tokens=5120, avoided_ids=avoided)
+    ids = torch.cat([b.model_inputs["input_ids"].flatten() for b in inputs.batches])
+    assert not np.isin(ids.numpy(), avoided).any()
+    assert (ids >= 0).all()
+    assert (ids < 512).all()
+
+
 def test_random_tokens_follow_the_seed():
     first, again, other = (tokens("tokens:random", seed=s).batches[0].model_inputs["input_ids"] for s in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
-
-
-def images(spec, count=8, **changes):
-    settings = {"image_size": (32, 48), "patch_size": 16, "num_images": count, "rows_per_image": 7, "seed": 0}
-    return image_batches(spec, **(settings | {"processor_folder": None, "batch_images": 3} | changes))
-
-
-def test_photographs_are_real_and_distinct():
-    inputs = images("image")
-    pixels = torch.cat([b.model_inputs["pixel_values"] for b in inputs.batches])
-    assert pixels.shape == (8, 3, 32, 48)
-    assert -1 <= pixels.min() < -0.8
-    assert 0.8 < pixels.max() <= 1
-    assert (inputs.num_tokens, inputs.num_distinct) == (56, 8 * 2 * 3)
-    assert "scaled to [-1, 1]" in inputs.description
-    assert torch.equal(pixels, torch.cat([b.model_inputs["pixel_values"] for b in images("image").batches]))
-
-
-def test_a_folder_of_photographs(tmp_path):
-    from PIL import Image
-
-    with pytest.raises(InputError, match="no photographs"):
-        images(f"image:{tmp_path}")
-    Image.new("L", (60, 40), 255).save(tmp_path / "white.png")
-    pixels = images(f"image:{tmp_path}", count=2).batches[0].model_inputs["pixel_values"]
-    assert torch.equal(pixels, torch.ones(2, 3, 32, 48))
-    (tmp_path / "broken.jpg").write_bytes(b"no picture")
-    with pytest.raises(InputError, match="broken.jpg: not a photograph"):
-        images(f"image:{tmp_path}")
 
 
 @pytest.mark.parametrize(
@@ -165,7 +146,8 @@ def test_a_folder_of_photographs(tmp_path):
         ("image", "text", "does not fit a model that reads text"),
         ("text", "image", "does not fit a model that reads image"),
         ("audio", "audio", "is unknown"),
-        ("text", "audio", "no input yet"),
+        ("audio:x.wav", "audio", "is unknown; .* or audio:noise"),
+        ("text", "audio", "does not fit a model that reads audio"),
     ],
 )
 def test_specifications_are_checked_before_anything_runs(spec, modality, message):
