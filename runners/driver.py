@@ -1,30 +1,45 @@
 """The driver: the actors of each model, their events to the reporter, their tables to the store, everything given back.
 
-The driver alone writes. Actors are neither restarted nor detached: what dies becomes failed rows (or, with
-`max_retries`, another attempt at the reads that are left), and the other models go on.
+One loop. The driver alone writes. Actors are neither restarted nor detached: when a process dies, the read that it was
+at is tried again where that can help, else it is a failed row; the reads after it, and the other models, go on.
 """
 
 import os
 import signal
 import time
 import uuid
-from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from runners.actors import Capacity, Group, PlacementError, release, start
+from runners.actors import Group, release, start
 from runners.events import Event, Finished, Progress, failed_read
+from runners.faults import Attempts, Death, death_of
 from runners.jobs import ModelJob
+from runners.nodes import HeadWatch, LostClusterError, Nodes, PlacementError, check_versions
+from runners.outbox import Outbox, UnwritableError
+from runners.processes import Ended
 from runners.progress import Reporter
+from runners.schedule import Demand, Running, can_ever, decide
 from runners.store import ResultStore
 
 _POLL_SECONDS = 0.5
+_LOOK_SECONDS = 2.0  # between two looks at the cluster
+_PLACING_SECONDS = 60.0  # after which an actor that found no room is taken back
+_HOPELESS_SECONDS = 60.0  # how long a model waits for a node that could hold it, once there was one
+_RELEASES = 32  # at once
 _BROKEN = "GroupBrokenError"
+_POISONED = ("CUDA error", "CUDA driver error", "NCCL error")  # after which a process can do nothing more on its GPU
 _LOCAL_OBJECT_STORE_BYTES = 200 * 2**20  # tables are small; weights never pass through
 
 
 class DriverError(RuntimeError):
-    """Ray cannot be started or joined; one line, exit code 2."""
+    """Ray cannot be started or joined, or cannot hold what is asked; one line, exit code 2."""
+
+
+class StoppedError(RuntimeError):
+    """The run cannot go on: the cluster is lost, or results cannot be written; one line, exit code 1."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +47,15 @@ class Settings:
     """How to run.
 
     `address` as ray.init takes it (None: RAY_ADDRESS or a local Ray); `timeout` in seconds without any progress;
-    `max_retries` further attempts when a process dies.
+    `max_retries` further attempts at a read of which a process died; `autoscale_gpus`: GPUs of the largest node that an
+    autoscaler may add; `patience`: seconds for which results that cannot be written are kept.
     """
 
     address: str | None = None
     timeout: float = 3600.0
-    max_retries: int = 0
+    max_retries: int = 1
+    autoscale_gpus: int = 0
+    patience: float = 600.0
 
 
 @dataclass
@@ -60,75 +78,250 @@ def execute(jobs: list[ModelJob], store: ResultStore, settings: Settings, report
     """Run all `jobs`; returns when every read is one row.
 
     Raises:
-        DriverError: Ray cannot be started, or no node can hold a model's GPUs.
+        DriverError: Ray cannot be started, no node can hold a model, or a node runs other versions.
+        StoppedError: the cluster is lost, or results cannot be written; what was written is kept.
         KeyboardInterrupt: after Ctrl-C or SIGTERM, with every actor stopped and what finished kept.
     """
     import ray
 
-    summary = Summary(run_id)
     started_here = _connect(settings.address)
     previous = signal.signal(signal.SIGTERM, _interrupt)  # after ray.init, which installs its own
-    running: dict[Any, Group] = {}  # by stream; a group of ranks has several
+    lost = False
     try:
-        capacity = Capacity.of_cluster(len(jobs))
-        queue = deque(sorted(jobs, key=lambda job: (capacity.devices(job), _parameters(job)), reverse=True))
-        attempts = {job.model_id: 1 for job in jobs}
-        while queue or running:
-            taken = sum(group.weight for group in _groups(running))
-            while queue and taken + capacity.weight(queue[0]) <= capacity.slots:
-                job = queue.popleft()
-                group = start(job, capacity, run_id, attempts[job.model_id])
-                running |= dict.fromkeys(group.streams, group)
-                taken += group.weight
-            for stream in _ready(ray, running):
-                if stream not in running:
-                    continue  # its group has ended in this round
-                group = running[stream]
-                death = _take_event(ray, stream, group, store, reporter, summary)
-                if death is None:
-                    continue
-                if not death:
-                    del running[stream]
-                    continue
-                broken = death == _BROKEN
-                if group.expired:
-                    death = f"no progress for {settings.timeout:g} s (--timeout)"
-                _end(group, running, reporter)
-                left = group.job.without(group.done)
-                if not left.reads:
-                    continue
-                if broken:
-                    queue.appendleft(left)  # the read that broke the ranks' step is a row; the others want a new group
-                elif group.attempt <= settings.max_retries:
-                    reporter.say(f"{left.model_id}: {death}; attempt {group.attempt + 1}")
-                    attempts[left.model_id] += 1
-                    queue.append(left)
-                else:
-                    for read in left.reads:
-                        _store(failed_read(read, run_id, group.attempt, death), store, reporter, summary)
-            _expire(ray, running, settings.timeout)
+        if not started_here:
+            refused, doubtful = check_versions()
+            if refused:
+                raise DriverError("; ".join(refused) + "; install the same versions on every node")
+            for difference in doubtful:
+                reporter.say(f"{difference}: numbers may differ")
+        with HeadWatch() as head, ThreadPoolExecutor(_RELEASES, "release") as pool:
+            run = _Run(jobs, store, settings, reporter, run_id, head, pool, shared=not started_here)
+            try:
+                return run.go()
+            except LostClusterError:
+                lost = True
+                raise
+            finally:
+                run.stop(lost)
     except PlacementError as error:
         raise DriverError(str(error)) from error
+    except (LostClusterError, UnwritableError) as error:
+        raise StoppedError(f"{error}; what finished is kept: give the same command to go on") from error
     finally:
-        for group in _groups(running):
-            release(group)
         signal.signal(signal.SIGTERM, previous)
-        if started_here:
+        if started_here and not lost:
             ray.shutdown()
-    return summary
 
 
-def _groups(running: dict[Any, Group]) -> list[Group]:
-    return list({id(group): group for group in running.values()}.values())
+@dataclass
+class _Waiting:
+    job: ModelJob
+    demand: Demand
+    hopeless_since: float | None = None
 
 
-def _end(group: Group, running: dict[Any, Group], reporter: Reporter) -> None:
-    """Everything of `group` is gone, from the cluster and from `running`."""
-    for stream in group.streams:
-        running.pop(stream, None)
-    for survivor in release(group):
-        reporter.say(f"{group.job.model_id}: {survivor} would not end; its memory is not free")
-    reporter.gone(group.job.model_id)
+class _Run:
+    """The state of one run: what waits, what runs, what is being taken down."""
+
+    def __init__(
+        self,
+        jobs: list[ModelJob],
+        store: ResultStore,
+        settings: Settings,
+        reporter: Reporter,
+        run_id: str,
+        head: HeadWatch,
+        pool: ThreadPoolExecutor,
+        *,
+        shared: bool,
+    ):
+        import ray
+
+        self._ray, self._settings, self._reporter, self._run_id = ray, settings, reporter, run_id
+        self._head, self._pool, self._shared = head, pool, shared
+        self._summary = Summary(run_id)
+        self._outbox = Outbox(store, reporter.say, settings.patience)
+        self._attempts = Attempts(settings.max_retries)
+        self._streams: dict[Any, Group] = {}  # a group of ranks has several
+        self._ending: dict[Future[Ended], Group] = {}
+        self._nodes = Nodes(len(jobs), settings.autoscale_gpus)
+        self._queue = [_Waiting(job, self._nodes.demand(job)) for job in jobs]
+        self._decided = self._changed = 0.0
+        self._looked = time.monotonic()
+        if settings.autoscale_gpus:
+            self._nodes.ask_for(waiting.demand for waiting in self._queue)
+
+    def go(self) -> Summary:
+        """Until every read is a row."""
+        while self._queue or self._streams or self._ending:
+            self._head.check()
+            self._start_what_fits()
+            for stream in self._ready():
+                if stream in self._streams:  # else its group has ended in this round
+                    self._take_event(stream, self._streams[stream])
+            self._look_for_silence()
+            for future in [each for each in self._ending if each.done()]:
+                self._settle(self._ending.pop(future), future.result())
+            self._count(self._outbox.flush())
+        self._count(self._outbox.drain())
+        return self._summary
+
+    def stop(self, lost: bool) -> None:
+        """End what runs; with a lost cluster Ray is not asked for anything. What has finished goes to the results."""
+        with suppress(UnwritableError):
+            self._count(self._outbox.drain() if lost else self._outbox.flush())
+        if lost:
+            return
+        for group in self._groups():
+            self._end(group)
+        for future in list(self._ending):
+            future.result()
+        if self._settings.autoscale_gpus:
+            self._nodes.ask_for(())
+
+    def _groups(self) -> list[Group]:
+        return list({id(group): group for group in self._streams.values()}.values())
+
+    def _start_what_fits(self) -> None:
+        now = time.monotonic()
+        occupied = [*self._groups(), *self._ending.values()]
+        if now - self._looked > _LOOK_SECONDS:
+            self._looked = now
+            self._nodes.refresh((g.place for g in occupied), now - self._changed, shared=self._shared)
+            self._end_on_lost_nodes()
+            self._give_up_the_hopeless(now, idle=not occupied)
+        elif self._changed < self._decided:
+            return
+        self._decided = time.monotonic()
+        running = [Running(g.place, max(0.0, self._estimate(g) - (now - g.started))) for g in occupied]
+        placing = any(group.placement is not None and not group.is_placed() for group in self._groups())
+        # One placement group at a time: the next one waits until this one stands.
+        queue = [waiting for waiting in self._queue if not (placing and waiting.demand.ganged)]
+        for position, place in decide([waiting.demand for waiting in queue], self._nodes.usable(), running):
+            waiting = queue[position]
+            if waiting.demand.ganged:
+                if placing:
+                    continue
+                placing = True
+            self._queue.remove(waiting)
+            attempt = self._attempts.number(waiting.job.reads[0])
+            group = start(waiting.job, self._nodes, place, self._run_id, attempt)
+            self._streams |= dict.fromkeys(group.streams, group)
+            self._changed = time.monotonic()
+
+    def _estimate(self, group: Group) -> float:
+        return self._nodes.demand(group.job).seconds
+
+    def _ready(self) -> list[Any]:
+        """Streams that have an event, or have ended."""
+        streams = list(self._streams)
+        if not streams:
+            time.sleep(0.05)
+            return []
+        ready, _ = self._ray.wait(streams, num_returns=len(streams), timeout=0, fetch_local=False)
+        if not ready:
+            pause = 0.05 if self._ending else _POLL_SECONDS
+            ready, _ = self._ray.wait(streams, num_returns=1, timeout=pause, fetch_local=False)
+        return list(ready)
+
+    def _take_event(self, stream: Any, group: Group) -> None:
+        first = stream == group.streams[0]
+        try:
+            event: Event = self._ray.get(next(stream))
+        except StopIteration:
+            if not first:
+                del self._streams[stream]
+            else:
+                left = group.job.without(group.done).reads
+                self._end(group, Death("crash", "the actor ended") if left else None)
+            return
+        except self._ray.exceptions.RayError as error:
+            broken = isinstance(error, self._ray.exceptions.RayTaskError) and _BROKEN in type(error.cause).__name__
+            death = Death("broken", "the ranks are out of step") if broken else death_of(self._ray, error)
+            self._end(group, Death(death.kind, group.name(stream) + death.cause))
+            return
+        group.last_event = time.monotonic()
+        if isinstance(event, Progress):
+            if first:
+                self._reporter.progress(group.job.model_id, event)
+        elif event.row["status"] != "ok" and any(word in str(event.row["error"]) for word in _POISONED):
+            self._end(group, Death("crash", str(event.row["error"])))
+        elif event.job.identity() not in group.done:
+            group.done.append(event.job.identity())
+            self._count(self._outbox.put(event))
+
+    def _end(self, group: Group, death: Death | None = None) -> None:
+        """Take `group` down; its place is free when that is done."""
+        group.death = death
+        for stream in group.streams:
+            self._streams.pop(stream, None)
+        self._ending[self._pool.submit(release, group)] = group
+        self._reporter.gone(group.job.model_id)
+
+    def _settle(self, group: Group, ended: Ended) -> None:
+        """`group` is gone: what it left undone is queued again, or given up."""
+        self._changed = time.monotonic()
+        for survivor in ended.survivors:
+            self._reporter.say(f"{group.job.model_id}: {survivor} would not end; its memory is not free")
+        left = group.job.without(group.done)
+        if group.death is None or not left.reads:
+            return
+        death = group.death.explained(ended)
+        if death.kind in ("node", "unplaced"):
+            for node in group.nodes():
+                self._nodes.suspect(node)
+        attempt = self._attempts.number(left.reads[0])
+        again, given_up = self._attempts.after(death, left)
+        if given_up is not None:
+            self._count(self._outbox.put(failed_read(given_up, self._run_id, attempt, death.cause)))
+        elif death.kind != "broken":
+            changed = ", with half the batch" if death.kind == "memory" else ""
+            self._reporter.retry(left.reads[0], death.cause, self._attempts.number(left.reads[0]), changed)
+        if again.reads:
+            avoid = frozenset() if death.kind == "broken" or given_up is not None else group.nodes()
+            self._queue.append(_Waiting(again, self._nodes.demand(again, avoid)))
+
+    def _look_for_silence(self) -> None:
+        """End groups that have been silent too long, and take back those that found no room."""
+        now = time.monotonic()
+        for group in self._groups():
+            if group.is_placed():
+                if now - group.last_event > self._settings.timeout:
+                    self._end(group, Death("silence", f"no progress for {self._settings.timeout:g} s (--timeout)"))
+            elif now - group.started > _PLACING_SECONDS:
+                self._end(group, Death("unplaced", "its place was taken by others"))
+
+    def _end_on_lost_nodes(self) -> None:
+        alive = {node.id for node in self._nodes.alive()}
+        for group in self._groups():
+            if not group.nodes() <= alive:
+                self._end(group, Death("node", "its node was lost"))
+
+    def _give_up_the_hopeless(self, now: float, *, idle: bool) -> None:
+        """Reads that no node that is left could hold become failed rows, after a while."""
+        patience = self._settings.timeout if self._settings.autoscale_gpus else _HOPELESS_SECONDS
+        nodes = self._nodes.alive()
+        for waiting in list(self._queue):
+            if not idle or can_ever(waiting.demand, nodes):
+                waiting.hopeless_since = None
+            elif waiting.hopeless_since is None:
+                waiting.hopeless_since = now
+            elif now - waiting.hopeless_since > patience:
+                self._queue.remove(waiting)
+                cause = f"needs {waiting.demand.devices:g} devices, and no node that is left has them"
+                for read in waiting.job.reads:
+                    row = failed_read(read, self._run_id, self._attempts.number(read), cause)
+                    self._count(self._outbox.put(row))
+
+    def _count(self, written: list[Finished]) -> None:
+        """Reads that are in the results now."""
+        for event in written:
+            row = event.row
+            self._summary.ok += row["status"] == "ok"
+            self._summary.failed += row["status"] != "ok"
+            names = ("model", "revision", "read", "status", "error", "depth")
+            self._summary.reads.append({name: row[name] for name in names})
+            self._reporter.finished(event)
 
 
 def _connect(address: str | None) -> bool:
@@ -147,68 +340,6 @@ def _connect(address: str | None) -> bool:
         reason = " ".join(str(error).split())[:300]
         raise DriverError(f"Ray at {target!r} cannot be joined ({type(error).__name__}: {reason})") from error
     return target == "local"
-
-
-def _ready(ray: Any, running: dict[Any, Group]) -> list[Any]:
-    """Streams that have an event, or have ended."""
-    ready, _ = ray.wait(list(running), num_returns=1, timeout=_POLL_SECONDS, fetch_local=False)
-    return list(ready)
-
-
-def _take_event(
-    ray: Any, stream: Any, group: Group, store: ResultStore, reporter: Reporter, summary: Summary
-) -> str | None:
-    """Handle the next event of a stream; returns why its group has ended, "" if only this rank, None while it lives."""
-    first = stream == group.streams[0]
-    try:
-        event: Event = ray.get(next(stream))
-    except StopIteration:
-        return "the actor ended" if first else ""
-    except ray.exceptions.RayError as error:
-        if isinstance(error, ray.exceptions.RayTaskError) and _BROKEN in type(error.cause).__name__:
-            return _BROKEN
-        return group.name(stream) + _cause(ray, error)
-    group.last_event = time.monotonic()
-    if isinstance(event, Progress):
-        if first:
-            reporter.progress(group.job.model_id, event)
-    elif event.job.identity() not in group.done:
-        group.done.append(event.job.identity())
-        _store(event, store, reporter, summary)
-    return None
-
-
-def _store(event: Finished, store: ResultStore, reporter: Reporter, summary: Summary) -> None:
-    store.write(event.tables)
-    row = event.row
-    summary.ok += row["status"] == "ok"
-    summary.failed += row["status"] != "ok"
-    summary.reads.append({name: row[name] for name in ("model", "revision", "read", "status", "error", "depth")})
-    reporter.finished(event)
-
-
-def _expire(ray: Any, running: dict[Any, Group], timeout: float) -> None:
-    """Kill actors that have been silent too long; their streams then end."""
-    for group in _groups(running):
-        if not group.expired and time.monotonic() - group.last_event > timeout and group.is_placed():
-            group.expired = True
-            for actor in group.actors:
-                ray.kill(actor)
-
-
-def _cause(ray: Any, error: Exception) -> str:
-    """Why an actor died, in one line."""
-    if isinstance(error, ray.exceptions.OutOfMemoryError):
-        return "the process was killed: the machine ran out of memory"
-    if isinstance(error, ray.exceptions.RayTaskError):
-        return f"the worker failed: {' '.join(str(error.cause).split())[:300]}"
-    if isinstance(error, ray.exceptions.ActorDiedError | ray.exceptions.ActorUnavailableError):
-        return "the process of this model died (killed, crashed or out of memory)"
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
-def _parameters(job: ModelJob) -> int:
-    return job.reads[0].model.parameters or 0 if job.reads else 0
 
 
 def _interrupt(signum: int, frame: Any) -> None:

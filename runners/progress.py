@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.text import Text
 
 from runners.events import Finished, Progress
+from runners.jobs import ReadJob
 
 
 @dataclass
@@ -62,6 +63,10 @@ class Reporter:
         self.say(f"[{self._done}/{self._total}] {event.job.label()}: {outcome}{seconds}")
         if self._debug and event.traceback:
             self.say(event.traceback)
+
+    def retry(self, read: ReadJob, cause: str, attempt: int, changed: str) -> None:
+        """A read of which a process died is tried again."""
+        self.say(f"{read.label()}: {cause}; attempt {attempt}{changed}")
 
     def gone(self, model_id: str) -> None:
         """A model's actor has ended."""
