@@ -1,15 +1,16 @@
 """One model's processes on the cluster: placed and started together, and gone before others take their place."""
 
 import os
+import sys
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import psutil
 
-from runners.events import Event
+from runners.events import Event, Progress
 from runners.faults import Death
 from runners.jobs import ModelJob
 from runners.nodes import Nodes
@@ -116,11 +117,11 @@ def actor_class(options: dict[str, Any]) -> Any:
             if meeting is None:
                 from runners.worker import run_model
 
-                yield from run_model(job, run_id, attempt)
+                yield from map(_observed, run_model(job, run_id, attempt))
             else:
                 from runners.parallel import join_group, run_rank
 
-                yield from run_rank(join_group(*place, meeting), job, run_id, attempt)
+                yield from map(_observed, run_rank(join_group(*place, meeting), job, run_id, attempt))
 
     return ray.remote(max_restarts=0, max_task_retries=0, **options)(ModelActor)
 
@@ -159,6 +160,14 @@ def release(group: Group) -> Ended:
         survivors += ended.survivors
         signal, out_of_memory = signal or ended.signal, out_of_memory or ended.out_of_memory
     return Ended(tuple(survivors), signal, out_of_memory)
+
+
+def _observed(event: Event) -> Event:
+    """The event, with the memory of the GPU that this process uses."""
+    torch = sys.modules.get("torch")
+    if not isinstance(event, Progress) or torch is None or not torch.cuda.is_initialized():
+        return event
+    return replace(event, device_bytes=torch.cuda.memory_reserved())
 
 
 def _home(actor: Any) -> tuple[str, int, float]:

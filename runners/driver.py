@@ -9,7 +9,7 @@ import signal
 import time
 import uuid
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,10 +17,12 @@ from runners.actors import Group, release, start
 from runners.events import Event, Finished, Progress, failed_read
 from runners.faults import Attempts, Death, death_of
 from runners.jobs import ModelJob
+from runners.metrics import Metrics
 from runners.nodes import HeadWatch, LostClusterError, Nodes, PlacementError, check_versions
 from runners.outbox import Outbox, UnwritableError
 from runners.processes import Ended
 from runners.progress import Reporter
+from runners.run_record import RunRecord
 from runners.schedule import Demand, Running, can_ever, decide
 from runners.store import ResultStore
 
@@ -82,10 +84,16 @@ def execute(jobs: list[ModelJob], store: ResultStore, settings: Settings, report
         StoppedError: the cluster is lost, or results cannot be written; what was written is kept.
         KeyboardInterrupt: after Ctrl-C or SIGTERM, with every actor stopped and what finished kept.
     """
+    with open(os.devnull, "w", encoding="utf-8") as quiet, redirect_stdout(quiet):  # where Ray's own notices go
+        return _execute(jobs, store, settings, reporter, run_id)
+
+
+def _execute(jobs: list[ModelJob], store: ResultStore, settings: Settings, reporter: Reporter, run_id: str) -> Summary:
     import ray
 
     started_here = _connect(settings.address)
     previous = signal.signal(signal.SIGTERM, _interrupt)  # after ray.init, which installs its own
+    record = RunRecord(store, run_id, jobs, reporter.say)
     lost = False
     try:
         if not started_here:
@@ -95,14 +103,23 @@ def execute(jobs: list[ModelJob], store: ResultStore, settings: Settings, report
             for difference in doubtful:
                 reporter.say(f"{difference}: numbers may differ")
         with HeadWatch() as head, ThreadPoolExecutor(_RELEASES, "release") as pool:
-            run = _Run(jobs, store, settings, reporter, run_id, head, pool, shared=not started_here)
+            run = _Run(jobs, store, settings, reporter, record, head, pool, run_id, shared=not started_here)
+            record.started(settings.address or "local", run.nodes.facts())
+            reporter.run_started(run_id, len(jobs))
+            outcome, failure = "stopped", None
             try:
-                return run.go()
-            except LostClusterError:
-                lost = True
+                run.go()
+                outcome = "finished"
+            except BaseException as error:
+                lost = isinstance(error, LostClusterError)
+                outcome = "interrupted" if isinstance(error, KeyboardInterrupt) else "stopped"
+                failure = error
                 raise
             finally:
                 run.stop(lost)
+                record.ended(outcome, failure)
+                reporter.run_ended(outcome, {"ok": run.summary.ok, "failed": run.summary.failed})
+            return run.summary
     except PlacementError as error:
         raise DriverError(str(error)) from error
     except (LostClusterError, UnwritableError) as error:
@@ -129,29 +146,31 @@ class _Run:
         store: ResultStore,
         settings: Settings,
         reporter: Reporter,
-        run_id: str,
+        record: RunRecord,
         head: HeadWatch,
         pool: ThreadPoolExecutor,
+        run_id: str,
         *,
         shared: bool,
     ):
         import ray
 
         self._ray, self._settings, self._reporter, self._run_id = ray, settings, reporter, run_id
-        self._head, self._pool, self._shared = head, pool, shared
-        self._summary = Summary(run_id)
+        self._record, self._head, self._pool, self._shared = record, head, pool, shared
+        self._metrics = Metrics(run_id)
+        self.summary = Summary(run_id)
         self._outbox = Outbox(store, reporter.say, settings.patience)
         self._attempts = Attempts(settings.max_retries)
         self._streams: dict[Any, Group] = {}  # a group of ranks has several
         self._ending: dict[Future[Ended], Group] = {}
-        self._nodes = Nodes(len(jobs), settings.autoscale_gpus)
-        self._queue = [_Waiting(job, self._nodes.demand(job)) for job in jobs]
+        self.nodes = Nodes(len(jobs), settings.autoscale_gpus)
+        self._queue = [_Waiting(job, self.nodes.demand(job)) for job in jobs]
         self._decided = self._changed = 0.0
         self._looked = time.monotonic()
         if settings.autoscale_gpus:
-            self._nodes.ask_for(waiting.demand for waiting in self._queue)
+            self.nodes.ask_for(waiting.demand for waiting in self._queue)
 
-    def go(self) -> Summary:
+    def go(self) -> None:
         """Until every read is a row."""
         while self._queue or self._streams or self._ending:
             self._head.check()
@@ -164,7 +183,6 @@ class _Run:
                 self._settle(self._ending.pop(future), future.result())
             self._count(self._outbox.flush())
         self._count(self._outbox.drain())
-        return self._summary
 
     def stop(self, lost: bool) -> None:
         """End what runs; with a lost cluster Ray is not asked for anything. What has finished goes to the results."""
@@ -177,7 +195,7 @@ class _Run:
         for future in list(self._ending):
             future.result()
         if self._settings.autoscale_gpus:
-            self._nodes.ask_for(())
+            self.nodes.ask_for(())
 
     def _groups(self) -> list[Group]:
         return list({id(group): group for group in self._streams.values()}.values())
@@ -187,7 +205,7 @@ class _Run:
         occupied = [*self._groups(), *self._ending.values()]
         if now - self._looked > _LOOK_SECONDS:
             self._looked = now
-            self._nodes.refresh((g.place for g in occupied), now - self._changed, shared=self._shared)
+            self.nodes.refresh((g.place for g in occupied), now - self._changed, shared=self._shared)
             self._end_on_lost_nodes()
             self._give_up_the_hopeless(now, idle=not occupied)
         elif self._changed < self._decided:
@@ -197,7 +215,7 @@ class _Run:
         placing = any(group.placement is not None and not group.is_placed() for group in self._groups())
         # One placement group at a time: the next one waits until this one stands.
         queue = [waiting for waiting in self._queue if not (placing and waiting.demand.ganged)]
-        for position, place in decide([waiting.demand for waiting in queue], self._nodes.usable(), running):
+        for position, place in decide([waiting.demand for waiting in queue], self.nodes.usable(), running):
             waiting = queue[position]
             if waiting.demand.ganged:
                 if placing:
@@ -205,12 +223,16 @@ class _Run:
                 placing = True
             self._queue.remove(waiting)
             attempt = self._attempts.number(waiting.job.reads[0])
-            group = start(waiting.job, self._nodes, place, self._run_id, attempt)
+            group = start(waiting.job, self.nodes, place, self._run_id, attempt)
             self._streams |= dict.fromkeys(group.streams, group)
             self._changed = time.monotonic()
+            where = self.nodes.names(group.nodes())
+            for told in (self._reporter.model_started, self._record.placed):
+                told(group.job, attempt, where, waiting.demand.devices)
+            self._metrics.running(len(self._groups()))
 
     def _estimate(self, group: Group) -> float:
-        return self._nodes.demand(group.job).seconds
+        return self.nodes.demand(group.job).seconds
 
     def _ready(self) -> list[Any]:
         """Streams that have an event, or have ended."""
@@ -244,6 +266,7 @@ class _Run:
         if isinstance(event, Progress):
             if first:
                 self._reporter.progress(group.job.model_id, event)
+                self._metrics.progress(group.job.model_id, event)
         elif event.row["status"] != "ok" and any(word in str(event.row["error"]) for word in _POISONED):
             self._end(group, Death("crash", str(event.row["error"])))
         elif event.job.identity() not in group.done:
@@ -257,6 +280,7 @@ class _Run:
             self._streams.pop(stream, None)
         self._ending[self._pool.submit(release, group)] = group
         self._reporter.gone(group.job.model_id)
+        self._metrics.running(len(self._groups()))
 
     def _settle(self, group: Group, ended: Ended) -> None:
         """`group` is gone: what it left undone is queued again, or given up."""
@@ -269,17 +293,17 @@ class _Run:
         death = group.death.explained(ended)
         if death.kind in ("node", "unplaced"):
             for node in group.nodes():
-                self._nodes.suspect(node)
+                self.nodes.suspect(node)
         attempt = self._attempts.number(left.reads[0])
         again, given_up = self._attempts.after(death, left)
         if given_up is not None:
             self._count(self._outbox.put(failed_read(given_up, self._run_id, attempt, death.cause)))
         elif death.kind != "broken":
-            changed = ", with half the batch" if death.kind == "memory" else ""
+            changed = "half the batch" if death.kind == "memory" else None
             self._reporter.retry(left.reads[0], death.cause, self._attempts.number(left.reads[0]), changed)
         if again.reads:
             avoid = frozenset() if death.kind == "broken" or given_up is not None else group.nodes()
-            self._queue.append(_Waiting(again, self._nodes.demand(again, avoid)))
+            self._queue.append(_Waiting(again, self.nodes.demand(again, avoid)))
 
     def _look_for_silence(self) -> None:
         """End groups that have been silent too long, and take back those that found no room."""
@@ -292,7 +316,7 @@ class _Run:
                 self._end(group, Death("unplaced", "its place was taken by others"))
 
     def _end_on_lost_nodes(self) -> None:
-        alive = {node.id for node in self._nodes.alive()}
+        alive = {node.id for node in self.nodes.alive()}
         for group in self._groups():
             if not group.nodes() <= alive:
                 self._end(group, Death("node", "its node was lost"))
@@ -300,7 +324,7 @@ class _Run:
     def _give_up_the_hopeless(self, now: float, *, idle: bool) -> None:
         """Reads that no node that is left could hold become failed rows, after a while."""
         patience = self._settings.timeout if self._settings.autoscale_gpus else _HOPELESS_SECONDS
-        nodes = self._nodes.alive()
+        nodes = self.nodes.alive()
         for waiting in list(self._queue):
             if not idle or can_ever(waiting.demand, nodes):
                 waiting.hopeless_since = None
@@ -317,10 +341,12 @@ class _Run:
         """Reads that are in the results now."""
         for event in written:
             row = event.row
-            self._summary.ok += row["status"] == "ok"
-            self._summary.failed += row["status"] != "ok"
+            self.summary.ok += row["status"] == "ok"
+            self.summary.failed += row["status"] != "ok"
             names = ("model", "revision", "read", "status", "error", "depth")
-            self._summary.reads.append({name: row[name] for name in names})
+            self.summary.reads.append({name: row[name] for name in names})
+            self._record.finished(event)
+            self._metrics.finished(row["status"])
             self._reporter.finished(event)
 
 

@@ -52,8 +52,9 @@ class Nodes:
         self._cpus_per_gpu = min(1.0, *ratios) if ratios else 1.0
 
     def _read(self) -> None:
-        self._resources = {n["NodeID"]: dict(n["Resources"]) for n in self._ray.nodes() if n["Alive"]}
-        self._read_at = time.monotonic()
+        found = self._ray.nodes()
+        self._resources = {node["NodeID"]: dict(node["Resources"]) for node in found if node["Alive"]}
+        self._names = {n["NodeID"]: f"{n['NodeManagerHostname']} {n['NodeID'][:6]}" for n in found}
 
     def refresh(self, places: Iterable[Place], seconds_unchanged: float, *, shared: bool) -> None:
         """Look again. Where others share the cluster, what they use is what is neither free nor in our `places`.
@@ -90,6 +91,14 @@ class Nodes:
             devices = int(has.get("GPU", 0)) if self.has_gpus else min(self._slots, int(cpus))
             found.append(Node(node, devices, cpus, *self._foreign.get(node, (0.0, 0.0))))
         return found
+
+    def names(self, ids: Iterable[str]) -> list[str]:
+        """What people call the nodes."""
+        return sorted(self._names.get(each, each) for each in ids)
+
+    def facts(self) -> list[dict[str, Any]]:
+        """The nodes that live, for the record of the run."""
+        return [{"name": self._names[n.id], "devices": n.devices, "cpus": n.cpus} for n in self.alive()]
 
     def usable(self) -> list[Node]:
         """The nodes that live and are under no suspicion."""

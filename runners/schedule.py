@@ -169,7 +169,7 @@ def find_place(demand: Demand, free: Free, nodes: Sequence[Node]) -> Place | Non
     if len(candidates) < len(nodes) and not (candidates and can_ever(replace(demand, avoid=frozenset()), candidates)):
         candidates = list(nodes)
     largest = max((node.devices for node in nodes), default=0)
-    if demand.devices > largest:
+    if demand.devices > max(1, largest):
         return _over_nodes(demand, free, candidates)
     places = [place for node in candidates if (place := _on_node(demand, free, node)) is not None]
     return min(places, key=lambda place: _left_behind(place[0], free), default=None)
