@@ -19,7 +19,7 @@ from runners.jobs import ModelJob, ReadJob
 from runners.store import ResultStore
 
 _RECORD_VERSION = 1
-_SECRET_NAME = r"[\w.-]*(?:token|key|secret|signature|sig|password|passwd|credential|auth)[\w.-]*"
+_SECRET_NAME = r"[\w.-]*(?:token|key|key_?id|secret|signature|sig|password|passwd|credentials?|auth)"
 _SECRETS = (
     (re.compile(r"(?<=//)[^/@\s]*:[^/@\s]*@"), "***@"),
     (re.compile(rf"(?i)((?:^|[?&;\s]|--){_SECRET_NAME}[=\s])[^&;\s'\"]+"), r"\1***"),
