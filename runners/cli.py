@@ -255,6 +255,8 @@ def _execute(
         raise UserError(str(error)) from error
     except StoppedError as error:
         print(f"deadbench: {error}", file=sys.stderr, flush=True)
+        if error.lost:
+            os._exit(EXIT_FALSE)  # an ordinary end would wait for Ray, which waits for its head
         raise typer.Exit(EXIT_FALSE) from error
     summary.skipped = skipped
     return summary

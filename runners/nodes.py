@@ -16,6 +16,7 @@ _CPU_SLOTS = 2  # of a node without GPUs: while one model loads, the other compu
 _SETTLED_SECONDS = 3.0  # after which Ray's view of what is free includes what we started
 _SUSPECT_SECONDS = 30.0  # how long a node that lost an actor is left alone; by then Ray knows whether it lives
 _HEAD_SECONDS = 20.0  # without an answer of the head; after 60 Ray ends the process of the driver
+_QUIET_SECONDS = 3.0
 _VERSION_SECONDS = 120.0
 _MUST_MATCH, _SHOULD_MATCH = ("python", "ray", "deadbench"), ("torch", "transformers")
 
@@ -76,12 +77,13 @@ class Nodes:
                 for key, name in (("num_gpus", "GPU"), ("num_cpus", "CPU")):
                     ours[piece.node, name] += options.get(key, 0)
         free = available_resources_per_node()
-        self._foreign = {}
+        foreign = {}
         for node, total in self._resources.items():
             used = {n: total.get(n, 0) - free.get(node, {}).get(n, 0) - ours[node, n] for n in ("GPU", "CPU")}
             slot = total.get("CPU", 0) / self._slots
             devices = used["GPU"] if self.has_gpus else used["CPU"] / slot if slot else 0.0
-            self._foreign[node] = max(0.0, round(devices, 3)), max(0.0, round(used["CPU"], 3))
+            foreign[node] = max(0.0, round(devices, 3)), max(0.0, round(used["CPU"], 3))
+        self._foreign = foreign
 
     def alive(self) -> list[Node]:
         """The nodes that live."""
@@ -231,6 +233,10 @@ class HeadWatch:
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
+
+    def answers(self) -> bool:
+        """Whether the head can be asked for something now; where it cannot, Ray's calls do not come back."""
+        return time.monotonic() - self._answered < _QUIET_SECONDS
 
     def check(self) -> None:
         """Raise LostClusterError when the head has been silent for too long."""

@@ -1,6 +1,7 @@
 """The driver on a real local Ray: what dies becomes failed rows, the others go on, nothing finished is lost."""
 
 import contextlib
+import json
 import os
 import signal
 import threading
@@ -208,19 +209,21 @@ def test_what_an_actor_started_is_gone_before_the_next_model(ray_session, regist
 
 def test_an_interrupt_stops_the_actors_and_keeps_what_finished(ray_session, registry, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    store = driver._store
+    write = ResultStore.write
 
-    def interrupt_after_three(event, *rest):
-        store(event, *rest)
+    def interrupt_after_three(self, tables, stamp=None):
+        write(self, tables, stamp)
         if len(list((out / "reads").glob("*"))) == 3:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(1)
 
-    monkeypatch.setattr(driver, "_store", interrupt_after_three)
+    monkeypatch.setattr(ResultStore, "write", interrupt_after_three)
     with pytest.raises(KeyboardInterrupt):
         run(registry, out, ["a"])
     assert rows(out).height == 3
-    monkeypatch.setattr(driver, "_store", store)
+    monkeypatch.setattr(ResultStore, "write", write)
+    record = json.loads(next((out / "runs").glob("*/run.json")).read_text())
+    assert (record["status"], sum(read["status"] == "ok" for read in record["reads"])) == ("interrupted", 3)
     summary = run(registry, out, ["a"])
     assert (summary.ok, rows(out).height) == (8, 11)
 
