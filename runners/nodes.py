@@ -18,7 +18,7 @@ _SUSPECT_SECONDS = 30.0  # how long a node that lost an actor is left alone; by 
 _HEAD_SECONDS = 20.0  # without an answer of the head; after 60 Ray ends the process of the driver
 _QUIET_SECONDS = 3.0
 _VERSION_SECONDS = 120.0
-_MUST_MATCH, _SHOULD_MATCH = ("python", "ray", "deadbench"), ("torch", "transformers")
+_MUST_MATCH = ("python", "ray", "deadbench")  # the others may change numbers
 
 
 class PlacementError(ValueError):
@@ -197,12 +197,19 @@ def check_versions() -> tuple[list[str], list[str]]:
         except ray.exceptions.RayError as error:
             refused.append(f"node {host} cannot run deadbench ({' '.join(str(error).split())[-200:]})")
             continue
-        for names, said in ((_MUST_MATCH, refused), (_SHOULD_MATCH, doubtful)):
-            wrong = [f"{n} {there[n] or 'missing'} (here {here[n]})" for n in names if there[n] != here[n]]
-            missing = [n for n in names if there[n] is None]
-            if wrong:
-                (refused if missing else said).append(f"node {host} has {', '.join(wrong)}")
+        wrong, unlike = differences(host, here, there)
+        refused += wrong
+        doubtful += unlike
     return refused, doubtful
+
+
+def differences(host: str, here: dict[str, str | None], there: dict[str, str | None]) -> tuple[list[str], list[str]]:
+    """(what makes it impossible to run on `host`, what may change numbers): versions here and there."""
+    unlike = {n: f"{n} {there[n] or 'missing'} (here {here[n]})" for n in here if there[n] != here[n]}
+    fatal = [text for name, text in unlike.items() if name in _MUST_MATCH or there[name] is None]
+    other = [text for text in unlike.values() if text not in fatal]
+    told = [[f"node {host} has {', '.join(each)}"] if each else [] for each in (fatal, other)]
+    return told[0], told[1]
 
 
 def installed_versions() -> dict[str, str | None]:

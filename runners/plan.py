@@ -118,7 +118,7 @@ def _place(row: Placement, size: ModelSize, need: Needs, read: ReadJob, cluster:
         shared = on_gpu and row.engine == "torch" and at_once >= need.num_taps  # vLLM takes the whole GPU
         return replace(
             row,
-            gpus=next(s for s in SHARES if peak + _CONTEXT_BYTES <= s * budget or s == 1.0) if shared else row.gpus,
+            gpus=_share(peak, budget) if shared else row.gpus,
             passes=-(-need.num_taps // at_once),
             accumulator_bytes=int(need.held * at_once + need.decomposed),
             **_peak(peak, need.resident_load, on_gpu),
@@ -158,6 +158,11 @@ def _place(row: Placement, size: ModelSize, need: Needs, read: ReadJob, cluster:
     resident = _peak(one_tap, need.resident_load, on_gpu)
     problem = f"{_gb(max(one_tap, need.resident_load))} do not fit in {place}; --engine streaming needs {_gb(least)}"
     return replace(row, **resident, problem=problem)
+
+
+def _share(peak: float, budget: float) -> float:
+    """The part of one GPU of `budget` bytes that holds `peak`."""
+    return next((share for share in SHARES if peak + _CONTEXT_BYTES <= share * budget), 1)
 
 
 def _taps_at_once(read: ReadJob, need: Needs, free: float) -> int:

@@ -12,7 +12,7 @@ A device is a GPU; on a cluster without GPUs it is a slot, an equal part of a no
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-SHARES = (0.125, 0.25, 0.5, 1.0)  # of one device that a small model may ask for
+SHARES = (0.125, 0.25, 0.5)  # of one device that a small model may ask for
 _WHOLE = 1.0 - 1e-9
 _LONG = 0.5  # of the time that is left for all
 
