@@ -21,7 +21,7 @@ from runners.store import ResultStore
 
 _POLL_SECONDS = 0.5
 _LOOK_SECONDS = 2.0  # between two looks at the cluster
-_PLACING_SECONDS = 60.0  # after which an actor that found no room is taken back
+_PLACING_SECONDS = 600.0  # after which an actor that found no room, or never began, is taken back
 _HOPELESS_SECONDS = 60.0  # how long a model waits for a node that could hold it, once there was one
 _BROKEN = "GroupBrokenError"
 _POISONED = ("CUDA error", "CUDA driver error", "NCCL error")  # after which a process can do nothing more on its GPU
