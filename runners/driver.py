@@ -66,7 +66,7 @@ def _execute(jobs: list[ModelJob], store: ResultStore, settings: Settings, repor
             if refused:
                 raise DriverError("; ".join(refused) + "; install the same versions on every node")
             for difference in doubtful:
-                reporter.say(f"{difference}: numbers may differ")
+                reporter.say(f"{difference}; numbers may differ")
         with HeadWatch() as head:
             pool = ThreadPoolExecutor(_BESIDE, "beside the driver")
             run = Run(jobs, store, settings, reporter, record, head, pool, run_id, shared=not started_here)

@@ -16,7 +16,6 @@ _CPU_SLOTS = 2  # of a node without GPUs: while one model loads, the other compu
 _SETTLED_SECONDS = 3.0  # after which Ray's view of what is free includes what we started
 _SUSPECT_SECONDS = 30.0  # how long a node that lost an actor is left alone; by then Ray knows whether it lives
 _HEAD_SECONDS = 20.0  # without an answer of the head; after 60 Ray ends the process of the driver
-_QUIET_SECONDS = 3.0
 _VERSION_SECONDS = 120.0
 _MUST_MATCH = ("python", "ray", "deadbench")  # the others may change numbers
 
@@ -194,8 +193,11 @@ def check_versions() -> tuple[list[str], list[str]]:
     for (host, _), ref in asked.items():
         try:
             there = ray.get(ref, timeout=_VERSION_SECONDS)
-        except ray.exceptions.RayError as error:
-            refused.append(f"node {host} cannot run deadbench ({' '.join(str(error).split())[-200:]})")
+        except ray.exceptions.RayTaskError as error:
+            refused.append(f"node {host} cannot run deadbench ({' '.join(str(error.cause).split())[:200]})")
+            continue
+        except ray.exceptions.RayError as error:  # it is dying, or too busy to start a process
+            doubtful.append(f"node {host} did not tell its versions ({type(error).__name__})")
             continue
         wrong, unlike = differences(host, here, there)
         refused += wrong
@@ -231,7 +233,7 @@ class HeadWatch:
 
         host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
         self._address = (host.strip("[]"), int(port))
-        self._answered = time.monotonic()
+        self._silent_since: float | None = None
         self._stop = threading.Event()
         threading.Thread(target=self._watch, name="head watch", daemon=True).start()
 
@@ -243,17 +245,18 @@ class HeadWatch:
 
     def answers(self) -> bool:
         """Whether the head can be asked for something now; where it cannot, Ray's calls do not come back."""
-        return time.monotonic() - self._answered < _QUIET_SECONDS
+        return self._silent_since is None
 
     def check(self) -> None:
         """Raise LostClusterError when the head has been silent for too long."""
-        if time.monotonic() - self._answered > _HEAD_SECONDS:
+        silent_since = self._silent_since
+        if silent_since is not None and time.monotonic() - silent_since > _HEAD_SECONDS:
             raise LostClusterError(f"the head of the cluster ({':'.join(map(str, self._address))}) answers no more")
 
     def _watch(self) -> None:
         while not self._stop.wait(1.0):
             try:
-                with socket.create_connection(self._address, timeout=2.0):
-                    self._answered = time.monotonic()
+                with socket.create_connection(self._address, timeout=5.0):
+                    self._silent_since = None
             except OSError:
-                continue
+                self._silent_since = self._silent_since or time.monotonic()

@@ -7,7 +7,7 @@ import pytest
 import ray
 
 from runners import nodes
-from runners.nodes import LostClusterError, Nodes, PlacementError, differences
+from runners.nodes import HeadWatch, LostClusterError, Nodes, PlacementError, differences
 from runners.schedule import Piece
 from tests.runners.sleepers import sized, sleeping_jobs
 
@@ -103,3 +103,30 @@ def test_versions_that_differ_are_refused_or_told():
     assert refused == ["node h has python 3.12 (here 3.11)"]
     assert told == ["node h has torch 2.12.0 (here 2.13.0)"]
     assert differences("h", here, here | {"torch": None})[0] == ["node h has torch missing (here 2.13.0)"]
+
+
+def test_a_head_that_is_silent_for_a_while_is_lost_and_one_that_pauses_is_not(monkeypatch):
+    import socket
+
+    now = [1000.0]
+    monkeypatch.setattr(nodes.time, "monotonic", lambda: now[0])
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address=address))
+        with HeadWatch() as watch:
+            now[0] += 3600  # as after a laptop's sleep
+            watch.check()
+            assert watch.answers()
+            server.close()
+            assert wait_for(lambda: not watch.answers())
+            watch.check()
+            now[0] += 21
+            with pytest.raises(LostClusterError, match=f"the head of the cluster .{address}. answers no more"):
+                watch.check()
+
+
+def wait_for(condition, seconds=30.0):
+    import threading
+
+    pause = threading.Event()
+    return any(condition() or pause.wait(0.05) for _ in range(int(seconds / 0.05)))
