@@ -18,6 +18,7 @@ from runners.progress import Reporter
 from runners.store import ResultStore
 from suite.registry import load_registry
 from tests.conftest import save_tiny
+from tests.runners.sleepers import sleeping
 
 pytestmark = pytest.mark.ray
 
@@ -38,6 +39,12 @@ def registry(tmp_path):
         "  - {id: c, source: c, input: 'tokens:random'}\n"
     )
     return path
+
+
+@pytest.fixture
+def asleep(monkeypatch):
+    """Reads that take a fifth of a second and measure nothing."""
+    monkeypatch.setattr(actors, "actor_class", sleeping(0.2))
 
 
 def run(registry, out, models=("a", "b", "c"), reads=None, settings=None, fresh=False):
@@ -115,7 +122,7 @@ def test_every_read_is_one_row_and_a_second_run_reads_nothing(ray_session, regis
     assert [job.without(done).reads for job in again] == [(), (), ()]
 
 
-def test_kill_9_of_an_actor_loses_the_read_that_it_was_at(ray_session, registry, tmp_path):
+def test_kill_9_of_an_actor_loses_the_read_that_it_was_at(ray_session, registry, tmp_path, asleep):
     out = tmp_path / "out"
     killer = kill_when(out, "a", 2)
     summary = run(registry, out, ["a"], settings=Settings(max_retries=0))
@@ -141,7 +148,7 @@ def test_a_segfault_is_told_and_tried_again(ray_session, registry, tmp_path, mon
     assert row["error"] == "the process of this model died: killed, or crashed (segmentation fault)"
 
 
-def test_the_next_run_reads_only_what_failed(ray_session, registry, tmp_path):
+def test_the_next_run_reads_only_what_failed(ray_session, registry, tmp_path, asleep):
     out = tmp_path / "out"
     killer = kill_when(out, "a", 3)
     first = run(registry, out, ["a"], settings=Settings(max_retries=0))
@@ -150,7 +157,7 @@ def test_the_next_run_reads_only_what_failed(ray_session, registry, tmp_path):
     assert (second.ok, second.failed) == (first.failed, 0)
 
 
-def test_with_retries_the_rest_is_read_by_another_attempt(ray_session, registry, tmp_path):
+def test_with_retries_the_rest_is_read_by_another_attempt(ray_session, registry, tmp_path, asleep):
     out = tmp_path / "out"
     killer = kill_when(out, "a", 2)
     summary = run(registry, out, ["a"], settings=Settings(max_retries=1))
@@ -207,7 +214,7 @@ def test_what_an_actor_started_is_gone_before_the_next_model(ray_session, regist
     assert not any(lives(int(p.name)) for p in pids.iterdir())
 
 
-def test_an_interrupt_stops_the_actors_and_keeps_what_finished(ray_session, registry, tmp_path, monkeypatch):
+def test_an_interrupt_stops_the_actors_and_keeps_what_finished(ray_session, registry, tmp_path, monkeypatch, asleep):
     out = tmp_path / "out"
     write = ResultStore.write
 
