@@ -52,7 +52,12 @@ def batches_for(model_type):
     whole = [Batch({"input_ids": torch.randint(3, 99, (2, 12), generator=generator)}) for _ in range(2)]
     mask = torch.ones(2, 12, dtype=torch.long)
     mask[1, 7:] = 0
-    return [*whole, Batch({"input_ids": whole[0].model_inputs["input_ids"], "attention_mask": mask}, mask.bool())]
+    padded = Batch({"input_ids": whole[0].model_inputs["input_ids"], "attention_mask": mask}, mask.bool())
+    if model_type != "t5":
+        return [*whole, padded]
+    return [
+        Batch(b.model_inputs | {"decoder_input_ids": b.model_inputs["input_ids"]}, b.mask_ST) for b in (*whole, padded)
+    ]
 
 
 def everything(engine, model, batches):
