@@ -61,6 +61,7 @@ def _read_parameters(read: ReadJob) -> Reading:
 
 def _read_random(read: ReadJob) -> Reading:
     from suite.sources import Checkpoint
+    from suite.tensors import CheckpointError
 
     with ExitStack() as stack:
         config, folder = read.model.config, None
@@ -71,7 +72,10 @@ def _read_random(read: ReadJob) -> Reading:
             if read.model.source is None:
                 raise ValueError("text needs a tokenizer and the registry gives no source; use tokens:random")
             checkpoint = Checkpoint(read.model.source, read.model.main_checkpoint(), read.base)
-            folder = stack.enter_context(checkpoint.local_copy())
+            try:
+                folder = stack.enter_context(checkpoint.local_copy())
+            except CheckpointError as error:
+                raise CheckpointError(f"{error} (for its tokenizer; --input tokens:random needs none)") from error
         return (yield from _model_reader(read)(read, config, folder, trained=False))
 
 

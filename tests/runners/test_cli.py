@@ -251,11 +251,11 @@ def test_ctrl_c_in_the_middle_is_exit_130_and_loses_nothing(tmp_path):
         [sys.executable, "-m", "runners", "run", "--suite", "quick", "--out", str(out)],
         cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600  # a busy machine
     while not list(out.glob("reads/*.parquet")) and time.monotonic() < deadline:
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=60)
+    stdout, stderr = process.communicate(timeout=300)
     assert process.returncode == 130, stderr
     assert stdout == ""
     assert stderr.splitlines()[-1] == "deadbench: interrupted; what finished is kept"
