@@ -27,6 +27,7 @@ HEADERS = {
     "value_high": "to",
     "value_margin": "margin",
     "value_seed_spread": "seed spread",
+    "value_token_error": "token error",
     "num_algebraic": "algebraic",
     "num_learned": "learned",
     "num_rounding": "rounding",

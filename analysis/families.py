@@ -31,6 +31,7 @@ SCHEMA = {
     "value_margin": pl.Float64,
     "value_seed_spread": pl.Float64,
     "num_seeds": pl.Int64,
+    "value_token_error": pl.Float64,
     "unit": pl.String,
     "threshold": pl.String,
     "failing": pl.List(pl.String),
@@ -49,6 +50,8 @@ def families(reads: pl.LazyFrame) -> pl.DataFrame:
       negative on the wrong side,
     - `value_seed_spread`, the standard deviation over seeds within a model, pooled over the models that were read with
       several; `num_seeds` is the largest number of seeds of a model. One seed has no spread: null.
+    - `value_token_error`, the standard error of a value from the sample of tokens, by the reads' own bootstraps over
+      sequences, pooled over the reads; null for values that have none.
     """
     offered = collected(_offered(reads)).lazy()
     return pl.concat(collected_all([_judged(claim_id, claim, offered) for claim_id, claim in CLAIMS.items()]))
@@ -88,7 +91,9 @@ def _offered(reads: pl.LazyFrame) -> pl.LazyFrame:
     named = forward.with_columns(twin=TWIN).with_columns(
         is_twin=(pl.col("twin") != pl.col("model")) & (pl.col("family") == "rmsnorm")
     )
-    twins = named.filter("is_twin").group_by(place).agg(twin_depth=pl.col("depth").mean())
+    twins = (
+        named.filter("is_twin").group_by(place).agg(pl.col("depth", "depth_standard_error").mean().name.prefix("twin_"))
+    )
     joined = named.join(beside, on=LINE, how="left", nulls_equal=True).join(
         twins, on=place, how="left", nulls_equal=True
     )
@@ -99,13 +104,14 @@ def _judged(claim_id: str, claim: Claim, offered: pl.LazyFrame) -> pl.LazyFrame:
     asked = offered.filter(pl.col("read").is_in(claim.reads))
     if claim.family != "any":
         asked = asked.filter(pl.col("family") == claim.family)
-    numbers = {"value": claim.value.cast(pl.Float64), "margin": claim.margin.cast(pl.Float64)}
+    numbers = {name: getattr(claim, name).cast(pl.Float64) for name in ("value", "margin", "error")}
     tested = finite(asked.select(*LINE, "read", "seed", holds=claim.holds, **numbers)).drop_nulls("holds")
     by_seed = tested.with_columns(variance=pl.col("value").var().over(*LINE, "read"))
     by_model = by_seed.group_by("model", "protocol").agg(
         pl.col("holds").all(),
         pl.col("value").mean(),
         pl.col("variance").mean(),
+        (pl.col("error") ** 2).mean(),
         low=pl.col("value").min(),
         high=pl.col("value").max(),
         margin=pl.col("margin").min(),
@@ -125,6 +131,7 @@ def _judged(claim_id: str, claim: Claim, offered: pl.LazyFrame) -> pl.LazyFrame:
         value_margin=pl.col("margin").min(),
         value_seed_spread=pl.col("variance").mean().sqrt(),
         num_seeds=pl.col("seeds").max().cast(pl.Int64),
+        value_token_error=pl.col("error").mean().sqrt(),
         failing=pl.col("model").filter(~pl.col("holds")).unique().sort().implode(),
     )
     facts = {"claim": claim_id, **claim._asdict(), "unit": claim.unit or None}

@@ -55,7 +55,7 @@ SACRIFICED = [
 SCREEN_ONLY = {
     "objective", "depth_predicted", "precision_slope", "containment", "num_algebraic", "num_rounding",
     "num_zero_scales", "hidden_size", "num_blocks", "blocks_preserved", "worst_block", "num_seeds", "input", "dtype",
-    "value_low", "value_high", "value_seed_spread", "threshold",
+    "value_low", "value_high", "value_seed_spread", "value_token_error", "threshold",
 }  # fmt: skip
 WRAPPED = {"failing": 30, "statement": 30}  # prose, and the width that is enough for it
 # Only rows that are equal here are compared: said once below the table where all are, else groups stand apart.

@@ -24,7 +24,7 @@ from analysis.training_plots import training_plot
 MAX_ROWS = 500  # of a table on the page; the commands list everything
 CLAIM_COLUMNS = [
     "statement", "num_models", "num_hold", "holds", "failing", "threshold", "value_median", "value_low", "value_high",
-    "value_min", "value_max", "value_margin", "value_seed_spread", "unit",
+    "value_min", "value_max", "value_margin", "value_seed_spread", "value_token_error", "unit",
 ]  # fmt: skip
 FAILED_COLUMNS = ["model", "revision", "read", "protocol", "attempt", "finished_at", "error"]
 

@@ -23,6 +23,7 @@ from suite.directions import (
     zero_scales,
 )
 from suite.precision import ExactProjection, VarianceAlong, inverse_direction
+from suite.resampling import SequenceSums, sequence_lengths
 from suite.residual import check_rows, token_rows
 from suite.resolution import EffectiveNorm
 from suite.schema import Row
@@ -56,6 +57,7 @@ class FinalNormRead:
         shift_D = None if norm.shift_D is None else torch.from_numpy(norm.shift_D)
         self.along_float32 = VarianceAlong(direction_D, shift_D)
         self.along_float64 = VarianceAlong(direction_D, shift_D, ExactProjection)
+        self.sequences = SequenceSums(shift_D)
         self.along_executed: VarianceAlong | None = None  # the float32 replay is what a float32 model on CPU executed
 
     def update(self, input_BTD: Tensor, output_BTD: Tensor, mask_BT: Bool[Tensor, "B T"] | None = None) -> None:
@@ -75,7 +77,8 @@ class FinalNormRead:
                 self.along_executed = VarianceAlong(self.along_float32.direction_D, self.along_float32.shift_D)
             self.along_executed.update(y_ND)
         self.spectrum.update(replay_ND)
-        self.along_float32.update(replay_ND)
+        deviation_N = self.along_float32.update(replay_ND)
+        self.sequences.update(replay_ND, deviation_N, sequence_lengths(output_BTD, mask_BT))
         rows = max(1, _CACHED_ELEMENTS // x_ND.shape[1])
         for x_chunk, replay_chunk in zip(x_ND.split(rows), replay_ND.split(rows), strict=True):
             exact_chunk = self.norm(x_chunk)
@@ -86,6 +89,7 @@ class FinalNormRead:
         """Add what another worker read of the same norm on other tokens."""
         self.spectrum.merge(other.spectrum)
         self.along_float32.merge(other.along_float32)
+        self.sequences.merge(other.sequences)
         self.along_float64.merge(other.along_float64)
         if other.along_executed is not None:
             if self.along_executed is None:
@@ -108,11 +112,14 @@ class FinalNormRead:
         trace = float(spectrum.eigenvalues_D.sum())
         lambda_v, lambda_exact = self.along_float32.finish(), self.along_float64.finish()
         executed = lambda_v if self.along_executed is None else self.along_executed.finish()
+        errors = self.sequences.finish(trace)
         limit = depth_limit(len(self.norm.scale_D))
         exact_limit = -math.log10(_DOUBLE_DOUBLE_EPS**2 * len(self.norm.scale_D))
         row |= {
             "lambda_v": lambda_v,
+            "lambda_v_standard_error": errors.log_lambda_v,
             "depth": _depth(spectrum.mean, lambda_v, limit),
+            "depth_standard_error": errors.depth,
             "depth_limit": limit,
             "depth_as_executed": _depth(spectrum.mean, executed, limit),
             "depth_exact": _depth(spectrum.mean, lambda_exact, exact_limit),
@@ -122,7 +129,7 @@ class FinalNormRead:
         slope = row["precision_slope"]
         row["kernel_exact"] = None if slope is None else slope > KERNEL_SLOPE
         if trace == 0:
-            row |= {"depth": None, "depth_as_executed": None, "depth_exact": None, "depth_bottom": None}
+            row |= dict.fromkeys(("depth", "depth_as_executed", "depth_exact", "depth_bottom"))
         return row, {
             "site": "final_norm",
             "eigenvalues": spectrum.eigenvalues_D.tolist(),

@@ -129,12 +129,13 @@ class VarianceAlong:
         self._squared_norm = float(direction_D.hi.square().sum())
         self.count, self.total, self.total_of_squares = 0, 0.0, 0.0
 
-    def update(self, acts_ND: Float[Tensor, "N D"]) -> None:
-        """Add rows."""
-        deviation_N = self._project(acts_ND)
+    def update(self, acts_ND: Float[Tensor, "N D"]) -> Float[Tensor, " N"]:
+        """Add rows; returns their deviations, `w . (acts - shift)`."""
+        deviation_N: Tensor = self._project(acts_ND)
         self.count += len(deviation_N)
         self.total += float(deviation_N.sum())
         self.total_of_squares += float(deviation_N.square().sum())
+        return deviation_N
 
     def merge(self, other: "VarianceAlong") -> None:
         """Add what another accumulator of the same direction saw."""

@@ -77,11 +77,15 @@ READS = [
     Column("alignment", REAL, "cosine", "|<v, u_D>|; carries no claim where num_zero_scales >= 2"),
     Column("containment", REAL, "cosine", "smallest singular value of U_k^T K, k = num_dead_1e10; null if k = 0"),
     Column("lambda_v", REAL, "output^2", "variance of the replayed output along v"),
+    Column(
+        "lambda_v_standard_error", REAL, "decades", "of log10 lambda_v, by a bootstrap over sequences; null below 8"
+    ),
     Column("lambda_min", REAL, "output^2", "smallest eigenvalue of the covariance"),
     Column("lambda_second", REAL, "output^2", "second smallest eigenvalue"),
     Column("lambda_mean", REAL, "output^2", "mean eigenvalue, tr C / D"),
     Column("lambda_max", REAL, "output^2", "largest eigenvalue"),
     Column("depth", REAL, "decades", "log10(lambda_mean / lambda_v) in float32; lambda_v cut at depth_limit"),
+    Column("depth_standard_error", REAL, "decades", "of depth, by a bootstrap over sequences; null below 8"),
     Column("depth_bottom", REAL, "decades", "log10(lambda_mean / lambda_min), lambda_min cut at spectrum_floor"),
     Column(
         "depth_limit",
