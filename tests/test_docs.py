@@ -7,6 +7,8 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -100,3 +102,14 @@ def test_every_command_has_an_example_in_the_documents():
     commands = get_command(app).commands
     assert {"leaderboard", "families", "compare", "trend", "report", "publish"} <= set(commands)
     assert [name for name in commands if f"$ deadbench {name}" not in text] == []
+
+
+def test_every_module_has_a_page_of_its_interface(tmp_path):
+    """As `make docs` makes them; a module that does not import alone, or a broken docstring, fails here."""
+    command = [sys.executable, "-m", "pdoc", "suite", "runners", "analysis", "--docformat", "google", "-o", tmp_path]
+    done = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for package in ("suite", "runners", "analysis"):
+        modules = {path.stem for path in (ROOT / package).glob("[a-z]*.py")}
+        assert modules <= {path.stem for path in (tmp_path / package).glob("*.html")}
+    assert "inverse_scale_direction" in (tmp_path / "suite" / "directions.html").read_text()
