@@ -37,7 +37,7 @@ def training_plot(reads: pl.LazyFrame, column: str) -> Spec | None:
                     axis=alt.Axis(values=step_ticks(rows["step"].to_list()), labelOverlap=True, format=",d")),
             y=alt.Y("value:Q", title="lambda_v" if log else "depth, decades",
                     scale=alt.Scale(type="log" if log else "linear"), axis=alt.Axis(format=".0e" if log else "~g")),
-            color=line_colour(shown.to_list()),
+            color=line_colour(shown.to_list(), reads),
             tooltip=["line:N", "family:N", "step:Q",
                      alt.Tooltip("value:Q", title=column, format=".3e" if log else ".2f")],
         )
