@@ -14,8 +14,8 @@ from typing import Annotated, Any
 import typer
 
 from runners.analysis_cli import app as analysis_app
-from runners.console import EXIT_FALSE, EXIT_INTERRUPTED, EXIT_USAGE, Debug, Json, UserError, console, one_of
-from runners.plan_command import choose_cluster, plan
+from runners.console import EXIT_FALSE, EXIT_INTERRUPTED, EXIT_USAGE, Debug, Json, UserError, console
+from runners.plan_command import check_options, choose_cluster, plan
 
 app = typer.Typer(
     add_completion=False,
@@ -157,15 +157,11 @@ def run(
     Example: [bold]deadbench run --suite quick --out results/quick[/bold]
     """
     from runners.cluster import PlanError
-    from runners.jobs import ENGINES, JobError, Overrides, build_jobs
+    from runners.jobs import JobError, Overrides, build_jobs
     from runners.plan import place_jobs
-    from suite.registry import Dtype, RegistryError, find_registry, load_registry
+    from suite.registry import RegistryError, find_registry, load_registry
 
-    one_of("--dtype", dtype, Dtype.__args__)  # type: ignore[attr-defined]
-    if engine not in ENGINES:
-        raise UserError(f"--engine {engine!r} cannot be run by this version; choose {', '.join(ENGINES)}")
-    if tokens is not None and input_spec is not None and input_spec.endswith(".npy"):
-        raise UserError("--tokens does nothing with tokens:FILE.npy, which is used exactly as given; leave one out")
+    check_options(engine, dtype, tokens, input_spec)
     try:
         path = find_registry(registry)
         chosen = None if engine == "auto" else engine

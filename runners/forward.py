@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from runners.events import Progress, Reading
 from runners.jobs import ReadJob
 from runners.torch_engine import BATCH_TOKENS, Blocks, Swept, TorchEngine, pick_device
-from suite.architecture import block_list, build_config, count_parameters, find_final_norm, objective
+from suite.architecture import block_list, build_config, build_model, count_parameters, objective
 from suite.feed import feed, part_of
 from suite.final_norm import FinalNormRead
 from suite.inputs import Batch, Inputs, check_count
@@ -65,10 +65,11 @@ def read_forward(
     name = dtype_name(read, config, entries)
     dtype = getattr(torch, name)
     engine = make_engine(read.engine)
+    engine.part, _ = part_of(build_model(config, "meta"), read.model.modality, read.model.stack)
     model = engine.load_trained(folder, dtype) if trained and folder else engine.load_random(config, read.seed, dtype)
 
-    path, model, final = _part(engine, model, read)
-    row: Row = architecture_columns(below(path, final)) | {
+    final = engine.final_norm(model)
+    row: Row = architecture_columns(below(engine.part, final)) | {
         "num_parameters": num_parameters(json.dumps(raw_config, sort_keys=True)),
         "objective": objective(raw_config),
         "dtype": name,
@@ -82,7 +83,8 @@ def read_forward(
             raise ValueError(f"the final norm cannot be determined: {final.reason}")
         return {"reads": [row | {"error": final.reason, "peak_device_bytes": engine.peak_device_bytes()}]}
 
-    module = model.get_submodule(final.path)
+    part = model.get_submodule(engine.part)
+    module = part.get_submodule(final.path)
     assert final.hidden_size is not None
     norm = live_norm(module, final.behaviour, final.hidden_size)
     num_tokens = wanted_tokens(read, final.hidden_size)
@@ -96,7 +98,7 @@ def read_forward(
         )
         seconds = Seconds()
         try:
-            yield from _run_passes(read, engine, model, final, inputs, measured, stream, seconds)
+            yield from _run_passes(read, engine, part, final, inputs, measured, stream, seconds)
             break
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error) or engine.ranks.size > 1:  # the other ranks are in a pass of their own
@@ -113,7 +115,7 @@ def read_forward(
     seconds.spectrum += time.perf_counter() - started
     row |= scale_columns(norm, name) | columns | stream_columns
     row |= {
-        "final_norm_tensor": tensor_name(entries, below(path, final)),
+        "final_norm_tensor": tensor_name(entries, below(engine.part, final)),
         "input": inputs.description,
         "num_distinct_inputs": inputs.num_distinct,
         "forward_seconds": seconds.forward,
@@ -246,20 +248,6 @@ def make_inputs(
         batch_tokens=batch_tokens,
         least_items=least_items,
     )
-
-
-def _part(engine: TorchEngine, whole: nn.Module, read: ReadJob) -> tuple[str, nn.Module, FinalNorm]:
-    """The part of the model that is read, its path, and its final norm.
-
-    Raises:
-        ValueError: an engine that runs whole models only.
-    """
-    path, part = part_of(whole, read.model.modality, read.model.stack)
-    if not path:
-        return path, part, engine.final_norm(part)
-    if type(engine) is not TorchEngine:
-        raise ValueError(f"of {type(whole).__name__} only {path} is read; give --engine torch and --tensor-parallel 1")
-    return path, part, find_final_norm(part)
 
 
 def below(path: str, final: FinalNorm) -> FinalNorm:

@@ -127,11 +127,13 @@ def build_jobs(
     overrides: Overrides,
     *,
     every_checkpoint: bool = False,
+    assumed: bool = False,
 ) -> list[ModelJob]:
     """Jobs for `models` (registry ids or SOURCEs), or for a whole suite when none are named.
 
     Models named without a suite run under the protocol `standard`; with one, under the suite's. Of a model with a
     revision and a series, the series is read with `every_checkpoint`, or in a suite that says `checkpoints: true`.
+    With `assumed` the jobs would run elsewhere, and what is installed here does not matter.
 
     Raises:
         JobError: an unknown suite or read, a SOURCE that does not exist, an input that does not fit.
@@ -169,13 +171,28 @@ def build_jobs(
         if any(read != "parameters" for read in wanted):
             _check_degree(model, overrides.tensor_parallel or model.gpus, base)
         series = every_checkpoint or model.revision is None or (suite is not None and suite.checkpoints)
-        jobs.append(_model_job(model, series, wanted, spec, name, protocol, overrides, base))
+        jobs.append(_model_job(model, series, wanted, spec, name, protocol, overrides, base, assumed))
     return jobs
 
 
 def vllm_is_installed() -> bool:
     """Whether vLLM can be imported here."""
     return importlib.util.find_spec("vllm") is not None
+
+
+def _wished(model: Model, base: Path, assumed: bool) -> str:
+    """The registry's engine, which is a wish: torch where vLLM is not installed or lacks the architecture."""
+    if model.engine != "vllm" or assumed:
+        return "torch" if model.engine == "auto" else model.engine
+    if not vllm_is_installed():
+        return "torch"
+    from runners.vllm_support import why_vllm_cannot
+
+    try:
+        config = model.config or Checkpoint(model.source or "", model.main_checkpoint(), base).config()
+    except CheckpointError:
+        return "vllm"  # which the read will say
+    return "torch" if why_vllm_cannot(config) else "vllm"
 
 
 def _check_degree(model: Model, degree: int, base: Path) -> None:
@@ -218,16 +235,15 @@ def _model_job(
     protocol: Protocol,
     overrides: Overrides,
     base: Path,
+    assumed: bool,
 ) -> ModelJob:
     kind, _, rest = spec.partition(":")
     local_input = rest and kind in ("text", "image", "tokens") and rest != "random"
     absolute = f"{kind}:{Path(rest).resolve()}" if local_input else spec
     dtype = overrides.dtype or model.dtype
-    engine = overrides.engine or ("torch" if model.engine == "auto" else model.engine)
-    if engine == "vllm" and not vllm_is_installed():
-        if overrides.engine:
-            raise JobError(INSTALL_VLLM)
-        engine = "torch"  # the registry's engine is a wish
+    if overrides.engine == "vllm" and not assumed and not vllm_is_installed():
+        raise JobError(INSTALL_VLLM)
+    engine = overrides.engine or _wished(model, base, assumed)
     jobs = []
     revisions, unlisted = _revisions(model, base) if series else ([model.revision], None)
     for revision in revisions:

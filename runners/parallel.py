@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from runners.deferred_init import DeferredInit, deferred_model
 from runners.events import Event, Progress
 from runners.jobs import ModelJob, ReadJob
+from runners.needs import divisors
 from runners.torch_engine import Blocks, ForwardPass, Swept, TorchEngine
 from runners.worker import run_model
 from suite.architecture import build_config, build_model, locate_final_norm
-from suite.dummy_inputs import minimal_inputs
+from suite.feed import working_form
 from suite.inputs import Batch
 from suite.residual import Ranks, check_rows
 from suite.resolution import FinalNorm
@@ -155,14 +156,14 @@ class ParallelEngine(TorchEngine):
         return model
 
     def final_norm(self, model: nn.Module) -> FinalNorm:
-        """The final norm of the model, found without its weights."""
+        """The final norm of the part that is read, found without its weights."""
         assert self._final is not None
         return self._final
 
     def runnable(self, model: nn.Module) -> nn.Module:
-        """A model without values: its forward pass moves no weights and needs no other rank."""
+        """The part without values: its forward pass moves no weights and needs no other rank."""
         config: Any = model.config
-        return build_model(config, "meta")
+        return build_model(config, "meta").get_submodule(self.part)
 
     def passes(
         self, model: nn.Module, norm: nn.Module, batches: list[Batch], blocks: Blocks | None = None
@@ -192,16 +193,15 @@ class ParallelEngine(TorchEngine):
 
     def _refuse(self, config: Any) -> None:
         """Raise ValueError where the model cannot be divided among the ranks."""
-        text, size = config.get_text_config(), self.ranks.size
-        if not (getattr(text, "base_model_tp_plan", None) or getattr(config, "base_model_tp_plan", None)):
+        counts, size = divisors(build_model(config, "meta").get_submodule(self.part)), self.ranks.size
+        if not counts:
             raise ValueError(
                 f"transformers has no tensor-parallel plan for {config.model_type!r}; give --tensor-parallel 1"
             )
-        for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
-            count = getattr(text, name, None)
-            if isinstance(count, int) and count % size:
+        for name, count in counts.items():
+            if count % size:
                 raise ValueError(f"--tensor-parallel {size} does not divide {name} {count} of {config.model_type!r}")
-        self._final = locate_final_norm(config)
+        self._final = locate_final_norm(config, self.part)
 
     def _check(self, model: nn.Module, config: Any, dtype: torch.dtype, whole: Callable[[], nn.Module]) -> None:
         """The canary: on a probe batch the sharded model is the unsharded one, where that fits beside it.
@@ -209,15 +209,15 @@ class ParallelEngine(TorchEngine):
         Raises:
             ValueError: it is not, or rows of zeros or values that are not finite come out.
         """
-        inputs = next(minimal_inputs(model))
-        if "input_ids" in inputs:
+        inputs: dict[str, Any] = working_form(self.runnable(model))
+        if inputs.keys() == {"input_ids"}:
             highest = config.get_text_config().vocab_size
             generator = torch.Generator().manual_seed(0)
             ids = torch.randint(min(8, highest - 1), highest, (1, _PROBE_TOKENS), generator=generator)
             inputs = {"input_ids": ids}
         inputs = self._on_device(model, inputs)
         with torch.no_grad():
-            sharded = model(**inputs)[0]
+            sharded = model.get_submodule(self.part)(**inputs)[0]
         backend = dist.get_backend()
         self.detail = f"tensor parallel over {self.ranks.size} ranks ({backend}), transformers' plan"
         with self.ranks.together():
@@ -234,7 +234,7 @@ class ParallelEngine(TorchEngine):
         if needed > free:
             return f"; not compared with the unsharded model, which takes {needed / 1e9:.1f} of {free / 1e9:.1f} GB"
         with torch.no_grad():
-            expected = whole()(**inputs)[0]
+            expected = whole().get_submodule(self.part)(**inputs)[0]
         worst = float((sharded - expected).abs().max() / expected.abs().max())
         if not worst <= CANARY_TOLERANCE[dtype]:
             raise ValueError(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from suite.dummy_inputs import minimal_inputs
 from suite.norms import probe
 from suite.resolution import ArchitectureError, FinalNorm, NormBehaviour, RemoteCodeError
+from suite.valueless import attempts
 
 SMALL_MODEL = 500_000_000  # parameters: 2 GB in float32, a few seconds to draw
 _CUT_CANDIDATES = 40  # modules, last called first, among which a norm behind a projection is looked for
@@ -117,16 +118,16 @@ def objective(config: Mapping[str, Any]) -> str | None:
     return None
 
 
-def locate_final_norm(config: Any) -> FinalNorm:
-    """The final norm of the architecture that `config` describes, without any weights.
+def locate_final_norm(config: Any, part: str = "") -> FinalNorm:
+    """The final norm of the architecture that `config` describes, or of its module `part`, without any weights.
 
     First on the meta device. Some forward passes look at values, which meta tensors have not, and some norms are told
     only by values; those models are built on CPU where they are small.
     """
     model = build_model(config, "meta")
-    found = find_final_norm(model)
+    found = find_final_norm(model.get_submodule(part))
     if found.path is None and sum(p.numel() for p in model.parameters()) <= SMALL_MODEL:
-        found = find_final_norm(build_model(config))
+        found = find_final_norm(build_model(config).get_submodule(part))
     elif found.family == "none":
         # On meta only identity is seen; a norm behind a copy or a projection would be missed.
         found = _nothing("undetermined", f"{found.reason}, and the model is too large to be tried", model)
@@ -141,9 +142,10 @@ def find_final_norm(model: nn.Module, inputs: Mapping[str, Tensor] | None = None
         inputs: keyword arguments of the forward pass; minimal dummy inputs, tried in turn, for None.
     """
     failure = ""
-    for candidate in minimal_inputs(model) if inputs is None else [inputs]:
+    candidates = minimal_inputs(model) if inputs is None else [inputs]
+    for candidate, attempt in itertools.product(candidates, attempts(model)):
         try:
-            with torch.no_grad(), _recorded_calls(model) as calls:
+            with torch.no_grad(), attempt(), _recorded_calls(model) as calls:
                 output = model(**candidate)
         except Exception as error:
             failure = failure or _one_line(error)

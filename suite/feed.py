@@ -6,6 +6,7 @@ Shapes: B items, T positions.
 """
 
 import inspect
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from suite.signals import (
     photo_crops,
     plain_pictures,
 )
+from suite.valueless import attempts
 
 _TOWERS = {
     "image": ("vision_config", "image_config", "vision_model_config"),
@@ -87,7 +89,7 @@ def feed(
     Raises:
         InputError: an input that cannot be had, or a form that nothing here makes.
     """
-    form = _working_form(part)
+    form = working_form(part)
     if modality == "text":
         return _feed_tokens(part, spec, form, num_tokens, sequence_length, seed, folder, batch_tokens)
     crops_of = spec.partition(":")[2]
@@ -209,7 +211,7 @@ class _Described:
         yield torch.empty(0)
 
 
-def _working_form(part: nn.Module) -> dict[str, Tensor]:
+def working_form(part: nn.Module) -> dict[str, Tensor]:
     """The first minimal input on which `part` runs, on the CPU.
 
     Raises:
@@ -217,9 +219,9 @@ def _working_form(part: nn.Module) -> dict[str, Tensor]:
     """
     device, dtype = _place(part)
     failure = "no input is known for its arguments"
-    for candidate in minimal_inputs(_Described(part)):  # type: ignore[arg-type]
+    for candidate, attempt in itertools.product(minimal_inputs(_Described(part)), attempts(part)):  # type: ignore[arg-type]
         try:
-            with torch.no_grad():
+            with torch.no_grad(), attempt():
                 part(**{n: _moved(v, device, dtype) for n, v in candidate.items()})
         except Exception as error:
             failure = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -51,7 +51,8 @@ def test_sizes_are_those_counted_by_hand():
     block = 12 * 64**2 + 13 * 64  # QKV, output, two of the MLP; their biases and two norms
     assert (size.largest_block, size.outside_blocks) == (block, 500 * 64 + 128)
     assert size.parameters == 3 * block + size.outside_blocks
-    assert (size.num_taps, size.hidden_size, size.num_heads, size.num_kv_heads) == (4, 64, 4, 4)
+    assert (size.num_taps, size.hidden_size) == (4, 64)
+    assert size.divisors == {"num_attention_heads": 4, "intermediate_size": 256}
     need = needs(size, "random", 2, 640)
     assert (need.weights, need.resident_load) == (2 * size.parameters, 4 * size.parameters + 2 * 500 * 64)
     assert need.stream == 640 * 64 * 2
