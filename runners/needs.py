@@ -21,7 +21,7 @@ from suite.residual import TAP_BYTES
 
 # In D^2, of one tap while the tokens pass: two halves, each a Gram matrix; with a factor and a whitener where a trained
 # model's small directions ask for them. While it is decomposed a tap needs TAP_BYTES.
-_HELD = {"random": 16, "trained": 48}
+_HELD = {"random": 16, "trained": 48, "functional": 0}
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def measure(config: Any, sequence_length: int) -> ModelSize:
 
 
 def needs(size: ModelSize, read: str, itemsize: int, num_tokens: int) -> Needs:
-    """The bytes of a read (`random` or `trained`) that runs in a dtype of `itemsize` bytes over `num_tokens` tokens."""
+    """The bytes of a read (`random`, `trained` or `functional`) that runs in a dtype of `itemsize` bytes over `num_tokens` tokens."""
     D = size.hidden_size
     batch = min(BATCH_TOKENS, num_tokens)
     # Beside the activations: the norm's captured input and output, and the float64 rows and products of one update.

@@ -63,9 +63,10 @@ def place(read: ReadJob, cluster: Cluster) -> Placement:
         size, dtype, num_tokens = _facts(read)
     except ValueError as error:
         return replace(empty, problem=str(error))
-    return _place(
-        replace(empty, dtype=dtype), size, needs(size, read.read, _ITEM_BYTES[dtype], num_tokens), read, cluster
-    )
+    row, need = replace(empty, dtype=dtype), needs(size, read.read, _ITEM_BYTES[dtype], num_tokens)
+    if read.read == "functional":
+        return _place_functional(row, need, cluster)
+    return _place(row, size, need, read, cluster)
 
 
 def _facts(read: ReadJob) -> tuple[ModelSize, str, int]:
@@ -151,6 +152,27 @@ def _place(row: Placement, size: ModelSize, need: Needs, read: ReadJob, cluster:
     resident = _peak(one_tap, need.resident_load, on_gpu)
     problem = f"{_gb(max(one_tap, need.resident_load))} do not fit in {place}; --engine streaming needs {_gb(least)}"
     return replace(row, **resident, problem=problem)
+
+
+def _place_functional(row: Placement, need: Needs, cluster: Cluster) -> Placement:
+    """A functional read moves parameters in place and has no taps: the model is whole, on one device."""
+    node = cluster.largest
+    on_gpu, host = node.gpus > 0, _USABLE * ((node.host_bytes or math.inf) - PROCESS_BYTES)
+    peak = need.weights + need.activations
+    row = replace(
+        row,
+        engine="torch",
+        gpus=int(on_gpu),
+        tensor_parallel=1,
+        passes=1,
+        weight_bytes=int(need.weights),
+        activation_bytes=int(need.activations),
+        **_peak(peak, need.resident_load, on_gpu),
+    )
+    if need.resident_load <= host and peak <= (_USABLE * node.gpu_bytes if on_gpu else host):
+        return row
+    problem = f"a functional read holds the whole model, {_gb(max(peak, need.resident_load))} in {row.dtype}"
+    return replace(row, problem=f"{problem}, which does not fit; give more memory or --dtype float32")
 
 
 def _taps_at_once(read: ReadJob, need: Needs, free: float) -> int:
