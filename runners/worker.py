@@ -60,6 +60,8 @@ def _read_parameters(read: ReadJob) -> Reading:
 
 
 def _read_random(read: ReadJob) -> Reading:
+    from suite.architecture import build_config
+    from suite.nullity import dead_at_initialisation
     from suite.sources import Checkpoint
 
     with ExitStack() as stack:
@@ -72,7 +74,11 @@ def _read_random(read: ReadJob) -> Reading:
                 raise ValueError("text needs a tokenizer and the registry gives no source; use tokens:random")
             checkpoint = Checkpoint(read.model.source, read.model.main_checkpoint(), read.base)
             folder = stack.enter_context(checkpoint.local_copy())
-        return (yield from _model_reader(read)(read, config, folder, trained=False))
+        rows = yield from _model_reader(read)(read, config, folder, trained=False)
+        dead, row = dead_at_initialisation(build_config(config)), rows["reads"][0]
+        row["dead_parameters"] = dead
+        row["dead_parameters_share"] = None if dead is None else dead / row["num_parameters"]
+        return rows
 
 
 def _read_trained(read: ReadJob) -> Reading:
