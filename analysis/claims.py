@@ -5,7 +5,13 @@ claim, add an entry. An expression sees the columns of `reads`, on a forward rea
 
 - `log_lambda_v`: log10 of the variance along v, cut like the depth at what the projection resolves,
 - `random_<column>`: the mean over seeds of `RANDOM_COLUMNS` of the model's reads at random initialisation,
-- `twin_depth`, `twin_depth_standard_error`: the depth of the same model with another norm (`TWIN`).
+- `twin_depth`, `twin_depth_standard_error`: the depth of the same model with another norm (`TWIN`),
+
+and on a functional read
+
+- `kept_still`, `moved`: over its maps and steps, in decades, the least factor by which a random direction changed the
+  outputs more than a LayerNorm's compensated dead direction, and the largest one for RMSNorms' gamma^-1. A factor is
+  one of KL divergences, or, where there are no logits, of squared changes of the last hidden state.
 
 Where it is null, the read cannot test the claim.
 """
@@ -98,7 +104,10 @@ _DEPTH_ERROR = pl.col("depth_standard_error")
 _DEEPENING_ERROR = _both("lambda_v_standard_error", "random_lambda_v_standard_error")
 _AS_EXPECTED = pl.col("family") == pl.col("family_expected")
 
+_DEAD_SHARE, _DEAD_COUNT = pl.col("dead_parameters_share"), pl.col("dead_parameters")
+
 RANDOM, TRAINED, FORWARD, PARAMETERS = ("random",), ("trained",), ("random", "trained"), ("parameters",)
+FUNCTIONAL = ("functional",)
 
 CLAIMS = {
     "layernorm-random-aligned": _claim(
@@ -174,6 +183,24 @@ CLAIMS = {
         "Any family, random or trained: no block collapses a direction of the residual stream.",
         "any", FORWARD, pl.col("blocks_preserved"), "no collapsed block", pl.col("worst_block_ratio"), "ratio",
         _NO_VALUE,
+    ),
+    "layernorm-dead-parameters": Claim(
+        "LayerNorm: parameter directions are dead by construction; the value is their share of all parameters.",
+        "layernorm", ("random", "parameters"), _DEAD_COUNT > 0, "count > 0", _DEAD_SHARE, "share", _DEAD_SHARE,
+    ),
+    "rmsnorm-no-dead-parameters": Claim(
+        "RMSNorm (control): without zero scales no parameter direction is dead by construction.",
+        "rmsnorm", ("random", "parameters"), pl.when(_NO_ZEROS).then(_DEAD_COUNT == 0), "count = 0", _DEAD_SHARE,
+        "share", -_DEAD_SHARE,
+    ),
+    "layernorm-outputs-keep-still": _claim(
+        "Linear maps that a LayerNorm feeds, moved along its dead direction: the outputs change by 1e-6 at most of "
+        "what a random direction of the same size does.",
+        "any", FUNCTIONAL, _at_least("log10(random / dead change)", pl.col("kept_still"), 6, "decades"),
+    ),
+    "rmsnorm-outputs-move": _claim(
+        "Linear maps that an RMSNorm feeds, moved along its inverse scales (control): the outputs change.",
+        "any", FUNCTIONAL, _at_most("log10(random / inverse-scale change)", pl.col("moved"), 4, "decades", strict=True),
     ),
     "classified": Claim(
         "Any family: the parameters alone tell the normalisation family that the registry expects.",

@@ -130,7 +130,7 @@ def divisors(part: nn.Module) -> dict[str, int]:
 
 
 def needs(size: ModelSize, read: str, itemsize: int, num_tokens: int) -> Needs:
-    """The bytes of a read (`random` or `trained`) that runs in a dtype of `itemsize` bytes over `num_tokens` tokens."""
+    """The bytes of a read by forward pass that runs in a dtype of `itemsize` bytes over `num_tokens` tokens."""
     D = size.hidden_size
     batch = min(BATCH_TOKENS, num_tokens)
     # Beside the activations: the norm's captured input and output, and the float64 rows and products of one update.

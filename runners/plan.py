@@ -85,8 +85,11 @@ def place(read: ReadJob, cluster: Cluster, asked: int | None = None) -> Placemen
         return replace(row, problem=problem or str(error))
     if inline:
         remark = "sized by the registry's configuration"
-    row = replace(row, dtype=dtype)
-    found = _place(row, size, needs(size, read.read, _ITEM_BYTES[dtype], num_tokens), read, cluster, asked)
+    row, need = replace(row, dtype=dtype), needs(size, read.read, _ITEM_BYTES[dtype], num_tokens)
+    if read.read == "functional":
+        found = _place_functional(row, need, _Room.of(cluster))
+    else:
+        found = _place(row, size, need, read, cluster, asked)
     return replace(found, note=_joined(found.note, remark), problem=problem or found.problem)
 
 
@@ -221,6 +224,25 @@ def _sharded(row: Placement, size: ModelSize, need: Needs, read: ReadJob, room: 
         note=_joined(note, "vLLM's cache and processes come on top" if row.engine == "vllm" else None),
         **_peak(peak, need.outside + need.drawing * ranks, room.on_gpu),
     )
+
+
+def _place_functional(row: Placement, need: Needs, room: _Room) -> Placement:
+    """A functional read moves parameters in place and has no taps: the model is whole, on one device."""
+    peak = need.weights + need.activations
+    row = replace(
+        row,
+        engine="torch",
+        gpus=int(room.on_gpu),
+        tensor_parallel=1,
+        passes=1,
+        weight_bytes=int(need.weights),
+        activation_bytes=int(need.activations),
+        **_peak(peak, need.resident_load, room.on_gpu),
+    )
+    if need.resident_load <= room.host and peak <= room.device:
+        return row
+    problem = f"a functional read holds the whole model, {_gb(max(peak, need.resident_load))} in {row.dtype}"
+    return replace(row, problem=f"{problem}, which does not fit; give more memory or --dtype float32")
 
 
 def _taps_at_once(read: ReadJob, need: Needs, free: float) -> int:

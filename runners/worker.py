@@ -60,6 +60,8 @@ def _read_parameters(read: ReadJob) -> Reading:
 
 
 def _read_random(read: ReadJob) -> Reading:
+    from suite.architecture import build_config
+    from suite.nullity import dead_at_initialisation
     from suite.sources import Checkpoint
     from suite.tensors import CheckpointError
 
@@ -76,7 +78,11 @@ def _read_random(read: ReadJob) -> Reading:
                 folder = stack.enter_context(checkpoint.local_copy())
             except CheckpointError as error:
                 raise CheckpointError(f"{error} (for its tokenizer; --input tokens:random needs none)") from error
-        return (yield from _model_reader(read)(read, config, folder, trained=False))
+        rows = yield from _model_reader(read)(read, config, folder, trained=False)
+        dead, row = dead_at_initialisation(build_config(config)), rows["reads"][0]
+        row["dead_parameters"] = dead
+        row["dead_parameters_share"] = None if dead is None else dead / row["num_parameters"]
+        return rows
 
 
 def _read_trained(read: ReadJob) -> Reading:

@@ -20,6 +20,7 @@ from suite.directions import (
     dead_subspace,
     depth_limit,
     inverse_scale_direction,
+    leading_coordinates,
     zero_scales,
 )
 from suite.precision import ExactProjection, VarianceAlong, inverse_direction
@@ -130,10 +131,13 @@ class FinalNormRead:
         row["kernel_exact"] = None if slope is None else slope > KERNEL_SLOPE
         if trace == 0:
             row |= dict.fromkeys(("depth", "depth_as_executed", "depth_exact", "depth_bottom"))
+        leading = [leading_coordinates(spectrum.eigenvectors_DD[-place]) for place in range(1, len(verdicts) + 1)]
         return row, {
             "site": "final_norm",
             "eigenvalues": spectrum.eigenvalues_D.tolist(),
             "verdicts": verdicts,
+            "dead_coordinates": [coordinates for coordinates, _ in leading],
+            "dead_weights": [weights for _, weights in leading],
         }
 
 

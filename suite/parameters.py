@@ -235,15 +235,20 @@ def norms_of(checkpoint: Checkpoint, read: ParametersRead) -> list[tuple[Row, Ef
     rows = []
     for path, norm in norms.items():
         magnitude_D, name = np.abs(norm.scale_D), path.removeprefix(prefix)
+        zeros, role = zero_scales(norm.scale_D), _role(name, len(magnitude_D), read.final, blocks_path)
         row = {
             "norm": name,
             "family": norm.family,
-            "role": _role(name, len(magnitude_D), read.final, blocks_path),
+            "role": role,
             "scale_min": float(magnitude_D.min()),
             "scale_median": float(np.median(magnitude_D)),
             "scale_max": float(magnitude_D.max()),
             "scale_harmonic": harmonic_scale(norm.scale_D),
-            "num_zero_scales": len(zero_scales(norm.scale_D)),
+            "num_zero_scales": len(zeros),
+            "zero_coordinates": zeros.tolist(),
+            "zero_scales": norm.scale_D[zeros].tolist(),
+            "scale_mean_square": float(np.mean(magnitude_D**2)),
+            "direction": inverse_scale_direction(norm.scale_D).tolist() if role == "final" else None,
             "dead_parameters": sum(counts[path]) if path in counts else None,
             "dead_parameters_written": counts[path][1] if path in counts else None,
         }

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from suite.directions import UNIT_ROUNDOFF
+from suite.directions import UNIT_ROUNDOFF, leading_coordinates
 from suite.schema import Row
 from suite.spectrum import CovarianceFactor, Spectrum
 
@@ -24,7 +24,6 @@ COLLAPSE_RATIO = 0.8  # at random initialisation the ratio is 1.0 to 1.9, spread
 SAME_DEAD = 0.9  # containment above which dead directions of two taps are the same
 MIN_DISTINCT = 4  # in D: fewer distinct rows, and the rank is that of the input
 _FLOORS = {"bfloat16": 8.0, "float16": 8.0, "float32": 32.0, "float64": 32.0}
-_BOTTOM_MASS, _BOTTOM_COORDINATES = 0.9, 16
 TAP_BYTES = 40  # in D^2: two halves of at most a Gram matrix, a factor and a whitener each, with room to decompose
 
 
@@ -248,10 +247,7 @@ class ResidualRead:
         halves: dict[int, tuple[float, float]],
     ) -> Row:
         sigma_D = np.sqrt(now.eigenvalues_D)
-        weights_D = now.bottom_D**2
-        order = np.argsort(-weights_D)
-        needed = int(np.searchsorted(np.cumsum(weights_D[order]), _BOTTOM_MASS)) + 1
-        largest = order[: min(needed, _BOTTOM_COORDINATES)]
+        coordinates, weights = leading_coordinates(now.bottom_D)
         before = None if ahead is None or known[ahead].rank_limited else known[ahead]
         ratio = now.sigma_min / before.sigma_min if before is not None and before.sigma_min > 0 else None
         state = None
@@ -267,9 +263,9 @@ class ResidualRead:
             "state": state,
             "rank_limited": now.rank_limited,
             "preserved": None if state is None else state in ("preserved", "preserved-dead"),
-            "bottom_coordinates": largest.tolist(),
-            "bottom_weights": weights_D[largest].tolist(),
-            "participation": float(1 / np.sum(weights_D**2)),
+            "bottom_coordinates": coordinates,
+            "bottom_weights": weights,
+            "participation": float(1 / np.sum(now.bottom_D**4)),
             "bottom_direction": now.bottom_D.tolist() if state == "collapsed" else None,
         }
 

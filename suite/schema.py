@@ -71,7 +71,9 @@ READS = [
     Column(
         "depth_predicted_as_executed", REAL, "decades", "the same for the dtype that the model runs or is stored in"
     ),
-    Column("dead_parameters", INT, "parameters", "dead parameter directions, all norms: at most the Fisher's nullity"),
+    Column(
+        "dead_parameters", INT, "parameters", "dead parameter directions of all norms; at most the Fisher's nullity"
+    ),
     Column("dead_parameters_share", REAL, "", "dead_parameters / num_parameters"),
     # spectrum of the norm replayed in float32
     Column("alignment", REAL, "cosine", "|<v, u_D>|; carries no claim where num_zero_scales >= 2"),
@@ -149,6 +151,8 @@ SPECTRA = [
         "",
         "algebraic, learned or rounding: each eigenvalue below 1e-6 of the mean, from the smallest",
     ),
+    Column("dead_coordinates", pa.list_(pa.list_(INT)), "", "of each of these, its largest coordinates"),
+    Column("dead_weights", pa.list_(pa.list_(REAL)), "", "their squared weights, to 0.9 together or 16 of them"),
 ]
 
 BLOCKS = [
@@ -180,6 +184,10 @@ NORMS = [
     Column("scale_max", REAL, "scale", "largest magnitude"),
     Column("scale_harmonic", REAL, "scale^2", "HM(gamma^2)"),
     Column("num_zero_scales", INT, "dimensions", "|Z|"),
+    Column("zero_coordinates", pa.list_(INT), "", "Z: scales at most 1e-5 of the median magnitude"),
+    Column("zero_scales", pa.list_(REAL), "scale", "the effective scales there, signs kept"),
+    Column("scale_mean_square", REAL, "scale^2", "mean of the squared scales"),
+    Column("direction", pa.list_(REAL), "", "inverse-scale direction v, of length one; null but for the final norm"),
     Column(
         "dead_parameters",
         INT,

@@ -94,6 +94,16 @@ def test_what_cannot_fit_says_why_and_what_would(registry):
     assert (placed[1].reads[0].engine, placed[1].reads[0].error) == ("torch", None)
 
 
+def test_a_functional_read_is_whole_on_one_device(registry):
+    jobs = build_jobs(load_registry(registry), registry, ["pythia-1.4b"], None, ["functional"], Overrides())
+    (row,) = make_plan(jobs, parse_cluster("8x80GB"))
+    assert (row.engine, row.gpus, row.tensor_parallel, row.dtype, row.problem) == ("torch", 1, 1, "float64", None)
+    (row,) = make_plan(jobs, parse_cluster("1x8GB"))
+    assert "holds the whole model" in row.problem
+    placed, problems = place_jobs(jobs, parse_cluster("0x8GB"))
+    assert placed[0].reads[0].error in problems[0]
+
+
 @pytest.mark.parametrize("shape", ["8", "8x80", "x8x80GB", "0x8x80GB", "8x0GB", "-1x80GB"])
 def test_a_cluster_that_is_none(shape):
     with pytest.raises(PlanError, match="--assume"):
