@@ -1,70 +1,23 @@
 """One model's processes on the cluster: placed and started together, and gone before others take their place."""
 
 import os
+import sys
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import psutil
 
-from runners.events import Event
+from runners.events import Event, Progress
+from runners.faults import Death
 from runners.jobs import ModelJob
+from runners.nodes import Nodes
+from runners.processes import Ended, end_processes, mark_process
+from runners.schedule import Piece, Place
 
-MARK = "DEADBENCH_GROUP"  # in the environment of whatever an actor starts, wherever that has got to
-_POLITE_SECONDS, _PATIENT_SECONDS = 3.0, 30.0
-_CPU_SLOTS = 2  # without GPUs: while one model loads, the other computes
-
-
-class PlacementError(ValueError):
-    """A model that no node, or no set of nodes, can hold; one line."""
-
-
-@dataclass(frozen=True)
-class Capacity:
-    """What the cluster has, and how it is cut: with GPUs by GPU, without by slots of CPUs."""
-
-    cpus: int
-    gpus: int
-    largest_node: int
-    slots: int
-
-    @classmethod
-    def of_cluster(cls, num_jobs: int) -> "Capacity":
-        """What Ray reports."""
-        import ray
-
-        total = ray.cluster_resources()
-        cpus, gpus = int(total.get("CPU", 1)), int(total.get("GPU", 0))
-        largest = max((int(n["Resources"].get("GPU", 0)) for n in ray.nodes() if n["Alive"]), default=0)
-        return cls(cpus, gpus, largest, gpus or max(1, min(num_jobs, _CPU_SLOTS, cpus)))
-
-    def devices(self, job: ModelJob) -> int:
-        """How many devices share the model: as asked, else the registry's `gpus` where there are GPUs.
-
-        Raises:
-            PlacementError: more than there are.
-        """
-        if job.engine not in ("torch", "vllm"):
-            return 1
-        devices = job.tensor_parallel or (job.num_gpus if self.gpus else 1)
-        room = self.largest_node if job.engine == "vllm" else self.gpus
-        if self.gpus and devices > room:
-            where = "on one node; the largest has" if job.engine == "vllm" else "; the cluster has"
-            raise PlacementError(f"{job.model_id}: needs {devices} GPUs {where} {room}".replace(" ;", ";"))
-        return devices
-
-    def weight(self, job: ModelJob) -> int:
-        """How many slots the model takes."""
-        return min(self.devices(job), self.slots)
-
-    def options(self, job: ModelJob, actors: int) -> dict[str, Any]:
-        """The resources that each of the model's `actors` asks for."""
-        if self.gpus:
-            return {"num_cpus": 1, "num_gpus": self.devices(job) // actors}
-        share = self.cpus * self.weight(job) / self.slots / actors
-        return {"num_cpus": int(share) if share >= 1 else share}
+_REMOTE_SECONDS = 60.0  # for the end of processes on another node
 
 
 @dataclass
@@ -73,47 +26,78 @@ class Group:
 
     job: ModelJob
     attempt: int
-    weight: int
+    place: Place
     token: str
     actors: list[Any]
     streams: list[Any]
     homes: list[Any]
     placement: Any = None
     done: list[tuple[Any, ...]] = field(default_factory=list)
+    started: float = field(default_factory=time.monotonic)
     last_event: float = field(default_factory=time.monotonic)
-    expired: bool = False
+    death: Death | None = None
+    _placed: bool = False
 
     def is_placed(self) -> bool:
         """Whether the cluster had room for it by now; until then it cannot be silent."""
-        return self.placement is None or bool(self.placement.wait(0))
+        if not self._placed:
+            import ray
+
+            ready, _ = ray.wait(self.homes, num_returns=len(self.homes), timeout=0)
+            self._placed = len(ready) == len(self.homes)
+            self.last_event = time.monotonic()
+        return self._placed
 
     def name(self, stream: Any) -> str:
         """`` or `rank 1 of 2: `, for messages."""
         return f"rank {self.streams.index(stream)} of {len(self.streams)}: " if len(self.streams) > 1 else ""
 
+    def nodes(self) -> frozenset[str]:
+        """The nodes that it is on."""
+        return frozenset(piece.node for piece in self.place)
 
-def start(job: ModelJob, capacity: Capacity, run_id: str, attempt: int) -> Group:
-    """Start the actors of one model: tensor parallel of the torch engine takes one for each rank, all else one."""
-    from ray.util.placement_group import placement_group
-    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-    devices = capacity.devices(job)
+def start(job: ModelJob, nodes: Nodes, place: Place, run_id: str, attempt: int) -> Group:
+    """Start the actors of one model at `place`: tensor parallel of the torch engine takes one a rank, all else one."""
+    devices = nodes.devices(job)
     job = job.over(devices)
     ranks = devices if job.engine == "torch" else 1
-    options = capacity.options(job, ranks)
-    placement, token = None, uuid.uuid4().hex
-    if ranks > 1:
-        bundle = {"CPU": options["num_cpus"]} | ({"GPU": 1} if "num_gpus" in options else {})
-        strategy = "STRICT_PACK" if devices <= capacity.largest_node or not capacity.gpus else "PACK"
-        placement = placement_group([bundle] * ranks, strategy=strategy)
+    token = uuid.uuid4().hex
+    placement, options = _options(nodes, place, ranks)
     actors = []
-    for rank in range(ranks):
-        where = {"scheduling_strategy": PlacementGroupSchedulingStrategy(placement, rank)} if placement else {}
-        actors.append(actor_class(options | where).remote(token))
+    for rank, each in enumerate(options):
+        name = f"deadbench:{job.model_id}" + (f":rank{rank}" if ranks > 1 else "") + f":{token[:6]}"
+        actors.append(actor_class(each | {"name": name}).remote(token))
     homes = [actor.__ray_call__.remote(_home) for actor in actors]
     meeting = actors[0].__ray_call__.remote(_meeting) if ranks > 1 else None
     streams = [actor.run.remote(job, run_id, attempt, (r, ranks), meeting) for r, actor in enumerate(actors)]
-    return Group(job, attempt, capacity.weight(job), token, actors, streams, homes, placement)
+    return Group(job, attempt, place, token, actors, streams, homes, placement)
+
+
+def _options(nodes: Nodes, place: Place, ranks: int) -> tuple[Any, list[dict[str, Any]]]:
+    """(placement group or None, options of each rank's actor) at `place`, on just those nodes."""
+    from ray.util.placement_group import placement_group
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+
+    if ranks == 1:
+        (piece,) = place
+        where = NodeAffinitySchedulingStrategy(piece.node, soft=False)
+        return None, [_resources(nodes, piece, 1) | {"scheduling_strategy": where}]
+    # Without GPUs more ranks than slots may share a node.
+    homes = [piece for piece in place for _ in range(len(piece.devices) if nodes.has_gpus else ranks)]
+    parts = [_resources(nodes, piece, homes.count(piece)) for piece in homes]
+    bundles = [{"CPU": part["num_cpus"]} | ({"GPU": part["num_gpus"]} if "num_gpus" in part else {}) for part in parts]
+    group = placement_group(
+        bundles,
+        strategy="STRICT_PACK" if len(place) == 1 else "PACK",
+        bundle_label_selector=[{"ray.io/node-id": piece.node} for piece in homes],
+    )
+    strategies = [PlacementGroupSchedulingStrategy(group, rank) for rank in range(ranks)]
+    return group, [part | {"scheduling_strategy": each} for part, each in zip(parts, strategies, strict=True)]
+
+
+def _resources(nodes: Nodes, piece: Piece, parts: int) -> dict[str, Any]:
+    return nodes.options(piece.node, piece.share * len(piece.devices) / parts, piece.cpus / parts)
 
 
 def actor_class(options: dict[str, Any]) -> Any:
@@ -124,7 +108,7 @@ def actor_class(options: dict[str, Any]) -> Any:
         """Owns the resources of one model, or of one rank's part of it, for as long as its reads take."""
 
         def __init__(self, token: str):
-            os.environ[MARK] = token
+            mark_process(token)
 
         @ray.method(num_returns="streaming")  # type: ignore[untyped-decorator]
         def run(
@@ -133,19 +117,20 @@ def actor_class(options: dict[str, Any]) -> Any:
             if meeting is None:
                 from runners.worker import run_model
 
-                yield from run_model(job, run_id, attempt)
+                yield from map(_observed, run_model(job, run_id, attempt))
             else:
                 from runners.parallel import join_group, run_rank
 
-                yield from run_rank(join_group(*place, meeting), job, run_id, attempt)
+                yield from map(_observed, run_rank(join_group(*place, meeting), job, run_id, attempt))
 
     return ray.remote(max_restarts=0, max_task_retries=0, **options)(ModelActor)
 
 
-def release(group: Group) -> list[str]:
-    """Kill a model's actors and all that they started, on every node; returns what is still there, in words.
+def release(group: Group) -> Ended:
+    """Kill a model's actors and all that they started, on every node; says what is still there and what is known.
 
-    Memory of a device is free again when the processes that held it are gone, so that is waited for.
+    Memory of a device is free again when the processes that held it are gone, so that is waited for; not where the
+    node itself is lost.
     """
     import ray
     from ray.util.placement_group import remove_placement_group
@@ -156,61 +141,33 @@ def release(group: Group) -> list[str]:
         ray.kill(actor)
     if group.placement is not None:
         remove_placement_group(group.placement)
-    here, left = ray.get_runtime_context().get_node_id(), []
+    if group.death is not None and group.death.kind in ("node", "unplaced"):
+        return Ended()
+    here = ray.get_runtime_context().get_node_id()
+    survivors: list[str] = []
+    signal, out_of_memory = None, False
     for ref in ready:
         try:
             node, pid, born = ray.get(ref)
             if node == here:
-                left += end_processes(group.token, pid, born)
+                ended = end_processes(group.token, pid, born)
             else:
                 strategy = NodeAffinitySchedulingStrategy(node, soft=False)
                 task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=strategy)(end_processes)
-                left += ray.get(task.remote(group.token, pid, born), timeout=2 * _PATIENT_SECONDS)
+                ended = ray.get(task.remote(group.token, pid, born), timeout=_REMOTE_SECONDS)
         except ray.exceptions.RayError:
             continue  # it never came to be, or its node is gone
-    return left
+        survivors += ended.survivors
+        signal, out_of_memory = signal or ended.signal, out_of_memory or ended.out_of_memory
+    return Ended(tuple(survivors), signal, out_of_memory)
 
 
-def end_processes(token: str, pid: int, born: float) -> list[str]:
-    """End what carries `token` in its environment, and the actor `pid` itself; returns what outlived that."""
-    deadline = time.monotonic() + _PATIENT_SECONDS
-    polite = time.monotonic() + _POLITE_SECONDS
-    asked: set[int] = set()
-    while left := _marked(token) + _same_process(pid, born):
-        now = time.monotonic()
-        if now > deadline:
-            return [f"process {p.pid}" for p in left]
-        for process in left:
-            try:
-                if now > polite:
-                    process.kill()
-                elif process.pid not in asked and process.pid != pid:
-                    process.terminate()
-                    asked.add(process.pid)
-            except psutil.Error:
-                continue
-        time.sleep(0.05)
-    return []
-
-
-def _marked(token: str) -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get(MARK) == token and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except (psutil.Error, OSError):
-            continue
-    return found
-
-
-def _same_process(pid: int, born: float) -> list[psutil.Process]:
-    try:
-        process = psutil.Process(pid)
-        alive = process.create_time() == born and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return []
-    return [process] if alive else []
+def _observed(event: Event) -> Event:
+    """The event, with the memory of the GPU that this process uses."""
+    torch = sys.modules.get("torch")
+    if not isinstance(event, Progress) or torch is None or not torch.cuda.is_initialized():
+        return event
+    return replace(event, device_bytes=torch.cuda.memory_reserved())
 
 
 def _home(actor: Any) -> tuple[str, int, float]:

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from runners.analysis_cli import app as analysis_app
-from runners.console import EXIT_FALSE, EXIT_INTERRUPTED, EXIT_USAGE, Debug, Json, UserError, console
+from runners.console import EXIT_FALSE, EXIT_INTERRUPTED, EXIT_USAGE, Debug, Json, UserError, console, one_of
 from runners.plan_command import check_options, choose_cluster, plan
 
 app = typer.Typer(
@@ -146,7 +146,13 @@ def run(
         typer.Option(min=0, metavar="GB", help="Memory for residual-stream accumulators. [default: 1/4 of the free]"),
     ] = None,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds without progress before a model is given up.")] = 3600,
-    max_retries: Annotated[int, typer.Option(min=0, help="Further attempts when a model's process dies.")] = 0,
+    max_retries: Annotated[
+        int, typer.Option(min=0, help="Further attempts at a read of which a process died or hung.")
+    ] = 1,
+    autoscale: Annotated[
+        str | None, typer.Option(metavar="SHAPE", help="Largest node that an autoscaler may add: 8x80GB.")
+    ] = None,
+    log_format: Annotated[str, typer.Option(help="text, or json: one event a line on stderr.")] = "text",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -156,24 +162,29 @@ def run(
 
     Example: [bold]deadbench run --suite quick --out results/quick[/bold]
     """
-    from runners.cluster import PlanError
+    from runners.cluster import PlanError, parse_cluster
+    from runners.driver import Settings
     from runners.jobs import JobError, Overrides, build_jobs
     from runners.plan import place_jobs
     from suite.registry import RegistryError, find_registry, load_registry
 
     check_options(engine, dtype, tokens, input_spec)
+    one_of("--log-format", log_format, ("text", "json"))
     try:
         path = find_registry(registry)
         chosen = None if engine == "auto" else engine
         overrides = Overrides(tokens, input_spec, dtype, chosen, seed, accumulator_gb, tensor_parallel)
         wanted = [part.strip() for part in reads.split(",")] if reads is not None else None
         jobs = build_jobs(load_registry(path), path, models or [], suite, wanted, overrides)
-        jobs, remarks = place_jobs(jobs, choose_cluster(None, address))
+        cluster, added = choose_cluster(None, address), None
+        if autoscale is not None:
+            added = parse_cluster(autoscale, "--autoscale").largest
+            cluster = cluster.with_node(added)
+        jobs, remarks = place_jobs(jobs, cluster)
     except (RegistryError, JobError, PlanError) as error:
         raise UserError(str(error)) from error
-    for remark in remarks:
-        print(f"deadbench: {remark}", file=sys.stderr)
-    summary = _execute(jobs, out, resume, address, timeout, max_retries, debug)
+    settings = Settings(address, timeout, max_retries, added.gpus if added else 0)
+    summary = _execute(jobs, out, resume, settings, remarks, log_format, debug)
     if as_json:
         print(json.dumps({"run_id": summary.run_id, "out": out, **_counts(summary), "reads": summary.reads}, indent=2))
     else:
@@ -212,10 +223,11 @@ def _explain(error: Exception) -> int:
 
 
 def _execute(
-    jobs: list[Any], out: str, resume: bool, address: str | None, timeout: float, max_retries: int, debug: bool
+    jobs: list[Any], out: str, resume: bool, settings: Any, remarks: list[str], log_format: str, debug: bool
 ) -> Any:
     """Leave out what is finished, then run the rest; Ray is not even started when nothing is left."""
-    from runners.driver import DriverError, Settings, Summary, execute, new_run_id
+    from runners.driver import DriverError, StoppedError, Summary, execute, new_run_id
+    from runners.event_log import EventLog
     from runners.progress import Reporter
     from runners.store import ResultStore
 
@@ -228,12 +240,20 @@ def _execute(
     if not left:
         return Summary(run_id, skipped=skipped)
     try:
-        with Reporter(sum(len(job.reads) for job in left), debug=debug) as reporter:
+        kind = EventLog if log_format == "json" else Reporter
+        with kind(sum(len(job.reads) for job in left), debug=debug) as reporter:
+            for remark in remarks:
+                reporter.say(remark)
             if skipped:
                 reporter.say(f"{skipped} reads are already in {out}; --fresh reads them again")
-            summary = execute(left, store, Settings(address, timeout, max_retries), reporter, run_id)
+            summary = execute(left, store, settings, reporter, run_id)
     except DriverError as error:
         raise UserError(str(error)) from error
+    except StoppedError as error:
+        print(f"deadbench: {error}", file=sys.stderr, flush=True)
+        if error.lost:
+            os._exit(EXIT_FALSE)  # an ordinary end would wait for Ray, which waits for its head
+        raise typer.Exit(EXIT_FALSE) from error
     summary.skipped = skipped
     return summary
 

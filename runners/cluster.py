@@ -25,13 +25,17 @@ class Cluster:
     label: str
     assumed: bool = False
 
+    def with_node(self, node: Node) -> "Cluster":
+        """The same with one more node."""
+        return Cluster((*self.nodes, node), self.label)
+
     @property
     def largest(self) -> Node:
         """The node with the most GPU memory; without GPUs, with the most host memory."""
         return max(self.nodes, key=lambda node: (node.gpus * node.gpu_bytes, node.host_bytes or 0))
 
 
-def parse_cluster(text: str) -> Cluster:
+def parse_cluster(text: str, option: str = "--assume") -> Cluster:
     """`8x80GB` (GPUs of one node) or `2x8x141GB` (nodes x GPUs); `0x16GB` is a node of that host memory without GPUs.
 
     Raises:
@@ -39,7 +43,7 @@ def parse_cluster(text: str) -> Cluster:
     """
     match = re.fullmatch(r"(?:(\d+)x)?(\d+)x(\d+(?:\.\d+)?)GB", text.strip(), re.IGNORECASE)
     if match is None or match[1] == "0" or float(match[3]) == 0:
-        raise PlanError(f"--assume {text!r}: give GPUs x memory, such as 1x24GB or 8x80GB, or nodes first: 2x8x141GB")
+        raise PlanError(f"{option} {text!r}: give GPUs x memory, such as 1x24GB or 8x80GB, or nodes first: 2x8x141GB")
     nodes, gpus, size = int(match[1] or 1), int(match[2]), float(match[3]) * 1e9
     node = Node(gpus, size if gpus else 0.0, None if gpus else size)
     return Cluster((node,) * nodes, text, assumed=True)

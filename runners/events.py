@@ -21,12 +21,16 @@ VERSIONED = ("torch", "transformers", "ray", "numpy", "pyarrow", "safetensors")
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a running model is; `done` of `total` tokens in the phase, zero where it has no count."""
+    """Where a running model is; `done` of `total` tokens in the phase, zero where it has no count.
+
+    `device_bytes`: what the process has taken of its GPU.
+    """
 
     label: str
     phase: str
     done: int = 0
     total: int = 0
+    device_bytes: int | None = None
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ def read_forward(
     norm = live_norm(module, final.behaviour, final.hidden_size)
     num_tokens = wanted_tokens(read, final.hidden_size)
     yield Progress(read.label(), "input", 0, num_tokens)
-    for batch_tokens in (BATCH_TOKENS, BATCH_TOKENS // 2):
+    for batch_tokens in (BATCH_TOKENS, BATCH_TOKENS // 2)[read.half_batch :]:
         inputs = make_inputs(read, engine.runnable(model), folder, num_tokens, batch_tokens)
         check_count(inputs.num_tokens, final.hidden_size)
         measured = FinalNormRead(module, norm)

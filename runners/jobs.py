@@ -69,6 +69,7 @@ class ReadJob:
     error: str | None = None
     accumulator_gb: float | None = None
     tensor_parallel: int = 1  # devices that share the model; the driver sets it
+    half_batch: bool = False  # after an attempt that ran out of memory
 
     def key_columns(self) -> dict[str, Any]:
         """The key columns of this read's rows."""
@@ -95,13 +96,16 @@ class ReadJob:
 class ModelJob:
     """All reads of one model, for one actor, or one actor per rank.
 
-    `tensor_parallel` as asked for; None: `num_gpus`, where there are GPUs.
+    `tensor_parallel` as asked for; None: `num_gpus`, where there are GPUs. By the plan: `gpu_share`, the part of one
+    GPU that is enough, and `work`, 2 x parameters x tokens of its forward passes.
     """
 
     model_id: str
     reads: tuple[ReadJob, ...]
     num_gpus: int
     tensor_parallel: int | None = None
+    gpu_share: float = 1.0
+    work: float = 0.0
 
     @property
     def engine(self) -> str | None:

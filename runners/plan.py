@@ -1,7 +1,8 @@
 """The plan: which engine reads each model, on how many devices, in how many passes; and what cannot fit, and why.
 
-Arithmetic on `Needs` against a `Cluster`; nothing is loaded. Resident on one device comes first, then tensor parallel
-(a degree that divides attention heads and KV heads), then block streaming.
+Arithmetic on `Needs` against a `Cluster`; nothing is loaded. Resident on one device comes first (on a part of one where
+a GPU has room for several), then tensor parallel (a degree that divides attention heads and KV heads), then block
+streaming.
 """
 
 import json
@@ -14,11 +15,13 @@ from typing import Any
 from runners.cluster import Cluster, Node
 from runners.jobs import ModelJob, ReadJob
 from runners.needs import ModelSize, Needs, measure, needs
+from runners.schedule import SHARES
 from suite.architecture import build_config
 from suite.sources import Checkpoint
 from suite.tensors import CheckpointError, read_headers, stored_dtype
 
 PROCESS_BYTES = 0.6e9  # what an actor holds with torch and transformers imported and no model
+_CONTEXT_BYTES = 0.7e9  # of a GPU, that each process on it takes beside its tensors
 _USABLE = 0.9  # of a device's memory; the rest is the allocator's, the driver's and other processes'
 _ACCUMULATOR_SHARE = 4  # as the passes take it: one part in so many of what is free
 _UNREACHED = "cannot be reached"
@@ -35,7 +38,7 @@ class Placement:
     revision: str | None
     read: str
     engine: str | None
-    gpus: int
+    gpus: float
     tensor_parallel: int | None
     dtype: str | None
     passes: int | None
@@ -200,8 +203,10 @@ class _Room:
 def _resident(row: Placement, need: Needs, read: ReadJob, room: _Room) -> Placement:
     at_once = _taps_at_once(read, need, room.device - need.weights)
     peak = max(need.resident(at_once), 0 if room.on_gpu else need.resident_load)
+    shared = room.on_gpu and row.engine == "torch" and at_once >= need.num_taps  # vLLM takes the whole GPU
     return replace(
         row,
+        gpus=_share(peak, room.device) if shared else row.gpus,
         passes=-(-need.num_taps // at_once),
         accumulator_bytes=int(need.held * at_once + need.decomposed),
         note="vLLM's cache and processes come on top" if row.engine == "vllm" else None,
@@ -243,6 +248,11 @@ def _place_functional(row: Placement, need: Needs, room: _Room) -> Placement:
         return row
     problem = f"a functional read holds the whole model, {_gb(max(peak, need.resident_load))} in {row.dtype}"
     return replace(row, problem=f"{problem}, which does not fit; give more memory or --dtype float32")
+
+
+def _share(peak: float, budget: float) -> float:
+    """The part of one GPU of `budget` bytes that holds `peak`."""
+    return next((share for share in SHARES if peak + _CONTEXT_BYTES <= share * budget), 1)
 
 
 def _taps_at_once(read: ReadJob, need: Needs, free: float) -> int:
@@ -316,24 +326,42 @@ def place_jobs(jobs: list[ModelJob], cluster: Cluster) -> tuple[list[ModelJob], 
     problems: list[str] = []
     placed = []
     for job in jobs:
-        reads, degree, asked = [], None, _asked(job, cluster)
+        reads, degree, share, work, asked = [], None, 0.0, 0.0, _asked(job, cluster)
         for read in job.reads:
+            work += _work(read)
             if read.engine and not read.error and (asked not in (None, 1) or not _surely_fits(read, cluster)):
                 row = place(read, cluster, asked)
-                degree = max(degree or 1, row.gpus) if row.gpus > 1 else degree
+                share = max(share, row.gpus)
+                degree = max(degree or 1, int(row.gpus)) if row.gpus > 1 else degree
                 if row.problem:
                     problems.append(f"{read.label()}: {row.problem}")
                     read = replace(read, error=row.problem)
                 elif row.engine == "streaming" and read.engine == "torch":
                     problems.append(f"{read.label()}: {row.note}")
                     read = replace(read, engine="streaming")
+            elif read.engine:
+                share = 1.0
             reads.append(read)
-        placed.append(replace(job, reads=tuple(reads), tensor_parallel=job.tensor_parallel or degree))
+        share = min(share, 1.0) or 1.0
+        degree = job.tensor_parallel or degree
+        placed.append(replace(job, reads=tuple(reads), tensor_parallel=degree, gpu_share=share, work=work))
     return placed, problems
+
+
+def _work(read: ReadJob) -> float:
+    """2 x parameters x tokens, as far as the registry tells; what it does not tell is small."""
+    config = read.model.config or {}
+    widths = [config[name] for name in ("hidden_size", "d_model", "n_embd") if isinstance(config.get(name), int)]
+    width = widths[0] if widths else 1024
+    rule = read.protocol.tokens
+    tokens = rule if isinstance(rule, int) else int(rule[:-1]) * width
+    return 2.0 * (read.model.parameters or 0) * tokens if read.engine else 0.0
 
 
 def _surely_fits(read: ReadJob, cluster: Cluster) -> bool:
     """Whether float32 weights by the registry's own figure take less than an eighth of the memory."""
     node = cluster.largest
-    memory = node.gpu_bytes if node.gpus else node.host_bytes
+    if node.gpus:
+        return False  # how many fit on one GPU is worth the measurement
+    memory = node.host_bytes
     return read.model.parameters is not None and memory is not None and 4 * read.model.parameters * 8 <= memory

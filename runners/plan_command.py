@@ -127,7 +127,7 @@ def _print(rows: list[dict[str, Any]], label: str) -> None:
             row["read"],
             row["engine"] or "-",
             row["dtype"] or "-",
-            str(row["gpus"]),
+            f"{row['gpus']:g}",
             str(row["passes"] or "-"),
             *("-" if row[name] is None else f"{row[name] / 1e9:.1f}" for name in sizes),
             escape(f"cannot run: {row['problem']}" if row["problem"] else row["note"] or ""),

@@ -55,30 +55,38 @@ class ResultStore:
                     identities.add(tuple(row[name] for name in columns[:-1]))
         return identities
 
-    def write(self, tables: dict[str, pa.Table]) -> None:
-        """Store the tables of one read, `reads` last.
+    def write(self, tables: dict[str, pa.Table], stamp: str | None = None) -> None:
+        """Store the tables of one read, `reads` last. With the same `stamp` again, what is there is replaced.
 
         Raises:
             OSError: the disk is full or gone; nothing half-written is left where readers look.
         """
-        stamp = f"{time.time_ns()}-{uuid.uuid4().hex[:12]}"
+        stamp = stamp or f"{time.time_ns()}-{uuid.uuid4().hex[:12]}"
         for name in sorted(tables, key=lambda table: table == "reads"):
             if tables[name].num_rows:
-                self._write_whole(f"{name}/{stamp}.parquet", tables[name])
+                buffer = io.BytesIO()
+                pq.write_table(tables[name], buffer)
+                self._write_whole(f"{name}/{stamp}.parquet", buffer.getvalue())
 
-    def _write_whole(self, path: str, table: pa.Table) -> None:
-        buffer = io.BytesIO()
-        pq.write_table(table, buffer)
+    def write_text(self, path: str, text: str) -> None:
+        """Store a document beside the tables, in place of what was there.
+
+        Raises:
+            OSError: as `write`.
+        """
+        self._write_whole(path, text.encode())
+
+    def _write_whole(self, path: str, contents: bytes) -> None:
         target = f"{self._root}/{path}"
         if not self._local:
-            self._fs.pipe_file(target, buffer.getvalue())
+            self._fs.pipe_file(target, contents)
             return
         final, aside = Path(target), Path(self._root) / "_tmp" / uuid.uuid4().hex
         for folder in (final.parent, aside.parent):
             folder.mkdir(parents=True, exist_ok=True)
         try:
             with aside.open("wb") as file:
-                file.write(buffer.getvalue())
+                file.write(contents)
                 file.flush()
                 os.fsync(file.fileno())
             aside.rename(final)

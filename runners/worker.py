@@ -14,7 +14,10 @@ from runners.jobs import ModelJob, ReadJob
 
 
 def run_model(job: ModelJob, run_id: str, attempt: int) -> Iterator[Event]:
-    """Run the reads of `job`; yields progress, and a `Finished` for every read in order."""
+    """Run the reads of `job`; yields progress, and a `Finished` for every read in order.
+
+    `attempt` is the first read's: it is the one that an earlier process died of, and the others were not begun.
+    """
     _quieten()
     for read in job.reads:
         started_at = datetime.now(UTC)
@@ -29,6 +32,7 @@ def run_model(job: ModelJob, run_id: str, attempt: int) -> Iterator[Event]:
             failure = traceback.format_exc()
             rows = {"reads": [{"status": "failed", "error": one_line(error)}]}
         yield Finished(read, to_tables(rows, read, run_id, attempt, started_at), failure)
+        attempt = 1
 
 
 def one_line(error: BaseException) -> str:

@@ -1,6 +1,7 @@
 """The driver on a real local Ray: what dies becomes failed rows, the others go on, nothing finished is lost."""
 
 import contextlib
+import json
 import os
 import signal
 import threading
@@ -10,7 +11,7 @@ import polars as pl
 import psutil
 import pytest
 
-from runners import actors, driver
+from runners import actors, driver, nodes, processes
 from runners.driver import DriverError, Settings, execute
 from runners.jobs import Overrides, build_jobs
 from runners.progress import Reporter
@@ -60,7 +61,7 @@ def acting(body):
 
         class ModelActor:
             def __init__(self, token):
-                os.environ[actors.MARK] = token
+                processes.mark_process(token)
 
             @ray.method(num_returns="streaming")
             def run(self, job, run_id, attempt, place, meeting):
@@ -114,25 +115,36 @@ def test_every_read_is_one_row_and_a_second_run_reads_nothing(ray_session, regis
     assert [job.without(done).reads for job in again] == [(), (), ()]
 
 
-def test_kill_9_of_an_actor_loses_that_model_only(ray_session, registry, tmp_path):
+def test_kill_9_of_an_actor_loses_the_read_that_it_was_at(ray_session, registry, tmp_path):
     out = tmp_path / "out"
     killer = kill_when(out, "a", 2)
-    summary = run(registry, out, ["a"])
+    summary = run(registry, out, ["a"], settings=Settings(max_retries=0))
     killer.join()
     frame = rows(out)
     assert len(frame) == 11, "every planned read is one row"
-    assert frame.filter(pl.col("status") == "ok").height >= 2, "what had finished is kept"
     failed = frame.filter(pl.col("status") == "failed")
-    assert summary.failed == failed.height > 0
-    assert failed["error"].unique().to_list() == ["the process of this model died (killed, crashed or out of memory)"]
-    others = run(registry, out, ["b", "c"])
-    assert (others.ok, others.failed) == (6, 0)
+    assert (summary.ok, summary.failed, failed.height) == (10, 1, 1), "the reads after it are read by another process"
+    assert failed["error"].to_list() == ["the process of this model died: killed, or crashed"]
+    assert frame["attempt"].unique().to_list() == [1]
+
+
+def test_a_segfault_is_told_and_tried_again(ray_session, registry, tmp_path, monkeypatch):
+    def crash(job):
+        import ctypes
+
+        ctypes.string_at(0)
+
+    monkeypatch.setattr(actors, "actor_class", acting(crash))
+    summary = run(registry, tmp_path / "out", ["b"], reads=["parameters"])
+    row = rows(tmp_path / "out").row(0, named=True)
+    assert (summary.failed, row["attempt"]) == (1, 2)
+    assert row["error"] == "the process of this model died: killed, or crashed (segmentation fault)"
 
 
 def test_the_next_run_reads_only_what_failed(ray_session, registry, tmp_path):
     out = tmp_path / "out"
     killer = kill_when(out, "a", 3)
-    first = run(registry, out, ["a"])
+    first = run(registry, out, ["a"], settings=Settings(max_retries=0))
     killer.join()
     second = run(registry, out, ["a"])
     assert (second.ok, second.failed) == (first.failed, 0)
@@ -158,7 +170,7 @@ def test_a_broken_model_fails_and_the_others_go_on(ray_session, registry, tmp_pa
 
 def test_a_silent_actor_is_given_up(ray_session, registry, tmp_path, monkeypatch):
     monkeypatch.setattr(actors, "actor_class", acting(lambda job: time.sleep(600)))
-    summary = run(registry, tmp_path / "out", ["b"], settings=Settings(timeout=2))
+    summary = run(registry, tmp_path / "out", ["b"], settings=Settings(timeout=2, max_retries=0))
     assert (summary.ok, summary.failed) == (0, 3)
     assert set(rows(tmp_path / "out")["error"]) == {"no progress for 2 s (--timeout)"}
 
@@ -188,7 +200,7 @@ def test_what_an_actor_started_is_gone_before_the_next_model(ray_session, regist
             os._exit(1)
 
     monkeypatch.setattr(actors, "actor_class", acting(body))
-    monkeypatch.setattr(actors, "_CPU_SLOTS", 1)
+    monkeypatch.setattr(nodes, "_CPU_SLOTS", 1)
     run(registry, tmp_path / "out", ["b", "c"])
     assert [(tmp_path / f"{model}.alive").read_text() for model in "bc"] == ["[]", "[]"]
     assert len(list(pids.iterdir())) == 2
@@ -197,19 +209,21 @@ def test_what_an_actor_started_is_gone_before_the_next_model(ray_session, regist
 
 def test_an_interrupt_stops_the_actors_and_keeps_what_finished(ray_session, registry, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    store = driver._store
+    write = ResultStore.write
 
-    def interrupt_after_three(event, *rest):
-        store(event, *rest)
+    def interrupt_after_three(self, tables, stamp=None):
+        write(self, tables, stamp)
         if len(list((out / "reads").glob("*"))) == 3:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(1)
 
-    monkeypatch.setattr(driver, "_store", interrupt_after_three)
+    monkeypatch.setattr(ResultStore, "write", interrupt_after_three)
     with pytest.raises(KeyboardInterrupt):
         run(registry, out, ["a"])
     assert rows(out).height == 3
-    monkeypatch.setattr(driver, "_store", store)
+    monkeypatch.setattr(ResultStore, "write", write)
+    record = json.loads(next((out / "runs").glob("*/run.json")).read_text())
+    assert (record["status"], sum(read["status"] == "ok" for read in record["reads"])) == ("interrupted", 3)
     summary = run(registry, out, ["a"])
     assert (summary.ok, rows(out).height) == (8, 11)
 

@@ -106,7 +106,7 @@ def test_a_rank_that_dies_ends_the_group(ray_session, registry, tmp_path, monkey
         time.sleep(1)
         os.kill(pid, signal.SIGKILL)
 
-    monkeypatch.setattr("runners.driver.start", watched)
+    monkeypatch.setattr("runners.loop.start", watched)
     started = time.monotonic()
     summary = run(registry, tmp_path, ["llama"], 2, ["random", "trained"])
     assert summary.ok + summary.failed == 2

@@ -84,6 +84,19 @@ def test_placements_on_assumed_clusters(registry, shape, engines, ranks):
         assert row.tensor_parallel == 1 or 64 % row.tensor_parallel == 0
 
 
+def test_a_small_model_takes_a_part_of_a_gpu_that_holds_it_whole(registry):
+    jobs = jobs_of(registry, ["pythia-1.4b", "pythia-6.9b"])
+    for shape, shares in (("8x40GB", [0.25, 1]), ("8x141GB", [0.125, 0.5])):
+        cluster = parse_cluster(shape)
+        rows = sorted(make_plan(jobs, cluster), key=lambda row: row.model)
+        assert [row.gpus for row in rows] == shares
+        for row in rows:
+            assert row.passes == 1 or row.gpus == 1, "a share is not bought with another pass"
+            assert row.peak_bytes <= row.gpus * cluster.largest.gpu_bytes
+        assert [job.gpu_share for job in place_jobs(jobs, cluster)[0]] == shares
+    assert [job.gpu_share for job in place_jobs(jobs, parse_cluster("0x500GB"))[0]] == [1, 1]
+
+
 def test_what_cannot_fit_says_why_and_what_would(registry):
     (row,) = make_plan(jobs_of(registry, ["command-r"]), parse_cluster("1x6GB"))
     assert "4.2 GB outside the blocks, 1.6 GB a block" in row.problem
