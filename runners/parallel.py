@@ -27,7 +27,8 @@ from runners.worker import run_model
 from suite.architecture import build_config, build_model, locate_final_norm
 from suite.dummy_inputs import minimal_inputs
 from suite.inputs import Batch
-from suite.residual import Ranks, check_rows
+from suite.ranks import Ranks
+from suite.residual import check_rows
 from suite.resolution import FinalNorm
 
 _PATIENCE = timedelta(hours=12)  # of a collective: a rank that dies is seen by the driver, and --timeout ends a silence
