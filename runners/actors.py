@@ -46,9 +46,10 @@ class Capacity:
         Raises:
             PlacementError: more than there are.
         """
-        if job.engine not in ("torch", "vllm"):
+        if job.replicas == 1 and job.engine not in ("torch", "vllm"):
             return 1
-        devices = job.tensor_parallel or (job.num_gpus if self.gpus else 1)
+        degree = job.tensor_parallel or (job.num_gpus if self.gpus else 1)
+        devices = job.replicas if job.replicas > 1 else degree
         room = self.largest_node if job.engine == "vllm" else self.gpus
         if self.gpus and devices > room:
             where = "on one node; the largest has" if job.engine == "vllm" else "; the cluster has"
@@ -93,18 +94,19 @@ class Group:
 
 
 def start(job: ModelJob, capacity: Capacity, run_id: str, attempt: int) -> Group:
-    """Start the actors of one model: tensor parallel of the torch engine takes one for each rank, all else one."""
+    """Start the actors of one model: one for each replica or rank of the torch engine, else one."""
     from ray.util.placement_group import placement_group
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
     devices = capacity.devices(job)
-    job = job.over(devices)
-    ranks = devices if job.engine == "torch" else 1
+    job = job.over(1 if job.replicas > 1 else devices)
+    ranks = devices if job.engine == "torch" or job.replicas > 1 else 1
     options = capacity.options(job, ranks)
     placement, token = None, uuid.uuid4().hex
     if ranks > 1:
         bundle = {"CPU": options["num_cpus"]} | ({"GPU": 1} if "num_gpus" in options else {})
-        strategy = "STRICT_PACK" if devices <= capacity.largest_node or not capacity.gpus else "PACK"
+        near = job.replicas == 1 and (devices <= capacity.largest_node or not capacity.gpus)
+        strategy = "STRICT_PACK" if near else "PACK"
         placement = placement_group([bundle] * ranks, strategy=strategy)
     actors = []
     for rank in range(ranks):

@@ -134,6 +134,9 @@ def run(
     tensor_parallel: Annotated[
         int | None, typer.Option(min=1, help="Devices (without GPUs: processes) that share one model. [default: gpus]")
     ] = None,
+    replicas: Annotated[
+        int, typer.Option(min=1, help="Processes (with GPUs: one GPU each) that divide one model's tokens.")
+    ] = 1,
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens to read. [default: the protocol's]")] = None,
     input_spec: Annotated[
         str | None,
@@ -147,6 +150,10 @@ def run(
     ] = None,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds without progress before a model is given up.")] = 3600,
     max_retries: Annotated[int, typer.Option(min=0, help="Further attempts when a model's process dies.")] = 0,
+    checkpoint_interval: Annotated[
+        float,
+        typer.Option(min=0, metavar="SECONDS", help="How often a running read is saved, to go on there; 0: never."),
+    ] = 300,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -157,6 +164,7 @@ def run(
     Example: [bold]deadbench run --suite quick --out results/quick[/bold]
     """
     from runners.cluster import PlanError
+    from runners.driver import Settings
     from runners.jobs import ENGINES, JobError, Overrides, build_jobs
     from runners.plan import place_jobs
     from suite.registry import Dtype, RegistryError, find_registry, load_registry
@@ -169,7 +177,7 @@ def run(
     try:
         path = find_registry(registry)
         chosen = None if engine == "auto" else engine
-        overrides = Overrides(tokens, input_spec, dtype, chosen, seed, accumulator_gb, tensor_parallel)
+        overrides = Overrides(tokens, input_spec, dtype, chosen, seed, accumulator_gb, tensor_parallel, replicas)
         wanted = [part.strip() for part in reads.split(",")] if reads is not None else None
         jobs = build_jobs(load_registry(path), path, models or [], suite, wanted, overrides)
         jobs, remarks = place_jobs(jobs, choose_cluster(None, address))
@@ -177,7 +185,8 @@ def run(
         raise UserError(str(error)) from error
     for remark in remarks:
         print(f"deadbench: {remark}", file=sys.stderr)
-    summary = _execute(jobs, out, resume, address, timeout, max_retries, debug)
+    settings = Settings(address, timeout, max_retries, checkpoint_interval)
+    summary = _execute(jobs, out, resume, settings, debug)
     if as_json:
         print(json.dumps({"run_id": summary.run_id, "out": out, **_counts(summary), "reads": summary.reads}, indent=2))
     else:
@@ -215,16 +224,17 @@ def _explain(error: Exception) -> int:
     return EXIT_USAGE if expected else EXIT_FALSE
 
 
-def _execute(
-    jobs: list[Any], out: str, resume: bool, address: str | None, timeout: float, max_retries: int, debug: bool
-) -> Any:
+def _execute(jobs: list[Any], out: str, resume: bool, settings: Any, debug: bool) -> Any:
     """Leave out what is finished, then run the rest; Ray is not even started when nothing is left."""
-    from runners.driver import DriverError, Settings, Summary, execute, new_run_id
+    from runners.checkpoints import remove_checkpoints
+    from runners.driver import DriverError, Summary, execute, new_run_id
     from runners.progress import Reporter
     from runners.store import ResultStore
 
     store = ResultStore(out)
     done = store.finished() if resume else set()
+    for read in (read for job in jobs for read in job.reads if not resume or read.identity() in done):
+        remove_checkpoints(out, read)
     left = [job.without(done) for job in jobs]
     skipped = sum(len(job.reads) for job in jobs) - sum(len(job.reads) for job in left)
     left = [job for job in left if job.reads]
@@ -235,7 +245,7 @@ def _execute(
         with Reporter(sum(len(job.reads) for job in left), debug=debug) as reporter:
             if skipped:
                 reporter.say(f"{skipped} reads are already in {out}; --fresh reads them again")
-            summary = execute(left, store, Settings(address, timeout, max_retries), reporter, run_id)
+            summary = execute(left, store, settings, reporter, run_id)
     except DriverError as error:
         raise UserError(str(error)) from error
     summary.skipped = skipped

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from runners.actors import Capacity, Group, PlacementError, release, start
-from runners.events import Event, Finished, Progress, failed_read
+from runners.checkpoints import absolute, remove_checkpoints
+from runners.events import Event, Finished, Progress, Remark, failed_read
 from runners.jobs import ModelJob
 from runners.progress import Reporter
 from runners.store import ResultStore
@@ -32,12 +33,13 @@ class Settings:
     """How to run.
 
     `address` as ray.init takes it (None: RAY_ADDRESS or a local Ray); `timeout` in seconds without any progress;
-    `max_retries` further attempts when a process dies.
+    `max_retries` further attempts when a process dies; `checkpoint_interval` in seconds, 0 for no checkpoints.
     """
 
     address: str | None = None
     timeout: float = 3600.0
     max_retries: int = 0
+    checkpoint_interval: float = 300.0
 
 
 @dataclass
@@ -66,6 +68,7 @@ def execute(jobs: list[ModelJob], store: ResultStore, settings: Settings, report
     import ray
 
     summary = Summary(run_id)
+    jobs = [job.checkpointed(settings.checkpoint_interval, absolute(store.location)) for job in jobs]
     started_here = _connect(settings.address)
     previous = signal.signal(signal.SIGTERM, _interrupt)  # after ray.init, which installs its own
     running: dict[Any, Group] = {}  # by stream; a group of ranks has several
@@ -172,6 +175,8 @@ def _take_event(
     if isinstance(event, Progress):
         if first:
             reporter.progress(group.job.model_id, event)
+    elif isinstance(event, Remark):
+        reporter.say(f"{group.name(stream)}{event.label}: {event.text}")
     elif event.job.identity() not in group.done:
         group.done.append(event.job.identity())
         _store(event, store, reporter, summary)
@@ -181,6 +186,8 @@ def _take_event(
 def _store(event: Finished, store: ResultStore, reporter: Reporter, summary: Summary) -> None:
     store.write(event.tables)
     row = event.row
+    if row["status"] == "ok" and event.job.engine is not None:
+        remove_checkpoints(store.location, event.job)
     summary.ok += row["status"] == "ok"
     summary.failed += row["status"] != "ok"
     summary.reads.append({name: row[name] for name in ("model", "revision", "read", "status", "error", "depth")})

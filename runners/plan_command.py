@@ -19,6 +19,7 @@ def plan(
     reads: Annotated[str | None, typer.Option(help="Comma-separated: parameters, random, trained.")] = None,
     address: Annotated[str | None, typer.Option(help="Ray to ask for its nodes. [default: this machine]")] = None,
     engine: Annotated[str, typer.Option(help="auto, torch or streaming.")] = "auto",
+    replicas: Annotated[int, typer.Option(min=1, help="As for run.")] = 1,
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens to read. [default: the protocol's]")] = None,
     input_spec: Annotated[str | None, typer.Option("--input", metavar="SPEC", help="As for run.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="As for run.")] = 0,
@@ -46,7 +47,8 @@ def plan(
     try:
         cluster = choose_cluster(assume, address)
         path = find_registry(registry)
-        overrides = Overrides(tokens, input_spec, dtype, None if engine == "auto" else engine, seed, accumulator_gb)
+        chosen = None if engine == "auto" else engine
+        overrides = Overrides(tokens, input_spec, dtype, chosen, seed, accumulator_gb, replicas=replicas)
         wanted = [part.strip() for part in reads.split(",")] if reads is not None else None
         jobs = build_jobs(load_registry(path), path, models or [], suite, wanted, overrides)
     except (RegistryError, JobError, PlanError) as error:

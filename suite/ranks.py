@@ -9,7 +9,7 @@ import pyarrow as pa
 
 
 class RankError(ValueError):
-    """What another rank raised, told to this one."""
+    """What a rank raised, once all ranks know of it."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,11 @@ class Ranks:
         except RankError:
             raise  # told already
         except Exception as error:
-            if self.size > 1:
-                self.gather((f"{error}", None))
-            raise
+            if self.size == 1:
+                raise
+            text = f"{error}" if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            self.gather((text, None))
+            raise RankError(text) from error
         self.share(None)
 
     def share(self, mine: Any) -> list[Any]:
