@@ -63,9 +63,9 @@ def place(read: ReadJob, cluster: Cluster) -> Placement:
         size, dtype, num_tokens = _facts(read)
     except ValueError as error:
         return replace(empty, problem=str(error))
-    return _place(
-        replace(empty, dtype=dtype), size, needs(size, read.read, _ITEM_BYTES[dtype], num_tokens), read, cluster
-    )
+    need = needs(size, read.read, _ITEM_BYTES[dtype], -(-num_tokens // read.replicas))
+    row = _place(replace(empty, dtype=dtype), size, need, read, cluster)
+    return row if read.replicas == 1 else _replicated(row, read.replicas, cluster)
 
 
 def _facts(read: ReadJob) -> tuple[ModelSize, str, int]:
@@ -153,6 +153,18 @@ def _place(row: Placement, size: ModelSize, need: Needs, read: ReadJob, cluster:
     return replace(row, **resident, problem=problem)
 
 
+def _replicated(row: Placement, replicas: int, cluster: Cluster) -> Placement:
+    """The same on `replicas` devices, each with the whole model and a part of the tokens."""
+    gpus, there = row.gpus * replicas, sum(node.gpus for node in cluster.nodes)
+    note = "; ".join(part for part in (row.note, f"{replicas} replicas divide the tokens") if part)
+    problem = row.problem
+    if not problem and (row.tensor_parallel or 1) > 1:
+        problem = f"{row.tensor_parallel} devices must share the model: give --engine streaming, or --replicas 1"
+    elif not problem and gpus > there:
+        problem = f"{replicas} replicas need {gpus} GPUs and there are {there}; give --replicas {there // row.gpus}"
+    return replace(row, gpus=gpus, note=note, problem=problem)
+
+
 def _taps_at_once(read: ReadJob, need: Needs, free: float) -> int:
     share = read.accumulator_gb * 1e9 if read.accumulator_gb is not None else free / _ACCUMULATOR_SHARE
     return min(need.num_taps, max(1, int(share // need.decomposed)))
@@ -208,8 +220,8 @@ def place_jobs(jobs: list[ModelJob], cluster: Cluster) -> tuple[list[ModelJob], 
             shared = (job.tensor_parallel or 1) > 1  # asked for: the actors say what does not fit
             if read.engine and not read.error and not shared and not _surely_fits(read, cluster):
                 row = place(read, cluster)
-                if row.gpus > 1:
-                    degree = max(degree or 1, row.gpus)
+                if row.tensor_parallel and row.tensor_parallel > 1:
+                    degree = max(degree or 1, row.tensor_parallel)
                 if row.problem:
                     problems.append(f"{read.label()}: {row.problem}")
                     read = replace(read, error=row.problem)
