@@ -240,6 +240,55 @@ def test_replicas_in_threads(registry, undisturbed, monkeypatch, small_batches, 
     assert all("spectra" not in rows_of(events) for events in others), "the first tells"
 
 
+@pytest.mark.parametrize("torn", [False, True], ids=["both saved", "one did not"])
+def test_ranks_that_share_a_model_go_on_together_or_begin_anew_together(
+    registry, undisturbed, tmp_path, monkeypatch, small_batches, torn
+):
+    """Ranks that all see the whole stream, as tensor parallel does: saved at the same batch by all, or of no use."""
+    out, mine, lock = tmp_path / "out", threading.local(), threading.Lock()
+    out.mkdir()
+    job = job_of(registry, "neox").checkpointed(1e-9, str(out))
+    load, take, taken = TorchEngine.load_trained, passes.Passes._take, []
+
+    def one_at_a_time(self, *arguments):
+        with lock:
+            return load(self, *arguments)
+
+    def work(ranks):
+        mine.ranks = ranks
+        return list(run_model(job, "run", 1))
+
+    def cut(self, *arguments):
+        if arguments[-1].batch == 5:
+            raise Interrupted
+        taken.append(self._ranks.rank)
+        return take(self, *arguments)
+
+    def interrupted(ranks):
+        with pytest.raises(Interrupted):
+            work(ranks)
+
+    monkeypatch.setattr(TorchEngine, "load_trained", one_at_a_time)
+    monkeypatch.setattr(forward, "make_engine", lambda *_: TorchEngine(torch.device("cpu"), ranks=mine.ranks))
+    with monkeypatch.context() as patched:
+        patched.setattr(passes.Passes, "_take", cut)
+        in_ranks(2, interrupted, "taps")
+    assert sorted(path.name[-10:] for path in (out / FOLDER).iterdir()) == ["0of2.arrow", "1of2.arrow"]
+    if torn:
+        next((out / FOLDER).glob("*1of2.arrow")).unlink()
+    taken.clear()
+    again = killed_at(monkeypatch, None, taken)
+    first, _ = in_ranks(2, work, "taps")
+    assert len(again) == 2 * (BATCHES if torn else BATCHES - 5)
+    (remark,) = (e.text for e in first if isinstance(e, Remark))
+    assert remark.startswith(
+        "the ranks' checkpoints are of different places" if torn else "goes on from its checkpoint"
+    )
+    assert_same(
+        rows_of(first), undisturbed["neox"] | {"reads": [undisturbed["neox"]["reads"][0] | {"tensor_parallel": 2}]}
+    )
+
+
 def test_streaming_replicas_are_none_idle(registry, monkeypatch, small_batches):
     monkeypatch.setattr(forward, "make_engine", lambda *_: StreamingEngine(torch.device("cpu"), ranks=idle))
     idle = Ranks(0, 9, divided="tokens")
