@@ -134,6 +134,9 @@ def run(
     tensor_parallel: Annotated[
         int | None, typer.Option(min=1, help="Devices (without GPUs: processes) that share one model. [default: gpus]")
     ] = None,
+    replicas: Annotated[
+        int, typer.Option(min=1, help="Processes (with GPUs: one GPU each) that divide one model's tokens.")
+    ] = 1,
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens to read. [default: the protocol's]")] = None,
     input_spec: Annotated[
         str | None,
@@ -149,6 +152,10 @@ def run(
     max_retries: Annotated[
         int, typer.Option(min=0, help="Further attempts at a read of which a process died or hung.")
     ] = 1,
+    checkpoint_interval: Annotated[
+        float,
+        typer.Option(min=0, metavar="SECONDS", help="How often a running read is saved, to go on there; 0: never."),
+    ] = 300,
     autoscale: Annotated[
         str | None, typer.Option(metavar="SHAPE", help="Largest node that an autoscaler may add: 8x80GB.")
     ] = None,
@@ -173,7 +180,7 @@ def run(
     try:
         path = find_registry(registry)
         chosen = None if engine == "auto" else engine
-        overrides = Overrides(tokens, input_spec, dtype, chosen, seed, accumulator_gb, tensor_parallel)
+        overrides = Overrides(tokens, input_spec, dtype, chosen, seed, accumulator_gb, tensor_parallel, replicas)
         wanted = [part.strip() for part in reads.split(",")] if reads is not None else None
         jobs = build_jobs(load_registry(path), path, models or [], suite, wanted, overrides)
         cluster, added = choose_cluster(None, address), None
@@ -183,7 +190,7 @@ def run(
         jobs, remarks = place_jobs(jobs, cluster)
     except (RegistryError, JobError, PlanError) as error:
         raise UserError(str(error)) from error
-    settings = Settings(address, timeout, max_retries, added.gpus if added else 0)
+    settings = Settings(address, timeout, max_retries, added.gpus if added else 0, checkpoint_interval)
     summary = _execute(jobs, out, resume, settings, remarks, log_format, debug)
     if as_json:
         print(json.dumps({"run_id": summary.run_id, "out": out, **_counts(summary), "reads": summary.reads}, indent=2))
@@ -226,6 +233,7 @@ def _execute(
     jobs: list[Any], out: str, resume: bool, settings: Any, remarks: list[str], log_format: str, debug: bool
 ) -> Any:
     """Leave out what is finished, then run the rest; Ray is not even started when nothing is left."""
+    from runners.checkpoints import remove_checkpoints
     from runners.driver import DriverError, StoppedError, Summary, execute, new_run_id
     from runners.event_log import EventLog
     from runners.progress import Reporter
@@ -233,6 +241,8 @@ def _execute(
 
     store = ResultStore(out)
     done = store.finished() if resume else set()
+    for read in (read for job in jobs for read in job.reads if not resume or read.identity() in done):
+        remove_checkpoints(out, read)
     left = [job.without(done) for job in jobs]
     skipped = sum(len(job.reads) for job in jobs) - sum(len(job.reads) for job in left)
     left = [job for job in left if job.reads]

@@ -34,6 +34,14 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class Remark:
+    """Something to say of a running read, in one line."""
+
+    label: str
+    text: str
+
+
+@dataclass(frozen=True)
 class Finished:
     """One read is over, well or not: its tables, and the traceback of a failure."""
 
@@ -47,9 +55,9 @@ class Finished:
         return self.tables["reads"].to_pylist()[0]  # type: ignore[no-any-return]
 
 
-Event = Progress | Finished
+Event = Progress | Remark | Finished
 Rows = dict[str, list[Row]]
-Reading = Generator[Progress, None, Rows]
+Reading = Generator[Progress | Remark, None, Rows]
 
 
 def to_tables(rows: Rows, read: ReadJob, run_id: str, attempt: int, started_at: datetime) -> dict[str, pa.Table]:

@@ -33,7 +33,10 @@ class JobError(ValueError):
 
 @dataclass(frozen=True)
 class Overrides:
-    """What the command line changes in the protocol; None leaves it. `accumulator_gb` changes no number."""
+    """What the command line changes in the protocol; None leaves it.
+
+    `accumulator_gb`, `tensor_parallel` and `replicas` change no number.
+    """
 
     tokens: int | None = None
     input: str | None = None
@@ -42,6 +45,7 @@ class Overrides:
     seed: int = 0
     accumulator_gb: float | None = None
     tensor_parallel: int | None = None
+    replicas: int = 1
 
     def label(self) -> str:
         """The overrides that change numbers, as they are appended to the protocol's name."""
@@ -70,6 +74,9 @@ class ReadJob:
     accumulator_gb: float | None = None
     tensor_parallel: int = 1  # devices that share the model; the driver sets it
     half_batch: bool = False  # after an attempt that ran out of memory
+    replicas: int = 1  # processes that run the whole model, each on a part of the tokens
+    checkpoint_interval: float = 0.0  # seconds between two checkpoints; 0: none
+    checkpoint_location: str | None = None  # the result set, absolute; the driver sets both
 
     def key_columns(self) -> dict[str, Any]:
         """The key columns of this read's rows."""
@@ -108,6 +115,11 @@ class ModelJob:
     work: float = 0.0
 
     @property
+    def replicas(self) -> int:
+        """How many processes divide the tokens of the reads that can be divided."""
+        return max((read.replicas for read in self.reads), default=1)
+
+    @property
     def engine(self) -> str | None:
         """The engine of the reads that run the model; None where none does."""
         return next((read.engine for read in self.reads if read.engine), None)
@@ -115,6 +127,13 @@ class ModelJob:
     def over(self, devices: int) -> "ModelJob":
         """The job with its reads told how many devices share the model."""
         return replace(self, reads=tuple(replace(read, tensor_parallel=devices) for read in self.reads))
+
+    def checkpointed(self, interval: float, location: str) -> "ModelJob":
+        """The job with its reads told how often to save where they are, and in which result set."""
+        return replace(
+            self,
+            reads=tuple(replace(r, checkpoint_interval=interval, checkpoint_location=location) for r in self.reads),
+        )
 
     def without(self, done: Iterable[tuple[Any, ...]]) -> "ModelJob":
         """The job less the reads whose identity is in `done`."""
@@ -173,7 +192,7 @@ def build_jobs(
         name = protocol_name + overrides.label()
         base = registry_path.resolve().parent
         if any(read != "parameters" for read in wanted):
-            _check_degree(model, overrides.tensor_parallel or model.gpus, base)
+            _check_degree(model, overrides.tensor_parallel or (model.gpus if overrides.replicas == 1 else 1), base)
         series = every_checkpoint or model.revision is None or (suite is not None and suite.checkpoints)
         jobs.append(_model_job(model, series, wanted, spec, name, protocol, overrides, base, assumed))
     return jobs
@@ -282,9 +301,15 @@ def _model_job(
                     base=base,
                     error=error,
                     accumulator_gb=overrides.accumulator_gb,
+                    replicas=overrides.replicas if has_forward and read != "functional" else 1,
                 )
             )
     degree = overrides.tensor_parallel
+    if overrides.replicas > 1:
+        degree = 1  # each has the whole model on one device
+        if (overrides.tensor_parallel or 1) > 1 or engine == "vllm":
+            beside = "--engine vllm" if engine == "vllm" else f"--tensor-parallel {overrides.tensor_parallel}"
+            raise JobError(f"{model.id}: --replicas {overrides.replicas} does not go with {beside}; leave one out")
     return ModelJob(model.id, tuple(jobs), degree or model.gpus, degree)
 
 

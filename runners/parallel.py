@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pyarrow as pa
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from runners.deferred_init import DeferredInit, deferred_model
-from runners.events import Event, Progress
+from runners.events import Event, Progress, Remark
 from runners.jobs import ModelJob, ReadJob
 from runners.needs import divisors
 from runners.torch_engine import Blocks, ForwardPass, Swept, TorchEngine
@@ -28,7 +29,8 @@ from runners.worker import run_model
 from suite.architecture import build_config, build_model, locate_final_norm
 from suite.feed import working_form
 from suite.inputs import Batch
-from suite.residual import Ranks, check_rows
+from suite.ranks import Ranks
+from suite.residual import check_rows
 from suite.resolution import FinalNorm
 
 _PATIENCE = timedelta(hours=12)  # of a collective: a rank that dies is seen by the driver, and --timeout ends a silence
@@ -81,18 +83,32 @@ def current_ranks() -> Ranks:
         dist.all_gather_object(gathered, mine, group=objects)
         return gathered
 
-    return Ranks(dist.get_rank(), size, gather)
+    def collect(mine: pa.RecordBatch | None, rank: int) -> list[pa.RecordBatch | None]:
+        here = dist.get_rank() == rank
+        collected: list[Any] = [None] * size
+        packed = None if mine is None else _packed(mine)
+        dist.gather_object(packed, collected if here else None, dst=rank, group=objects)
+        return [each and pa.ipc.open_stream(each).read_next_batch() for each in collected] if here else []
+
+    return Ranks(dist.get_rank(), size, gather, collect)
+
+
+def _packed(state: pa.RecordBatch) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, state.schema) as writer:
+        writer.write_batch(state)
+    return sink.getvalue().to_pybytes()  # type: ignore[no-any-return]
 
 
 def run_rank(group: RankGroup, job: ModelJob, run_id: str, attempt: int) -> Iterator[Event]:
-    """`run_model` on one rank; only rank 0 tells what was read, and any rank that it failed alone.
+    """`run_model` on one rank or replica; only rank 0 tells what was read, and any rank that it failed alone.
 
     Raises:
         GroupBrokenError: after a failure that leaves the ranks out of step.
     """
     first = group.ranks.rank == 0
     for number, event in enumerate(_finished_or_progress(job, first, run_id, attempt)):
-        if isinstance(event, Progress) or not _shared(event.job):
+        if isinstance(event, Progress | Remark) or not _shared(event.job):
             yield event
             continue
         failed = event.row["status"] != "ok"

@@ -71,6 +71,8 @@ def _unless_done(read: ReadJob, row: Placement, done: Collection[tuple[Any, ...]
 
 def _asked(job: ModelJob, cluster: Cluster) -> int | None:
     """The degree that the command line or, where there are GPUs, the registry asks for; None: the plan chooses."""
+    if job.replicas > 1:
+        return None
     return job.tensor_parallel or (job.num_gpus if job.num_gpus > 1 and cluster.largest.gpus else None)
 
 
@@ -88,11 +90,13 @@ def place(read: ReadJob, cluster: Cluster, asked: int | None = None) -> Placemen
         return replace(row, problem=problem or str(error))
     if inline:
         remark = "sized by the registry's configuration"
-    row, need = replace(row, dtype=dtype), needs(size, read.read, _ITEM_BYTES[dtype], num_tokens)
+    share = num_tokens if read.read == "functional" else -(-num_tokens // read.replicas)
+    row, need = replace(row, dtype=dtype), needs(size, read.read, _ITEM_BYTES[dtype], share)
     if read.read == "functional":
         found = _place_functional(row, need, _Room.of(cluster))
     else:
         found = _place(row, size, need, read, cluster, asked)
+        found = found if read.replicas == 1 else _replicated(found, read.replicas, cluster)
     return replace(found, note=_joined(found.note, remark), problem=problem or found.problem)
 
 
@@ -255,6 +259,19 @@ def _share(peak: float, budget: float) -> float:
     return next((share for share in SHARES if peak + _CONTEXT_BYTES <= share * budget), 1)
 
 
+def _replicated(row: Placement, replicas: int, cluster: Cluster) -> Placement:
+    """The same on `replicas` devices, each with the whole model and a part of the tokens."""
+    each, there = math.ceil(row.gpus), sum(node.gpus for node in cluster.nodes)
+    gpus = each * replicas
+    note = "; ".join(part for part in (row.note, f"{replicas} replicas divide the tokens") if part)
+    problem = row.problem
+    if not problem and (row.tensor_parallel or 1) > 1:
+        problem = f"{row.tensor_parallel} devices must share the model: give --engine streaming, or --replicas 1"
+    elif not problem and gpus > there:
+        problem = f"{replicas} replicas need {gpus} GPUs and there are {there}; give --replicas {there // each}"
+    return replace(row, gpus=gpus, note=note, problem=problem)
+
+
 def _taps_at_once(read: ReadJob, need: Needs, free: float) -> int:
     share = read.accumulator_gb * 1e9 if read.accumulator_gb is not None else free / _ACCUMULATOR_SHARE
     return min(need.num_taps, max(1, int(share // need.decomposed)))
@@ -332,7 +349,8 @@ def place_jobs(jobs: list[ModelJob], cluster: Cluster) -> tuple[list[ModelJob], 
             if read.engine and not read.error and (asked not in (None, 1) or not _surely_fits(read, cluster)):
                 row = place(read, cluster, asked)
                 share = max(share, row.gpus)
-                degree = max(degree or 1, int(row.gpus)) if row.gpus > 1 else degree
+                if row.tensor_parallel and row.tensor_parallel > 1:
+                    degree = max(degree or 1, row.tensor_parallel)
                 if row.problem:
                     problems.append(f"{read.label()}: {row.problem}")
                     read = replace(read, error=row.problem)

@@ -27,6 +27,7 @@ def plan(
     tensor_parallel: Annotated[
         int | None, typer.Option(min=1, help="Devices that share one model. [default: as few as it fits on]")
     ] = None,
+    replicas: Annotated[int, typer.Option(min=1, help="As for run.")] = 1,
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens to read. [default: the protocol's]")] = None,
     input_spec: Annotated[str | None, typer.Option("--input", metavar="SPEC", help="As for run.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="As for run.")] = 0,
@@ -56,7 +57,7 @@ def plan(
         cluster = choose_cluster(assume, address)
         path = find_registry(registry)
         chosen = None if engine == "auto" else engine
-        overrides = Overrides(tokens, input_spec, dtype, chosen, seed, accumulator_gb, tensor_parallel)
+        overrides = Overrides(tokens, input_spec, dtype, chosen, seed, accumulator_gb, tensor_parallel, replicas)
         wanted = [part.strip() for part in reads.split(",")] if reads is not None else None
         jobs = build_jobs(load_registry(path), path, models or [], suite, wanted, overrides, assumed=assume is not None)
     except (RegistryError, JobError, PlanError) as error:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from suite.architecture import build_model, build_published, find_final_norm
 from suite.inputs import Batch
-from suite.residual import Ranks
+from suite.ranks import Ranks
 from suite.resolution import FinalNorm
 from suite.tensors import CheckpointError
 

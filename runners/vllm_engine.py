@@ -19,8 +19,9 @@ import pyarrow as pa
 import torch
 
 from runners.events import Progress, Reading
-from runners.forward import accumulator_bytes, dtype_name, make_inputs, num_parameters, tensor_name, wanted_tokens
+from runners.forward import dtype_name, make_inputs, num_parameters, tensor_name, wanted_tokens
 from runners.jobs import INSTALL_VLLM, ReadJob, vllm_is_installed
+from runners.passes import accumulator_bytes
 from runners.torch_engine import BATCH_TOKENS, pick_device
 from runners.vllm_support import ENVIRONMENT, refusal, vllm_architecture
 from suite.architecture import build_config, build_model, locate_final_norm

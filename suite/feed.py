@@ -8,6 +8,7 @@ Shapes: B items, T positions.
 import inspect
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,10 @@ def feed(
     everything, _ = made(count)
     packed = everything[main].shape[0] != count if main in everything else False
     per_batch = 1 if packed or (form[main].ndim == 2 and main == "hidden_states") else max(1, batch_tokens // rows)
-    batches = [Batch(_slice(everything, i, per_batch, count)) for i in range(0, count, per_batch)]
+    batches = [
+        Batch(_slice(everything, i, per_batch, count), rows=rows * min(per_batch, count - i))
+        for i in range(0, count, per_batch)
+    ]
     pixels = everything.get("pixel_values")
     patch = getattr(part.config, "patch_size", None)
     distinct = distinct_patches(pixels, patch) if pixels is not None and isinstance(patch, int) else None
@@ -161,6 +165,7 @@ def _feed_tokens(
         rows = _rows(part, _accompanied(sample, others, seed, part, length).model_inputs)
         made = tokens(-(-num_tokens // rows) * sequence_length)
         count = rows * (made.num_tokens // sequence_length)
+        made = replace(made, batches=[replace(b, rows=rows * len(b.model_inputs["input_ids"])) for b in made.batches])
     else:
         made = tokens(num_tokens)
         count = made.num_tokens
@@ -176,7 +181,7 @@ def _accompanied(batch: Batch, others: dict[str, Tensor], seed: int, part: nn.Mo
     added = {n: _filled(n, t, len(ids), (length, ids.shape[1]), seed, part) for n, t in others.items()}
     if "decoder_input_ids" in added:
         added["decoder_input_ids"] = ids
-    return Batch(batch.model_inputs | {n: t for n, t in added.items() if n not in batch.model_inputs}, batch.mask_ST)
+    return replace(batch, model_inputs=added | batch.model_inputs)
 
 
 def _filled(name: str, form: Tensor, count: int, lengths: tuple[int, int] | None, seed: int, part: nn.Module) -> Tensor:

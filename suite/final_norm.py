@@ -9,6 +9,7 @@ import copy
 import math
 
 import numpy as np
+import pyarrow as pa
 import torch
 from jaxtyping import Bool
 from numpy.typing import NDArray
@@ -23,13 +24,25 @@ from suite.directions import (
     leading_coordinates,
     zero_scales,
 )
-from suite.precision import ExactProjection, VarianceAlong, inverse_direction
+from suite.precision import ALONG_STATE, ExactProjection, VarianceAlong, inverse_direction
 from suite.resampling import SequenceSums, sequence_lengths
 from suite.residual import check_rows, token_rows
 from suite.resolution import EffectiveNorm
 from suite.schema import Row
+from suite.spectrum import STATE as COVARIANCE_STATE
 from suite.spectrum import CovarianceFactor, Spectrum
+from suite.state import VECTOR, StateError, fields, struct, vector
 
+STATE = pa.schema(
+    {
+        "spectrum": pa.struct(COVARIANCE_STATE),
+        "early_float64": pa.struct(COVARIANCE_STATE),
+        "along_float32": pa.struct(ALONG_STATE),
+        "along_float64": pa.struct(ALONG_STATE),
+        "along_executed": pa.struct(ALONG_STATE),
+        "sequences": VECTOR,
+    }
+)
 DEAD_THRESHOLDS = {"num_dead_1e4": 1e-4, "num_dead_1e6": 1e-6, "num_dead_1e8": 1e-8, "num_dead_1e10": 1e-10}
 KERNEL_SLOPE = 0.5  # algebraic kernels give 1.00 to 1.18, learned dead directions 0.00 to 0.08
 VERDICT_THRESHOLD = 1e-6  # of the mean eigenvalue: bottom directions below get a verdict
@@ -44,13 +57,14 @@ class FinalNormRead:
     Args:
         module: the final norm as loaded; it is copied for the float32 replay.
         norm: its formula with its real parameters.
+        first_row: how many rows of the read come before the first that is given here, to another worker.
     """
 
-    def __init__(self, module: nn.Module, norm: EffectiveNorm):
+    def __init__(self, module: nn.Module, norm: EffectiveNorm, first_row: int = 0):
         D = len(norm.scale_D)
         self.norm = norm
         self.spectrum = CovarianceFactor(D)
-        self._early = _EarlyVerdict(D)
+        self._early = _EarlyVerdict(D, first_row)
         self._replay = copy.deepcopy(module).cpu().float()
         for each in self._replay.modules():
             each._forward_hooks.clear()
@@ -75,7 +89,7 @@ class FinalNormRead:
             with torch.no_grad():
                 replay_ND = self._replay(x_ND.cpu().float())
             if self.along_executed is None:
-                self.along_executed = VarianceAlong(self.along_float32.direction_D, self.along_float32.shift_D)
+                self.along_executed = self._new_along()
             self.along_executed.update(y_ND)
         self.spectrum.update(replay_ND)
         deviation_N = self.along_float32.update(replay_ND)
@@ -87,7 +101,7 @@ class FinalNormRead:
             self._early.update(replay_chunk, exact_chunk)
 
     def merge(self, other: "FinalNormRead") -> None:
-        """Add what another worker read of the same norm on other tokens."""
+        """Add what another worker read of the same norm on other tokens; in the order of the tokens."""
         self.spectrum.merge(other.spectrum)
         self.along_float32.merge(other.along_float32)
         self.sequences.merge(other.sequences)
@@ -98,6 +112,40 @@ class FinalNormRead:
             else:
                 self.along_executed.merge(other.along_executed)
         self._early.float64.merge(other._early.float64)
+
+    def to_arrow(self) -> pa.RecordBatch:
+        """The exact state as one Arrow row; the norm itself is not in it."""
+        executed = self.along_executed
+        columns = {
+            "spectrum": self.spectrum.to_arrow(),
+            "early_float64": self._early.float64.to_arrow(),
+            "along_float32": self.along_float32.to_arrow(),
+            "along_float64": self.along_float64.to_arrow(),
+            "along_executed": None if executed is None else executed.to_arrow(),
+            "sequences": vector(torch.from_numpy(self.sequences.sums_S4)),
+        }
+        return struct(columns, STATE)
+
+    def restore(self, state: pa.RecordBatch | pa.StructScalar) -> None:
+        """Take the state that `to_arrow` of a read of the same norm packed, in the place of one's own.
+
+        Raises:
+            StateError: it is not whole, or of another width.
+        """
+        row = fields(state, STATE)
+        spectrum = CovarianceFactor.from_arrow(row["spectrum"])
+        if spectrum.hidden_size != len(self.norm.scale_D):
+            raise StateError(f"a state of width {spectrum.hidden_size}; the norm's is {len(self.norm.scale_D)}")
+        self.spectrum, self._early.float64 = spectrum, CovarianceFactor.from_arrow(row["early_float64"])
+        self.along_float32.restore(row["along_float32"])
+        self.along_float64.restore(row["along_float64"])
+        self.sequences.sums_S4 = row["sequences"].values.to_numpy().reshape(-1, 4).copy()
+        if row["along_executed"].is_valid:
+            self.along_executed = self._new_along()
+            self.along_executed.restore(row["along_executed"])
+
+    def _new_along(self) -> VarianceAlong:
+        return VarianceAlong(self.along_float32.direction_D, self.along_float32.shift_D)
 
     @property
     def num_tokens(self) -> int:
@@ -142,14 +190,14 @@ class FinalNormRead:
 
 
 class _EarlyVerdict:
-    """Which bottom directions are algebraic: from the spectrum of the first tokens, replayed in float64.
+    """Which bottom directions are algebraic: from the spectrum of the read's first tokens, replayed in float64.
 
     A kernel's eigenvalue falls with the square of the roundoff, a learned dead direction's does not. The spectra in the
     two precisions are matched from the bottom up.
     """
 
-    def __init__(self, hidden_size: int):
-        self._wanted = _VERDICT_TOKENS * hidden_size
+    def __init__(self, hidden_size: int, first_row: int):
+        self._wanted = _VERDICT_TOKENS * hidden_size - first_row
         self.float64 = CovarianceFactor(hidden_size)
 
     def update(self, replay_ND: Tensor, exact_ND: Tensor) -> None:
