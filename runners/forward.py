@@ -25,6 +25,7 @@ from suite.final_norm import FinalNormRead
 from suite.inputs import Batch, Inputs, check_count
 from suite.norms import live_norm
 from suite.parameters import architecture_columns, scale_columns, stored_tensor
+from suite.renaming import renamings
 from suite.residual import TAP_BYTES, ResidualRead
 from suite.resolution import FinalNorm
 from suite.schema import Row
@@ -255,11 +256,12 @@ def _part(engine: TorchEngine, whole: nn.Module, read: ReadJob) -> tuple[str, nn
         ValueError: an engine that runs whole models only.
     """
     path, part = part_of(whole, read.model.modality, read.model.stack)
+    rules = renamings(whole)
     if not path:
-        return path, part, engine.final_norm(part)
+        return path, part, replace(engine.final_norm(part), renamings=rules)
     if type(engine) is not TorchEngine:
         raise ValueError(f"of {type(whole).__name__} only {path} is read; give --engine torch and --tensor-parallel 1")
-    return path, part, find_final_norm(part)
+    return path, part, replace(find_final_norm(part), renamings=rules)
 
 
 def below(path: str, final: FinalNorm) -> FinalNorm:
@@ -271,7 +273,7 @@ def tensor_name(entries: dict[str, TensorEntry] | None, final: FinalNorm) -> str
     """The name of the final norm's scale in the checkpoint."""
     if entries is None or final.path is None:
         return None
-    entry = stored_tensor(entries, final.path, final.behaviour.scale_parameter)
+    entry = stored_tensor(entries, final.path, final.behaviour.scale_parameter, final.renamings)
     return entry.name if entry else None
 
 
