@@ -25,6 +25,7 @@ from suite.final_norm import FinalNormRead
 from suite.inputs import Batch, Inputs, check_count
 from suite.norms import live_norm
 from suite.parameters import architecture_columns, scale_columns, stored_tensor
+from suite.random_init import departure
 from suite.renaming import renamings
 from suite.residual import TAP_BYTES, ResidualRead
 from suite.resolution import FinalNorm
@@ -86,6 +87,9 @@ def read_forward(
     module = model.get_submodule(final.path)
     assert final.hidden_size is not None
     norm = live_norm(module, final.behaviour, final.hidden_size)
+    unlawful = None if trained else departure(norm, final.path)
+    if unlawful:
+        row["engine_detail"] = f"{row['engine_detail']}; {unlawful}"
     num_tokens = wanted_tokens(read, final.hidden_size)
     yield Progress(read.label(), "input", 0, num_tokens)
     for batch_tokens in (BATCH_TOKENS, BATCH_TOKENS // 2):

@@ -38,7 +38,7 @@ def test_where_the_atlas_answers_behaviour_says_the_same(model_type, config):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("model_type", sorted(_entries())[::12])
+@pytest.mark.parametrize("model_type", sorted(_entries())[::20])
 def test_a_sample_of_the_atlas_says_what_the_installed_transformers_does(model_type):
     """Small, another eps, other switches: wherever the atlas answers, behaviour says the same."""
     try:
