@@ -22,7 +22,9 @@ from suite.feed import feed, part_of
 from suite.inputs import Inputs, check_count
 from suite.norms import live_norm
 from suite.parameters import architecture_columns, scale_columns, stored_tensor
+from suite.random_init import departure
 from suite.ranks import Ranks
+from suite.renaming import renamings
 from suite.residual import TAP_BYTES
 from suite.resolution import FinalNorm
 from suite.schema import Row
@@ -57,7 +59,7 @@ def read_forward(
     model = engine.load_trained(folder, dtype) if trained and folder else engine.load_random(config, read.seed, dtype)
 
     replicas = engine.ranks.replicas
-    final = engine.final_norm(model)
+    final = replace(engine.final_norm(model), renamings=renamings(model))
     row: Row = architecture_columns(below(engine.part, final)) | {
         "num_parameters": num_parameters(json.dumps(raw_config, sort_keys=True)),
         "objective": objective(raw_config),
@@ -76,6 +78,9 @@ def read_forward(
     module = part.get_submodule(final.path)
     assert final.hidden_size is not None
     norm = live_norm(module, final.behaviour, final.hidden_size)
+    unlawful = None if trained else departure(norm, final.path)
+    if unlawful:
+        row["engine_detail"] = f"{row['engine_detail']}; {unlawful}"
     num_tokens = wanted_tokens(read, final.hidden_size)
     yield Progress(read.label(), "input", 0, num_tokens)
     for batch_tokens in (BATCH_TOKENS, BATCH_TOKENS // 2)[read.half_batch :]:
@@ -185,7 +190,7 @@ def tensor_name(entries: dict[str, TensorEntry] | None, final: FinalNorm) -> str
     """The name of the final norm's scale in the checkpoint."""
     if entries is None or final.path is None:
         return None
-    entry = stored_tensor(entries, final.path, final.behaviour.scale_parameter)
+    entry = stored_tensor(entries, final.path, final.behaviour.scale_parameter, final.renamings)
     return entry.name if entry else None
 
 

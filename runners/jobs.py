@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from suite.functional import NUM_TOKENS
-from suite.inputs import check_spec, content_hash
+from suite.inputs import MODALITIES, check_spec, content_hash
 from suite.registry import DEFAULT_READS, READS, CheckpointPattern, Model, Protocol, Registry, SuiteEntry
 from suite.schema import KEY, READ_VERSION
 from suite.signals import InputError
@@ -21,6 +21,7 @@ from suite.sources import Checkpoint, checkpoint_step, list_revisions
 from suite.tensors import CheckpointError
 
 DEFAULT_INPUT = {"text": "text", "image": "image", "audio": "audio:noise"}
+_SOUND_KEYS = ("num_mel_bins", "input_feat_per_channel", "sampling_rate", "feat_extract_norm")
 ENGINES = ("auto", "torch", "vllm", "streaming")  # what this version can run
 
 
@@ -240,13 +241,24 @@ def _own_model(source: str, overrides: Overrides) -> Model:
         config = checkpoint.config()
     except CheckpointError as error:
         raise JobError(f"{error} (and no model of that id is in the registry)") from error
-    image = "image_size" in config and "vocab_size" not in config
-    audio = "num_mel_bins" in config or "conv_kernel" in config
-    modality = "image" if image else "audio" if audio else "text"
+    told = MODALITIES.get(overrides.input.partition(":")[0]) if overrides.input else None
+    modality = told or _main_modality(config)
     revision = None if "@" in source else checkpoint.revision
     return Model.model_construct(
         id=source, source=source, revision=revision if "://" not in source else None, modality=modality
     )
+
+
+def _main_modality(config: dict[str, Any]) -> str:
+    """What a model without a registry entry takes first, by its configuration: text wherever there is a text tower."""
+    if any(key in config for key in ("text_config", "llm_config", "thinker_config")):
+        return "text"
+    if any(key in config for key in _SOUND_KEYS):
+        return "audio"
+    pictures = any(key in config for key in ("image_size", "num_channels", "patch_size", "backbone_config"))
+    # A vocabulary alone may be that of the visual tokens which a picture is turned into.
+    reads_text = "vocab_size" in config and ("max_position_embeddings" in config or "image_size" not in config)
+    return "image" if pictures and not reads_text else "text"
 
 
 def _model_job(

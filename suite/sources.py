@@ -112,7 +112,7 @@ class Checkpoint:
             raise CheckpointError(f"{self.source}: config.json is larger than {MAX_JSON_BYTES} bytes")
         config = parse_object(self.read("config.json"), f"{self.source}: config.json")
         _check_counts(config, self.source)
-        return config
+        return {key: _plain_floats(value) for key, value in config.items()}
 
     def fingerprint(self) -> str:
         """Hash that changes when the checkpoint does: the Hub's commit, else names, sizes and times of its files."""
@@ -242,6 +242,15 @@ def _check_counts(config: dict[str, Any], source: str) -> None:
             _check_counts(value, source)
         elif _COUNTS.match(key) and any(isinstance(v, (int, float)) and v > _MAX_COUNT for v in values):
             raise CheckpointError(f"{source}: config.json: {key} is {value!r}; no model has more than {_MAX_COUNT}")
+
+
+def _plain_floats(value: Any) -> Any:
+    """`value` with transformers' spelling of what JSON has no number for, `{"__float__": "Infinity"}`, as floats."""
+    if isinstance(value, dict):
+        if set(value) == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
+            return float(value["__float__"])
+        return {key: _plain_floats(each) for key, each in value.items()}
+    return [_plain_floats(each) for each in value] if isinstance(value, list) else value
 
 
 def _local_folder(source: str, base: Path | None) -> Path | None:
