@@ -4,6 +4,7 @@ Data goes to stdout, everything else to stderr. Exit codes: 0 done, 1 the thing 
 usage or input, 130 interrupted.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -299,16 +300,18 @@ def _print_classified(results: list[dict[str, Any]]) -> None:
 
 def _classify_module(name: str, width: int, as_json: bool) -> None:
     """Print what the kernel test finds in a user's own class; exit code 1 where it is no known normalisation."""
-    from suite.norms import load_norm_class, probe
+    from suite.norms import kernel_dimension, load_norm_class, probe
 
     if "" not in sys.path:
         sys.path.insert(0, "")  # the user's own folder, as with `python -m`
-    found = probe(load_norm_class(name, width), width)
-    kernel = {"layernorm": True, "rmsnorm": False}.get(found.family)
+    with contextlib.redirect_stdout(sys.stderr):  # what the user's code prints is no part of the answer
+        module = load_norm_class(name, width)
+        found, dimension = probe(module, width), kernel_dimension(module, width)
     facts = {
         "module": name,
         "family": found.family,
-        "kernel": kernel,
+        "kernel": None if dimension is None else dimension > 0,
+        "kernel_dimension": dimension,
         "scale": found.scale,
         "has_bias": None if found.family == "other" else found.shift_parameter is not None,
         "eps": found.eps,
@@ -317,7 +320,10 @@ def _classify_module(name: str, width: int, as_json: bool) -> None:
     if as_json:
         print(json.dumps(facts, indent=2))
     else:
-        verdict = {True: "a dead direction, gamma^-1", False: "no dead direction", None: "cannot be told"}
-        print(f"{name}: {found.family}, {verdict[kernel]} ({'; '.join(found.evidence)})")
+        verdict = "whether it has dead directions cannot be told"
+        if dimension is not None:
+            verdict = f"{dimension} dead of {width} output directions"
+            verdict += ", gamma^-1" if found.family == "layernorm" and dimension == 1 else ""
+        print(f"{name}: {found.family}, {verdict} ({'; '.join(found.evidence)})")
     if found.family == "other":
         raise typer.Exit(EXIT_FALSE)
