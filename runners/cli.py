@@ -4,6 +4,7 @@ Data goes to stdout, everything else to stderr. Exit codes: 0 done, 1 the thing 
 usage or input, 130 interrupted.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -14,7 +15,18 @@ from typing import Annotated, Any
 import typer
 
 from runners.analysis_cli import app as analysis_app
-from runners.console import EXIT_FALSE, EXIT_INTERRUPTED, EXIT_USAGE, Debug, Json, UserError, console, one_of
+from runners.census_command import census
+from runners.console import (
+    EXIT_FALSE,
+    EXIT_INTERRUPTED,
+    EXIT_USAGE,
+    Debug,
+    Json,
+    UserError,
+    check_out,
+    console,
+    one_of,
+)
 from runners.plan_command import choose_cluster, plan
 
 app = typer.Typer(
@@ -29,6 +41,7 @@ _CLASSIFY_THREADS = 8
 
 app.add_typer(analysis_app)  # without a name: its commands are ours
 app.command()(plan)
+app.command()(census)
 
 
 @app.callback(invoke_without_command=True)
@@ -37,9 +50,9 @@ def _root(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
     if version:
-        from importlib.metadata import version as installed
+        from runners.versions import own_version
 
-        print(installed("deadbench"))
+        print(own_version())
     elif context.invoked_subcommand is None:
         print(context.get_help())
 
@@ -161,6 +174,7 @@ def run(
     from runners.plan import place_jobs
     from suite.registry import Dtype, RegistryError, find_registry, load_registry
 
+    check_out(out)
     one_of("--dtype", dtype, Dtype.__args__)  # type: ignore[attr-defined]
     if engine not in ENGINES:
         raise UserError(f"--engine {engine!r} cannot be run by this version; choose {', '.join(ENGINES)}")
@@ -232,7 +246,9 @@ def _execute(
     if not left:
         return Summary(run_id, skipped=skipped)
     try:
-        with Reporter(sum(len(job.reads) for job in left), debug=debug) as reporter:
+        total = sum(len(job.reads) for job in left)
+        # Ray prints on stdout that a worker died; data alone goes there.
+        with contextlib.redirect_stdout(sys.stderr), Reporter(total, debug=debug) as reporter:
             if skipped:
                 reporter.say(f"{skipped} reads are already in {out}; --fresh reads them again")
             summary = execute(left, store, Settings(address, timeout, max_retries), reporter, run_id)

@@ -66,7 +66,7 @@ def execute(jobs: list[ModelJob], store: ResultStore, settings: Settings, report
     import ray
 
     summary = Summary(run_id)
-    started_here = _connect(settings.address)
+    started_here = connect(settings.address)
     previous = signal.signal(signal.SIGTERM, _interrupt)  # after ray.init, which installs its own
     running: dict[Any, Group] = {}  # by stream; a group of ranks has several
     try:
@@ -131,7 +131,7 @@ def _end(group: Group, running: dict[Any, Group], reporter: Reporter) -> None:
     reporter.gone(group.job.model_id)
 
 
-def _connect(address: str | None) -> bool:
+def connect(address: str | None) -> bool:
     """Join the Ray at `address`, or start one; True if it was started here."""
     import ray
 

@@ -11,6 +11,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 NGINX = """
@@ -70,6 +72,40 @@ def nginx_hub(root: Path, folder: Path) -> Iterator[str]:
     finally:
         process.terminate()
         process.wait(timeout=10)
+
+
+class Refusing:
+    """Between an S3 server and its clients: refuses what `refuses(environ)` is true of, after half of the body."""
+
+    def __init__(self, application: object):
+        self.application, self.refuses, self.refused = application, lambda environ: False, 0
+
+    def __call__(self, environ: dict, start_response: object) -> object:
+        if not self.refuses(environ):
+            return self.application(environ, start_response)
+        self.refused += 1
+        environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0) // 2)
+        start_response("503 Service Unavailable", [("Content-Length", "0"), ("Connection", "close")])
+        return [b""]
+
+
+@contextlib.contextmanager
+def s3_server() -> Iterator[Refusing]:
+    """moto's S3 server, and the environment by which s3fs and boto3 find it."""
+    from moto.moto_server.threaded_moto_server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    server._server.app = refusing = Refusing(server._server.app)
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in {
+            "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }.items():  # fmt: skip
+            environment.setenv(name, value)
+        yield refusing
+    server.stop()
 
 
 class Misbehaving(http.server.ThreadingHTTPServer):
