@@ -170,7 +170,7 @@ def run(
     Example: [bold]deadbench run --suite quick --out results/quick[/bold]
     """
     from runners.cluster import PlanError
-    from runners.jobs import ENGINES, JobError, Overrides, build_jobs
+    from runners.jobs import ENGINES, JobError, Overrides, build_jobs, unreachable
     from runners.plan import place_jobs
     from suite.registry import Dtype, RegistryError, find_registry, load_registry
 
@@ -186,10 +186,11 @@ def run(
         overrides = Overrides(tokens, input_spec, dtype, chosen, seed, accumulator_gb, tensor_parallel)
         wanted = [part.strip() for part in reads.split(",")] if reads is not None else None
         jobs = build_jobs(load_registry(path), path, models or [], suite, wanted, overrides)
+        cannot_be_read = unreachable(jobs)
         jobs, remarks = place_jobs(jobs, choose_cluster(None, address))
     except (RegistryError, JobError, PlanError) as error:
         raise UserError(str(error)) from error
-    for remark in remarks:
+    for remark in [*cannot_be_read, *remarks]:
         print(f"deadbench: {remark}", file=sys.stderr)
     summary = _execute(jobs, out, resume, address, timeout, max_retries, debug)
     if as_json:

@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from runners.jobs import ReadJob, read_step
 from runners.versions import versions
+from suite.places import scrubbed
 from suite.schema import Row, to_table
 
 
@@ -47,7 +48,7 @@ def to_tables(rows: Rows, read: ReadJob, run_id: str, attempt: int, started_at: 
     """Arrow tables of a read: the key in every row, and in the row of `reads` what is known without measuring."""
     key = {"run_id": run_id} | read.key_columns()
     row = rows["reads"][0] | {
-        "source": read.model.source or "inline config",
+        "source": scrubbed(read.model.source or "inline config"),
         "source_fingerprint": read.fingerprint,
         "checkpoint_step": read_step(read),
         "modality": read.model.modality,

@@ -107,11 +107,20 @@ class HttpFolder:
         return first[start:] + self._request(name, max(start, len(first)), end)[0]
 
     def download(self, name: str, target: Path) -> None:
-        """Write a whole file to `target`."""
+        """Complete `target` to the whole file: what is there of it is not asked for again."""
+
+        def missing() -> dict[str, str]:
+            there = target.stat().st_size if target.exists() else 0
+            return {"Range": f"bytes={there}-"} if there else {}
 
         def write(answer: httpx2.Response) -> None:
+            if answer.status_code == 416:  # all of it is there
+                return
+            resumed = answer.status_code == 206
+            if resumed:
+                self._ranged(answer, name, target.stat().st_size)
             expected, received = answer.headers.get("Content-Length"), 0
-            with target.open("wb") as file:
+            with target.open("ab" if resumed else "wb") as file:
                 for piece in answer.iter_raw():
                     file.write(piece)
                     received += len(piece)
@@ -119,7 +128,7 @@ class HttpFolder:
                 raise _CutOffError(f"{received} of {expected} bytes")
             self._count(received)
 
-        self._ask(name, {}, write)
+        self._ask(name, missing, write)
 
     def has(self, name: str) -> bool:
         """Whether there is such a file; one request, and none where it has been asked for."""
@@ -160,17 +169,17 @@ class HttpFolder:
                 raise _CutOffError(f"{len(data)} of {wanted} bytes")
             return data[start - first :], size, stamp
 
-        return self._ask(name, {"Range": f"bytes={start}-{end - 1}"}, take)
+        return self._ask(name, lambda: {"Range": f"bytes={start}-{end - 1}"}, take)
 
-    def _ask(self, name: str, headers: dict[str, str], take: Callable[[httpx2.Response], T]) -> T:
-        """What `take` makes of the answer, asking again where that may help."""
+    def _ask(self, name: str, headers: Callable[[], dict[str, str]], take: Callable[[httpx2.Response], T]) -> T:
+        """What `take` makes of the answer, asking again, with what `headers` are then, where that may help."""
         attempt = refused = 0
         while True:
             LIMITS.wait(self._host)
             try:
                 with (
                     self._tried_again(name, attempt),
-                    self._client.stream("GET", self._address(name), headers=self._headers | headers) as answer,
+                    self._client.stream("GET", self._address(name), headers=self._headers | headers()) as answer,
                 ):
                     self._raise_for_status(answer, name, attempt, refused)
                     return take(answer)
@@ -282,7 +291,7 @@ class HubFolder(HttpFolder):
     def names(self) -> list[str]:
         """Names of the files, as the Hub lists them; a mirror without the Hub's API is asked for known names."""
         try:
-            listing = json.loads(self._ask("", {}, lambda answer: _take(answer, _MAX_API_BYTES)))
+            listing = json.loads(self._ask("", dict, lambda answer: _take(answer, _MAX_API_BYTES)))
             self.commit = listing.get("sha")
             return sorted(f["rfilename"] for f in listing["siblings"] if "/" not in f["rfilename"])
         except FileNotFoundError as error:

@@ -7,12 +7,12 @@ import contextlib
 import hashlib
 import json
 import re
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from suite.http_files import HttpFolder, HubFolder
+from suite.node_cache import fetch_once, lease
 from suite.places import open_place, scrubbed
 from suite.tensors import MAX_JSON_BYTES, CheckpointError, parse_object
 
@@ -20,6 +20,7 @@ from suite.tensors import MAX_JSON_BYTES, CheckpointError, parse_object
 _COUNTS = re.compile(r"^(n_layers?|num_.*layers|.*_layers|depths?|num_labels|(n|num)_.*experts)$")
 _MAX_COUNT = 100_000
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?$")
+_PIECE_BYTES, _PIECES = 32 * 2**20, 4  # of a download from an object store: as many at once
 _STEP = re.compile(r"step[-_]?(\d+)", re.IGNORECASE)
 LOADED_PATTERNS = [
     "*.json",
@@ -44,6 +45,7 @@ class Checkpoint:
             CheckpointError: no such folder, or nothing that could be a Hub id or URL.
         """
         self.source, self.revision = scrubbed(source), revision
+        self._called = f"{source}@{revision}"
         self._names: list[str] | None = None
         self._local: Path | None = _local_folder(source, base)
         self._hub_id: str | None = None
@@ -139,22 +141,28 @@ class Checkpoint:
 
     @contextlib.contextmanager
     def local_copy(self) -> Iterator[Path]:
-        """A local folder with the configuration, weights and tokenizer; from the Hub through its cache."""
+        """A local folder with the configuration, weights and tokenizer: downloaded once for all processes of a node.
+
+        What comes from the Hub is in the Hub's cache, everything else below `suite.node_cache.cache_folder`.
+        """
         if self._local is not None:
             yield self._local
-        elif self._hub_id and getattr(self._folder, "commit", None):
-            from huggingface_hub import snapshot_download
+            return
+        with _one_line_errors(self.source):
+            names = [name for name in self.names() if any(Path(name).match(p) for p in LOADED_PATTERNS)]
+            if self._hub_id and getattr(self._folder, "commit", None):
+                folder = self._snapshot(self._hub_id)
+            else:
+                folder = fetch_once(self._folder, self._called, self.fingerprint(), names)
+        yield folder
 
-            with _one_line_errors(self.source):
-                folder = snapshot_download(self._hub_id, revision=self.revision, allow_patterns=LOADED_PATTERNS)
-            yield Path(folder)
-        else:
-            with tempfile.TemporaryDirectory(prefix="deadbench-") as folder:
-                with _one_line_errors(self.source):
-                    for name in self.names():
-                        if any(Path(name).match(pattern) for pattern in LOADED_PATTERNS):
-                            self._folder.download(name, Path(folder) / name)
-                yield Path(folder)
+    def _snapshot(self, hub_id: str) -> Path:
+        """The folder in the Hub's cache, completed by one process at a time: its own locks are flock's."""
+        from huggingface_hub import constants, snapshot_download
+
+        name = f"{hub_id}@{self.revision}".replace("/", "--")
+        with lease(Path(constants.HF_HUB_CACHE) / ".locks" / f"deadbench-{name}.lock"):
+            return Path(snapshot_download(hub_id, revision=self.revision, allow_patterns=LOADED_PATTERNS))
 
 
 class FsspecFolder:
@@ -198,8 +206,14 @@ class FsspecFolder:
         return data
 
     def download(self, name: str, target: Path) -> None:
-        """Write a whole file to `target`."""
-        self._fs.get_file(f"{self._root}/{name}", str(target))
+        """Complete `target` to the whole file: what is there of it is not read again."""
+        path, size = f"{self._root}/{name}", self.size(name)
+        with target.open("ab") as file:
+            while (start := file.tell()) < size:
+                starts = range(start, min(start + _PIECES * _PIECE_BYTES, size), _PIECE_BYTES)
+                ends = [min(each + _PIECE_BYTES, size) for each in starts]
+                for piece in self._fs.cat_ranges([path] * len(ends), list(starts), ends, on_error="raise"):
+                    file.write(piece)
 
 
 def identify(source: str, base: Path | None = None) -> tuple[str, str | None]:

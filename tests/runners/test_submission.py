@@ -40,7 +40,7 @@ def test_a_submitted_job_leaves_a_whole_result_set(cluster, tmp_path):
     # A relative place is refused in one line; an absolute one is written.
     script = f"{run} --out results; test $? = 2 && {run} --out {tmp_path}/out"
     submitted = cluster.ray(
-        "job", "submit", f"--address={cluster.dashboard}", "--working-dir", str(ROOT), "--", "sh", "-c", f"'{script}'"
+        "job", "submit", f"--address={cluster.dashboard}", "--working-dir", str(ROOT), "--", "sh", "-c", script
     )
     told = submitted.stdout + submitted.stderr
     assert submitted.returncode == 0, told

@@ -129,7 +129,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         server = self.server
-        name, asked = self.path.strip("/"), self.headers.get("Range")
+        name, asked = self.path.partition("?")[0].strip("/"), self.headers.get("Range")
         server.requests.append((name, asked))
         queue = server.faults.get(name, [])
         fault = (queue.pop(0) if len(queue) > 1 else queue[0]) if queue else ""  # the last one stays
@@ -149,7 +149,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if asked is None or fault in ("no ranges", "no length"):
             return self._body(200, data, length=None if fault == "no length" else len(data))
         start, end = asked.removeprefix("bytes=").split("-")
-        start, end = int(start), min(int(end) + 1, len(data))
+        start, end = int(start), min(int(end) + 1, len(data)) if end else len(data)
         if start >= len(data):
             return self._status(416, {"Content-Range": f"bytes */{len(data)}"})
         shift = 8 if fault == "other range" else 0
