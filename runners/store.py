@@ -61,31 +61,31 @@ class ResultStore:
             identities |= {tuple(row[name] for name in columns[:-1]) for row in rows if row["status"] == "ok"}
         return identities
 
-    def write(self, tables: dict[str, pa.Table]) -> None:
-        """Store the tables of one read, `reads` last.
+    def write(self, tables: dict[str, pa.Table], stamp: str | None = None) -> None:
+        """Store the tables of one read, `reads` last. With the same `stamp` again, what is there is replaced.
 
         Raises:
-            OSError: the disk is full or gone; nothing half-written is left where readers look.
+            OSError: the disk is full or gone, or the store refuses; nothing half-written is left where readers look.
         """
-        stamp = f"{time.time_ns()}-{uuid.uuid4().hex[:12]}"
+        stamp = stamp or f"{time.time_ns()}-{uuid.uuid4().hex[:12]}"
         for name in sorted(tables, key=lambda table: table == "reads"):
             if tables[name].num_rows:
-                self._write_whole(f"{name}/{stamp}.parquet", tables[name])
+                buffer = io.BytesIO()
+                pq.write_table(tables[name], buffer)
+                self._write_whole(f"{name}/{stamp}.parquet", buffer.getvalue())
 
-    def _write_whole(self, path: str, table: pa.Table) -> None:
-        buffer = io.BytesIO()
-        pq.write_table(table, buffer)
+    def _write_whole(self, path: str, contents: bytes) -> None:
         target, aside = f"{self._root}/{path}", f"{self._root}/_tmp/{uuid.uuid4().hex}"
         if self._local:
-            _write_local(Path(target), Path(aside), buffer.getvalue())
+            _write_local(Path(target), Path(aside), contents)
             return
         try:
             if not self._renames:
-                self._fs.pipe_file(target, buffer.getvalue())
+                self._fs.pipe_file(target, contents)
                 return
             for name in (target, aside):
                 self._fs.makedirs(name.rpartition("/")[0], exist_ok=True)
-            self._fs.pipe_file(aside, buffer.getvalue())
+            self._fs.pipe_file(aside, contents)
             self._fs.mv(aside, target)
         except Exception as error:
             raise OSError(f"{self.location}/{path}: not stored ({_reason(error)}); nothing of it is there") from error

@@ -80,6 +80,8 @@ def _serve(root: Path, limit: int) -> None:
         return web.json_response({"sha": "0" * 40, "siblings": names})
 
     async def file(request):
+        if request.match_info["kind"] == "gated":  # as on the Hub: all is listed, nothing is given
+            return web.Response(status=401, headers={"X-Error-Code": "GatedRepo"})
         path = root / request.match_info["kind"] / request.match_info["name"]
         return web.FileResponse(path) if path.is_file() else web.Response(status=404)
 
