@@ -20,8 +20,8 @@ from typing import Any
 import fsspec
 import pyarrow as pa
 
-from runners.events import versions
 from runners.jobs import ReadJob
+from runners.versions import versions
 from suite.final_norm import STATE as FINAL_NORM_STATE
 from suite.final_norm import FinalNormRead
 from suite.ranks import Ranks

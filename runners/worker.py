@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 
 from runners.events import Event, Finished, Progress, Reading, to_tables
 from runners.jobs import ModelJob, ReadJob
+from suite.places import scrubbed
 
 
 def run_model(job: ModelJob, run_id: str, attempt: int) -> Iterator[Event]:
@@ -37,7 +38,7 @@ def run_model(job: ModelJob, run_id: str, attempt: int) -> Iterator[Event]:
 
 def one_line(error: BaseException) -> str:
     """What went wrong, in one line; our own errors speak for themselves, others name their class."""
-    text = " ".join(str(error).split())[:500]
+    text = scrubbed(" ".join(str(error).split()))[:500]
     ours = type(error).__module__.split(".")[0] in ("suite", "runners") or type(error) is ValueError
     return text if ours and text else f"{type(error).__name__}: {text}".rstrip(": ")
 

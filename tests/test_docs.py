@@ -18,7 +18,12 @@ from tests.conftest import ROOT
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 QUICK = Path(__file__).parent / "data" / "quick"
 CONSOLE = re.compile(r"```console\n(.*?)```", re.DOTALL)
-MEASURES = ("deadbench run", "deadbench export", "--bisect")  # takes minutes, and has tests of its own
+MEASURES = (
+    "deadbench run",
+    "deadbench export",
+    "deadbench census",
+    "--bisect",
+)  # takes minutes, and has tests of its own
 
 
 @pytest.fixture

@@ -191,7 +191,7 @@ def test_a_second_run_starts_nothing(deadbench, results, monkeypatch):
     def forbidden(*args):
         raise AssertionError("Ray was started though every read is finished")
 
-    monkeypatch.setattr(driver, "_connect", forbidden)
+    monkeypatch.setattr(driver, "connect", forbidden)
     arguments = ["run", TWIN, results.parent / "tiny", "--input", "tokens:random", "--out", results]
     code, out, _ = deadbench(*arguments, "--json")
     document = json.loads(out)
