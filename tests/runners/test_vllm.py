@@ -1,12 +1,15 @@
 """The vLLM engine on real vLLM: the rows of the torch engine, over architectures, and with two ranks."""
 
+import contextlib
 import importlib.util
 import json
 import os
 import subprocess
 import sys
+import time
 
 import polars as pl
+import psutil
 import pytest
 from polars.testing import assert_frame_equal
 
@@ -16,6 +19,7 @@ from suite.registry import load_registry
 from tests.conftest import ROOT, TINY_NEOX, save_tiny
 from tests.runners.test_parallel import table
 
+MARK = "DEADBENCH_TEST"
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
 needs_vllm = pytest.mark.skipif(not HAS_VLLM, reason="vLLM is not installed: make vllm")
 
@@ -135,18 +139,62 @@ def test_every_block_is_that_of_the_torch_engine(parity):
     assert_frame_equal(torch_rows.select(sigmas), vllm_rows.select(sigmas), rel_tol=1e-4)
 
 
+def marked(mark):
+    """Processes that descend from a command which was given `mark` in its environment."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def assert_all_gone(mark):
+    deadline = time.monotonic() + 30
+    while marked(mark) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert [process.cmdline() for process in marked(mark)] == []
+
+
+def two_ranks(registry, out):
+    return subprocess.Popen(
+        [sys.executable, "-m", "runners", "run", "llama", "--registry", str(registry), "--suite", "all", "--engine",
+         "vllm", "--tensor-parallel", "2", "--out", str(out)],
+        env=plain_environment(**{MARK: str(out)}), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
 @needs_vllm
 @pytest.mark.ray
 def test_two_ranks_through_the_command_line(registry, parity, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "runners", "run", "llama", "--registry", str(registry), "--suite", "all", "--engine",
-         "vllm", "--tensor-parallel", "2", "--out", str(tmp_path)],
-        env=plain_environment(), cwd=ROOT, capture_output=True, text=True, timeout=400, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    command = two_ranks(registry, tmp_path)
+    _, err = command.communicate(timeout=600)
+    assert command.returncode == 0, err[-3000:]
     rows = table(tmp_path, "reads")
     assert_same(table(parity[0], "reads").filter(model="llama", read="trained"), rows)
     assert rows["tensor_parallel"].to_list() == [2]
+    assert_all_gone(str(tmp_path))
+
+
+@needs_vllm
+@pytest.mark.ray
+def test_a_rank_of_vllm_that_dies_is_a_failed_row_and_nothing_is_left(registry, tmp_path):
+    command = two_ranks(registry, tmp_path)
+    ranks = []
+    while len(ranks) < 2 and command.poll() is None:
+        time.sleep(0.2)
+        cores = [process for process in marked(str(tmp_path)) if "EngineCore" in " ".join(process.cmdline())]
+        ranks = [child for core in cores for child in core.children() if "spawn_main" in " ".join(child.cmdline())]
+    assert command.returncode is None, command.communicate()[1][-3000:]
+    ranks[1].kill()
+    killed = time.monotonic()
+    command.communicate(timeout=600)
+    assert command.returncode == 1
+    assert time.monotonic() - killed < 60
+    (row,) = table(tmp_path, "reads").to_dicts()
+    assert row["status"] == "failed"
+    assert "vLLM cannot load it" in row["error"] or "died" in row["error"]
+    assert_all_gone(str(tmp_path))
 
 
 @needs_vllm
