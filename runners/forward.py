@@ -96,9 +96,10 @@ def read_forward(
             measured, stream, position = yield from passes.run()
             break
         except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error) or engine.ranks.size > 1:  # the other ranks are in a pass of their own
+            if not _is_out_of_memory(error):
                 raise
-            if batch_tokens < BATCH_TOKENS:
+            # Ranks are in step and one cannot go back alone: they do not try again.
+            if batch_tokens < BATCH_TOKENS or engine.ranks.size > 1:
                 raise ValueError(_sizes(engine, model, batch_tokens, final.hidden_size)) from error
         yield Progress(read.label(), "out of memory: again with half the batch", 0, inputs.num_tokens)
     if engine.ranks.rank > 0:
@@ -155,11 +156,14 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _sizes(engine: TorchEngine, model: nn.Module, batch_tokens: int, hidden_size: int) -> str:
-    weights = sum(p.nbytes for p in model.parameters() if not p.is_meta)
+    weights = sum(p.nbytes for p in model.parameters() if not p.is_meta) / engine.ranks.size
+    alone = engine.ranks.size == 1
+    tried = ", with half the batch too" if alone else f" in one of {engine.ranks.size} ranks"
+    first = "--engine streaming" if alone else "a larger --tensor-parallel"
     return (
-        f"out of memory on {engine.device_name()}, with half the batch too: {weights / 1e9:.1f} GB of weights, batches "
-        f"of {batch_tokens} tokens, accumulators of {TAP_BYTES * hidden_size**2 / 1e9:.1f} GB a tap; give "
-        "--engine streaming, a smaller --accumulator-gb or --dtype bfloat16"
+        f"out of memory on {engine.device_name()}{tried}: {weights / 1e9:.1f} GB of weights, batches of {batch_tokens} "
+        f"tokens, accumulators of {TAP_BYTES * hidden_size**2 / 1e9:.1f} GB a tap; give {first}, a smaller "
+        "--accumulator-gb or --dtype bfloat16"
     )
 
 

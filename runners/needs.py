@@ -4,8 +4,10 @@ Bytes of weights come from the configuration (or the checkpoint's headers), thos
 without arithmetic whose live tensors are counted. Shapes: N tokens, D hidden size.
 """
 
+import contextlib
 import math
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -167,7 +169,7 @@ def _activation_bytes(model: nn.Module, rows_per_item: int, sequence_length: int
         inputs = {name: tensor.expand(items, *tensor.shape[1:]) for name, tensor in inputs.items()}
     for attempt in attempts(model):
         try:
-            with torch.no_grad(), attempt(), _LiveBytes() as live:
+            with torch.no_grad(), attempt(), _fused_attention(), _LiveBytes() as live:
                 model(**inputs)
             peak: int = live.peak
             return peak
@@ -175,6 +177,20 @@ def _activation_bytes(model: nn.Module, rows_per_item: int, sequence_length: int
             continue
     widest = max((m.out_features for m in model.modules() if isinstance(m, nn.Linear)), default=0)
     return BATCH_TOKENS * 4 * 4 * widest
+
+
+@contextlib.contextmanager
+def _fused_attention() -> Iterator[None]:
+    """Attention as its kernels do it, which never hold the scores; on the meta device it would be taken apart."""
+    functions: Any = torch.nn.functional
+    real = functions.scaled_dot_product_attention
+    functions.scaled_dot_product_attention = lambda query, key, value, *args, **kwargs: query.new_empty(
+        *query.shape[:-1], value.shape[-1]
+    )
+    try:
+        yield
+    finally:
+        functions.scaled_dot_product_attention = real
 
 
 class _LiveBytes(TorchDispatchMode):

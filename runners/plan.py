@@ -160,7 +160,6 @@ def _place(
     too_large = _gb(least if loadable else need.resident_load)
     if wanted not in ("auto", "streaming"):
         can = f"; --engine streaming needs {_gb(smallest)}" if smallest <= room.device else ""
-        can = f"; give {_remedy(row.dtype, need)}" if read.read == "functional" else can
         peaks = _peak(least, need.resident_load, room.on_gpu)
         return replace(row, **peaks, problem=f"{too_large} do not fit in {room.label(loadable)}{can}")
     streamed = replace(
