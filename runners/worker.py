@@ -80,7 +80,7 @@ def _read_random(read: ReadJob) -> Reading:
                 raise ValueError("text needs a tokenizer and the registry gives no source; use tokens:random")
             checkpoint = Checkpoint(read.model.source, read.model.main_checkpoint(), read.base)
             try:
-                folder = stack.enter_context(checkpoint.local_copy())
+                folder = stack.enter_context(checkpoint.local_copy(weights=False))
             except CheckpointError as error:
                 raise CheckpointError(f"{error} (for its tokenizer; --input tokens:random needs none)") from error
         rows = yield from _model_reader(read)(read, config, folder, trained=False)

@@ -140,29 +140,32 @@ class Checkpoint:
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
     @contextlib.contextmanager
-    def local_copy(self) -> Iterator[Path]:
+    def local_copy(self, *, weights: bool = True) -> Iterator[Path]:
         """A local folder with the configuration, weights and tokenizer: downloaded once for all processes of a node.
+
+        Without `weights`, what is not here already comes without them.
 
         What comes from the Hub is in the Hub's cache, everything else below `suite.node_cache.cache_folder`.
         """
         if self._local is not None:
             yield self._local
             return
+        patterns = [p for p in LOADED_PATTERNS if weights or p != "*.safetensors"]
         with _one_line_errors(self.source):
-            names = [name for name in self.names() if any(Path(name).match(p) for p in LOADED_PATTERNS)]
+            names = [name for name in self.names() if any(Path(name).match(p) for p in patterns)]
             if self._hub_id and getattr(self._folder, "commit", None):
-                folder = self._snapshot(self._hub_id)
+                folder = self._snapshot(self._hub_id, patterns)
             else:
                 folder = fetch_once(self._folder, self._called, self.fingerprint(), names)
         yield folder
 
-    def _snapshot(self, hub_id: str) -> Path:
+    def _snapshot(self, hub_id: str, patterns: list[str]) -> Path:
         """The folder in the Hub's cache, completed by one process at a time: its own locks are flock's."""
         from huggingface_hub import constants, snapshot_download
 
         name = f"{hub_id}@{self.revision}".replace("/", "--")
         with lease(Path(constants.HF_HUB_CACHE) / ".locks" / f"deadbench-{name}.lock"):
-            return Path(snapshot_download(hub_id, revision=self.revision, allow_patterns=LOADED_PATTERNS))
+            return Path(snapshot_download(hub_id, revision=self.revision, allow_patterns=patterns))
 
 
 class FsspecFolder:

@@ -211,6 +211,8 @@ def test_whole_files_come_complete_or_not_at_all(server, tmp_path):
         for path in copy.iterdir():
             assert path.read_bytes() == (server.folder / path.name).read_bytes()
         assert {p.name for p in copy.iterdir()} == {"config.json", "model.safetensors.index.json", *shards(server)}
+    with checkpoint.local_copy(weights=False) as copy:
+        assert {p.name for p in copy.iterdir()} == {"config.json", "model.safetensors.index.json"}
     server.faults["config.json"] = ["503"]
     with pytest.raises(CheckpointError, match="the server fails"), Checkpoint(server.url).local_copy():
         pass
