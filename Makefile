@@ -11,7 +11,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 # pip already looks if it is there, else from PyTorch's own CPU index.
 NEEDS_CPU_BUILD := $(shell [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null && ! [ -e /dev/nvidia0 ] && echo yes)
 
-.PHONY: run test check bench vllm clean
+.PHONY: run test check bench docs vllm clean
 
 run: $(VENV)/installed
 	$(BIN)/deadbench run --suite quick --out $(OUT)
@@ -32,6 +32,10 @@ check: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/pytest tests/benchmarks --benchmark-enable --benchmark-only
 
+# The interface of every module, from its docstrings.
+docs: $(VENV)/installed
+	$(BIN)/pdoc suite runners analysis --docformat google -o site
+
 # vLLM without GPUs, for its engine's tests; on a machine with GPUs: pip install 'deadbench[vllm]'.
 vllm: $(VENV)/vllm
 
@@ -49,4 +53,4 @@ endif
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) site .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -27,6 +27,7 @@ HEADERS = {
     "value_high": "to",
     "value_margin": "margin",
     "value_seed_spread": "seed spread",
+    "value_token_error": "token error",
     "num_algebraic": "algebraic",
     "num_learned": "learned",
     "num_rounding": "rounding",
@@ -34,13 +35,24 @@ HEADERS = {
     "num_blocks": "blocks",
     "bottom_coordinates": "coordinates",
     "bottom_weights": "weights",
+    "dead_parameters": "dead params",
+    "dead_parameters_share": "of all",
+    "dead_parameters_share_min": "share, min",
+    "dead_parameters_share_median": "median",
+    "dead_parameters_share_max": "max",
+    "num_checkpoints": "of",
+    "num_runs": "of",
+    "angle": "angle, deg",
+    "angle_from_first": "from first",
+    "at_random": "at init",
+    "opened_step": "opened",
 }
 MAX_LISTED = 8  # of a list's items; json and csv have all
 _DECIMALS = {
     "alignment": 4, "containment": 4, "deepening": 2, "worst_block_ratio": 3, "ratio": 3, "bottom_weights": 2,
-    "precision_slope": 2,
+    "weights": 2, "precision_slope": 2, "angle": 2, "angle_from_first": 2,
 }  # fmt: skip
-_DECIMALS_OF_UNIT = {"cosine": 4, "decades": 2, "dimensions": 0, "slope": 2, "ratio": 3}
+_DECIMALS_OF_UNIT = {"cosine": 4, "decades": 2, "dimensions": 0, "slope": 2, "ratio": 3, "share": 4}
 
 
 def header(name: str) -> str:
@@ -66,7 +78,7 @@ def text(name: str, value: Any, unit: str | None = None) -> str:
     if isinstance(value, datetime):
         return f"{value:%Y-%m-%d %H:%M} UTC"
     if isinstance(value, int):
-        return magnitude(value) if name == "num_parameters" else str(value)
+        return magnitude(value) if name in ("num_parameters", "dead_parameters") else str(value)
     if isinstance(value, float):
         return _real(name, value, unit)
     return one_line(str(value))
@@ -94,6 +106,8 @@ def _real(name: str, value: float, unit: str | None) -> str:
     decimals = _DECIMALS.get(name, 2 if name.startswith("depth") else None)
     if name.startswith("value_"):
         decimals = _DECIMALS_OF_UNIT.get(unit or "")
+    if name.startswith("dead_parameters_share"):
+        return f"{100 * value:.3g} %"
     if name in ("first", "last", "min", "max", "baseline", "candidate") and 0 < abs(value) < 1e-4:
         return f"{value:.2e}"
     if decimals is None:

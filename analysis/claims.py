@@ -5,7 +5,13 @@ claim, add an entry. An expression sees the columns of `reads`, on a forward rea
 
 - `log_lambda_v`: log10 of the variance along v, cut like the depth at what the projection resolves,
 - `random_<column>`: the mean over seeds of `RANDOM_COLUMNS` of the model's reads at random initialisation,
-- `twin_depth`: the depth of the same model with another norm (`TWIN`).
+- `twin_depth`, `twin_depth_standard_error`: the depth of the same model with another norm (`TWIN`),
+
+and on a functional read
+
+- `kept_still`, `moved`: over its maps and steps, in decades, the least factor by which a random direction changed the
+  outputs more than a LayerNorm's compensated dead direction, and the largest one for RMSNorms' gamma^-1. A factor is
+  one of KL divergences, or, where there are no logits, of squared changes of the last hidden state.
 
 Where it is null, the read cannot test the claim.
 """
@@ -14,15 +20,19 @@ from typing import NamedTuple
 
 import polars as pl
 
-RANDOM_COLUMNS = ["log_lambda_v", "num_dead_1e6", "num_learned", "depth_predicted"]
+RANDOM_COLUMNS = ["log_lambda_v", "num_dead_1e6", "num_learned", "depth_predicted", "lambda_v_standard_error"]
 # Twins are trained alike and differ in the norm only: their ids are equal but for the family's name.
 TWIN = pl.col("model").str.replace("layernorm|rmsnorm", "*")
+
+
+_NO_VALUE = pl.lit(None, dtype=pl.Float64)
 
 
 class Claim(NamedTuple):
     """One claim: `holds` is a boolean expression over a read, `value` the number that it judges (null: none).
 
-    `margin` is how far the value is on the right side of the threshold, in the value's unit (null: none).
+    `margin` is how far the value is on the right side of the threshold, in the value's unit (null: none), and `error`
+    the value's standard error from the sample of tokens (null: not known).
     """
 
     statement: str
@@ -33,6 +43,7 @@ class Claim(NamedTuple):
     value: pl.Expr
     unit: str
     margin: pl.Expr
+    error: pl.Expr = _NO_VALUE
 
 
 def _kept_log_lambda_v() -> pl.Expr:
@@ -63,11 +74,21 @@ def _equals(name: str, value: pl.Expr, wanted: int) -> tuple[pl.Expr | str, ...]
     return value == wanted, f"{name} = {wanted}", value, "dimensions", _NO_VALUE
 
 
-def _claim(statement: str, family: str, reads: tuple[str, ...], judged: tuple[pl.Expr | str, ...]) -> Claim:
-    return Claim(statement, family, reads, *judged)  # type: ignore[arg-type]
+def _claim(
+    statement: str,
+    family: str,
+    reads: tuple[str, ...],
+    judged: tuple[pl.Expr | str, ...],
+    error: pl.Expr = _NO_VALUE,
+) -> Claim:
+    return Claim(statement, family, reads, *judged)._replace(error=error)  # type: ignore[arg-type]
 
 
-_NO_VALUE = pl.lit(None, dtype=pl.Float64)
+def _both(a: str, b: str) -> pl.Expr:
+    """Standard error of the difference of two independent numbers, from the columns of theirs."""
+    return (pl.col(a) ** 2 + pl.col(b) ** 2).sqrt()
+
+
 LOG_LAMBDA_V = _kept_log_lambda_v()
 # u_D is arbitrary inside a kernel of two or more dimensions: alignment carries no claim there.
 _ALIGNMENT = pl.when(pl.col("num_zero_scales").fill_null(0) < 2).then(pl.col("alignment"))
@@ -79,9 +100,14 @@ _PREDICTED_DEEPENING = pl.col("depth_predicted") - pl.col("random_depth_predicte
 _MORE_DEAD = pl.col("num_dead_1e6") - pl.col("random_num_dead_1e6")
 _MORE_LEARNED = pl.col("num_learned") - pl.col("random_num_learned")
 _CONTROL_DEPTH = (pl.col("lambda_mean") / pl.col("lambda_control")).log10()
+_DEPTH_ERROR = pl.col("depth_standard_error")
+_DEEPENING_ERROR = _both("lambda_v_standard_error", "random_lambda_v_standard_error")
 _AS_EXPECTED = pl.col("family") == pl.col("family_expected")
 
+_DEAD_SHARE, _DEAD_COUNT = pl.col("dead_parameters_share"), pl.col("dead_parameters")
+
 RANDOM, TRAINED, FORWARD, PARAMETERS = ("random",), ("trained",), ("random", "trained"), ("parameters",)
+FUNCTIONAL = ("functional",)
 
 CLAIMS = {
     "layernorm-random-aligned": _claim(
@@ -95,6 +121,7 @@ CLAIMS = {
     "rmsnorm-inverse-scale-alive": _claim(
         "RMSNorm, random or trained (control): the variance along the inverse-scale direction is no rounding error.",
         "rmsnorm", FORWARD, _at_most("depth", pl.col("depth"), 4, "decades", strict=True),
+        _DEPTH_ERROR,
     ),
     "random-direction-alive": _claim(
         "Any family, random or trained (control): a random direction is as alive as the mean eigenvalue.",
@@ -125,16 +152,19 @@ CLAIMS = {
         "LayerNorm: training deepens the direction, lambda_v at the last checkpoint is below that at random "
         "initialisation.",
         "layernorm", TRAINED, _at_least("log10(random / trained lambda_v)", _DEEPENING, 0, "decades", strict=True),
+        _DEEPENING_ERROR,
     ),
     "deepening-predicted": _claim(
         "LayerNorm: the scales alone predict how much lambda_v falls in training.",
         "layernorm", TRAINED,
         _within("predicted - measured deepening", _PREDICTED_DEEPENING - _DEEPENING, 0.5, "decades"),
+        _DEEPENING_ERROR,
     ),
     "depth-predicted": _claim(
         "LayerNorm, at random initialisation and at the last checkpoint: the scales alone predict the depth.",
         "layernorm", FORWARD,
         _within("predicted - measured", pl.col("depth_predicted") - pl.col("depth"), 0.5, "decades"),
+        _DEPTH_ERROR,
     ),
     "more-dead-directions": _claim(
         "Any family: after training more directions are dead at 1e-6 of the mean than at random initialisation.",
@@ -147,11 +177,30 @@ CLAIMS = {
     "twins-separate": _claim(
         "Twins that differ in the norm only: the LayerNorm twin is deeper by far, random and trained.",
         "layernorm", FORWARD, _at_least("depth - twin's depth", pl.col("depth") - pl.col("twin_depth"), 4, "decades"),
+        _both("depth_standard_error", "twin_depth_standard_error"),
     ),
     "blocks-preserved": Claim(
         "Any family, random or trained: no block collapses a direction of the residual stream.",
         "any", FORWARD, pl.col("blocks_preserved"), "no collapsed block", pl.col("worst_block_ratio"), "ratio",
         _NO_VALUE,
+    ),
+    "layernorm-dead-parameters": Claim(
+        "LayerNorm: parameter directions are dead by construction; the value is their share of all parameters.",
+        "layernorm", ("random", "parameters"), _DEAD_COUNT > 0, "count > 0", _DEAD_SHARE, "share", _DEAD_SHARE,
+    ),
+    "rmsnorm-no-dead-parameters": Claim(
+        "RMSNorm (control): without zero scales no parameter direction is dead by construction.",
+        "rmsnorm", ("random", "parameters"), pl.when(_NO_ZEROS).then(_DEAD_COUNT == 0), "count = 0", _DEAD_SHARE,
+        "share", -_DEAD_SHARE,
+    ),
+    "layernorm-outputs-keep-still": _claim(
+        "Linear maps that a LayerNorm feeds, moved along its dead direction: the outputs change by 1e-6 at most of "
+        "what a random direction of the same size does.",
+        "any", FUNCTIONAL, _at_least("log10(random / dead change)", pl.col("kept_still"), 6, "decades"),
+    ),
+    "rmsnorm-outputs-move": _claim(
+        "Linear maps that an RMSNorm feeds, moved along its inverse scales (control): the outputs change.",
+        "any", FUNCTIONAL, _at_most("log10(random / inverse-scale change)", pl.col("moved"), 4, "decades", strict=True),
     ),
     "classified": Claim(
         "Any family: the parameters alone tell the normalisation family that the registry expects.",

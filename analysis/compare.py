@@ -37,12 +37,14 @@ METRICS: dict[str, Scale] = {
 # Means of squares over tokens: of N gaussian ones the relative standard error is sqrt(2/N).
 _MEANS_OF_SQUARES = ("lambda_v", "lambda_control")
 _DEPTHS_OF_ONE = ("depth", "depth_exact", "depth_as_executed")
+_RESAMPLED = ("lambda_v", "depth")  # have a standard error of their own, where there were sequences enough
 _ROUNDING = 1e-9  # the same numbers, added up in another order
 _ABOUT_BLOCKS = ("blocks_preserved", "worst_block_ratio")
 
 _WHICH = ["model", "revision", "read", "seed", "engine"]
 _ORDER = ["model", "read", "revision", "seed"]
 _ABOUT = ["protocol_hash", "protocol", "dtype", "num_tokens", "worst_block"]
+_ABOUT += [f"{metric}_standard_error" for metric in _RESAMPLED]
 _ROW = ["place", *_WHICH, "protocol", "dtype", "candidate_model", "candidate_revision"]
 COLUMNS = [
     *_WHICH, "metric", "baseline", "candidate", "change", "scale", "noise", "noise_from", "verdict", "detail",
@@ -83,7 +85,8 @@ def compare(baseline: pl.LazyFrame, candidate: pl.LazyFrame, asked: Mapping[str,
     `change` is candidate - baseline on `scale`: absolute, relative (to the baseline's magnitude) or decades (of the
     ratio; of the values where they are decades already). `noise` is the standard deviation that the change would have
     from sampling alone, on the same scale, and `noise_from` where it is known from: `seeds` (the baseline's spread over
-    its seeds), `tokens` (the standard error of a mean over so many independent gaussian tokens), else null.
+    its seeds), `bootstrap` (of the baseline, over its sequences), `tokens` (the standard error of a mean over so many
+    independent gaussian tokens), else null.
     `verdict` is same, noise (at most two such deviations), changed, lost (null now), missing or failed.
 
     Where either side has one model only, they are paired whatever their names; where each model has one checkpoint
@@ -216,19 +219,25 @@ def _with_spread(pairs: pl.DataFrame, asked: Mapping[str, Scale]) -> pl.DataFram
     return pairs.join(several.group_by(group).agg(**columns), on=group, how="left", nulls_equal=True)
 
 
-def _token_noise(metric: str, scale: Scale) -> pl.Expr:
-    """Standard error of one mean of squares over the read's tokens, on `scale`; null for what is no such mean."""
+def _token_noise(metric: str, scale: Scale) -> tuple[pl.Expr, pl.Expr]:
+    """Standard errors over the read's tokens on `scale`, null where there is none.
+
+    The first by the read's own bootstrap over sequences, the second of one mean of squares of independent tokens.
+    """
+    nothing = pl.lit(None, dtype=pl.Float64)
+    in_decades = metric in _DEPTHS_OF_ONE or (metric in _MEANS_OF_SQUARES and scale == "decades")
+    resampled = pl.col(f"{metric}_standard_error") if in_decades and metric in _RESAMPLED else nothing
     relative = (2 / pl.col("num_tokens")).sqrt()
-    if metric in _DEPTHS_OF_ONE or (metric in _MEANS_OF_SQUARES and scale == "decades"):
-        return relative / math.log(10)
+    if in_decades:
+        return resampled, relative / math.log(10)
     if metric in _MEANS_OF_SQUARES:
-        return relative if scale == "relative" else relative * pl.col(metric)
-    return pl.lit(None, dtype=pl.Float64)
+        return resampled, relative if scale == "relative" else relative * pl.col(metric)
+    return nothing, nothing
 
 
 def _differences(pairs: pl.LazyFrame, ask: Ask) -> pl.LazyFrame:
     metric, scale = ask
-    seeds, tokens = pl.col(f"noise_{metric}"), _token_noise(metric, scale)
+    seeds, (resampled, tokens) = pl.col(f"noise_{metric}"), _token_noise(metric, scale)
     rows = pairs.select(
         *(pl.col(f"own_{name}").alias(name) if name in ("model", "revision") else pl.col(name) for name in _ROW),
         metric=_name(metric),
@@ -236,8 +245,13 @@ def _differences(pairs: pl.LazyFrame, ask: Ask) -> pl.LazyFrame:
         candidate=_number(f"candidate_{metric}"),
         scale=_name(scale),
         # A difference has the noise of both sides.
-        noise=math.sqrt(2) * pl.coalesce(seeds, tokens),
-        noise_from=pl.when(seeds.is_not_null()).then(_name("seeds")).when(tokens.is_not_null()).then(_name("tokens")),
+        noise=math.sqrt(2) * pl.coalesce(seeds, resampled, tokens),
+        noise_from=pl.when(seeds.is_not_null())
+        .then(_name("seeds"))
+        .when(resampled.is_not_null())
+        .then(_name("bootstrap"))
+        .when(tokens.is_not_null())
+        .then(_name("tokens")),
         detail=pl.format("block {}", "candidate_worst_block")
         if metric in _ABOUT_BLOCKS
         else pl.lit(None, dtype=pl.String),

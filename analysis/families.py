@@ -4,7 +4,8 @@ The reads offered to a claim are one row each of
 
 - random: the newest read at random initialisation of each (model, protocol, dtype, seed),
 - trained: its read at the last checkpoint, with the random reads' means beside it,
-- parameters: every checkpoint's.
+- parameters: every checkpoint's,
+- functional: every checkpoint's, with the worst of its maps.
 
 A model, here (model, protocol), holds a claim when all its tested reads do.
 """
@@ -12,9 +13,9 @@ A model, here (model, protocol), holds a claim when all its tested reads do.
 import polars as pl
 
 from analysis.claims import CLAIMS, LOG_LAMBDA_V, RANDOM_COLUMNS, TWIN, Claim
-from analysis.lines import LINE, forward_lines, parameter_reads
+from analysis.lines import LINE, forward_lines, last, ok_reads, parameter_reads
 from analysis.results import collected, collected_all, finite
-from suite.schema import KEY
+from suite.schema import KEY, arrow_schema
 
 SCHEMA = {
     "claim": pl.String,
@@ -31,14 +32,15 @@ SCHEMA = {
     "value_margin": pl.Float64,
     "value_seed_spread": pl.Float64,
     "num_seeds": pl.Int64,
+    "value_token_error": pl.Float64,
     "unit": pl.String,
     "threshold": pl.String,
     "failing": pl.List(pl.String),
 }
 
 
-def families(reads: pl.LazyFrame) -> pl.DataFrame:
-    """Each claim of `CLAIMS` as a row.
+def families(reads: pl.LazyFrame, functional: pl.LazyFrame | None = None) -> pl.DataFrame:
+    """Each claim of `CLAIMS` as a row; those about moved parameters are tested where the table `functional` is given.
 
     `num_models` models (one per model and protocol) can be tested and `num_hold` of them hold; `holds` is true when
     all do, null when there is none; `failing` names those that do not. In `unit`:
@@ -49,8 +51,12 @@ def families(reads: pl.LazyFrame) -> pl.DataFrame:
       negative on the wrong side,
     - `value_seed_spread`, the standard deviation over seeds within a model, pooled over the models that were read with
       several; `num_seeds` is the largest number of seeds of a model. One seed has no spread: null.
+    - `value_token_error`, the standard error of a value from the sample of tokens, by the reads' own bootstraps over
+      sequences, pooled over the reads; null for values that have none.
     """
-    offered = collected(_offered(reads)).lazy()
+    if functional is None:
+        functional = pl.LazyFrame(schema=pl.Schema(arrow_schema("functional")))
+    offered = pl.concat(collected_all([_offered(reads), _moved(reads, functional)]), how="diagonal").lazy()
     return pl.concat(collected_all([_judged(claim_id, claim, offered) for claim_id, claim in CLAIMS.items()]))
 
 
@@ -88,24 +94,61 @@ def _offered(reads: pl.LazyFrame) -> pl.LazyFrame:
     named = forward.with_columns(twin=TWIN).with_columns(
         is_twin=(pl.col("twin") != pl.col("model")) & (pl.col("family") == "rmsnorm")
     )
-    twins = named.filter("is_twin").group_by(place).agg(twin_depth=pl.col("depth").mean())
+    twins = (
+        named.filter("is_twin").group_by(place).agg(pl.col("depth", "depth_standard_error").mean().name.prefix("twin_"))
+    )
     joined = named.join(beside, on=LINE, how="left", nulls_equal=True).join(
         twins, on=place, how="left", nulls_equal=True
     )
     return pl.concat([joined, parameter_reads(reads)], how="diagonal")
 
 
+def _moved(reads: pl.LazyFrame, functional: pl.LazyFrame) -> pl.LazyFrame:
+    """Functional reads with the worst map's factors, `kept_still` and `moved`; see `analysis/claims.py`."""
+    change = pl.coalesce("kl", pl.col("output_change").pow(2))
+    place = [*KEY, "run_id", "site", "step"]
+    control = functional.filter(pl.col("direction") == "random").select(*place, control=change)
+    beside = functional.with_columns(change=change).join(control, on=place, nulls_equal=True)
+    # Nothing at all moved: the factor is beyond float64, taken as the ratio to its smallest normal number.
+    factor = (pl.col("control") / pl.max_horizontal("change", 1e-300)).log10()
+    worst = beside.group_by(*KEY, "run_id").agg(
+        kept_still=factor.filter(pl.col("direction") == "compensated").min(),
+        moved=factor.filter(pl.col("direction") == "inverse-scale-rms").max(),
+    )
+    ok = last(ok_reads(reads).filter(pl.col("read") == "functional"), ["model", "protocol", "revision"])
+    return ok.join(worst, on=[*KEY, "run_id"], how="left", nulls_equal=True)
+
+
+def dead_parameters(reads: pl.LazyFrame) -> pl.DataFrame:
+    """A row for each family: how many parameter directions are dead by construction, as a share of all parameters.
+
+    Of each model the last checkpoint's parameters; a model that was only read at random initialisation counts there.
+    """
+    counted = ok_reads(reads).filter(
+        pl.col("read").is_in(["parameters", "random"]) & pl.col("dead_parameters").is_not_null()
+    )
+    trained_first = last(counted, ["model", "read"]).sort("read", maintain_order=True)
+    share = pl.col("dead_parameters_share")
+    table = trained_first.unique("model", keep="first").group_by("family").agg(
+        num_models=pl.len().cast(pl.Int64), dead_parameters=pl.col("dead_parameters").sum(),
+        num_parameters=pl.col("num_parameters").sum(), dead_parameters_share_min=share.min(),
+        dead_parameters_share_median=share.median(), dead_parameters_share_max=share.max(),
+    )  # fmt: skip
+    return collected(table.sort("family"))
+
+
 def _judged(claim_id: str, claim: Claim, offered: pl.LazyFrame) -> pl.LazyFrame:
     asked = offered.filter(pl.col("read").is_in(claim.reads))
     if claim.family != "any":
         asked = asked.filter(pl.col("family") == claim.family)
-    numbers = {"value": claim.value.cast(pl.Float64), "margin": claim.margin.cast(pl.Float64)}
+    numbers = {name: getattr(claim, name).cast(pl.Float64) for name in ("value", "margin", "error")}
     tested = finite(asked.select(*LINE, "read", "seed", holds=claim.holds, **numbers)).drop_nulls("holds")
     by_seed = tested.with_columns(variance=pl.col("value").var().over(*LINE, "read"))
     by_model = by_seed.group_by("model", "protocol").agg(
         pl.col("holds").all(),
         pl.col("value").mean(),
         pl.col("variance").mean(),
+        (pl.col("error") ** 2).mean(),
         low=pl.col("value").min(),
         high=pl.col("value").max(),
         margin=pl.col("margin").min(),
@@ -125,6 +168,7 @@ def _judged(claim_id: str, claim: Claim, offered: pl.LazyFrame) -> pl.LazyFrame:
         value_margin=pl.col("margin").min(),
         value_seed_spread=pl.col("variance").mean().sqrt(),
         num_seeds=pl.col("seeds").max().cast(pl.Int64),
+        value_token_error=pl.col("error").mean().sqrt(),
         failing=pl.col("model").filter(~pl.col("holds")).unique().sort().implode(),
     )
     facts = {"claim": claim_id, **claim._asdict(), "unit": claim.unit or None}

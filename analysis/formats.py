@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 TERMINAL_COLUMNS = {
     "leaderboard": [
         "rank", "model", "revision", "family", "objective", "read", "depth", "depth_random", "deepening", "depth_exact",
-        "kernel_exact", "alignment", "num_dead_1e6", "num_learned", "num_parameters", "worst_block_ratio", "protocol",
-        "dtype",
+        "kernel_exact", "alignment", "num_dead_1e6", "num_learned", "dead_parameters",
+        "dead_parameters_share", "num_parameters", "worst_block_ratio", "protocol", "dtype",
     ],
     "families": [
         "claim", "family", "num_models", "num_hold", "holds", "value_median", "value_min", "value_max",
@@ -30,6 +30,10 @@ TERMINAL_COLUMNS = {
     ],
     "collapsed_blocks": [
         "model", "read", "block", "num_blocks", "ratio", "participation", "bottom_coordinates", "bottom_weights",
+    ],
+    "dead_directions": [
+        "model", "revision", "read", "site", "verdict", "coordinates", "depth", "at_random", "opened_step",
+        "in_checkpoints", "num_checkpoints", "in_runs", "num_runs",
     ],
     "compare": [
         "verdict", "model", "revision", "read", "seed", "metric", "baseline", "candidate", "change", "scale", "allowed",
@@ -46,7 +50,7 @@ TERMINAL_COLUMNS = {
 # Where these do not fit either, the first of `SACRIFICED` go, one by one.
 TERMINAL_WIDTH = 140
 SACRIFICED = [
-    "objective", "num_learned", "worst_block_ratio", "num_parameters", "depth_exact", "num_dead_1e6", "kernel_exact",
+    "objective", "num_learned", "worst_block_ratio", "depth_exact", "num_dead_1e6", "num_parameters", "kernel_exact",
     "revision", "depth_random", "alignment", "deepening", "read", "family", "value_min",
     "value_max", "value_margin", "unit", "protocol", "dtype", "bottom_weights", "bottom_coordinates", "participation",
     "noise", "seed",
@@ -54,8 +58,8 @@ SACRIFICED = [
 # A page of paper has no room for these.
 SCREEN_ONLY = {
     "objective", "depth_predicted", "precision_slope", "containment", "num_algebraic", "num_rounding",
-    "num_zero_scales", "hidden_size", "num_blocks", "blocks_preserved", "worst_block", "num_seeds", "input", "dtype",
-    "value_low", "value_high", "value_seed_spread", "threshold",
+    "num_zero_scales", "dead_parameters", "hidden_size", "num_blocks", "blocks_preserved", "worst_block", "num_seeds",
+    "input", "dtype", "value_low", "value_high", "value_seed_spread", "value_token_error", "threshold",
 }  # fmt: skip
 WRAPPED = {"failing": 30, "statement": 30}  # prose, and the width that is enough for it
 # Only rows that are equal here are compared: said once below the table where all are, else groups stand apart.

@@ -2,7 +2,7 @@
 
 import polars as pl
 
-from analysis.lines import LINE, best_lines, failed_lines, forward_lines, parameter_lines
+from analysis.lines import LINE, best_lines, failed_lines, forward_lines, last, parameter_lines, parameter_reads
 from analysis.results import ResultsError, collected
 
 FAMILIES = ("layernorm", "rmsnorm", "none", "other", "undetermined")
@@ -29,6 +29,8 @@ COLUMNS = [
     "num_learned",
     "num_rounding",
     "num_zero_scales",
+    "dead_parameters",
+    "dead_parameters_share",
     "num_parameters",
     "hidden_size",
     "num_blocks",
@@ -54,6 +56,8 @@ SORTABLE = [
     "num_algebraic",
     "num_learned",
     "num_zero_scales",
+    "dead_parameters",
+    "dead_parameters_share",
     "num_parameters",
     "hidden_size",
     "worst_block_ratio",
@@ -66,7 +70,9 @@ def leaderboard(reads: pl.LazyFrame, *, sort: str = "depth", family: str | None 
 
     `depth = log10(lambda_mean / lambda_v)` in decades; `depth_random` is that of the same model, protocol and dtype at
     random initialisation, the mean over `num_seeds` seeds; `deepening = depth - depth_random` where the line is a
-    trained read. The family is what the read found the norm to do, not what the registry expects.
+    trained read. The family is what the read found the norm to do, not what the registry expects. `dead_parameters` and
+    their share of all parameters are counted at the line's own parameters: beside a trained read, by the read of
+    parameters of the same checkpoint.
 
     `rank` counts within a (protocol, dtype) group, largest `sort` first; equal values share the smaller rank, a missing
     value has none and comes last. `sort="model"` lists a group by name and ranks by depth. Groups with more ranked
@@ -87,6 +93,13 @@ def leaderboard(reads: pl.LazyFrame, *, sort: str = "depth", family: str | None 
     read = pl.concat([best_lines(reads), parameter_lines(reads), failed_lines(reads)])
     lines = read.join(random, on=LINE, how="left", nulls_equal=True, maintain_order="left").with_columns(
         pl.when(pl.col("read") == "trained").then(pl.col("depth") - pl.col("depth_random")).alias("deepening")
+    )
+    # Which parameters are dead a trained read does not say; that of the same checkpoint's parameters does.
+    census = ["dead_parameters", "dead_parameters_share"]
+    counted = last(parameter_reads(reads), ["model", "revision"]).select("model", "revision", *census)
+    lines = lines.join(counted, on=["model", "revision"], how="left", nulls_equal=True, suffix="_counted")
+    lines = lines.with_columns(
+        pl.coalesce(name, pl.when(pl.col("read") != "random").then(pl.col(f"{name}_counted"))) for name in census
     )
     if family is not None:
         lines = lines.filter(pl.col("family") == family)

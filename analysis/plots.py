@@ -15,6 +15,9 @@ from analysis.results import collected
 
 # One colour a family, readable on white and on near black.
 FAMILY_COLOURS = dict(zip(FAMILIES, ("#3b82d6", "#e07b39", "#8a949e", "#9b6bd3", "#c05a7c"), strict=True))
+LINE_COLOURS = (
+    "#2f7fd6", "#d0671c", "#2c9157", "#d64545", "#8a63d2", "#1a8a96", "#b8860b", "#c2559d", "#7a8490", "#6b8e23",
+)  # fmt: skip
 MAX_MODELS = 120  # more cannot be told apart; the deepest are kept
 
 Spec = dict[str, Any]
@@ -125,13 +128,17 @@ def read_shape() -> Any:
     return alt.Shape("read:N", scale=shapes, legend=alt.Legend(orient="bottom"))
 
 
-def line_colour(lines: list[str]) -> Any:
-    """A colour a line, with a legend that one can click."""
+def line_colour(shown: list[str], reads: pl.LazyFrame | None = None) -> Any:
+    """A colour a line, with a legend that one can click; with `reads`, a model has one colour in all their plots."""
     import altair as alt
 
-    return alt.Color(
-        "line:N", scale=alt.Scale(domain=lines), legend=alt.Legend(orient="bottom", title=None, symbolLimit=0)
+    order = (
+        shown if reads is None else collected(named(best_lines(reads)).select("line").sort("line"))["line"].to_list()
     )
+    places = {line: place for place, line in enumerate(dict.fromkeys([*order, *shown]))}
+    colours = [LINE_COLOURS[places[line] % len(LINE_COLOURS)] for line in shown]
+    scale = alt.Scale(domain=shown, range=colours)
+    return alt.Color("line:N", scale=scale, legend=alt.Legend(orient="bottom", title=None, symbolLimit=0))
 
 
 def tooltip(column: str, format: str) -> Any:

@@ -67,7 +67,7 @@ def publish(
 
 def _write(locations: Sequence[str], folder: Path, title: str, license: str) -> None:
     reads = collected(scan(locations)).lazy()
-    board, claims = leaderboard(reads), families(reads)
+    board, claims = leaderboard(reads), families(reads, scan(locations, "functional"))
     (folder / "leaderboard.csv").write_text(render({"leaderboard": board}, "csv") + "\n", encoding="utf-8")
     (folder / "claims.csv").write_text(render({"families": claims}, "csv") + "\n", encoding="utf-8")
     write_report(locations, folder / "report.html")

@@ -12,19 +12,24 @@ from typing import Any
 
 import polars as pl
 
-from analysis.families import collapsed_blocks, confusion, families
+from analysis.dead import dead_directions
+from analysis.families import collapsed_blocks, confusion, dead_parameters, families
 from analysis.formats import environment, html_rows
 from analysis.leaderboard import leaderboard
 from analysis.lines import failed_reads
 from analysis.plots import MAX_MODELS, Spec, depth_plot, size_plot, slope_plot
 from analysis.results import collected, latest, scan
 from analysis.spectra_plots import MAX_SPECTRA, block_plot, spectra_plot
-from analysis.training_plots import training_plot
+from analysis.training_plots import training_plot, turning_plot
 
 MAX_ROWS = 500  # of a table on the page; the commands list everything
 CLAIM_COLUMNS = [
     "statement", "num_models", "num_hold", "holds", "failing", "threshold", "value_median", "value_low", "value_high",
-    "value_min", "value_max", "value_margin", "value_seed_spread", "unit",
+    "value_min", "value_max", "value_margin", "value_seed_spread", "value_token_error", "unit",
+]  # fmt: skip
+DEAD_COLUMNS = [
+    "model", "revision", "read", "site", "coordinates", "weights", "depth", "at_random", "opened_step",
+    "in_checkpoints", "num_checkpoints", "in_runs", "num_runs",
 ]  # fmt: skip
 FAILED_COLUMNS = ["model", "revision", "read", "protocol", "attempt", "finished_at", "error"]
 
@@ -59,11 +64,13 @@ def report_page(locations: str | Sequence[str]) -> tuple[str, list[Plot]]:
     """The page as text, and its plots."""
     reads = collected(scan(locations)).lazy()
     blocks = collected(scan(locations, "blocks")).lazy()
-    board, claims = leaderboard(reads), families(reads)
+    spectra, norms = scan(locations, "spectra"), scan(locations, "norms")
+    board, claims = leaderboard(reads), families(reads, scan(locations, "functional"))
+    dead = dead_directions(reads, norms, spectra, blocks)
     # Errors have a table of their own.
     unsaid = {"error"} if board["status"].ne_missing("ok").any() else {"error", "status"}
     unsaid |= {name for name in board.columns if _is_empty(board[name])}
-    plots = _plots(reads, blocks, scan(locations, "spectra"))
+    plots = _plots(reads, blocks, spectra, norms)
     page = (
         environment()
         .get_template("report.html.j2")
@@ -74,6 +81,8 @@ def report_page(locations: str | Sequence[str]) -> tuple[str, list[Plot]]:
             leaderboard=_table(board.drop(name for name in board.columns if name in unsaid)),
             claims=_table(claims.select(CLAIM_COLUMNS)),
             confusion=_table(confusion(reads)),
+            dead_parameters=_table(dead_parameters(reads)),
+            dead=_table(dead.filter(pl.col("verdict") == "learned").select(DEAD_COLUMNS)),
             collapsed=_table(collapsed_blocks(reads, blocks).drop("state", "sigma_min", "num_blocks")),
             failed=_table(collected(failed_reads(reads).select(FAILED_COLUMNS))),
             plots=plots,
@@ -156,7 +165,7 @@ def _versions(stored: list[str]) -> str:
     return ", ".join(f"{package} {' and '.join(sorted(versions))}" for package, versions in found.items())
 
 
-def _plots(reads: pl.LazyFrame, blocks: pl.LazyFrame, spectra: pl.LazyFrame) -> list[Plot]:
+def _plots(reads: pl.LazyFrame, blocks: pl.LazyFrame, spectra: pl.LazyFrame, norms: pl.LazyFrame) -> list[Plot]:
     """The plots that have something to show."""
     plots = [
         (
@@ -184,6 +193,11 @@ def _plots(reads: pl.LazyFrame, blocks: pl.LazyFrame, spectra: pl.LazyFrame) -> 
         ("From random to trained", "The models that were read both ways.", slope_plot(reads)),
         ("Depth over training", "Every checkpoint of the models that have several.", training_plot(reads, "depth")),
         ("Variance along v over training", "The same checkpoints: lambda_v.", training_plot(reads, "lambda_v")),
+        (
+            "Turning of v over training",
+            "Degrees between v at each checkpoint and at the first, from the parameters alone.",
+            turning_plot(reads, norms),
+        ),
     ]
     return [(title, caption, spec) for title, caption, spec in plots if spec is not None]
 

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-import fsspec
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from suite.places import is_local, open_place, scrubbed
 from suite.schema import KEY, SCHEMA_VERSION, TABLES, arrow_schema
 
 
@@ -42,7 +42,7 @@ def _scan_one(location: str, table: str) -> pl.LazyFrame:
     if not files:
         return pl.LazyFrame(schema=_polars_schema(table))
     sources: list[Any]
-    if "file" in (filesystem.protocol, *filesystem.protocol):
+    if is_local(filesystem):
         sources = list(files)
     else:
         # Through fsspec, which has the credentials; polars would open a URI with a client of its own.
@@ -97,17 +97,17 @@ def collected_all(frames: Sequence[pl.LazyFrame]) -> list[pl.DataFrame]:
 
 def _list_files(location: str, table: str) -> tuple[Any, list[str]]:
     """The file system and the table's parquet files in order of their names, which is order of time."""
+    shown = scrubbed(location)
     with _Explained(location):
-        filesystem, root = fsspec.core.url_to_fs(location)
-        root = root.rstrip("/") or "/"
+        filesystem, root = open_place(location)
         if filesystem.isfile(root):
-            raise ResultsError(f"{location}: is a file; give the result set's folder")
+            raise ResultsError(f"{shown}: is a file; give the result set's folder")
         if not filesystem.exists(root):
-            raise ResultsError(f"{location}: no such result set; `deadbench run --out {location}` makes one")
+            raise ResultsError(f"{shown}: no such result set; `deadbench run --out {shown}` makes one")
         files = {name: _parquet_files(filesystem, f"{root}/{name}") for name in {"reads", table}}
     if not files["reads"]:
         raise ResultsError(
-            f"{location}: not a result set, or one without reads yet (no reads/*.parquet); "
+            f"{shown}: not a result set, or one without reads yet (no reads/*.parquet); "
             "give the folder that was given to `deadbench run --out`"
         )
     return filesystem, files[table]
@@ -123,7 +123,7 @@ def _parquet_files(filesystem: Any, folder: str) -> list[str]:
 
 def _check_file(location: str, path: str, source: str | bytes, table: str) -> None:
     """Refuse a file that is torn, a stranger's, or newer than this version."""
-    where = f"{location}: {table}/{path.rsplit('/', 1)[-1]}"
+    where = f"{scrubbed(location)}: {table}/{path.rsplit('/', 1)[-1]}"
     try:
         schema = pq.read_schema(io.BytesIO(source) if isinstance(source, bytes) else source)
     except (pa.ArrowException, OSError) as error:
@@ -155,14 +155,14 @@ class _Explained:
     """Turns what fsspec and its backends raise for `location` into one line."""
 
     def __init__(self, location: str):
-        self._location = location
+        self._location = scrubbed(location)
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, ResultsError) or not isinstance(error, OSError | ValueError | ImportError):
+        if isinstance(error, ResultsError) or not isinstance(error, Exception):  # stores raise what they like
             return
         known = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else ""
-        reason = known or " ".join(str(error).split())[:300] or type(error).__name__
+        reason = known or scrubbed(" ".join(str(error).split()))[:300] or type(error).__name__
         raise ResultsError(f"{self._location}: cannot be opened ({reason}); check the path or URI") from error

@@ -56,7 +56,7 @@ def spectra_plot(reads: pl.LazyFrame, spectra: pl.LazyFrame) -> Spec | None:
         x=alt.X("place:Q", title="place from the bottom", scale=alt.Scale(type="log", reverse=True, nice=False),
                 axis=alt.Axis(format="~s")),
         y=alt.Y("value:Q", title="eigenvalue", scale=scale, axis=alt.Axis(format=".0e")),
-        color=line_colour([row["line"] for row in rows]),
+        color=line_colour([row["line"] for row in rows], reads),
         opacity=alt.when(picked).then(alt.value(1.0)).otherwise(alt.value(0.08)),
     )  # fmt: skip
     about = ["line:N", "family:N", alt.Tooltip("place:Q", title="from the bottom"), tooltip("value", ".3e")]
@@ -118,7 +118,7 @@ def block_plot(reads: pl.LazyFrame, blocks: pl.LazyFrame) -> Spec | None:
                 axis=alt.Axis(format="d", tickMinStep=1)),
         y=alt.Y("value:Q", title="smallest / median singular value", scale=alt.Scale(type="log"),
                 axis=alt.Axis(format=".0e", tickCount=8)),
-        color=line_colour(shown.to_list()),
+        color=line_colour(shown.to_list(), reads),
         opacity=alt.when(picked).then(alt.value(1.0)).otherwise(alt.value(0.06)),
     )  # fmt: skip
     floors = base.mark_line(strokeDash=[1, 4], strokeWidth=1).encode(y=alt.Y("floor:Q"))

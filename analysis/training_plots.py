@@ -3,19 +3,20 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 from analysis.lines import LINE, last, ok_reads
 from analysis.plots import Spec, line_colour, named, specification
 from analysis.results import collected
+from analysis.trajectory import angle
+from suite.schema import KEY
 
 MAX_HISTORIES, MAX_STEP_TICKS = 40, 8
 
 
 def training_plot(reads: pl.LazyFrame, column: str) -> Spec | None:
     """`column` (depth, or lambda_v on a log axis) over training steps, of every model with at least two checkpoints."""
-    import altair as alt
-
     trained = ok_reads(reads).filter((pl.col("read") == "trained") & pl.col("checkpoint_step").is_not_null())
     measured = trained.filter(pl.col(column).is_not_null() & ((pl.col(column) > 0) | pl.lit(column != "lambda_v")))
     frame = collected(
@@ -24,22 +25,45 @@ def training_plot(reads: pl.LazyFrame, column: str) -> Spec | None:
         .select("line", "family", step="checkpoint_step", value=column)
         .sort("line", "step")
     )
+    log = column == "lambda_v"
+    return _histories(frame, reads, "lambda_v" if log else "depth, decades", ".3e" if log else ".2f", log=log)
+
+
+def turning_plot(reads: pl.LazyFrame, norms: pl.LazyFrame) -> Spec | None:
+    """Degrees between v at each checkpoint and at the first, of every model with several whose parameters were read."""
+    read = ok_reads(reads).filter((pl.col("read") == "parameters") & pl.col("checkpoint_step").is_not_null())
+    final = norms.filter(pl.col("direction").is_not_null()).select(*KEY, "run_id", "direction")
+    every = last(read, ["model", "checkpoint_step"]).join(final, on=[*KEY, "run_id"], nulls_equal=True)
+    frame = collected(every.select("model", "family", "checkpoint_step", "direction").sort("model", "checkpoint_step"))
+    rows = []
+    for (model,), line in frame.group_by("model", maintain_order=True):
+        along = [np.array(direction_D) for direction_D in line["direction"]]
+        for v_D, step, family in zip(along, line["checkpoint_step"], line["family"], strict=True):
+            if len(along) > 1:
+                rows.append({"line": model, "family": family, "step": step, "value": angle(along[0], v_D)})
+    schema = {"line": pl.String, "family": pl.String, "step": pl.Int64, "value": pl.Float64}
+    return _histories(pl.DataFrame(rows, schema), reads, "degrees from the first", ".3g", log=False)
+
+
+def _histories(frame: pl.DataFrame, reads: pl.LazyFrame, title: str, format: str, *, log: bool) -> Spec | None:
+    """Lines of `value` over `step`, one a `line`."""
+    import altair as alt
+
     if frame.is_empty():
         return None
     shown = frame["line"].unique(maintain_order=True).head(MAX_HISTORIES)
     rows = frame.filter(pl.col("line").is_in(shown.implode()))
-    log = column == "lambda_v"
     chart = (
         alt.Chart(alt.NamedData(name="history"))
         .mark_line(point=alt.OverlayMarkDef(size=45, filled=True), strokeWidth=1.6)
         .encode(
             x=alt.X("step:Q", title="training step", scale=alt.Scale(type="symlog", nice=False),
                     axis=alt.Axis(values=step_ticks(rows["step"].to_list()), labelOverlap=True, format=",d")),
-            y=alt.Y("value:Q", title="lambda_v" if log else "depth, decades",
+            y=alt.Y("value:Q", title=title,
                     scale=alt.Scale(type="log" if log else "linear"), axis=alt.Axis(format=".0e" if log else "~g")),
-            color=line_colour(shown.to_list()),
+            color=line_colour(shown.to_list(), reads),
             tooltip=["line:N", "family:N", "step:Q",
-                     alt.Tooltip("value:Q", title=column, format=".3e" if log else ".2f")],
+                     alt.Tooltip("value:Q", title=title, format=format)],
         )
     )  # fmt: skip
     return specification(chart, {"history": rows.to_dicts()}, height=260)

@@ -58,10 +58,10 @@ class Group:
 
 
 def start(job: ModelJob, nodes: Nodes, place: Place, run_id: str, attempt: int) -> Group:
-    """Start the actors of one model at `place`: tensor parallel of the torch engine takes one a rank, all else one."""
+    """Start the actors of one model at `place`: one for each replica or rank of the torch engine, all else one."""
     devices = nodes.devices(job)
-    job = job.over(devices)
-    ranks = devices if job.engine == "torch" else 1
+    job = job.over(1 if job.replicas > 1 else devices)
+    ranks = devices if job.engine == "torch" or job.replicas > 1 else 1
     token = uuid.uuid4().hex
     placement, options = _options(nodes, place, ranks)
     actors = []

@@ -47,19 +47,52 @@ def leaderboard(
 def families(results: Results, format: Format = "table", as_json: Json = False, debug: Debug = False) -> None:
     """Each claim about the normalisation families as a row, with how many models hold it.
 
-    Then what the parameters alone say of each family, and every block of the residual stream that collapsed.
+    Then what the parameters alone say of each family, how many parameter directions are dead, and every block of the
+    residual stream that collapsed.
 
     Example: [bold]deadbench families results/quick[/bold]
     """
-    from analysis.families import collapsed_blocks, confusion
+    from analysis.families import collapsed_blocks, confusion, dead_parameters
     from analysis.families import families as judge
     from analysis.results import scan
 
     reads = scan(results)
-    frames = {"families": judge(reads), "confusion": confusion(reads)}
+    frames = {"families": judge(reads, scan(results, "functional")), "confusion": confusion(reads)}
+    frames["dead_parameters"] = dead_parameters(reads)
     frames["collapsed_blocks"] = collapsed_blocks(reads, scan(results, "blocks"))
     format = "json" if as_json else format
     print_frames({t: f for t, f in frames.items() if t == "families" or format == "json" or len(f)}, format)
+
+
+@app.command()
+def dead(
+    results: Results,
+    model: Annotated[str | None, typer.Option(help="Only this model.")] = None,
+    verdict: Annotated[
+        str | None, typer.Option(help="Only these: learned, algebraic, rounding or collapsed (residual stream).")
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="Every checkpoint, not the last one alone.")] = False,
+    format: Format = "table",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Each dead direction: site, coordinates, depth, verdict, and which checkpoints and other runs have it too.
+
+    Zero scales of every norm, dead directions of the final norm's output, and collapsed ones of the residual stream.
+
+    Example: [bold]deadbench dead results --verdict learned[/bold]
+    """
+    from analysis.dead import VERDICTS, dead_directions
+    from analysis.results import scan
+
+    one_of("--verdict", verdict, VERDICTS)
+    tables = (scan(results, name) for name in ("reads", "norms", "spectra", "blocks"))
+    found = dead_directions(*tables, every=every)
+    known = scan(results).select("model").unique().collect()["model"].to_list()
+    if model is not None and model not in known:
+        raise UserError(f"--model {model!r} has no read here; choose {', '.join(sorted(known)[:20])}")
+    found = found.filter(**{name: value for name, value in (("model", model), ("verdict", verdict)) if value})
+    print_frames({"dead_directions": found}, "json" if as_json else format)
 
 
 @app.command()
@@ -140,6 +173,8 @@ def trend(
 ) -> None:
     """A model's reads over its checkpoints in training order, with the change-point of each metric.
 
+    Then its dead directions: how far v turned from one checkpoint to the next, and which directions opened when.
+
     --bisect takes the series from the registry and reads only the checkpoints it needs, log2 of their number, into
     RESULTS; the first checkpoint is the baseline. Exit code 1 when a checkpoint breaks the gate.
 
@@ -147,7 +182,9 @@ def trend(
 
     Example: [bold]deadbench trend results/bisect --model twin-layernorm --bisect depth --suite quick[/bold]
     """
+    from analysis.dead import dead_directions
     from analysis.results import scan
+    from analysis.trajectory import trajectory
     from analysis.trend import METRICS, checkpoints, summary
 
     _check_folder("--plot", plot)
@@ -163,17 +200,21 @@ def trend(
     metrics = metric or METRICS
     series = checkpoints(scan(results), model, metrics)
     sparks = summary(series, metrics)
+    reads, norms, spectra, blocks = (scan(results, name) for name in ("reads", "norms", "spectra", "blocks"))
+    dead = dead_directions(reads, norms, spectra, blocks, every=True)
+    turns = trajectory(series, model, reads, norms, dead)
     if plot is not None:
         from analysis.export import save_plot
         from analysis.training_plots import trend_plot
 
-        save_plot(trend_plot(series, sparks, metrics), plot)
+        turned = series.with_columns(turns["angle"])
+        save_plot(trend_plot(turned, sparks, [*metrics, "angle"]), plot)
         _say(f"wrote {plot}")
     if metric and format == "table" and not as_json:
         series = series.select("checkpoint_step", "revision", *metric, "protocol", "dtype")
-        print_frames({"checkpoints": series, "metrics": sparks}, format)
+        print_frames({"checkpoints": series, "metrics": sparks, "directions": turns}, format)
     else:
-        print_frames({"trend": series, "metrics": sparks}, "json" if as_json else format)
+        print_frames({"trend": series, "metrics": sparks, "directions": turns}, "json" if as_json else format)
 
 
 @app.command()

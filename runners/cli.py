@@ -4,6 +4,7 @@ Data goes to stdout, everything else to stderr. Exit codes: 0 done, 1 the thing 
 usage or input, 130 interrupted.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -14,8 +15,19 @@ from typing import Annotated, Any
 import typer
 
 from runners.analysis_cli import app as analysis_app
-from runners.console import EXIT_FALSE, EXIT_INTERRUPTED, EXIT_USAGE, Debug, Json, UserError, console, one_of
-from runners.plan_command import choose_cluster, plan
+from runners.census_command import census
+from runners.console import (
+    EXIT_FALSE,
+    EXIT_INTERRUPTED,
+    EXIT_USAGE,
+    Debug,
+    Json,
+    UserError,
+    check_out,
+    console,
+    one_of,
+)
+from runners.plan_command import check_options, choose_cluster, plan
 
 app = typer.Typer(
     add_completion=False,
@@ -29,6 +41,7 @@ _CLASSIFY_THREADS = 8
 
 app.add_typer(analysis_app)  # without a name: its commands are ours
 app.command()(plan)
+app.command()(census)
 
 
 @app.callback(invoke_without_command=True)
@@ -37,9 +50,9 @@ def _root(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
     if version:
-        from importlib.metadata import version as installed
+        from runners.versions import own_version
 
-        print(installed("deadbench"))
+        print(own_version())
     elif context.invoked_subcommand is None:
         print(context.get_help())
 
@@ -134,6 +147,9 @@ def run(
     tensor_parallel: Annotated[
         int | None, typer.Option(min=1, help="Devices (without GPUs: processes) that share one model. [default: gpus]")
     ] = None,
+    replicas: Annotated[
+        int, typer.Option(min=1, help="Processes (with GPUs: one GPU each) that divide one model's tokens.")
+    ] = 1,
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens to read. [default: the protocol's]")] = None,
     input_spec: Annotated[
         str | None,
@@ -149,6 +165,10 @@ def run(
     max_retries: Annotated[
         int, typer.Option(min=0, help="Further attempts at a read of which a process died or hung.")
     ] = 1,
+    checkpoint_interval: Annotated[
+        float,
+        typer.Option(min=0, metavar="SECONDS", help="How often a running read is saved, to go on there; 0: never."),
+    ] = 300,
     autoscale: Annotated[
         str | None, typer.Option(metavar="SHAPE", help="Largest node that an autoscaler may add: 8x80GB.")
     ] = None,
@@ -164,22 +184,20 @@ def run(
     """
     from runners.cluster import PlanError, parse_cluster
     from runners.driver import Settings
-    from runners.jobs import ENGINES, JobError, Overrides, build_jobs
+    from runners.jobs import JobError, Overrides, build_jobs, unreachable
     from runners.plan import place_jobs
-    from suite.registry import Dtype, RegistryError, find_registry, load_registry
+    from suite.registry import RegistryError, find_registry, load_registry
 
-    one_of("--dtype", dtype, Dtype.__args__)  # type: ignore[attr-defined]
+    check_out(out)
+    check_options(engine, dtype, tokens, input_spec)
     one_of("--log-format", log_format, ("text", "json"))
-    if engine not in ENGINES:
-        raise UserError(f"--engine {engine!r} cannot be run by this version; choose {', '.join(ENGINES)}")
-    if tokens is not None and input_spec is not None and input_spec.endswith(".npy"):
-        raise UserError("--tokens does nothing with tokens:FILE.npy, which is used exactly as given; leave one out")
     try:
         path = find_registry(registry)
         chosen = None if engine == "auto" else engine
-        overrides = Overrides(tokens, input_spec, dtype, chosen, seed, accumulator_gb, tensor_parallel)
+        overrides = Overrides(tokens, input_spec, dtype, chosen, seed, accumulator_gb, tensor_parallel, replicas)
         wanted = [part.strip() for part in reads.split(",")] if reads is not None else None
         jobs = build_jobs(load_registry(path), path, models or [], suite, wanted, overrides)
+        cannot_be_read = unreachable(jobs)
         cluster, added = choose_cluster(None, address), None
         if autoscale is not None:
             added = parse_cluster(autoscale, "--autoscale").largest
@@ -187,8 +205,8 @@ def run(
         jobs, remarks = place_jobs(jobs, cluster)
     except (RegistryError, JobError, PlanError) as error:
         raise UserError(str(error)) from error
-    settings = Settings(address, timeout, max_retries, added.gpus if added else 0)
-    summary = _execute(jobs, out, resume, settings, remarks, log_format, debug)
+    settings = Settings(address, timeout, max_retries, added.gpus if added else 0, checkpoint_interval)
+    summary = _execute(jobs, out, resume, settings, [*cannot_be_read, *remarks], log_format, debug)
     if as_json:
         print(json.dumps({"run_id": summary.run_id, "out": out, **_counts(summary), "reads": summary.reads}, indent=2))
     else:
@@ -230,6 +248,7 @@ def _execute(
     jobs: list[Any], out: str, resume: bool, settings: Any, remarks: list[str], log_format: str, debug: bool
 ) -> Any:
     """Leave out what is finished, then run the rest; Ray is not even started when nothing is left."""
+    from runners.checkpoints import remove_checkpoints
     from runners.driver import DriverError, StoppedError, Summary, execute, new_run_id
     from runners.event_log import EventLog
     from runners.progress import Reporter
@@ -237,6 +256,8 @@ def _execute(
 
     store = ResultStore(out)
     done = store.finished() if resume else set()
+    for read in (read for job in jobs for read in job.reads if not resume or read.identity() in done):
+        remove_checkpoints(out, read)
     left = [job.without(done) for job in jobs]
     skipped = sum(len(job.reads) for job in jobs) - sum(len(job.reads) for job in left)
     left = [job for job in left if job.reads]
@@ -293,16 +314,18 @@ def _print_classified(results: list[dict[str, Any]]) -> None:
 
 def _classify_module(name: str, width: int, as_json: bool) -> None:
     """Print what the kernel test finds in a user's own class; exit code 1 where it is no known normalisation."""
-    from suite.norms import load_norm_class, probe
+    from suite.norms import kernel_dimension, load_norm_class, probe
 
     if "" not in sys.path:
         sys.path.insert(0, "")  # the user's own folder, as with `python -m`
-    found = probe(load_norm_class(name, width), width)
-    kernel = {"layernorm": True, "rmsnorm": False}.get(found.family)
+    with contextlib.redirect_stdout(sys.stderr):  # what the user's code prints is no part of the answer
+        module = load_norm_class(name, width)
+        found, dimension = probe(module, width), kernel_dimension(module, width)
     facts = {
         "module": name,
         "family": found.family,
-        "kernel": kernel,
+        "kernel": None if dimension is None else dimension > 0,
+        "kernel_dimension": dimension,
         "scale": found.scale,
         "has_bias": None if found.family == "other" else found.shift_parameter is not None,
         "eps": found.eps,
@@ -311,7 +334,10 @@ def _classify_module(name: str, width: int, as_json: bool) -> None:
     if as_json:
         print(json.dumps(facts, indent=2))
     else:
-        verdict = {True: "a dead direction, gamma^-1", False: "no dead direction", None: "cannot be told"}
-        print(f"{name}: {found.family}, {verdict[kernel]} ({'; '.join(found.evidence)})")
+        verdict = "whether it has dead directions cannot be told"
+        if dimension is not None:
+            verdict = f"{dimension} dead of {width} output directions"
+            verdict += ", gamma^-1" if found.family == "layernorm" and dimension == 1 else ""
+        print(f"{name}: {found.family}, {verdict} ({'; '.join(found.evidence)})")
     if found.family == "other":
         raise typer.Exit(EXIT_FALSE)

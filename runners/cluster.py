@@ -23,6 +23,7 @@ class Cluster:
 
     nodes: tuple[Node, ...]
     label: str
+    assumed: bool = False
 
     def with_node(self, node: Node) -> "Cluster":
         """The same with one more node."""
@@ -45,7 +46,7 @@ def parse_cluster(text: str, option: str = "--assume") -> Cluster:
         raise PlanError(f"{option} {text!r}: give GPUs x memory, such as 1x24GB or 8x80GB, or nodes first: 2x8x141GB")
     nodes, gpus, size = int(match[1] or 1), int(match[2]), float(match[3]) * 1e9
     node = Node(gpus, size if gpus else 0.0, None if gpus else size)
-    return Cluster((node,) * nodes, text)
+    return Cluster((node,) * nodes, text, assumed=True)
 
 
 def this_machine() -> Cluster:

@@ -1,6 +1,8 @@
 """What the commands share: exit codes, options, one-line errors, tables on a terminal."""
 
+import os
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -23,6 +25,14 @@ def one_of(option: str, value: str | None, allowed: tuple[str, ...]) -> None:
     """Refuse a `value` of `option` that is not `allowed`; None is."""
     if value is not None and value not in allowed:
         raise UserError(f"{option} {value!r} is unknown; choose {', '.join(allowed)}")
+
+
+def check_out(out: str) -> None:
+    """Refuse a relative `--out` inside a Ray job, whose folder goes when the job ends."""
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and "://" not in out and not Path(out).is_absolute():
+        raise UserError(
+            f"--out {out}: a Ray job runs in a folder that Ray deletes; give an absolute path or a URI (s3://…)"
+        )
 
 
 def console() -> Any:

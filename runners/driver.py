@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 from typing import Any
 
+from runners.checkpoints import absolute
 from runners.jobs import ModelJob
 from runners.loop import Run, Settings, Summary
 from runners.nodes import HeadWatch, LostClusterError, PlacementError, check_versions
@@ -56,7 +57,8 @@ def execute(jobs: list[ModelJob], store: ResultStore, settings: Settings, report
 def _execute(jobs: list[ModelJob], store: ResultStore, settings: Settings, reporter: Reporter, run_id: str) -> Summary:
     import ray
 
-    started_here = _connect(settings.address)
+    jobs = [job.checkpointed(settings.checkpoint_interval, absolute(store.location)) for job in jobs]
+    started_here = connect(settings.address)
     previous = signal.signal(signal.SIGTERM, _interrupt)  # after ray.init, which installs its own
     record = RunRecord(store, run_id, jobs, reporter.say)
     lost = False
@@ -99,7 +101,7 @@ def _execute(jobs: list[ModelJob], store: ResultStore, settings: Settings, repor
             ray.shutdown()
 
 
-def _connect(address: str | None) -> bool:
+def connect(address: str | None) -> bool:
     """Join the Ray at `address`, or start one; True if it was started here."""
     import ray
 

@@ -1,22 +1,18 @@
 """What a worker says: progress while a read runs, and its tables when it is over."""
 
-import json
-import platform
 import resource
 import sys
 from collections.abc import Generator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cache
-from importlib import metadata
 from pathlib import Path
 
 import pyarrow as pa
 
 from runners.jobs import ReadJob, read_step
+from runners.versions import versions
+from suite.places import scrubbed
 from suite.schema import Row, to_table
-
-VERSIONED = ("torch", "transformers", "ray", "numpy", "pyarrow", "safetensors")
 
 
 @dataclass(frozen=True)
@@ -34,6 +30,14 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class Remark:
+    """Something to say of a running read, in one line."""
+
+    label: str
+    text: str
+
+
+@dataclass(frozen=True)
 class Finished:
     """One read is over, well or not: its tables, and the traceback of a failure."""
 
@@ -47,16 +51,16 @@ class Finished:
         return self.tables["reads"].to_pylist()[0]  # type: ignore[no-any-return]
 
 
-Event = Progress | Finished
+Event = Progress | Remark | Finished
 Rows = dict[str, list[Row]]
-Reading = Generator[Progress, None, Rows]
+Reading = Generator[Progress | Remark, None, Rows]
 
 
 def to_tables(rows: Rows, read: ReadJob, run_id: str, attempt: int, started_at: datetime) -> dict[str, pa.Table]:
     """Arrow tables of a read: the key in every row, and in the row of `reads` what is known without measuring."""
     key = {"run_id": run_id} | read.key_columns()
     row = rows["reads"][0] | {
-        "source": read.model.source or "inline config",
+        "source": scrubbed(read.model.source or "inline config"),
         "source_fingerprint": read.fingerprint,
         "checkpoint_step": read_step(read),
         "modality": read.model.modality,
@@ -78,13 +82,6 @@ def failed_read(read: ReadJob, run_id: str, attempt: int, error: str) -> Finishe
     """The row of a read whose process died before it could speak."""
     rows: Rows = {"reads": [{"status": "failed", "error": error, "peak_host_bytes": None}]}
     return Finished(read, to_tables(rows, read, run_id, attempt, datetime.now(UTC)))
-
-
-@cache
-def versions() -> str:
-    """JSON of the versions that decide numbers."""
-    found = {name: metadata.version(name) for name in VERSIONED}
-    return json.dumps({"deadbench": metadata.version("deadbench"), "python": platform.python_version(), **found})
 
 
 def peak_host_bytes() -> int:

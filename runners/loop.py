@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from runners.actors import Group, release, start
-from runners.events import Event, Finished, Progress, failed_read
+from runners.checkpoints import remove_checkpoints
+from runners.events import Event, Finished, Progress, Remark, failed_read
 from runners.faults import Attempts, Death, death_of
 from runners.jobs import ModelJob
 from runners.metrics import Metrics
@@ -33,13 +34,15 @@ class Settings:
 
     `address` as ray.init takes it (None: RAY_ADDRESS or a local Ray); `timeout` in seconds without any progress;
     `max_retries` further attempts at a read of which a process died; `autoscale_gpus`: GPUs of the largest node that an
-    autoscaler may add; `patience`: seconds for which results that cannot be written are kept.
+    autoscaler may add; `checkpoint_interval` in seconds, 0 for no checkpoints; `patience`: seconds for which results
+    that cannot be written are kept.
     """
 
     address: str | None = None
     timeout: float = 3600.0
     max_retries: int = 1
     autoscale_gpus: int = 0
+    checkpoint_interval: float = 300.0
     patience: float = 600.0
 
 
@@ -80,7 +83,7 @@ class Run:
         import ray
 
         self._ray, self._settings, self._reporter, self._run_id = ray, settings, reporter, run_id
-        self._record, self._head, self._pool, self._shared = record, head, pool, shared
+        self._record, self._head, self._pool, self._shared, self._store = record, head, pool, shared, store
         self._metrics = Metrics(run_id)
         self.summary = Summary(run_id)
         self._outbox = Outbox(store, reporter.say, settings.patience)
@@ -204,6 +207,8 @@ class Run:
             if first:
                 self._reporter.progress(group.job.model_id, event)
                 self._metrics.progress(group.job.model_id, event)
+        elif isinstance(event, Remark):
+            self._reporter.say(f"{group.name(stream)}{event.label}: {event.text}")
         elif event.row["status"] != "ok" and any(word in str(event.row["error"]) for word in _POISONED):
             self._end(group, Death("crash", str(event.row["error"])))
         elif event.job.identity() not in group.done:
@@ -278,6 +283,8 @@ class Run:
         """Reads that are in the results now."""
         for event in written:
             row = event.row
+            if row["status"] == "ok" and event.job.engine is not None:
+                remove_checkpoints(self._store.location, event.job)
             self.summary.ok += row["status"] == "ok"
             self.summary.failed += row["status"] != "ok"
             names = ("model", "revision", "read", "status", "error", "depth")

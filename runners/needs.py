@@ -4,8 +4,10 @@ Bytes of weights come from the configuration (or the checkpoint's headers), thos
 without arithmetic whose live tensors are counted. Shapes: N tokens, D hidden size.
 """
 
+import contextlib
 import math
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +19,13 @@ from torch.utils._pytree import tree_leaves
 from runners.torch_engine import BATCH_TOKENS
 from suite.architecture import block_list, build_model, locate_final_norm
 from suite.dummy_inputs import minimal_inputs
+from suite.feed import part_of
 from suite.residual import TAP_BYTES
+from suite.valueless import attempts
 
 # In D^2, of one tap while the tokens pass: two halves, each a Gram matrix; with a factor and a whitener where a trained
 # model's small directions ask for them. While it is decomposed a tap needs TAP_BYTES.
-_HELD = {"random": 16, "trained": 48}
+_HELD = {"random": 16, "trained": 48, "functional": 0}
 
 
 @dataclass(frozen=True)
@@ -34,8 +38,7 @@ class ModelSize:
     largest_tensor: int
     hidden_size: int
     num_taps: int
-    num_heads: int | None
-    num_kv_heads: int | None
+    divisors: dict[str, int]
     rows_per_item: int
     activation_bytes: int
 
@@ -79,8 +82,8 @@ class Needs:
         return self.outside + self.block + self.activations + waiting + 2 * self.held + self.decomposed
 
 
-def measure(config: Any, sequence_length: int) -> ModelSize:
-    """Count the model that `config` describes.
+def measure(config: Any, sequence_length: int, modality: str = "text", stack: str = "encoder") -> ModelSize:
+    """Count the model that `config` describes, read in the part that `modality` and `stack` name.
 
     Raises:
         ArchitectureError: transformers cannot build it.
@@ -88,15 +91,14 @@ def measure(config: Any, sequence_length: int) -> ModelSize:
     """
     from runners.streaming_engine import streamed_paths
 
-    final = locate_final_norm(config)
+    model = build_model(config, "meta")
+    path, part = part_of(model, modality, stack)
+    final = locate_final_norm(config, path)
     if final.path is None or final.hidden_size is None:
         raise ValueError(final.reason or "no final norm")
-    model = build_model(config, "meta")
     blocks = [sum(p.numel() for p in model.get_submodule(path).parameters()) for path in streamed_paths(model)]
     total = sum(p.numel() for p in model.parameters())
-    _, num_blocks = block_list(model, final.path)
-    text = config.get_text_config()
-    heads = getattr(text, "num_attention_heads", None)
+    _, num_blocks = block_list(part, final.path)
     return ModelSize(
         parameters=total,
         outside_blocks=total - sum(blocks),
@@ -104,15 +106,33 @@ def measure(config: Any, sequence_length: int) -> ModelSize:
         largest_tensor=max(p.numel() for p in model.parameters()),
         hidden_size=final.hidden_size,
         num_taps=(num_blocks or 0) + 1,
-        num_heads=heads,
-        num_kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+        divisors=divisors(part),
         rows_per_item=final.rows_per_item,
-        activation_bytes=_activation_bytes(model, final.rows_per_item, sequence_length),
+        activation_bytes=_activation_bytes(part, final.rows_per_item, sequence_length),
     )
 
 
+def divisors(part: nn.Module) -> dict[str, int]:
+    """What the tensor-parallel degree of `part` must divide, by the configuration's name for it; empty: no plan.
+
+    Where layers differ it is what their counts have in common.
+    """
+    config: Any = part.config
+    text = config.get_text_config()
+    if not (getattr(text, "base_model_tp_plan", None) or getattr(config, "base_model_tp_plan", None)):
+        return {}
+    per_layer = getattr(text, "per_layer_config", None)
+    layers = [per_layer[i] for i in range(len(per_layer))] if per_layer else [text]
+    found = {}
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        counts = [count for count in (getattr(layer, name, None) for layer in layers) if isinstance(count, int)]
+        if counts:
+            found[name] = math.gcd(*counts)
+    return found
+
+
 def needs(size: ModelSize, read: str, itemsize: int, num_tokens: int) -> Needs:
-    """The bytes of a read (`random` or `trained`) that runs in a dtype of `itemsize` bytes over `num_tokens` tokens."""
+    """The bytes of a read by forward pass that runs in a dtype of `itemsize` bytes over `num_tokens` tokens."""
     D = size.hidden_size
     batch = min(BATCH_TOKENS, num_tokens)
     # Beside the activations: the norm's captured input and output, and the float64 rows and products of one update.
@@ -147,14 +167,30 @@ def _activation_bytes(model: nn.Module, rows_per_item: int, sequence_length: int
     else:
         items = max(1, BATCH_TOKENS // max(1, rows_per_item))
         inputs = {name: tensor.expand(items, *tensor.shape[1:]) for name, tensor in inputs.items()}
+    for attempt in attempts(model):
+        try:
+            with torch.no_grad(), attempt(), _fused_attention(), _LiveBytes() as live:
+                model(**inputs)
+            peak: int = live.peak
+            return peak
+        except Exception:  # whatever an architecture's code does with values that are not there
+            continue
+    widest = max((m.out_features for m in model.modules() if isinstance(m, nn.Linear)), default=0)
+    return BATCH_TOKENS * 4 * 4 * widest
+
+
+@contextlib.contextmanager
+def _fused_attention() -> Iterator[None]:
+    """Attention as its kernels do it, which never hold the scores; on the meta device it would be taken apart."""
+    functions: Any = torch.nn.functional
+    real = functions.scaled_dot_product_attention
+    functions.scaled_dot_product_attention = lambda query, key, value, *args, **kwargs: query.new_empty(
+        *query.shape[:-1], value.shape[-1]
+    )
     try:
-        with torch.no_grad(), _LiveBytes() as live:
-            model(**inputs)
-        peak: int = live.peak
-        return peak
-    except Exception:  # whatever an architecture's code does with values that are not there
-        widest = max((m.out_features for m in model.modules() if isinstance(m, nn.Linear)), default=0)
-        return BATCH_TOKENS * 4 * 4 * widest
+        yield
+    finally:
+        functions.scaled_dot_product_attention = real
 
 
 class _LiveBytes(TorchDispatchMode):

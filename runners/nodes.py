@@ -111,14 +111,15 @@ class Nodes:
         self._suspects[node] = time.monotonic() + _SUSPECT_SECONDS
 
     def devices(self, job: ModelJob) -> int:
-        """How many devices share the model: as asked, else the registry's `gpus` where there are GPUs.
+        """How many devices share the model, or divide its tokens: as asked, else, with GPUs, the registry's `gpus`.
 
         Raises:
             PlacementError: more than there are.
         """
-        if job.engine not in ("torch", "vllm"):
+        if job.replicas == 1 and job.engine not in ("torch", "vllm"):
             return 1
-        devices = job.tensor_parallel or (job.num_gpus if self.has_gpus else 1)
+        degree = job.tensor_parallel or (job.num_gpus if self.has_gpus else 1)
+        devices = job.replicas if job.replicas > 1 else degree
         room = self.largest if job.engine == "vllm" else max(self.total, self.largest)
         if self.has_gpus and devices > room:
             where = " on one node; the largest has" if job.engine == "vllm" else "; the cluster has"
@@ -132,7 +133,7 @@ class Nodes:
             PlacementError: no node has that, or would have it.
         """
         count = self.devices(job)
-        ganged = count > 1 and job.engine == "torch"
+        ganged = count > 1 and (job.engine == "torch" or job.replicas > 1)
         seconds = estimated_seconds(job, count, self.has_gpus)
         if not self.has_gpus:
             demand = Demand(min(count, max(1, self.largest)), 0.0, seconds, ganged, avoid)

@@ -15,19 +15,22 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pyarrow as pa
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from runners.deferred_init import DeferredInit, deferred_model
-from runners.events import Event, Progress
+from runners.events import Event, Progress, Remark
 from runners.jobs import ModelJob, ReadJob
+from runners.needs import divisors
 from runners.torch_engine import Blocks, ForwardPass, Swept, TorchEngine
 from runners.worker import run_model
 from suite.architecture import build_config, build_model, locate_final_norm
-from suite.dummy_inputs import minimal_inputs
+from suite.feed import working_form
 from suite.inputs import Batch
-from suite.residual import Ranks, check_rows
+from suite.ranks import Ranks
+from suite.residual import check_rows
 from suite.resolution import FinalNorm
 
 _PATIENCE = timedelta(hours=12)  # of a collective: a rank that dies is seen by the driver, and --timeout ends a silence
@@ -80,18 +83,32 @@ def current_ranks() -> Ranks:
         dist.all_gather_object(gathered, mine, group=objects)
         return gathered
 
-    return Ranks(dist.get_rank(), size, gather)
+    def collect(mine: pa.RecordBatch | None, rank: int) -> list[pa.RecordBatch | None]:
+        here = dist.get_rank() == rank
+        collected: list[Any] = [None] * size
+        packed = None if mine is None else _packed(mine)
+        dist.gather_object(packed, collected if here else None, dst=rank, group=objects)
+        return [each and pa.ipc.open_stream(each).read_next_batch() for each in collected] if here else []
+
+    return Ranks(dist.get_rank(), size, gather, collect)
+
+
+def _packed(state: pa.RecordBatch) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, state.schema) as writer:
+        writer.write_batch(state)
+    return sink.getvalue().to_pybytes()  # type: ignore[no-any-return]
 
 
 def run_rank(group: RankGroup, job: ModelJob, run_id: str, attempt: int) -> Iterator[Event]:
-    """`run_model` on one rank; only rank 0 tells what was read, and any rank that it failed alone.
+    """`run_model` on one rank or replica; only rank 0 tells what was read, and any rank that it failed alone.
 
     Raises:
         GroupBrokenError: after a failure that leaves the ranks out of step.
     """
     first = group.ranks.rank == 0
     for number, event in enumerate(_finished_or_progress(job, first, run_id, attempt)):
-        if isinstance(event, Progress) or not _shared(event.job):
+        if isinstance(event, Progress | Remark) or not _shared(event.job):
             yield event
             continue
         failed = event.row["status"] != "ok"
@@ -155,14 +172,14 @@ class ParallelEngine(TorchEngine):
         return model
 
     def final_norm(self, model: nn.Module) -> FinalNorm:
-        """The final norm of the model, found without its weights."""
+        """The final norm of the part that is read, found without its weights."""
         assert self._final is not None
         return self._final
 
     def runnable(self, model: nn.Module) -> nn.Module:
-        """A model without values: its forward pass moves no weights and needs no other rank."""
+        """The part without values: its forward pass moves no weights and needs no other rank."""
         config: Any = model.config
-        return build_model(config, "meta")
+        return build_model(config, "meta").get_submodule(self.part)
 
     def passes(
         self, model: nn.Module, norm: nn.Module, batches: list[Batch], blocks: Blocks | None = None
@@ -192,16 +209,15 @@ class ParallelEngine(TorchEngine):
 
     def _refuse(self, config: Any) -> None:
         """Raise ValueError where the model cannot be divided among the ranks."""
-        text, size = config.get_text_config(), self.ranks.size
-        if not (getattr(text, "base_model_tp_plan", None) or getattr(config, "base_model_tp_plan", None)):
+        counts, size = divisors(build_model(config, "meta").get_submodule(self.part)), self.ranks.size
+        if not counts:
             raise ValueError(
                 f"transformers has no tensor-parallel plan for {config.model_type!r}; give --tensor-parallel 1"
             )
-        for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
-            count = getattr(text, name, None)
-            if isinstance(count, int) and count % size:
+        for name, count in counts.items():
+            if count % size:
                 raise ValueError(f"--tensor-parallel {size} does not divide {name} {count} of {config.model_type!r}")
-        self._final = locate_final_norm(config)
+        self._final = locate_final_norm(config, self.part)
 
     def _check(self, model: nn.Module, config: Any, dtype: torch.dtype, whole: Callable[[], nn.Module]) -> None:
         """The canary: on a probe batch the sharded model is the unsharded one, where that fits beside it.
@@ -209,15 +225,15 @@ class ParallelEngine(TorchEngine):
         Raises:
             ValueError: it is not, or rows of zeros or values that are not finite come out.
         """
-        inputs = next(minimal_inputs(model))
-        if "input_ids" in inputs:
+        inputs: dict[str, Any] = working_form(self.runnable(model))
+        if inputs.keys() == {"input_ids"}:
             highest = config.get_text_config().vocab_size
             generator = torch.Generator().manual_seed(0)
             ids = torch.randint(min(8, highest - 1), highest, (1, _PROBE_TOKENS), generator=generator)
             inputs = {"input_ids": ids}
         inputs = self._on_device(model, inputs)
         with torch.no_grad():
-            sharded = model(**inputs)[0]
+            sharded = model.get_submodule(self.part)(**inputs)[0]
         backend = dist.get_backend()
         self.detail = f"tensor parallel over {self.ranks.size} ranks ({backend}), transformers' plan"
         with self.ranks.together():
@@ -234,7 +250,7 @@ class ParallelEngine(TorchEngine):
         if needed > free:
             return f"; not compared with the unsharded model, which takes {needed / 1e9:.1f} of {free / 1e9:.1f} GB"
         with torch.no_grad():
-            expected = whole()(**inputs)[0]
+            expected = whole().get_submodule(self.part)(**inputs)[0]
         worst = float((sharded - expected).abs().max() / expected.abs().max())
         if not worst <= CANARY_TOLERANCE[dtype]:
             raise ValueError(

@@ -7,6 +7,7 @@ streaming.
 
 import json
 import math
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Any
@@ -17,12 +18,14 @@ from runners.needs import ModelSize, Needs, measure, needs
 from runners.schedule import SHARES
 from suite.architecture import build_config
 from suite.sources import Checkpoint
-from suite.tensors import read_headers, stored_dtype
+from suite.tensors import CheckpointError, read_headers, stored_dtype
 
 PROCESS_BYTES = 0.6e9  # what an actor holds with torch and transformers imported and no model
 _CONTEXT_BYTES = 0.7e9  # of a GPU, that each process on it takes beside its tensors
 _USABLE = 0.9  # of a device's memory; the rest is the allocator's, the driver's and other processes'
 _ACCUMULATOR_SHARE = 4  # as the passes take it: one part in so many of what is free
+_UNREACHED = "cannot be reached"
+_COUNTED = {"num_attention_heads": "heads", "num_key_value_heads": "KV heads"}
 _ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -48,121 +51,224 @@ class Placement:
     problem: str | None = None
 
 
-def make_plan(jobs: list[ModelJob], cluster: Cluster) -> list[Placement]:
-    """A placement for every read of `jobs`, in the order in which the models would start: largest first."""
-    rows = [[place(read, cluster) for read in job.reads] for job in jobs]
+def make_plan(jobs: list[ModelJob], cluster: Cluster, done: Collection[tuple[Any, ...]] = ()) -> list[Placement]:
+    """A placement for every read of `jobs`, in the order in which the models would start: largest first.
+
+    `done`: identities of reads that are finished (`ResultStore.finished`), which would be skipped.
+    """
+    rows = []
+    for job in jobs:
+        asked = _asked(job, cluster)
+        rows.append([_unless_done(read, place(read, cluster, asked), done) for read in job.reads])
     rows.sort(key=lambda each: max((r.gpus, r.weight_bytes or 0) for r in each), reverse=True)
     return [replace(row, order=order) for order, each in enumerate(rows, 1) for row in each]
 
 
-def place(read: ReadJob, cluster: Cluster) -> Placement:
-    """How one read would run."""
-    empty = Placement(0, read.model.id, read.revision, read.read, None, 0, *[None] * 8)
-    if read.error:
-        return replace(empty, problem=read.error)
+def _unless_done(read: ReadJob, row: Placement, done: Collection[tuple[Any, ...]]) -> Placement:
+    identities = {read.identity(), replace(read, engine=row.engine).identity()}
+    return replace(row, note="already there", problem=None) if identities & {*done} else row
+
+
+def _asked(job: ModelJob, cluster: Cluster) -> int | None:
+    """The degree that the command line or, where there are GPUs, the registry asks for; None: the plan chooses."""
+    if job.replicas > 1:
+        return None
+    return job.tensor_parallel or (job.num_gpus if job.num_gpus > 1 and cluster.largest.gpus else None)
+
+
+def place(read: ReadJob, cluster: Cluster, asked: int | None = None) -> Placement:
+    """How one read would run, over `asked` devices where a number is given."""
+    row = Placement(0, read.model.id, read.revision, read.read, None, 0, *[None] * 8)
+    problem, remark = read.error, None
+    if problem and cluster.assumed and _UNREACHED in problem:  # which says nothing of the cluster that is assumed
+        problem, remark = None, "its source cannot be reached from here"
     if read.read == "parameters":
-        return replace(empty, note="headers and norms only")
-    if read.read == "functional":
-        return replace(empty, engine="torch", gpus=int(cluster.largest.gpus > 0), note="one process; not measured")
+        return replace(row, note=_joined("headers and norms only", remark), problem=problem)
     try:
-        size, dtype, num_tokens = _facts(read)
+        size, dtype, num_tokens, inline = _facts(read)
     except ValueError as error:
-        return replace(empty, problem=str(error))
-    return _place(
-        replace(empty, dtype=dtype), size, needs(size, read.read, _ITEM_BYTES[dtype], num_tokens), read, cluster
-    )
+        return replace(row, problem=problem or str(error))
+    if inline:
+        remark = "sized by the registry's configuration"
+    share = num_tokens if read.read == "functional" else -(-num_tokens // read.replicas)
+    row, need = replace(row, dtype=dtype), needs(size, read.read, _ITEM_BYTES[dtype], share)
+    if read.read == "functional":
+        found = _place_functional(row, need, _Room.of(cluster))
+    else:
+        found = _place(row, size, need, read, cluster, asked)
+        found = found if read.replicas == 1 else _replicated(found, read.replicas, cluster)
+    return replace(found, note=_joined(found.note, remark), problem=problem or found.problem)
 
 
-def _facts(read: ReadJob) -> tuple[ModelSize, str, int]:
-    """(size, dtype, tokens) of a read by forward pass."""
+def _facts(read: ReadJob) -> tuple[ModelSize, str, int, bool]:
+    """(size, dtype, tokens) of a read by forward pass, and whether the registry's word stands for the checkpoint's."""
     config, dtype = read.model.config, read.dtype
-    entries = None
+    entries, inline = None, False
     if config is None or read.read == "trained":
         checkpoint = Checkpoint(read.model.source or "", read.revision or read.model.main_checkpoint(), read.base)
-        config = checkpoint.config()
-        entries = read_headers(checkpoint) if read.read == "trained" else None
+        try:
+            config = checkpoint.config()
+            entries = read_headers(checkpoint) if read.read == "trained" else None
+        except CheckpointError as error:
+            config, inline = read.model.config, True
+            if config is None:
+                raise ValueError(str(error)) from error
     built = build_config(config)
     if dtype == "auto":
         declared = str(getattr(built, "dtype", None) or "float32").removeprefix("torch.")
         dtype = (stored_dtype(entries) if entries else None) or declared
-    size = _measure(json.dumps(config, sort_keys=True), read.protocol.sequence_length)
+    shape = (read.protocol.sequence_length, read.model.modality, read.model.stack)
+    size = _measure(json.dumps(config, sort_keys=True), *shape)
     rule = read.protocol.tokens
-    return size, dtype, rule if isinstance(rule, int) else int(rule[:-1]) * size.hidden_size
+    return size, dtype, rule if isinstance(rule, int) else int(rule[:-1]) * size.hidden_size, inline
 
 
 @cache
-def _measure(config_json: str, sequence_length: int) -> ModelSize:
+def _measure(config_json: str, sequence_length: int, modality: str, stack: str) -> ModelSize:
     """`measure`, once for the reads of one architecture."""
-    return measure(build_config(json.loads(config_json)), sequence_length)
+    return measure(build_config(json.loads(config_json)), sequence_length, modality, stack)
 
 
-def _place(row: Placement, size: ModelSize, need: Needs, read: ReadJob, cluster: Cluster) -> Placement:
-    node = cluster.largest
-    on_gpu = node.gpus > 0
-    host = (node.host_bytes or math.inf) - PROCESS_BYTES
-    budget = _USABLE * (node.gpu_bytes if on_gpu else host)
+def _place(
+    row: Placement, size: ModelSize, need: Needs, read: ReadJob, cluster: Cluster, asked: int | None
+) -> Placement:
+    """Resident on one device, else shared by several, else streamed; what is asked for is not passed over."""
+    room = _Room.of(cluster)
     wanted = read.engine if read.engine != "torch" or read.model.engine == "torch" else "auto"
-    one_tap = max(need.resident(1), 0 if on_gpu else need.resident_load)
-    loadable = need.resident_load <= _USABLE * host
+    if read.read == "functional":  # by the torch engine, whole, whatever the others run on
+        wanted, asked = "torch", 1
     row = replace(
         row,
         weight_bytes=int(need.weights),
         activation_bytes=int(need.activations),
-        gpus=int(on_gpu),
+        gpus=int(room.on_gpu),
         tensor_parallel=1,
         engine="vllm" if wanted == "vllm" else "torch",
     )
-    if wanted != "streaming" and one_tap <= budget and loadable:
-        at_once = _taps_at_once(read, need, budget - need.weights)
-        peak = max(need.resident(at_once), 0 if on_gpu else need.resident_load)
-        shared = on_gpu and row.engine == "torch" and at_once >= need.num_taps  # vLLM takes the whole GPU
-        return replace(
-            row,
-            gpus=_share(peak, budget) if shared else row.gpus,
-            passes=-(-need.num_taps // at_once),
-            accumulator_bytes=int(need.held * at_once + need.decomposed),
-            **_peak(peak, need.resident_load, on_gpu),
-        )
-    ranks = _ranks(size, need, node, cluster) if wanted != "streaming" and on_gpu and loadable else None
-    if ranks is not None:
-        at_once = ranks * _taps_at_once(read, need, budget - need.sharded(ranks))
-        return replace(
-            row,
-            gpus=ranks,
-            tensor_parallel=ranks,
-            passes=-(-need.num_taps // at_once),
-            accumulator_bytes=int(need.held * min(at_once, need.num_taps) / ranks + need.decomposed),
-            note=f"tensor parallel{' across nodes' if ranks > node.gpus else ''}: "
-            f"{ranks} divides {size.num_heads} heads, {size.num_kv_heads} KV heads",
-            **_peak(need.sharded(ranks), need.resident_load, on_gpu),
-        )
-    parked = max(0.0, budget - need.streamed(0.0)) / _ACCUMULATOR_SHARE
-    least = need.streamed(parked)
+    least = max(need.resident(1), 0 if room.on_gpu else need.resident_load)
+    loadable = need.resident_load <= room.host
+    if wanted != "streaming":
+        if asked in (None, 1) and least <= room.device and loadable:
+            return _resident(row, need, read, room)
+        ranks = _ranks(size, need, cluster, wanted == "vllm", asked)
+        if isinstance(ranks, str):
+            return replace(row, gpus=asked if room.on_gpu and asked else row.gpus, tensor_parallel=asked, problem=ranks)
+        if ranks is not None and loadable:
+            return _sharded(row, size, need, read, room, ranks)
+    parked = max(0.0, room.device - need.streamed(0.0)) / _ACCUMULATOR_SHARE
+    smallest = need.streamed(parked)
+    too_large = _gb(least if loadable else need.resident_load)
+    if wanted not in ("auto", "streaming"):
+        can = f"; --engine streaming needs {_gb(smallest)}" if smallest <= room.device else ""
+        peaks = _peak(least, need.resident_load, room.on_gpu)
+        return replace(row, **peaks, problem=f"{too_large} do not fit in {room.label(loadable)}{can}")
     streamed = replace(
         row,
         engine="streaming",
         passes=1,
         accumulator_bytes=int(2 * need.held + need.decomposed),
-        note=f"block streaming: resident needs {_gb(one_tap if loadable else need.resident_load)}",
-        **_peak(least, need.outside + need.drawing, on_gpu),
+        note=f"block streaming: resident needs {too_large}" if least > room.device or not loadable else None,
+        **_peak(smallest, need.outside + need.drawing, room.on_gpu),
     )
-    if wanted in ("auto", "streaming") and least <= budget:
+    if smallest <= room.device:
         return streamed
-    place = f"a GPU of {_gb(node.gpu_bytes)}" if on_gpu and loadable else f"{_gb(node.host_bytes or 0)} of memory"
-    if wanted in ("auto", "streaming"):
-        return replace(
-            streamed,
-            problem=f"block streaming still needs {_gb(least)} ({_gb(need.outside)} outside the blocks, "
-            f"{_gb(need.block)} a block), more than {place}; give {_remedy(row.dtype, need)}",
-        )
-    resident = _peak(one_tap, need.resident_load, on_gpu)
-    problem = f"{_gb(max(one_tap, need.resident_load))} do not fit in {place}; --engine streaming needs {_gb(least)}"
-    return replace(row, **resident, problem=problem)
+    problem = (
+        f"block streaming still needs {_gb(smallest)} ({_gb(need.outside)} outside the blocks, {_gb(need.block)} a "
+        f"block), more than {room.label(loadable)}; give {_remedy(row.dtype, need)}"
+    )
+    return replace(streamed, problem=problem)
+
+
+@dataclass(frozen=True)
+class _Room:
+    """What there is on the largest node: bytes of the device that runs the model, and of the host that loads it."""
+
+    node: Node
+    device: float
+    host: float
+
+    @classmethod
+    def of(cls, cluster: Cluster) -> "_Room":
+        node = cluster.largest
+        host = (node.host_bytes or math.inf) - PROCESS_BYTES
+        return cls(node, _USABLE * (node.gpu_bytes if node.gpus else host), _USABLE * host)
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.node.gpus > 0
+
+    def label(self, loadable: bool) -> str:
+        if self.on_gpu and loadable:
+            return f"a GPU of {_gb(self.node.gpu_bytes)}"
+        return f"{_gb(self.node.host_bytes or 0)} of memory"
+
+
+def _resident(row: Placement, need: Needs, read: ReadJob, room: _Room) -> Placement:
+    at_once = _taps_at_once(read, need, room.device - need.weights)
+    peak = max(need.resident(at_once), 0 if room.on_gpu else need.resident_load)
+    shared = room.on_gpu and row.engine == "torch" and at_once >= need.num_taps  # vLLM takes the whole GPU
+    return replace(
+        row,
+        gpus=_share(peak, room.device) if shared else row.gpus,
+        passes=-(-need.num_taps // at_once),
+        accumulator_bytes=int(need.held * at_once + need.decomposed),
+        note="vLLM's cache and processes come on top" if row.engine == "vllm" else None,
+        **_peak(peak, need.resident_load, room.on_gpu),
+    )
+
+
+def _sharded(row: Placement, size: ModelSize, need: Needs, read: ReadJob, room: _Room, ranks: int) -> Placement:
+    at_once = ranks * _taps_at_once(read, need, room.device - need.sharded(ranks))
+    across = room.on_gpu and ranks > room.node.gpus
+    counts = ", ".join(f"{count} {_COUNTED[name]}" for name, count in size.divisors.items() if name in _COUNTED)
+    peak = need.sharded(ranks) if room.on_gpu else ranks * (need.sharded(ranks) + PROCESS_BYTES) - PROCESS_BYTES
+    note = f"tensor parallel{' across nodes' if across else ''}: {ranks} divides {counts or 'its heads'}"
+    return replace(
+        row,
+        gpus=ranks if room.on_gpu else 0,
+        tensor_parallel=ranks,
+        passes=-(-need.num_taps // at_once),
+        accumulator_bytes=int(need.held * min(at_once, need.num_taps) / ranks + need.decomposed),
+        note=_joined(note, "vLLM's cache and processes come on top" if row.engine == "vllm" else None),
+        **_peak(peak, need.outside + need.drawing * ranks, room.on_gpu),
+    )
+
+
+def _place_functional(row: Placement, need: Needs, room: _Room) -> Placement:
+    """A functional read moves parameters in place and has no taps: the model is whole, on one device."""
+    peak = need.weights + need.activations
+    row = replace(
+        row,
+        engine="torch",
+        gpus=int(room.on_gpu),
+        tensor_parallel=1,
+        passes=1,
+        weight_bytes=int(need.weights),
+        activation_bytes=int(need.activations),
+        **_peak(peak, need.resident_load, room.on_gpu),
+    )
+    if need.resident_load <= room.host and peak <= room.device:
+        return row
+    problem = f"a functional read holds the whole model, {_gb(max(peak, need.resident_load))} in {row.dtype}"
+    return replace(row, problem=f"{problem}, which does not fit; give more memory or --dtype float32")
 
 
 def _share(peak: float, budget: float) -> float:
     """The part of one GPU of `budget` bytes that holds `peak`."""
     return next((share for share in SHARES if peak + _CONTEXT_BYTES <= share * budget), 1)
+
+
+def _replicated(row: Placement, replicas: int, cluster: Cluster) -> Placement:
+    """The same on `replicas` devices, each with the whole model and a part of the tokens."""
+    each, there = math.ceil(row.gpus), sum(node.gpus for node in cluster.nodes)
+    gpus = each * replicas
+    note = "; ".join(part for part in (row.note, f"{replicas} replicas divide the tokens") if part)
+    problem = row.problem
+    if not problem and (row.tensor_parallel or 1) > 1:
+        problem = f"{row.tensor_parallel} devices must share the model: give --engine streaming, or --replicas 1"
+    elif not problem and gpus > there:
+        problem = f"{replicas} replicas need {gpus} GPUs and there are {there}; give --replicas {there // each}"
+    return replace(row, gpus=gpus, note=note, problem=problem)
 
 
 def _taps_at_once(read: ReadJob, need: Needs, free: float) -> int:
@@ -177,16 +283,37 @@ def _peak(value: float, host: float, on_gpu: bool) -> dict[str, Any]:
     return {"peak_bytes": None, "peak_host_bytes": int(value + PROCESS_BYTES)}
 
 
-def _ranks(size: ModelSize, need: Needs, node: Node, cluster: Cluster) -> int | None:
-    """The smallest tensor-parallel degree that divides the heads and fits; beyond one node only by whole nodes."""
-    if not size.num_heads or not size.num_kv_heads:
+def _ranks(size: ModelSize, need: Needs, cluster: Cluster, vllm: bool, asked: int | None) -> int | str | None:
+    """The degree of tensor parallel: `asked`, or the smallest that divides and fits; None: none; or why not, in words.
+
+    Beyond one node only by whole nodes, and by the torch engine.
+    """
+    node = cluster.largest
+    room, counts = _Room.of(cluster).device, size.divisors
+    degrees: list[int] = [*range(2, node.gpus + 1)]
+    if asked is not None and asked > 1:
+        uneven = [f"{count} ({name})" for name, count in counts.items() if count % asked]
+        if not counts and not vllm:
+            return "transformers has no tensor-parallel plan for this architecture; give --tensor-parallel 1"
+        if uneven:
+            return f"--tensor-parallel {asked} does not divide {', '.join(uneven)}"
+        there = node.gpus * (1 if vllm else len(cluster.nodes))
+        if node.gpus and asked > there:
+            return f"--tensor-parallel {asked}: {'the largest node' if vllm else 'the cluster'} has {there} GPUs"
+        needed = need.sharded(asked) * (1 if node.gpus else asked)
+        return asked if needed <= room else f"each of {asked} devices needs {_gb(need.sharded(asked))}; give more"
+    if asked == 1 or not counts or not node.gpus:
         return None
-    degrees: list[int] = [*range(2, node.gpus + 1), *(node.gpus * n for n in range(2, len(cluster.nodes) + 1))]
+    if not vllm:
+        degrees += [node.gpus * n for n in range(2, len(cluster.nodes) + 1)]
     for ranks in degrees:
-        divides = size.num_heads % ranks == 0 and size.num_kv_heads % ranks == 0
-        if divides and need.sharded(ranks) <= _USABLE * node.gpu_bytes:
+        if all(count % ranks == 0 for count in counts.values()) and need.sharded(ranks) <= room:
             return ranks
     return None
+
+
+def _joined(*remarks: str | None) -> str | None:
+    return "; ".join(remark for remark in remarks if remark) or None
 
 
 def _remedy(dtype: str | None, need: Needs) -> str:
@@ -215,15 +342,14 @@ def place_jobs(jobs: list[ModelJob], cluster: Cluster) -> tuple[list[ModelJob], 
     problems: list[str] = []
     placed = []
     for job in jobs:
-        reads, degree, share, work = [], None, 0.0, 0.0
+        reads, degree, share, work, asked = [], None, 0.0, 0.0, _asked(job, cluster)
         for read in job.reads:
             work += _work(read)
-            shared = (job.tensor_parallel or 1) > 1  # asked for: the actors say what does not fit
-            if read.engine and not read.error and not shared and not _surely_fits(read, cluster):
-                row = place(read, cluster)
+            if read.engine and not read.error and (asked not in (None, 1) or not _surely_fits(read, cluster)):
+                row = place(read, cluster, asked)
                 share = max(share, row.gpus)
-                if row.gpus > 1:
-                    degree = max(degree or 1, int(row.gpus))
+                if row.tensor_parallel and row.tensor_parallel > 1:
+                    degree = max(degree or 1, row.tensor_parallel)
                 if row.problem:
                     problems.append(f"{read.label()}: {row.problem}")
                     read = replace(read, error=row.problem)

@@ -16,9 +16,18 @@ def plan(
     ] = None,
     suite: Annotated[str | None, typer.Option(metavar="NAME", help="Suite of the registry. [default: quick]")] = None,
     registry: Annotated[Path | None, typer.Option(metavar="FILE", help="Registry. [default: models.yaml]")] = None,
-    reads: Annotated[str | None, typer.Option(help="Comma-separated: parameters, random, trained.")] = None,
+    reads: Annotated[str | None, typer.Option(help="Comma-separated: parameters, random, trained, functional.")] = None,
     address: Annotated[str | None, typer.Option(help="Ray to ask for its nodes. [default: this machine]")] = None,
-    engine: Annotated[str, typer.Option(help="auto, torch or streaming.")] = "auto",
+    out: Annotated[
+        str | None,
+        typer.Option(metavar="DIR_OR_URI", help="Result set that run would continue."),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume/--fresh", help="As for run.")] = True,
+    engine: Annotated[str, typer.Option(help="auto, torch, streaming (one block at a time) or vllm.")] = "auto",
+    tensor_parallel: Annotated[
+        int | None, typer.Option(min=1, help="Devices that share one model. [default: as few as it fits on]")
+    ] = None,
+    replicas: Annotated[int, typer.Option(min=1, help="As for run.")] = 1,
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens to read. [default: the protocol's]")] = None,
     input_spec: Annotated[str | None, typer.Option("--input", metavar="SPEC", help="As for run.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="As for run.")] = 0,
@@ -43,21 +52,37 @@ def plan(
     from runners.plan import as_rows, make_plan
     from suite.registry import RegistryError, find_registry, load_registry
 
+    check_options(engine, dtype, tokens, input_spec)
     try:
         cluster = choose_cluster(assume, address)
         path = find_registry(registry)
-        overrides = Overrides(tokens, input_spec, dtype, None if engine == "auto" else engine, seed, accumulator_gb)
+        chosen = None if engine == "auto" else engine
+        overrides = Overrides(tokens, input_spec, dtype, chosen, seed, accumulator_gb, tensor_parallel, replicas)
         wanted = [part.strip() for part in reads.split(",")] if reads is not None else None
-        jobs = build_jobs(load_registry(path), path, models or [], suite, wanted, overrides)
+        jobs = build_jobs(load_registry(path), path, models or [], suite, wanted, overrides, assumed=assume is not None)
     except (RegistryError, JobError, PlanError) as error:
         raise UserError(str(error)) from error
-    rows = as_rows(make_plan(jobs, cluster))
+    done = _finished(out) if out is not None and resume else set()
+    rows = as_rows(make_plan(jobs, cluster, done))
     if as_json:
         print(json.dumps({"cluster": cluster.label, "reads": rows}, indent=2))
     else:
         _print(rows, cluster.label)
     if any(row["problem"] for row in rows):
         raise typer.Exit(EXIT_FALSE)
+
+
+def check_options(engine: str, dtype: str | None, tokens: int | None, input_spec: str | None) -> None:
+    """Raise UserError for what neither `run` nor `plan` takes."""
+    from runners.console import UserError, one_of
+    from runners.jobs import ENGINES
+    from suite.registry import Dtype
+
+    one_of("--dtype", dtype, Dtype.__args__)  # type: ignore[attr-defined]
+    if engine not in ENGINES:
+        raise UserError(f"--engine {engine!r} cannot be run by this version; choose {', '.join(ENGINES)}")
+    if tokens is not None and input_spec is not None and input_spec.endswith(".npy"):
+        raise UserError("--tokens does nothing with tokens:FILE.npy, which is used exactly as given; leave one out")
 
 
 def choose_cluster(assume: str | None, address: str | None) -> Any:
@@ -71,6 +96,13 @@ def choose_cluster(assume: str | None, address: str | None) -> Any:
     if assume is not None:
         return parse_cluster(assume)
     return this_machine() if address in (None, "local") else ray_cluster(str(address))
+
+
+def _finished(out: str) -> set[tuple[Any, ...]]:
+    """What is finished in the result set at `out`; a folder that is not there is not made."""
+    from runners.store import ResultStore
+
+    return ResultStore(out).finished() if "://" in out or Path(out).exists() else set()
 
 
 def _print(rows: list[dict[str, Any]], label: str) -> None:

@@ -14,9 +14,10 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
-from runners.events import Finished, versions
+from runners.events import Finished
 from runners.jobs import ModelJob, ReadJob
 from runners.store import ResultStore
+from runners.versions import versions
 
 _RECORD_VERSION = 1
 _SECRET_NAME = r"[\w.-]*(?:token|key|key_?id|secret|signature|sig|password|passwd|credentials?|auth)"

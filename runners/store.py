@@ -1,13 +1,16 @@
 """Result sets: `OUT/<table>/*.parquet`, each file written whole or not at all, by the driver alone.
 
-A local file is written aside, flushed to the disk and renamed into place; an object store gets one write of the
-finished buffer. The row of `reads` goes last: it is what makes a read exist.
+A local file is written aside, flushed to the disk and renamed into place, and so is one on a remote file system that
+renames (sftp, hdfs); an object store gets one write of the finished buffer, which it publishes when it has all of it.
+Names are unique, so that two runs may write to one place. The row of `reads` goes last: it is what makes a read exist.
 """
 
+import contextlib
 import io
 import os
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,10 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from suite.places import is_local, open_place, scrubbed
 from suite.schema import KEY, SCHEMA_VERSION, TABLES
+
+_FOOTER_BYTES = 2**17  # as much of a remote file's end as holds its schema
 
 
 class StoreError(ValueError):
@@ -31,35 +37,35 @@ class ResultStore:
         Raises:
             StoreError: not writable, or written by a newer version.
         """
-        self.location = location
+        self.location = scrubbed(location)
         try:
-            self._fs, root = fsspec.core.url_to_fs(location)
-        except (ImportError, ValueError) as error:
-            raise StoreError(f"--out {location}: {error}") from error
-        self._root, self._local = root.rstrip("/"), "file" in (self._fs.protocol, *self._fs.protocol)
+            self._fs, self._root = open_place(location)
+        except Exception as error:
+            raise StoreError(f"--out {self.location}: {_reason(error)}") from error
+        self._local = is_local(self._fs)
+        self._renames = self._local or type(self._fs).mv is not fsspec.AbstractFileSystem.mv
         try:
-            self._fs.makedirs(self._root, exist_ok=True)
             self._probe()
-        except OSError as error:
-            reason = os.strerror(error.errno) if error.errno else str(error)
-            raise StoreError(f"--out {location}: cannot be written ({reason}); choose another folder") from error
+        except Exception as error:
+            advice = "choose another folder" if self._local else "check bucket, path and credentials"
+            raise StoreError(f"--out {self.location}: cannot be written ({_reason(error)}); {advice}") from error
         self._check_version()
 
     def finished(self) -> set[tuple[Any, ...]]:
         """Identities (key and fingerprint) of the reads that are done and need no second measurement."""
         columns = [*KEY, "source_fingerprint", "status"]
         identities = set()
-        for path in self._files("reads"):
-            for row in self._read(path, columns).to_pylist():
-                if row["status"] == "ok":
-                    identities.add(tuple(row[name] for name in columns[:-1]))
+        for path, source in self._sources("reads"):
+            with self._readable(path):
+                rows = pq.read_table(source, columns=columns, partitioning=None).to_pylist()
+            identities |= {tuple(row[name] for name in columns[:-1]) for row in rows if row["status"] == "ok"}
         return identities
 
     def write(self, tables: dict[str, pa.Table], stamp: str | None = None) -> None:
         """Store the tables of one read, `reads` last. With the same `stamp` again, what is there is replaced.
 
         Raises:
-            OSError: the disk is full or gone; nothing half-written is left where readers look.
+            OSError: the disk is full or gone, or the store refuses; nothing half-written is left where readers look.
         """
         stamp = stamp or f"{time.time_ns()}-{uuid.uuid4().hex[:12]}"
         for name in sorted(tables, key=lambda table: table == "reads"):
@@ -77,43 +83,63 @@ class ResultStore:
         self._write_whole(path, text.encode())
 
     def _write_whole(self, path: str, contents: bytes) -> None:
-        target = f"{self._root}/{path}"
-        if not self._local:
-            self._fs.pipe_file(target, contents)
+        target, aside = f"{self._root}/{path}", f"{self._root}/_tmp/{uuid.uuid4().hex}"
+        if self._local:
+            _write_local(Path(target), Path(aside), contents)
             return
-        final, aside = Path(target), Path(self._root) / "_tmp" / uuid.uuid4().hex
-        for folder in (final.parent, aside.parent):
-            folder.mkdir(parents=True, exist_ok=True)
         try:
-            with aside.open("wb") as file:
-                file.write(contents)
-                file.flush()
-                os.fsync(file.fileno())
-            aside.rename(final)
-        finally:
-            aside.unlink(missing_ok=True)
-        descriptor = os.open(final.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)  # the new name itself
-        finally:
-            os.close(descriptor)
+            if not self._renames:
+                self._fs.pipe_file(target, contents)
+                return
+            for name in (target, aside):
+                self._fs.makedirs(name.rpartition("/")[0], exist_ok=True)
+            self._fs.pipe_file(aside, contents)
+            self._fs.mv(aside, target)
+        except Exception as error:
+            raise OSError(f"{self.location}/{path}: not stored ({_reason(error)}); nothing of it is there") from error
 
     def _probe(self) -> None:
         """Fail now, not after the first hour: write a small file and take it away."""
+        if "hf" in (self._fs.protocol, *self._fs.protocol):  # each write would be a commit
+            self._fs.ls("/".join(self._root.split("/")[:3]), detail=False)
+            return
+        if self._renames:
+            self._fs.makedirs(self._root, exist_ok=True)  # elsewhere it would make buckets
         name = f"{self._root}/.deadbench-{uuid.uuid4().hex[:8]}"
         self._fs.pipe_file(name, b"")
         self._fs.rm_file(name)
 
     def _files(self, table: str) -> list[str]:
         folder = f"{self._root}/{table}"
-        if not self._fs.exists(folder):
+        try:
+            listed = self._fs.ls(folder, detail=False, refresh=True)  # what others wrote meanwhile is there too
+        except FileNotFoundError:
             return []
-        return sorted(p for p in self._fs.ls(folder, detail=False) if p.endswith(".parquet"))
+        return sorted(path for path in listed if path.endswith(".parquet"))
+
+    def _sources(self, table: str) -> list[tuple[str, Any]]:
+        """(path, what pyarrow opens) of a table's files; remote ones are fetched together."""
+        files = self._files(table)
+        if self._local or not files:
+            return [(path, path) for path in files]
+        try:
+            return [(path, io.BytesIO(data)) for path, data in self._fs.cat(files).items()]
+        except Exception as error:
+            raise StoreError(f"--out {self.location}: {table} cannot be read ({_reason(error)})") from error
+
+    def _footers(self, table: str) -> list[tuple[str, Any]]:
+        """(path, what pyarrow reads a schema from) of a table's files; of remote ones only the end."""
+        files = self._files(table)
+        if self._local or not files:
+            return [(path, path) for path in files]
+        ends = self._fs.cat_ranges(files, [-_FOOTER_BYTES] * len(files), [None] * len(files), on_error="return")
+        return [(p, io.BytesIO(end if isinstance(end, bytes) else b"")) for p, end in zip(files, ends, strict=True)]
 
     def _check_version(self) -> None:
         for table in TABLES:
-            for path in self._files(table):
-                metadata = self._open(path).schema_arrow.metadata or {}
+            for path, source in self._footers(table):
+                with self._readable(path):
+                    metadata = pq.read_schema(source).metadata or {}
                 version = metadata.get(b"schema_version", b"").decode()
                 if not version.isdigit():
                     raise StoreError(f"--out {self.location}: {path} is not a deadbench result; choose another folder")
@@ -123,11 +149,33 @@ class ResultStore:
                         f"{SCHEMA_VERSION}); upgrade deadbench or choose another folder"
                     )
 
-    def _open(self, path: str) -> pq.ParquetFile:
+    @contextlib.contextmanager
+    def _readable(self, path: str) -> Iterator[None]:
         try:
-            return pq.ParquetFile(io.BytesIO(self._fs.cat_file(path)))
+            yield
         except (pa.ArrowException, OSError) as error:
             raise StoreError(f"--out {self.location}: {path} cannot be read as parquet; move it away") from error
 
-    def _read(self, path: str, columns: list[str]) -> pa.Table:
-        return self._open(path).read(columns=columns)
+
+def _write_local(final: Path, aside: Path, data: bytes) -> None:
+    for folder in (final.parent, aside.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with aside.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.rename(final)
+    finally:
+        aside.unlink(missing_ok=True)
+    descriptor = os.open(final.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)  # the new name itself
+    finally:
+        os.close(descriptor)
+
+
+def _reason(error: Exception) -> str:
+    """What a file system says, in a few words and without secrets."""
+    known = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else ""
+    return known or scrubbed(" ".join(str(error).split()))[:200] or type(error).__name__

@@ -53,7 +53,7 @@ class StreamingEngine(TorchEngine):
     def load_random(self, config: Any, seed: int, dtype: torch.dtype, *, published: bool = False) -> nn.Module:
         """The weights that `TorchEngine.load_random` draws, bit for bit; those of blocks when they are wanted."""
         started = time.perf_counter()
-        self._final = locate_final_norm(config)
+        self._final = locate_final_norm(config, self.part)
         model, drawn = deferred_model(config, seed)
         deferred = {name: tensor for name, tensor in _tensors(model) if tensor.is_meta}
         self._place(model, lambda name: drawn.value(deferred[name]), dtype)
@@ -71,7 +71,7 @@ class StreamingEngine(TorchEngine):
 
         started = time.perf_counter()
         config = build_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-        self._final = locate_final_norm(config)
+        self._final = locate_final_norm(config, self.part)
         empty = build_model(config, "meta")
         paths = streamed_paths(empty)
         inside = tuple(f"{path}." for path in paths)
@@ -95,14 +95,14 @@ class StreamingEngine(TorchEngine):
         return model
 
     def final_norm(self, model: nn.Module) -> FinalNorm:
-        """The final norm of the model, found without its weights."""
+        """The final norm of the part that is read, found without its weights."""
         assert self._final is not None
         return self._final
 
     def runnable(self, model: nn.Module) -> nn.Module:
-        """A model without values: its forward pass moves no weights and needs no other rank."""
+        """The part without values: its forward pass moves no weights and needs no other rank."""
         config: Any = model.config
-        return build_model(config, "meta")
+        return build_model(config, "meta").get_submodule(self.part)
 
     def passes(
         self, model: nn.Module, norm: nn.Module, batches: list[Batch], blocks: Blocks | None = None

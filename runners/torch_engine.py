@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from suite.architecture import build_model, build_published, find_final_norm
 from suite.inputs import Batch
-from suite.residual import Ranks
+from suite.ranks import Ranks
 from suite.resolution import FinalNorm
 from suite.tensors import CheckpointError
 
@@ -60,6 +60,7 @@ class TorchEngine:
         load_seconds: how long the last load took.
         detail: what a row says of how the model was run.
         ranks: the processes that share the model; this one alone, unless an engine says otherwise.
+        part: path of the module of the model that will be read, "" for the whole; set before the model is loaded.
     """
 
     tap_by_tap: ClassVar[bool] = False
@@ -68,6 +69,7 @@ class TorchEngine:
     load_seconds: float = field(default=0.0)
     detail: str = field(default="resident on one device")
     ranks: Ranks = field(default=Ranks())
+    part: str = ""
 
     def load_random(self, config: Any, seed: int, dtype: torch.dtype, *, published: bool = False) -> nn.Module:
         """transformers' own initialisation: `set_seed(seed)`, `AutoModel.from_config` in float32, cast to `dtype`.
@@ -127,12 +129,12 @@ class TorchEngine:
         return model.eval()
 
     def final_norm(self, model: nn.Module) -> FinalNorm:
-        """The final norm of a loaded model."""
-        return find_final_norm(model)
+        """The final norm of the part that is read of a loaded model."""
+        return find_final_norm(model.get_submodule(self.part))
 
     def runnable(self, model: nn.Module) -> nn.Module:
-        """What small inputs are tried on: the model, or where that is in pieces, its like on the meta device."""
-        return model
+        """What small inputs are tried on: the part that is read, or its like without values where it is in pieces."""
+        return model.get_submodule(self.part)
 
     def passes(
         self, model: nn.Module, norm: nn.Module, batches: list[Batch], blocks: Blocks | None = None

@@ -19,9 +19,11 @@ import pyarrow as pa
 import torch
 
 from runners.events import Progress, Reading
-from runners.forward import accumulator_bytes, dtype_name, make_inputs, num_parameters, tensor_name, wanted_tokens
+from runners.forward import dtype_name, make_inputs, num_parameters, tensor_name, wanted_tokens
 from runners.jobs import INSTALL_VLLM, ReadJob, vllm_is_installed
+from runners.passes import accumulator_bytes
 from runners.torch_engine import BATCH_TOKENS, pick_device
+from runners.vllm_support import ENVIRONMENT, refusal, vllm_architecture
 from suite.architecture import build_config, build_model, locate_final_norm
 from suite.inputs import Inputs, check_count
 from suite.parameters import architecture_columns
@@ -30,15 +32,6 @@ from suite.schema import Row
 from suite.tensors import TensorEntry
 
 _EXTENSION = "runners.vllm_worker.StreamReader"
-_ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a forked child would not carry the mark by which it is found and ended
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # a sequence of the longest length and the one token that is generated
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1",
-}
 
 
 def read_vllm(
@@ -66,7 +59,7 @@ def read_vllm(
     whole = build_model(config, "meta")
     module = copy.deepcopy(whole.get_submodule(final.path)).to_empty(device="cpu")
     sought = pickle.dumps((final, module))
-    raw_config = raw_config | {"architectures": [_architecture(raw_config)]}
+    raw_config = raw_config | {"architectures": [vllm_architecture(raw_config)]}
     num_tokens = wanted_tokens(read, final.hidden_size)
     yield Progress(read.label(), "input", 0, num_tokens)
     inputs = make_inputs(read, whole, folder, num_tokens, BATCH_TOKENS)
@@ -121,7 +114,7 @@ def read_vllm(
 @contextlib.contextmanager
 def _loaded(read: ReadJob, raw_config: dict[str, Any], folder: Path | None, dtype: str, longest: int) -> Iterator[Any]:
     """A running vLLM with the checkpoint in `folder`, or with random weights; everything of it is gone afterwards."""
-    for name, value in _ENVIRONMENT.items():
+    for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import vllm
 
@@ -151,8 +144,7 @@ def _loaded(read: ReadJob, raw_config: dict[str, Any], folder: Path | None, dtyp
                 seed=read.seed,
             )
         except Exception as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ValueError(f"vLLM cannot load it ({type(error).__name__}: {reason}); give --engine torch") from error
+            raise ValueError(f"vLLM cannot load it ({refusal(error)}); give --engine torch") from error
         try:
             yield llm
         finally:
@@ -176,17 +168,6 @@ def _prompts(inputs: Inputs) -> Iterator[list[int]]:
         ids_ST = batch.model_inputs["input_ids"]
         for row, ids_T in enumerate(ids_ST):
             yield ids_T.tolist() if batch.mask_ST is None else ids_T[batch.mask_ST[row]].tolist()
-
-
-def _architecture(raw_config: dict[str, Any]) -> str:
-    """The class with a language model's head, by which vLLM knows an architecture."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    stated = [name for name in raw_config.get("architectures") or () if name.endswith(("ForCausalLM", "LMHeadModel"))]
-    name = (stated or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(raw_config["model_type"])])[0]
-    if name is None:
-        raise ValueError(f"vLLM runs language models, and {raw_config['model_type']!r} is none; give --engine torch")
-    return str(name)
 
 
 def _rows(table: pa.Table) -> list[Row]:

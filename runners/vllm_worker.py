@@ -22,7 +22,8 @@ from runners.deferred_init import deferred_model
 from suite.architecture import block_list, build_config
 from suite.final_norm import FinalNormRead
 from suite.parameters import scale_columns
-from suite.residual import Ranks, ResidualRead
+from suite.ranks import Ranks
+from suite.residual import ResidualRead
 from suite.resolution import EffectiveNorm, FinalNorm, effective_norm
 from suite.schema import Row, to_table
 

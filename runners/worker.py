@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 
 from runners.events import Event, Finished, Progress, Reading, to_tables
 from runners.jobs import ModelJob, ReadJob
+from suite.places import scrubbed
 
 
 def run_model(job: ModelJob, run_id: str, attempt: int) -> Iterator[Event]:
@@ -37,7 +38,7 @@ def run_model(job: ModelJob, run_id: str, attempt: int) -> Iterator[Event]:
 
 def one_line(error: BaseException) -> str:
     """What went wrong, in one line; our own errors speak for themselves, others name their class."""
-    text = " ".join(str(error).split())[:500]
+    text = scrubbed(" ".join(str(error).split()))[:500]
     ours = type(error).__module__.split(".")[0] in ("suite", "runners") or type(error) is ValueError
     return text if ours and text else f"{type(error).__name__}: {text}".rstrip(": ")
 
@@ -64,7 +65,10 @@ def _read_parameters(read: ReadJob) -> Reading:
 
 
 def _read_random(read: ReadJob) -> Reading:
+    from suite.architecture import build_config
+    from suite.nullity import dead_at_initialisation
     from suite.sources import Checkpoint
+    from suite.tensors import CheckpointError
 
     with ExitStack() as stack:
         config, folder = read.model.config, None
@@ -75,8 +79,15 @@ def _read_random(read: ReadJob) -> Reading:
             if read.model.source is None:
                 raise ValueError("text needs a tokenizer and the registry gives no source; use tokens:random")
             checkpoint = Checkpoint(read.model.source, read.model.main_checkpoint(), read.base)
-            folder = stack.enter_context(checkpoint.local_copy())
-        return (yield from _model_reader(read)(read, config, folder, trained=False))
+            try:
+                folder = stack.enter_context(checkpoint.local_copy(weights=False))
+            except CheckpointError as error:
+                raise CheckpointError(f"{error} (for its tokenizer; --input tokens:random needs none)") from error
+        rows = yield from _model_reader(read)(read, config, folder, trained=False)
+        dead, row = dead_at_initialisation(build_config(config)), rows["reads"][0]
+        row["dead_parameters"] = dead
+        row["dead_parameters_share"] = None if dead is None else dead / row["num_parameters"]
+        return rows
 
 
 def _read_trained(read: ReadJob) -> Reading:

@@ -7,15 +7,19 @@ kernel test says that it normalises. Names decide nothing.
 
 import contextlib
 import itertools
+import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from suite.dummy_inputs import minimal_inputs
-from suite.norms import probe
+from suite.norms import own_vectors, probe
+from suite.renaming import renamings
 from suite.resolution import ArchitectureError, FinalNorm, NormBehaviour, RemoteCodeError
+from suite.valueless import attempts
 
 SMALL_MODEL = 500_000_000  # parameters: 2 GB in float32, a few seconds to draw
 _CUT_CANDIDATES = 40  # modules, last called first, among which a norm behind a projection is looked for
@@ -117,20 +121,20 @@ def objective(config: Mapping[str, Any]) -> str | None:
     return None
 
 
-def locate_final_norm(config: Any) -> FinalNorm:
-    """The final norm of the architecture that `config` describes, without any weights.
+def locate_final_norm(config: Any, part: str = "") -> FinalNorm:
+    """The final norm of the architecture that `config` describes, or of its module `part`, without any weights.
 
     First on the meta device. Some forward passes look at values, which meta tensors have not, and some norms are told
     only by values; those models are built on CPU where they are small.
     """
     model = build_model(config, "meta")
-    found = find_final_norm(model)
+    found = find_final_norm(model.get_submodule(part))
     if found.path is None and sum(p.numel() for p in model.parameters()) <= SMALL_MODEL:
-        found = find_final_norm(build_model(config))
+        found = find_final_norm(build_model(config).get_submodule(part))
     elif found.family == "none":
         # On meta only identity is seen; a norm behind a copy or a projection would be missed.
         found = _nothing("undetermined", f"{found.reason}, and the model is too large to be tried", model)
-    return found
+    return replace(found, renamings=renamings(model))
 
 
 def find_final_norm(model: nn.Module, inputs: Mapping[str, Tensor] | None = None) -> FinalNorm:
@@ -141,18 +145,24 @@ def find_final_norm(model: nn.Module, inputs: Mapping[str, Tensor] | None = None
         inputs: keyword arguments of the forward pass; minimal dummy inputs, tried in turn, for None.
     """
     failure = ""
-    for candidate in minimal_inputs(model) if inputs is None else [inputs]:
+    candidates = minimal_inputs(model) if inputs is None else [inputs]
+    for candidate, attempt in itertools.product(candidates, attempts(model)):
         try:
-            with torch.no_grad(), _recorded_calls(model) as calls:
+            with torch.no_grad(), attempt(), _recorded_calls(model) as calls:
                 output = model(**candidate)
         except Exception as error:
             failure = failure or _one_line(error)
             continue
         stream = _stream_of(output)
         if stream is None:
-            return _nothing("undetermined", f"{type(model).__name__} returns no hidden states", model)
-        return _by_identity(model, calls, stream) or _by_cutting(model, calls, candidate, stream)
-    return _nothing("undetermined", f"the forward pass on minimal inputs failed: {failure}", model)
+            return _nothing("undetermined", f"{type(model).__name__} returns no last hidden state", model)
+        found = _by_identity(model, calls, stream)
+        if found is not None:
+            return found
+        if stream.device.type == "meta" or _hears(model, candidate, stream):
+            return _by_cutting(model, calls, candidate, stream)
+        failure = failure or "the last hidden state does not depend on them"
+    return _nothing("undetermined", f"no minimal input was of use: {failure}", model)
 
 
 def _stream_of(output: Any) -> Tensor | None:
@@ -168,48 +178,56 @@ def _stream_of(output: Any) -> Tensor | None:
     for key in sorted(towers, key=lambda key: not key.startswith(("text", "language"))):
         if isinstance(towers[key].last_hidden_state, Tensor):
             return towers[key].last_hidden_state  # type: ignore[no-any-return]
-    return next((t for t in output.values() if isinstance(t, Tensor) and t.is_floating_point() and t.ndim > 1), None)
+    states = [value for key, value in output.items() if key.endswith("last_hidden_state") and isinstance(value, Tensor)]
+    if len(states) == 1:
+        return states[0]
+    tensors = [v for v in output.values() if isinstance(v, Tensor) and v.is_floating_point() and v.ndim > 1]
+    return tensors[0] if len(tensors) == 1 else None
 
 
-def _by_identity(model: nn.Module, calls: list[tuple[str, Tensor]], stream: Tensor) -> FinalNorm | None:
+def _by_identity(model: nn.Module, calls: list["_Call"], stream: Tensor) -> FinalNorm | None:
     """The norm whose output is the stream itself, seen through reshapes and cuts."""
     modules = dict(model.named_modules())
-    for path, tensor in calls:
-        if not _same_storage(tensor, stream) or any(True for _ in modules[path].children()):
+    for call in calls:
+        module = modules[call.path]
+        if not _same_storage(call.output, stream) or not _may_be_a_norm(module):
             continue
-        behaviour = probe(modules[path], tensor.shape[-1])
+        behaviour = probe(module, call.output.shape[-1])
         if behaviour.family in ("layernorm", "rmsnorm"):
-            text = f"the output of {path} ({type(modules[path]).__name__}) is the model's last hidden state"
-            return _found(model, path, tensor, behaviour, text)
+            text = f"the output of {call.path} ({type(module).__name__}) is the model's last hidden state"
+            return _found(model, call, calls, behaviour, text)
     return None
 
 
-def _by_cutting(
-    model: nn.Module, calls: list[tuple[str, Tensor]], inputs: Mapping[str, Any], stream: Tensor
-) -> FinalNorm:
+def _may_be_a_norm(module: nn.Module) -> bool:
+    """Whether it is worth a probe: it holds no other modules, or vectors of its own beside them."""
+    return bool(own_vectors(module)) or not any(True for _ in module.children())
+
+
+def _by_cutting(model: nn.Module, calls: list["_Call"], inputs: Mapping[str, Any], stream: Tensor) -> FinalNorm:
     """The last norm through which everything flows: with its output held fixed, the stream no longer hears the input.
 
     It must come after the last block, or end it: before the blocks everything flows through the embedding's norm too.
     """
-    makers = [path for path, tensor in calls if _same_storage(tensor, stream)]
+    makers = [call.path for call in calls if _same_storage(call.output, stream)]
     modules = dict(model.named_modules())
     maker = f"{makers[-1]} ({type(modules[makers[-1]]).__name__})" if makers else "an unnamed operation"
     nothing = _nothing("none", f"the last hidden state comes from {maker}, which is no normalisation", model)
     if stream.device.type == "meta":
         return nothing
     blocks_path, _num_blocks = block_list(model, makers[-1] if makers else None)
-    last_block = max((i for i, (path, _) in enumerate(calls) if _is_block(path, blocks_path)), default=-1)
-    inside_last = [path for path, _ in calls if _is_block(path, blocks_path)][-1:]
-    last_calls = {path: i for i, (path, _) in enumerate(calls)}
+    last_block = max((i for i, call in enumerate(calls) if _is_block(call.path, blocks_path)), default=-1)
+    inside_last = [call.path for call in calls if _is_block(call.path, blocks_path)][-1:]
+    last_calls = {call.path: i for i, call in enumerate(calls)}
     for path in sorted(last_calls, key=lambda path: -last_calls[path])[:_CUT_CANDIDATES]:
-        module, tensor = modules[path], calls[last_calls[path]][1]
+        module, call = modules[path], calls[last_calls[path]]
         ends_block = any(path.startswith(f"{block}.") for block in inside_last)
-        if any(True for _ in module.children()) or (last_calls[path] < last_block and not ends_block):
+        if not _may_be_a_norm(module) or (last_calls[path] < last_block and not ends_block):
             continue
-        behaviour = probe(module, tensor.shape[-1])
+        behaviour = probe(module, call.output.shape[-1])
         if behaviour.family in ("layernorm", "rmsnorm") and _cuts(model, module, inputs, stream):
             text = f"the last hidden state depends on the input through {path} ({type(module).__name__}) alone"
-            return _found(model, path, tensor, behaviour, text)
+            return _found(model, call, calls, behaviour, text)
     return nothing
 
 
@@ -233,14 +251,17 @@ def _cuts(model: nn.Module, module: nn.Module, inputs: Mapping[str, Any], stream
         handle.remove()
     if any(s is None or s.shape != stream.shape for s in streams):
         return False
-    free = _stream_of_quietly(model, _other_inputs(inputs))
-    hears = free is not None and not torch.equal(free, stream)
-    return hears and torch.equal(streams[0], streams[1])  # type: ignore[arg-type]
+    return torch.equal(streams[0], streams[1])  # type: ignore[arg-type]
 
 
-def _stream_of_quietly(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor | None:
-    with torch.no_grad():
-        return _stream_of(model(**inputs))
+def _hears(model: nn.Module, inputs: Mapping[str, Any], stream: Tensor) -> bool:
+    """Whether the stream depends on the input's values, and is told apart from one that holds no numbers."""
+    try:
+        with torch.no_grad():
+            other = _stream_of(model(**_other_inputs(inputs)))
+    except Exception:
+        return False
+    return other is not None and bool(stream.isfinite().all()) and not torch.equal(other, stream)
 
 
 def _other_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -259,14 +280,24 @@ def _is_block(path: str, blocks_path: str | None) -> bool:
     return blocks_path is not None and path.rpartition(".")[0] == blocks_path
 
 
-def _found(model: nn.Module, path: str, output: Tensor, behaviour: NormBehaviour, evidence: str) -> FinalNorm:
-    blocks_path, num_blocks = block_list(model, path)
-    post = blocks_path is not None and path.startswith(f"{blocks_path}.")
-    width = output.shape[-1]
-    rows = output[0].numel() // width if output.ndim > 2 else len(output)
-    return FinalNorm(
-        path, behaviour, "post" if post else "pre", width, num_blocks, rows, None, (evidence, *behaviour.evidence)
-    )
+def _found(model: nn.Module, call: "_Call", calls: list["_Call"], behaviour: NormBehaviour, evidence: str) -> FinalNorm:
+    _, num_blocks = block_list(model, call.path)
+    width = call.output.shape[-1]
+    rows = call.output[0].numel() // width if call.output.ndim > 2 else len(call.output)
+    placement = "post" if _ends_a_block(call, calls) else "pre"
+    return FinalNorm(call.path, behaviour, placement, width, num_blocks, rows, None, (evidence, *behaviour.evidence))
+
+
+def _ends_a_block(call: "_Call", calls: list["_Call"]) -> bool:
+    """Whether the norm is part of a block: inside an item of a list, and not what follows the blocks of a stage.
+
+    After the blocks of a stage, what the norm is given is what the last of them returned; inside a block it is a sum.
+    """
+    item = re.match(r"(.+\.)?\d+(?=\.)", call.path)
+    if item is None:
+        return False
+    within = re.compile(re.escape(item[0]) + r"\..*\.\d+$")
+    return not any(within.match(other.path) and _same_storage(other.output, call.given) for other in calls)
 
 
 def block_list(model: nn.Module, final_norm: str | None) -> tuple[str | None, int | None]:
@@ -289,20 +320,32 @@ def block_list(model: nn.Module, final_norm: str | None) -> tuple[str | None, in
     return best, len(lists[best])
 
 
+@dataclass(frozen=True)
+class _Call:
+    """One call of a module: the first tensor that it was given, if any, and the one that it returned."""
+
+    path: str
+    given: Tensor | None
+    output: Tensor
+
+
 @contextlib.contextmanager
-def _recorded_calls(model: nn.Module) -> Iterator[list[tuple[str, Tensor]]]:
-    """Every module's tensor output, in call order; keeping the tensors keeps their storages distinct."""
-    calls: list[tuple[str, Tensor]] = []
+def _recorded_calls(model: nn.Module) -> Iterator[list[_Call]]:
+    """Every module's calls that return a tensor, in their order; keeping the tensors keeps their storages distinct."""
+    calls: list[_Call] = []
 
     def record(path: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             tensor = output[0] if isinstance(output, tuple) and output else output
             if isinstance(tensor, Tensor):
-                calls.append((path, tensor))
+                given = next((each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)), None)
+                calls.append(_Call(path, given, tensor))
 
         return hook
 
-    handles = [module.register_forward_hook(record(path)) for path, module in model.named_modules() if path]
+    handles = [
+        module.register_forward_hook(record(path), with_kwargs=True) for path, module in model.named_modules() if path
+    ]
     try:
         yield calls
     finally:
@@ -310,8 +353,8 @@ def _recorded_calls(model: nn.Module) -> Iterator[list[tuple[str, Tensor]]]:
             handle.remove()
 
 
-def _same_storage(a: Tensor, b: Tensor) -> bool:
-    return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
+def _same_storage(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is not None and b is not None and bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
 
 
 def _nothing(family: str, reason: str, model: nn.Module) -> FinalNorm:

@@ -11,38 +11,55 @@ from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
+from suite.renaming import Renaming
 from suite.resolution import FinalNorm, NormBehaviour
 
 LAST = "{last}"  # in a path: the index of the last block
-# Keys that say how a model is stored, tokenised, trained or sped up, and never where its final norm is.
+# Keys that say how a model is stored, tokenised, trained or sped up, or of which kind each block is: never where its
+# final norm is.
 HARMLESS = (
     "_name_or_path", "architectures", "auto_map", "torch_dtype", "dtype", "transformers_version", "id2label",
     "label2id", "task_specific_params", "tokenizer_class", "quantization_config", "use_cache", "_attn_implementation",
     "attn_implementation", "prefix", "rope_scaling", "rope_parameters", "layer_types", "problem_type",
     "generation_config", "finetuning_task", "output_attentions", "output_hidden_states", "return_dict",
-    "gradient_checkpointing", "pruned_heads", "max_position_embeddings", "vocab_size",
+    "gradient_checkpointing", "pruned_heads", "max_position_embeddings", "vocab_size", "no_rope_layers",
+    "layers_block_type", "mlp_layer_types", "suppress_tokens", "begin_suppress_tokens", "rope_theta",
 )  # fmt: skip
 HARMLESS_ENDINGS = ("_token_id", "_token_index", "_token", "_dropout", "_pdrop", "_init", "_initializer")
 
 
 def lookup(raw_config: Mapping[str, Any]) -> FinalNorm | None:
-    """The final norm of the configuration, from the atlas alone; None where the atlas cannot answer for it."""
-    entry = _entries().get(str(raw_config.get("model_type")))
-    if entry is None:
-        return None
-    given = {entry["aliases"].get(key, key): value for key, value in flatten(raw_config).items()}
-    if not all(key in given for key in entry["derived"]):
-        return None
-    if not all(_covered(key, value, entry) for key, value in given.items()):
-        return None
+    """The final norm of the configuration, from the atlas alone; None where the atlas cannot answer for it.
 
+    `hidden_size` is None where the length of the norm's tensor says it.
+    """
+    flat = flatten(raw_config)
+    for entry in _entries().get(str(raw_config.get("model_type")), ()):
+        given = {entry["aliases"].get(key, key): value for key, value in flat.items()}
+        if all(key in given for key in entry["derived"]) and _all_covered(given, entry):
+            return _answer(given, entry)
+    return None
+
+
+def _answer(given: Mapping[str, Any], entry: Mapping[str, Any]) -> FinalNorm | None:
     def number(key: Any) -> Any:
         return given.get(key, entry["defaults"].get(key)) if isinstance(key, str) else key
 
     blocks, width, eps = number(entry["blocks"]), number(entry["hidden"]), number(entry["eps"])
-    if not isinstance(width, int) or not isinstance(eps, int | float) or (blocks is None) != (entry["blocks"] is None):
+    if type(blocks) not in (int, type(None)) or (blocks is None) != (entry["blocks"] is None):
         return None
-    path = entry["path"] if blocks is None else entry["path"].replace(LAST, str(blocks - 1))
+    path, told = entry["path"], f"atlas of transformers {_atlas()['transformers']}"
+    if path is None:
+        reason = str(entry["reason"])
+        behaviour = NormBehaviour(entry["family"])
+        width = given.get("hidden_size")
+        width = width if type(width) is int else None
+        return FinalNorm(None, behaviour, None, width, blocks, reason=reason, evidence=(f"{told}: {reason}",))
+    if type(width) is not int and not (width is None and entry["hidden"] is None):
+        return None
+    if not isinstance(eps, int | float) or isinstance(eps, bool):
+        return None
+    path = path if blocks is None else path.replace(LAST, str(blocks - 1))
     keys = [
         f"{key} = {number(key)}" for key in (entry["hidden"], entry["blocks"], entry["eps"]) if isinstance(key, str)
     ]
@@ -52,14 +69,15 @@ def lookup(raw_config: Mapping[str, Any]) -> FinalNorm | None:
         entry["scale_parameter"],
         entry["shift_parameter"],
         float(eps),
-        (f"config: {', '.join(keys)}",),
+        (f"config: {', '.join(keys)}",) if keys else (),
     )
     evidence = (
-        f"atlas of transformers {_atlas()['transformers']}: {path} ({entry['class']}) makes the last hidden state and "
-        f"behaves as {entry['family']}, effective scale {entry['scale']}",
+        f"{told}: {path} ({entry['class']}) makes the last hidden state and behaves as {entry['family']}, effective "
+        f"scale {entry['scale']}",
         *behaviour.evidence,
     )
-    return FinalNorm(path, behaviour, entry["placement"], width, blocks, evidence=evidence)
+    rules = tuple(Renaming(*rule) for rule in entry["renamings"])
+    return FinalNorm(path, behaviour, entry["placement"], width, blocks, evidence=evidence, renamings=rules)
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -79,14 +97,28 @@ def harmless(key: str) -> bool:
     return name in HARMLESS or name.endswith(HARMLESS_ENDINGS)
 
 
+def _all_covered(given: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
+    """Whether the entry's answer is known to hold for the configuration, with what it leaves at its defaults."""
+    towers = tuple(entry["towers"])
+    return all(key.startswith(towers) or _covered(key, value, entry) for key, value in given.items())
+
+
 def _covered(key: str, value: Any, entry: Mapping[str, Any]) -> bool:
     """Whether the entry's answer is known to hold with this value of this key."""
-    if key in (entry["blocks"], entry["hidden"], entry["eps"]) or key in entry["indifferent"] or harmless(key):
+    default = entry["defaults"].get(key)
+    if key in entry["indifferent"]:
+        return not isinstance(default, list) or _same_kind(value, default)
+    if key in (entry["blocks"], entry["hidden"], entry["eps"]) or harmless(key):
         return True
-    if key in entry["defaults"] and entry["defaults"][key] == value:
+    if key in entry["defaults"] and default == value and isinstance(default, bool) == isinstance(value, bool):
         return True
     measured = isinstance(value, int | float) and not isinstance(value, bool)
-    return measured and key not in entry["decisive"]
+    return measured and key not in entry["decisive"] and default is None
+
+
+def _same_kind(value: Any, default: list[Any]) -> bool:
+    """Whether a list of numbers is as long as the default one: a list of another length may be of other stages."""
+    return isinstance(value, list) and len(value) == len(default) and all(type(v) in (int, float) for v in value)
 
 
 @functools.cache

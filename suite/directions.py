@@ -14,6 +14,7 @@ Float64 = NDArray[np.float64]
 ZERO_SCALE_RATIO = 1e-5  # |gamma_i| at or below this share of the median magnitude counts as zero
 UNIT_ROUNDOFF = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24, "float64": 2.0**-53}
 FLOAT64_EPS = 2.0**-52
+_LEADING_MASS, _LEADING_COORDINATES = 0.9, 16
 
 
 def inverse_scale_direction(scale_D: Float64) -> Float64:
@@ -49,6 +50,20 @@ def dead_subspace(scale_D: Float64, family: str) -> Float64:
     if family == "layernorm":
         return inverse_scale_direction(scale_D)[:, None]
     return np.zeros((len(scale_D), 0))
+
+
+def leading_coordinates(direction_D: Float64) -> tuple[list[int], list[float]]:
+    """Largest coordinates of a unit vector and their squared weights: to 90 % of the mass, at most 16.
+
+    Example:
+        >>> leading_coordinates(np.array([0.6, 0.0, -0.8]))
+        ([2, 0], [0.64, 0.36])
+    """
+    weights_D = direction_D**2
+    order_D = np.argsort(-weights_D)
+    needed = int(np.searchsorted(np.cumsum(weights_D[order_D]), _LEADING_MASS)) + 1
+    largest = order_D[: min(needed, _LEADING_COORDINATES)]
+    return largest.tolist(), weights_D[largest].tolist()
 
 
 def harmonic_scale(scale_D: Float64) -> float:

@@ -112,8 +112,8 @@ def _offers(name: str, config: Any, noise: _Shape, whole: _Shape) -> list[Any]:
         return [torch.tensor([[side, side]], device=whole(1).device)]
     if name in ("input_features", "audio_mel"):
         return _spectrograms(config, noise)
-    if name in ("input_features_mask", "audio_mel_mask"):
-        return [whole(1, 128, value=1), whole(1, 128, value=1).bool()]
+    if name in ("input_features_mask", "audio_mel_mask"):  # in some models true is padding
+        return [whole(1, 128, value=1), whole(1, 128, value=1).bool(), whole(1, 128, value=0).bool()]
     if name in ("input_values", "audio_values"):
         bins = _number(config, ("num_mel_bins",), 0)
         frames = _number(config, ("max_length",), 1024)

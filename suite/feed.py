@@ -6,7 +6,9 @@ Shapes: B items, T positions.
 """
 
 import inspect
+import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from suite.signals import (
     photo_crops,
     plain_pictures,
 )
+from suite.valueless import attempts
 
 _TOWERS = {
     "image": ("vision_config", "image_config", "vision_model_config"),
@@ -87,7 +90,7 @@ def feed(
     Raises:
         InputError: an input that cannot be had, or a form that nothing here makes.
     """
-    form = _working_form(part)
+    form = working_form(part)
     if modality == "text":
         return _feed_tokens(part, spec, form, num_tokens, sequence_length, seed, folder, batch_tokens)
     crops_of = spec.partition(":")[2]
@@ -115,7 +118,10 @@ def feed(
     everything, _ = made(count)
     packed = everything[main].shape[0] != count if main in everything else False
     per_batch = 1 if packed or (form[main].ndim == 2 and main == "hidden_states") else max(1, batch_tokens // rows)
-    batches = [Batch(_slice(everything, i, per_batch, count)) for i in range(0, count, per_batch)]
+    batches = [
+        Batch(_slice(everything, i, per_batch, count), rows=rows * min(per_batch, count - i))
+        for i in range(0, count, per_batch)
+    ]
     pixels = everything.get("pixel_values")
     patch = getattr(part.config, "patch_size", None)
     distinct = distinct_patches(pixels, patch) if pixels is not None and isinstance(patch, int) else None
@@ -159,6 +165,7 @@ def _feed_tokens(
         rows = _rows(part, _accompanied(sample, others, seed, part, length).model_inputs)
         made = tokens(-(-num_tokens // rows) * sequence_length)
         count = rows * (made.num_tokens // sequence_length)
+        made = replace(made, batches=[replace(b, rows=rows * len(b.model_inputs["input_ids"])) for b in made.batches])
     else:
         made = tokens(num_tokens)
         count = made.num_tokens
@@ -174,7 +181,7 @@ def _accompanied(batch: Batch, others: dict[str, Tensor], seed: int, part: nn.Mo
     added = {n: _filled(n, t, len(ids), (length, ids.shape[1]), seed, part) for n, t in others.items()}
     if "decoder_input_ids" in added:
         added["decoder_input_ids"] = ids
-    return Batch(batch.model_inputs | {n: t for n, t in added.items() if n not in batch.model_inputs}, batch.mask_ST)
+    return replace(batch, model_inputs=added | batch.model_inputs)
 
 
 def _filled(name: str, form: Tensor, count: int, lengths: tuple[int, int] | None, seed: int, part: nn.Module) -> Tensor:
@@ -209,7 +216,7 @@ class _Described:
         yield torch.empty(0)
 
 
-def _working_form(part: nn.Module) -> dict[str, Tensor]:
+def working_form(part: nn.Module) -> dict[str, Tensor]:
     """The first minimal input on which `part` runs, on the CPU.
 
     Raises:
@@ -217,9 +224,9 @@ def _working_form(part: nn.Module) -> dict[str, Tensor]:
     """
     device, dtype = _place(part)
     failure = "no input is known for its arguments"
-    for candidate in minimal_inputs(_Described(part)):  # type: ignore[arg-type]
+    for candidate, attempt in itertools.product(minimal_inputs(_Described(part)), attempts(part)):  # type: ignore[arg-type]
         try:
-            with torch.no_grad():
+            with torch.no_grad(), attempt():
                 part(**{n: _moved(v, device, dtype) for n, v in candidate.items()})
         except Exception as error:
             failure = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

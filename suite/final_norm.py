@@ -9,6 +9,7 @@ import copy
 import math
 
 import numpy as np
+import pyarrow as pa
 import torch
 from jaxtyping import Bool
 from numpy.typing import NDArray
@@ -20,14 +21,28 @@ from suite.directions import (
     dead_subspace,
     depth_limit,
     inverse_scale_direction,
+    leading_coordinates,
     zero_scales,
 )
-from suite.precision import ExactProjection, VarianceAlong, inverse_direction
+from suite.precision import ALONG_STATE, ExactProjection, VarianceAlong, inverse_direction
+from suite.resampling import SequenceSums, sequence_lengths
 from suite.residual import check_rows, token_rows
 from suite.resolution import EffectiveNorm
 from suite.schema import Row
+from suite.spectrum import STATE as COVARIANCE_STATE
 from suite.spectrum import CovarianceFactor, Spectrum
+from suite.state import VECTOR, StateError, fields, struct, vector
 
+STATE = pa.schema(
+    {
+        "spectrum": pa.struct(COVARIANCE_STATE),
+        "early_float64": pa.struct(COVARIANCE_STATE),
+        "along_float32": pa.struct(ALONG_STATE),
+        "along_float64": pa.struct(ALONG_STATE),
+        "along_executed": pa.struct(ALONG_STATE),
+        "sequences": VECTOR,
+    }
+)
 DEAD_THRESHOLDS = {"num_dead_1e4": 1e-4, "num_dead_1e6": 1e-6, "num_dead_1e8": 1e-8, "num_dead_1e10": 1e-10}
 KERNEL_SLOPE = 0.5  # algebraic kernels give 1.00 to 1.18, learned dead directions 0.00 to 0.08
 VERDICT_THRESHOLD = 1e-6  # of the mean eigenvalue: bottom directions below get a verdict
@@ -42,13 +57,14 @@ class FinalNormRead:
     Args:
         module: the final norm as loaded; it is copied for the float32 replay.
         norm: its formula with its real parameters.
+        first_row: how many rows of the read come before the first that is given here, to another worker.
     """
 
-    def __init__(self, module: nn.Module, norm: EffectiveNorm):
+    def __init__(self, module: nn.Module, norm: EffectiveNorm, first_row: int = 0):
         D = len(norm.scale_D)
         self.norm = norm
         self.spectrum = CovarianceFactor(D)
-        self._early = _EarlyVerdict(D)
+        self._early = _EarlyVerdict(D, first_row)
         self._replay = copy.deepcopy(module).cpu().float()
         for each in self._replay.modules():
             each._forward_hooks.clear()
@@ -56,6 +72,7 @@ class FinalNormRead:
         shift_D = None if norm.shift_D is None else torch.from_numpy(norm.shift_D)
         self.along_float32 = VarianceAlong(direction_D, shift_D)
         self.along_float64 = VarianceAlong(direction_D, shift_D, ExactProjection)
+        self.sequences = SequenceSums(shift_D)
         self.along_executed: VarianceAlong | None = None  # the float32 replay is what a float32 model on CPU executed
 
     def update(self, input_BTD: Tensor, output_BTD: Tensor, mask_BT: Bool[Tensor, "B T"] | None = None) -> None:
@@ -72,10 +89,11 @@ class FinalNormRead:
             with torch.no_grad():
                 replay_ND = self._replay(x_ND.cpu().float())
             if self.along_executed is None:
-                self.along_executed = VarianceAlong(self.along_float32.direction_D, self.along_float32.shift_D)
+                self.along_executed = self._new_along()
             self.along_executed.update(y_ND)
         self.spectrum.update(replay_ND)
-        self.along_float32.update(replay_ND)
+        deviation_N = self.along_float32.update(replay_ND)
+        self.sequences.update(replay_ND, deviation_N, sequence_lengths(output_BTD, mask_BT))
         rows = max(1, _CACHED_ELEMENTS // x_ND.shape[1])
         for x_chunk, replay_chunk in zip(x_ND.split(rows), replay_ND.split(rows), strict=True):
             exact_chunk = self.norm(x_chunk)
@@ -83,9 +101,10 @@ class FinalNormRead:
             self._early.update(replay_chunk, exact_chunk)
 
     def merge(self, other: "FinalNormRead") -> None:
-        """Add what another worker read of the same norm on other tokens."""
+        """Add what another worker read of the same norm on other tokens; in the order of the tokens."""
         self.spectrum.merge(other.spectrum)
         self.along_float32.merge(other.along_float32)
+        self.sequences.merge(other.sequences)
         self.along_float64.merge(other.along_float64)
         if other.along_executed is not None:
             if self.along_executed is None:
@@ -93,6 +112,40 @@ class FinalNormRead:
             else:
                 self.along_executed.merge(other.along_executed)
         self._early.float64.merge(other._early.float64)
+
+    def to_arrow(self) -> pa.RecordBatch:
+        """The exact state as one Arrow row; the norm itself is not in it."""
+        executed = self.along_executed
+        columns = {
+            "spectrum": self.spectrum.to_arrow(),
+            "early_float64": self._early.float64.to_arrow(),
+            "along_float32": self.along_float32.to_arrow(),
+            "along_float64": self.along_float64.to_arrow(),
+            "along_executed": None if executed is None else executed.to_arrow(),
+            "sequences": vector(torch.from_numpy(self.sequences.sums_S4)),
+        }
+        return struct(columns, STATE)
+
+    def restore(self, state: pa.RecordBatch | pa.StructScalar) -> None:
+        """Take the state that `to_arrow` of a read of the same norm packed, in the place of one's own.
+
+        Raises:
+            StateError: it is not whole, or of another width.
+        """
+        row = fields(state, STATE)
+        spectrum = CovarianceFactor.from_arrow(row["spectrum"])
+        if spectrum.hidden_size != len(self.norm.scale_D):
+            raise StateError(f"a state of width {spectrum.hidden_size}; the norm's is {len(self.norm.scale_D)}")
+        self.spectrum, self._early.float64 = spectrum, CovarianceFactor.from_arrow(row["early_float64"])
+        self.along_float32.restore(row["along_float32"])
+        self.along_float64.restore(row["along_float64"])
+        self.sequences.sums_S4 = row["sequences"].values.to_numpy().reshape(-1, 4).copy()
+        if row["along_executed"].is_valid:
+            self.along_executed = self._new_along()
+            self.along_executed.restore(row["along_executed"])
+
+    def _new_along(self) -> VarianceAlong:
+        return VarianceAlong(self.along_float32.direction_D, self.along_float32.shift_D)
 
     @property
     def num_tokens(self) -> int:
@@ -108,11 +161,14 @@ class FinalNormRead:
         trace = float(spectrum.eigenvalues_D.sum())
         lambda_v, lambda_exact = self.along_float32.finish(), self.along_float64.finish()
         executed = lambda_v if self.along_executed is None else self.along_executed.finish()
+        errors = self.sequences.finish(trace)
         limit = depth_limit(len(self.norm.scale_D))
         exact_limit = -math.log10(_DOUBLE_DOUBLE_EPS**2 * len(self.norm.scale_D))
         row |= {
             "lambda_v": lambda_v,
+            "lambda_v_standard_error": errors.log_lambda_v,
             "depth": _depth(spectrum.mean, lambda_v, limit),
+            "depth_standard_error": errors.depth,
             "depth_limit": limit,
             "depth_as_executed": _depth(spectrum.mean, executed, limit),
             "depth_exact": _depth(spectrum.mean, lambda_exact, exact_limit),
@@ -122,23 +178,26 @@ class FinalNormRead:
         slope = row["precision_slope"]
         row["kernel_exact"] = None if slope is None else slope > KERNEL_SLOPE
         if trace == 0:
-            row |= {"depth": None, "depth_as_executed": None, "depth_exact": None, "depth_bottom": None}
+            row |= dict.fromkeys(("depth", "depth_as_executed", "depth_exact", "depth_bottom"))
+        leading = [leading_coordinates(spectrum.eigenvectors_DD[-place]) for place in range(1, len(verdicts) + 1)]
         return row, {
             "site": "final_norm",
             "eigenvalues": spectrum.eigenvalues_D.tolist(),
             "verdicts": verdicts,
+            "dead_coordinates": [coordinates for coordinates, _ in leading],
+            "dead_weights": [weights for _, weights in leading],
         }
 
 
 class _EarlyVerdict:
-    """Which bottom directions are algebraic: from the spectrum of the first tokens, replayed in float64.
+    """Which bottom directions are algebraic: from the spectrum of the read's first tokens, replayed in float64.
 
     A kernel's eigenvalue falls with the square of the roundoff, a learned dead direction's does not. The spectra in the
     two precisions are matched from the bottom up.
     """
 
-    def __init__(self, hidden_size: int):
-        self._wanted = _VERDICT_TOKENS * hidden_size
+    def __init__(self, hidden_size: int, first_row: int):
+        self._wanted = _VERDICT_TOKENS * hidden_size - first_row
         self.float64 = CovarianceFactor(hidden_size)
 
     def update(self, replay_ND: Tensor, exact_ND: Tensor) -> None:

@@ -6,14 +6,19 @@ of earlier rows have a Gram matrix near the identity, where that costs nothing. 
 
 import math
 
+import pyarrow as pa
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from suite.factor import CERTIFIED_RELATIVE_ERROR, GRAM_ERROR, smallest_singular_pair
+from suite.state import VECTOR, fields, struct, tensor, triangle, upper, vector
 
 _PANELS = 8
 _GATE = 1e4  # a row whose square is this many times the typical one would lose the bottom: it is taken by QR
+STATE = pa.schema(
+    {"count": pa.int64(), "typical_square": pa.float64(), "sum": VECTOR, "upper": VECTOR, "whitener": VECTOR}
+)
 
 
 class Gram:
@@ -49,11 +54,40 @@ class Gram:
         self.count += len(rows_ND)
         return True
 
-    def add_gram(self, other: "Gram") -> None:
-        """Add the rows of another Gram matrix with the same whitening."""
+    def add_gram(self, other: "Gram", shift_D: Float[Tensor, " D"] | None = None) -> None:
+        """Add the rows of another Gram matrix with the same whitening, each with `shift_D` added to it.
+
+        The rows need not be there for that: `sum (w + d)(w + d)^T = G + s d^T + d s^T + n d d^T`.
+        """
         self._upper_DD += other._upper_DD
         self.sum_D += other.sum_D
         self.count += other.count
+        if shift_D is not None:
+            self._upper_DD.addr_(other.sum_D + other.count * shift_D, shift_D).addr_(shift_D, other.sum_D)
+            self.sum_D += other.count * shift_D
+
+    def to_arrow(self) -> pa.RecordBatch:
+        """The exact state, as one row of `STATE`."""
+        columns = {
+            "count": self.count,
+            "typical_square": self.typical_square,
+            "sum": vector(self.sum_D),
+            "upper": triangle(self._upper_DD),
+            "whitener": triangle(self.whitener_DD),
+        }
+        return struct(columns, STATE)
+
+    @classmethod
+    def from_arrow(cls, state: pa.StructScalar, hidden_size: int, device: torch.device) -> "Gram":
+        """What `to_arrow` packed."""
+        row = fields(state, STATE)
+        D = hidden_size
+        self = cls(D, device, None, row["typical_square"].as_py())
+        self.count = row["count"].as_py()
+        self.sum_D = tensor(row["sum"], D, device=device)
+        self._upper_DD = upper(row["upper"], D, D, device)
+        self.whitener_DD = upper(row["whitener"], D, D, device) if row["whitener"].is_valid else None
+        return self
 
     def scatter(self) -> Float[Tensor, "D D"]:
         """`sum (w - mean w)(w - mean w)^T`."""

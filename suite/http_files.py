@@ -2,22 +2,25 @@
 
 A server that ignores `Range` is never allowed to send a whole checkpoint, an answer that ends early is asked for
 again, and only what may pass is tried again: 429 and 5xx after the time that the server names, and broken connections.
+Clients, and what servers said of their limits, are shared by all threads of a process.
 """
 
 import concurrent.futures
 import contextlib
+import functools
 import json
 import re
 import threading
 import time
 import urllib.parse
-import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
 import httpx2
 
+from suite.host_limits import LIMITS, named_wait
+from suite.places import scrubbed
 from suite.tensors import CheckpointError
 
 # What a web server without listings is asked for.
@@ -32,7 +35,8 @@ _FIRST_BYTES = 16_384  # asked for together with a file's size: a configuration,
 _SMALL_BYTES = 16_000_000  # as far as a server that ignores Range is read from a file's start
 _MAX_API_BYTES = 64_000_000
 _ATTEMPTS = 4
-_FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.5, 30.0
+_FIRST_WAIT_SECONDS = 0.5
+_CONNECTIONS = 64
 _IDLE_SECONDS, _REQUEST_SECONDS = 30.0, 300.0  # without a byte; for one ranged answer
 _PASSING = (429, 500, 502, 503, 504)
 
@@ -41,7 +45,11 @@ T = TypeVar("T")
 
 
 class _CutOffError(Exception):
-    """An answer shorter than it said; asked for again."""
+    """An answer shorter than it said, or none; asked for again."""
+
+
+class _LimitedError(Exception):
+    """The server asks to wait; asked again after that."""
 
 
 class HttpFolder:
@@ -50,17 +58,20 @@ class HttpFolder:
     Attributes:
         commit: the Hub's commit of what is read, once the files are listed; None elsewhere.
         bytes_read: bytes of file content received so far.
+        lists: whether the server tells its files' names; elsewhere each known name is asked for.
     """
 
+    lists = False
+
     def __init__(self, source: str, url: str):
-        """Open the folder at `url`; `source` is what the user called it."""
-        self.source, self.url = source, url.rstrip("/")
+        """Open the folder at `url`, whose query goes to every file; `source` is what the user called it."""
+        address, _, self._query = url.partition("?")
+        self.source, self.url = scrubbed(source), address.rstrip("/")
+        self._host = urllib.parse.urlsplit(url).netloc.rpartition("@")[2]
         self.commit: str | None = None
         self.bytes_read = 0
         self._headers = {"Accept-Encoding": "identity"}
-        # Not the Hub's session: HF_HUB_OFFLINE says nothing about other servers.
-        self._client = httpx2.Client(follow_redirects=True, timeout=_IDLE_SECONDS)
-        weakref.finalize(self, self._client.close)
+        self._client = _client()
         self._heads: dict[str, tuple[int, bytes, str]] = {}  # size, first bytes and ETag of the files seen
         self._lock = threading.Lock()
 
@@ -96,11 +107,20 @@ class HttpFolder:
         return first[start:] + self._request(name, max(start, len(first)), end)[0]
 
     def download(self, name: str, target: Path) -> None:
-        """Write a whole file to `target`."""
+        """Complete `target` to the whole file: what is there of it is not asked for again."""
+
+        def missing() -> dict[str, str]:
+            there = target.stat().st_size if target.exists() else 0
+            return {"Range": f"bytes={there}-"} if there else {}
 
         def write(answer: httpx2.Response) -> None:
+            if answer.status_code == 416:  # all of it is there
+                return
+            resumed = answer.status_code == 206
+            if resumed:
+                self._ranged(answer, name, target.stat().st_size)
             expected, received = answer.headers.get("Content-Length"), 0
-            with target.open("wb") as file:
+            with target.open("ab" if resumed else "wb") as file:
                 for piece in answer.iter_raw():
                     file.write(piece)
                     received += len(piece)
@@ -108,10 +128,14 @@ class HttpFolder:
                 raise _CutOffError(f"{received} of {expected} bytes")
             self._count(received)
 
-        self._ask(name, {}, write)
+        self._ask(name, missing, write)
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a file; one request, and none where it has been asked for."""
+        return self._exists(name)
 
     def _address(self, name: str) -> str:
-        return f"{self.url}/{urllib.parse.quote(name)}"
+        return f"{self.url}/{urllib.parse.quote(name)}" + (f"?{self._query}" if self._query else "")
 
     def _exists(self, name: str) -> bool:
         try:
@@ -145,18 +169,24 @@ class HttpFolder:
                 raise _CutOffError(f"{len(data)} of {wanted} bytes")
             return data[start - first :], size, stamp
 
-        return self._ask(name, {"Range": f"bytes={start}-{end - 1}"}, take)
+        return self._ask(name, lambda: {"Range": f"bytes={start}-{end - 1}"}, take)
 
-    def _ask(self, name: str, headers: dict[str, str], take: Callable[[httpx2.Response], T]) -> T:
-        """What `take` makes of the answer, asking again where that may help."""
-        for attempt in range(_ATTEMPTS):
-            with (
-                self._tried_again(name, attempt),
-                self._client.stream("GET", self._address(name), headers=self._headers | headers) as answer,
-            ):
-                self._raise_for_status(answer, name, attempt)
-                return take(answer)
-        raise AssertionError("the last attempt returns or raises")
+    def _ask(self, name: str, headers: Callable[[], dict[str, str]], take: Callable[[httpx2.Response], T]) -> T:
+        """What `take` makes of the answer, asking again, with what `headers` are then, where that may help."""
+        attempt = refused = 0
+        while True:
+            LIMITS.wait(self._host)
+            try:
+                with (
+                    self._tried_again(name, attempt),
+                    self._client.stream("GET", self._address(name), headers=self._headers | headers()) as answer,
+                ):
+                    self._raise_for_status(answer, name, attempt, refused)
+                    return take(answer)
+            except _LimitedError:
+                refused += 1
+            except _CutOffError:
+                attempt += 1
 
     def _count(self, received: int) -> None:
         with self._lock:
@@ -185,17 +215,18 @@ class HttpFolder:
             )
         return int(told)
 
-    def _raise_for_status(self, answer: httpx2.Response, name: str, attempt: int) -> None:
-        """Raise what a status above 299 means; where it may pass and attempts are left, wait and raise _CutOffError."""
+    def _raise_for_status(self, answer: httpx2.Response, name: str, attempt: int, refused: int) -> None:
+        """Raise what a status above 299 means; _LimitedError, _CutOffError: it may pass and attempts are left."""
         status = answer.status_code
         if status < 300 or status == 416:
             return
         if status in _PASSING:
-            wait = _retry_after(answer.headers.get("Retry-After"))
-            if attempt + 1 < _ATTEMPTS and (wait is None or wait <= _LONGEST_WAIT_SECONDS):
-                if wait is not None:
-                    time.sleep(wait)
+            wait = named_wait(answer.headers)
+            if wait is None and attempt + 1 < _ATTEMPTS:
                 raise _CutOffError(f"HTTP {status}")
+            if wait is not None and wait <= LIMITS.longest_wait and refused + 1 < LIMITS.attempts:
+                LIMITS.pause(self._host, wait)
+                raise _LimitedError
             after = f"; try again in {wait:.0f} s" if wait else "; try again later"
             if status == 429:
                 advice = f"{after}{self._token_advice()}"
@@ -221,7 +252,7 @@ class HttpFolder:
 
     @contextlib.contextmanager
     def _tried_again(self, name: str, attempt: int) -> Iterator[None]:
-        """Let pass what a further attempt may mend, after a pause; the last attempt's error is one line."""
+        """What a further attempt may mend is a _CutOffError, after a pause; the last attempt's error is one line."""
         try:
             yield
         except (_CutOffError, httpx2.TransportError) as error:
@@ -229,18 +260,21 @@ class HttpFolder:
             # Nobody answers at that address: asking again helps no more than a look at the address.
             hopeless = isinstance(error, (httpx2.ConnectError, httpx2.UnsupportedProtocol))
             if hopeless or attempt + 1 == _ATTEMPTS:
-                reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+                reason = scrubbed((str(error).splitlines() or [""])[0]) or type(error).__name__
                 what = f"the answer is cut off ({reason})" if broken else f"cannot be reached ({reason})"
                 tried = "" if hopeless else f" in {_ATTEMPTS} attempts"
                 advice = "check the address and the network"
                 raise CheckpointError(f"{self._called(name)}: {what}{tried}; {advice}") from error
             time.sleep(_FIRST_WAIT_SECONDS * 2**attempt)
+            raise _CutOffError from error
         except (httpx2.TooManyRedirects, httpx2.InvalidURL, httpx2.DecodingError) as error:
             raise CheckpointError(f"{self._called(name)}: cannot be read ({type(error).__name__})") from error
 
 
 class HubFolder(HttpFolder):
     """The files of a Hub repository at a revision; with the Hub's own HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE."""
+
+    lists = True
 
     def __init__(self, source: str, repository: str, revision: str):
         """Open `repository` at `revision`."""
@@ -257,7 +291,7 @@ class HubFolder(HttpFolder):
     def names(self) -> list[str]:
         """Names of the files, as the Hub lists them; a mirror without the Hub's API is asked for known names."""
         try:
-            listing = json.loads(self._ask("", {}, lambda answer: _take(answer, _MAX_API_BYTES)))
+            listing = json.loads(self._ask("", dict, lambda answer: _take(answer, _MAX_API_BYTES)))
             self.commit = listing.get("sha")
             return sorted(f["rfilename"] for f in listing["siblings"] if "/" not in f["rfilename"])
         except FileNotFoundError as error:
@@ -312,6 +346,8 @@ def _total(content_range: str | None) -> int | None:
     return int(match[1]) if match else None
 
 
-def _retry_after(value: str | None) -> float | None:
-    """Seconds to wait, where the server names them as a number."""
-    return float(value) if value is not None and value.strip().isdigit() else None
+@functools.cache
+def _client() -> httpx2.Client:
+    """The process's client for other servers than the Hub: HF_HUB_OFFLINE says nothing about them."""
+    limits = httpx2.Limits(max_connections=_CONNECTIONS, max_keepalive_connections=_CONNECTIONS)
+    return httpx2.Client(follow_redirects=True, timeout=httpx2.Timeout(_IDLE_SECONDS, pool=None), limits=limits)

@@ -17,6 +17,7 @@ from suite.resolution import EffectiveNorm, NormBehaviour, effective_norm
 
 _RELATIVE_TOLERANCE = 1e-4  # hypotheses differ by order 1; modules that compute in float32 inside differ by 1e-6
 _EPS_IS_ZERO = 1e-18
+_DEAD = 1e-12  # of the median standard deviation; float64's rounding is 1e-15 of it
 _SHIFT_NAMES = ("bias", "beta", "shift")
 
 
@@ -34,7 +35,7 @@ def probe(module: nn.Module, hidden_size: int) -> NormBehaviour:
     """
     try:
         return _probe(_bare_copy(module), hidden_size)
-    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+    except Exception as error:  # any module is tried, a user's own among them: it may raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         return NormBehaviour("other", evidence=(f"cannot be run on plain vectors: {reason}",))
 
@@ -133,6 +134,30 @@ def _close(a: Tensor, b: Tensor) -> bool:
     return _size(a - b) <= _RELATIVE_TOLERANCE * max(_size(a), _size(b))
 
 
+def kernel_dimension(module: nn.Module, hidden_size: int) -> int | None:
+    """How many directions of its output never vary, measured on seeded float64 vectors; None where it cannot be run.
+
+    Its parameters are drawn at random, so that nothing is dead by a value: what is left is the module's own algebra.
+    A direction counts as dead where its standard deviation is rounding, below 1e-12 of the median.
+    """
+    D = hidden_size
+    generator = torch.Generator().manual_seed(1)
+    bare = _bare_copy(module)
+    for parameter in bare.parameters():
+        parameter.copy_(0.5 + torch.rand(parameter.shape, generator=generator, dtype=torch.float64))
+    x_ND = 1.7 * torch.randn(8 * D, D, generator=generator, dtype=torch.float64) + 0.9
+    try:
+        with torch.no_grad():
+            output = bare(x_ND)
+    except Exception:  # whatever a stranger's code raises
+        return None
+    y_ND = output[0] if isinstance(output, tuple) else output
+    if not isinstance(y_ND, Tensor) or y_ND.shape != x_ND.shape or not bool(torch.isfinite(y_ND).all()):
+        return None
+    sigma_D = torch.linalg.svdvals(y_ND.double() - y_ND.double().mean(0))
+    return int((sigma_D <= _DEAD * sigma_D.median()).sum())
+
+
 def load_norm_class(name: str, hidden_size: int) -> nn.Module:
     """An instance of the user's own norm class, `package:Class`, built as `Class(hidden_size)`.
 
@@ -146,12 +171,14 @@ def load_norm_class(name: str, hidden_size: int) -> nn.Module:
         raise ValueError(f"{name!r} names no class; write it as package.module:Class")
     try:
         module_class = getattr(importlib.import_module(package), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{name}: cannot be imported ({error}); it must be importable from here") from error
+    except (Exception, SystemExit) as error:  # the user's code runs: whatever it raises is told in one line
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{name}: cannot be imported ({reason}); it must be importable from here") from error
     try:
         module = module_class(hidden_size)
     except Exception as error:
-        raise ValueError(f"{name}: {attribute}({hidden_size}) fails ({type(error).__name__}: {error})") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{name}: {attribute}({hidden_size}) fails ({type(error).__name__}: {reason})") from error
     if not isinstance(module, nn.Module):
         raise ValueError(f"{name}: {attribute}({hidden_size}) is a {type(module).__name__}, not a torch.nn.Module")
     return module

@@ -43,6 +43,21 @@ def trace_published(config: Any) -> tuple[nn.Module, Wiring | None]:
     return empty, None
 
 
+def dead_at_initialisation(config: Any) -> int | None:
+    """Dead parameter directions of a random initialisation, whose scales are one and shifts zero; None if not followed.
+
+    A map without a bias counts here, and no more once the shift has moved.
+    """
+    model, wiring = trace_published(config)
+    if wiring is None:
+        return None
+    norms = {
+        path: EffectiveNorm(b.family, np.ones(D), np.zeros(D) if b.shift_parameter else None, b.eps or 0.0)
+        for path, (b, D) in wiring.norms.items()
+    }
+    return sum(map(sum, count_dead_parameters(model, wiring, norms).values()))
+
+
 def count_dead_parameters(
     model: nn.Module, wiring: Wiring, norms: Mapping[str, EffectiveNorm]
 ) -> dict[str, tuple[int, int]]:

@@ -7,6 +7,7 @@ final norm found and tested by itself; then only the headers and that norm's ten
 import re
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from suite.atlas import lookup
 from suite.directions import dead_subspace, harmonic_scale, inverse_scale_direction, predicted_depth, zero_scales
+from suite.renaming import Renaming, renamed, renamings
 from suite.resolution import (
     ArchitectureError,
     EffectiveNorm,
@@ -115,9 +117,10 @@ def read_parameters(checkpoint: Checkpoint, verify: bool = False) -> ParametersR
         return ParametersRead(final, None, None, None, final.reason, seen, entries, refused)
 
     behaviour = final.behaviour
-    assert final.hidden_size is not None
-    scale_entry = stored_tensor(entries, final.path, behaviour.scale_parameter)
-    shift_entry = stored_tensor(entries, final.path, behaviour.shift_parameter)
+    scale_entry, shift_entry = (
+        stored_tensor(entries, final.path, parameter, final.renamings)
+        for parameter in (behaviour.scale_parameter, behaviour.shift_parameter)
+    )
     wanted = [(behaviour.scale_parameter, scale_entry), (behaviour.shift_parameter, shift_entry)]
     missing = [f"{final.path}.{name}" for name, entry in wanted if name and entry is None]
     known = (behaviour.scale_parameter, behaviour.shift_parameter)
@@ -137,6 +140,9 @@ def read_parameters(checkpoint: Checkpoint, verify: bool = False) -> ParametersR
         return ParametersRead(undetermined, None, None, None, reason, [*final.evidence, reason], entries)
 
     weight_D, shift_D = (read_vector(checkpoint, e) if e else None for e in (scale_entry, shift_entry))
+    if final.hidden_size is None and weight_D is not None:  # no key of the configuration says it
+        final = replace(final, hidden_size=len(weight_D))
+    assert final.hidden_size is not None
     for vector, entry in ((weight_D, scale_entry), (shift_D, shift_entry)):
         if vector is not None and entry is not None and len(vector) != final.hidden_size:
             raise CheckpointError(
@@ -209,6 +215,7 @@ def norms_of(checkpoint: Checkpoint, read: ParametersRead) -> list[tuple[Row, Ef
     bare = getattr(model, "base_model", model)
     prefix = next((f"{path}." for path, module in model.named_modules() if module is bare and path), "")
     blocks_path, _ = block_list(bare, read.final.path)
+    rules = renamings(bare)
     called = wiring.norms if wiring else {}
     norms: dict[str, EffectiveNorm] = {}
     probed: dict[tuple[type, int, tuple[str, ...]], NormBehaviour] = {}  # a model has many norms of few kinds
@@ -226,7 +233,7 @@ def norms_of(checkpoint: Checkpoint, read: ParametersRead) -> list[tuple[Row, Ef
         if behaviour.family not in ("layernorm", "rmsnorm"):
             continue
         names = (behaviour.scale_parameter, behaviour.shift_parameter)
-        stored = [stored_tensor(read.entries, path.removeprefix(prefix), name) for name in names]
+        stored = [stored_tensor(read.entries, path.removeprefix(prefix), name, rules) for name in names]
         if any(name and entry is None for name, entry in zip(names, stored, strict=True)):
             continue
         scale_D, shift_D = (read_vector(checkpoint, entry) if entry else None for entry in stored)
@@ -235,15 +242,20 @@ def norms_of(checkpoint: Checkpoint, read: ParametersRead) -> list[tuple[Row, Ef
     rows = []
     for path, norm in norms.items():
         magnitude_D, name = np.abs(norm.scale_D), path.removeprefix(prefix)
+        zeros, role = zero_scales(norm.scale_D), _role(name, len(magnitude_D), read.final, blocks_path)
         row = {
             "norm": name,
             "family": norm.family,
-            "role": _role(name, len(magnitude_D), read.final, blocks_path),
+            "role": role,
             "scale_min": float(magnitude_D.min()),
             "scale_median": float(np.median(magnitude_D)),
             "scale_max": float(magnitude_D.max()),
             "scale_harmonic": harmonic_scale(norm.scale_D),
-            "num_zero_scales": len(zero_scales(norm.scale_D)),
+            "num_zero_scales": len(zeros),
+            "zero_coordinates": zeros.tolist(),
+            "zero_scales": norm.scale_D[zeros].tolist(),
+            "scale_mean_square": float(np.mean(magnitude_D**2)),
+            "direction": inverse_scale_direction(norm.scale_D).tolist() if role == "final" else None,
             "dead_parameters": sum(counts[path]) if path in counts else None,
             "dead_parameters_written": counts[path][1] if path in counts else None,
         }
@@ -283,17 +295,19 @@ CLASSIFY_FIELDS = (
 )  # fmt: skip
 
 
-def stored_tensor(entries: dict[str, TensorEntry], path: str, parameter: str | None) -> TensorEntry | None:
-    """The tensor of a module's parameter: by its own name, or the only one that adds a prefix to it."""
+def stored_tensor(
+    entries: dict[str, TensorEntry], path: str, parameter: str | None, rules: Sequence[Renaming] = ()
+) -> TensorEntry | None:
+    """The tensor of a module's parameter: as transformers names it, or the only one that adds a prefix to it."""
     if parameter is None:
         return None
     for name in (parameter, _LEGACY_NAMES.get(parameter, parameter)):
         wanted = f"{path}.{name}"
-        if wanted in entries:
-            return entries[wanted]
-        prefixed = [entry for stored, entry in entries.items() if stored.endswith(f".{wanted}")]
-        if len(prefixed) == 1:
-            return prefixed[0]
+        own = {stored: renamed(stored, rules) for stored, e in entries.items() if len(e.shape) < 2 or stored == wanted}
+        for fits in (str.__eq__, lambda called, ending: called.endswith(f".{ending}")):
+            found = [entries[stored] for stored, called in own.items() if fits(called, wanted)]
+            if len(found) == 1 or (found and fits is str.__eq__):
+                return found[0]
     return None
 
 

@@ -9,11 +9,15 @@ import math
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
+from suite.state import fields, struct
+
+ALONG_STATE = pa.schema({"count": pa.int64(), "total": pa.float64(), "total_of_squares": pa.float64()})
 _SPLITTER = 2.0**27 + 1  # Dekker's constant for 53-bit significands
 _CHUNK_ELEMENTS = 2**18  # 1 MB of float64: stays in the cache through all the slicing
 
@@ -129,18 +133,28 @@ class VarianceAlong:
         self._squared_norm = float(direction_D.hi.square().sum())
         self.count, self.total, self.total_of_squares = 0, 0.0, 0.0
 
-    def update(self, acts_ND: Float[Tensor, "N D"]) -> None:
-        """Add rows."""
-        deviation_N = self._project(acts_ND)
+    def update(self, acts_ND: Float[Tensor, "N D"]) -> Float[Tensor, " N"]:
+        """Add rows; returns their deviations, `w . (acts - shift)`."""
+        deviation_N: Tensor = self._project(acts_ND)
         self.count += len(deviation_N)
         self.total += float(deviation_N.sum())
         self.total_of_squares += float(deviation_N.square().sum())
+        return deviation_N
 
     def merge(self, other: "VarianceAlong") -> None:
         """Add what another accumulator of the same direction saw."""
         self.count += other.count
         self.total += other.total
         self.total_of_squares += other.total_of_squares
+
+    def to_arrow(self) -> pa.RecordBatch:
+        """The sums as one Arrow row; the direction is not among them."""
+        return struct({name: getattr(self, name) for name in ALONG_STATE.names}, ALONG_STATE)
+
+    def restore(self, state: pa.StructScalar) -> None:
+        """Take the sums that `to_arrow` packed in the place of one's own."""
+        for name, value in fields(state, ALONG_STATE).items():
+            setattr(self, name, value.as_py())
 
     def finish(self) -> float:
         """Variance along the *unit* direction."""

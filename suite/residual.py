@@ -5,111 +5,32 @@ the singular values of the centred stream over sqrt(N) are compared with those o
 hidden size, k dead directions.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import json
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from suite.directions import UNIT_ROUNDOFF
+from suite.directions import UNIT_ROUNDOFF, leading_coordinates
+from suite.ranks import Ranks
 from suite.schema import Row
-from suite.spectrum import CovarianceFactor, Spectrum
+from suite.state import StateError, fields, struct
+from suite.tap import TAP_STATE, Tap
 
 COLLAPSE_RATIO = 0.8  # at random initialisation the ratio is 1.0 to 1.9, spread 0.045 over samples of 4D tokens
 SAME_DEAD = 0.9  # containment above which dead directions of two taps are the same
 MIN_DISTINCT = 4  # in D: fewer distinct rows, and the rank is that of the input
 _FLOORS = {"bfloat16": 8.0, "float16": 8.0, "float32": 32.0, "float64": 32.0}
-_BOTTOM_MASS, _BOTTOM_COORDINATES = 0.9, 16
+STREAM_STATE = pa.schema(
+    {"results": pa.string(), "tap": pa.int64(), "of_pass_before": pa.bool_(), "state": pa.struct(TAP_STATE)}
+)
 TAP_BYTES = 40  # in D^2: two halves of at most a Gram matrix, a factor and a whitener each, with room to decompose
-
-
-class Tap:
-    """One place in the stream: the rows of the first and of the second half of the tokens, apart."""
-
-    def __init__(self, hidden_size: int, half_tokens: int, device: torch.device | str = "cpu"):
-        """`half_tokens`: how many rows make the first half."""
-        self._half_tokens, self._seen = half_tokens, 0
-        self.first = CovarianceFactor(hidden_size, device)
-        self.second: CovarianceFactor | None = None
-        self._marks: list[Tensor] = []  # a random projection of each row: equal rows are equal inputs
-        generator = torch.Generator().manual_seed(0)
-        self._probe_D = torch.randn(hidden_size, generator=generator, dtype=torch.float64).to(device)
-
-    def update(self, acts_ND: Float[Tensor, "N D"]) -> None:
-        """Add rows, in the order of the tokens."""
-        rows = acts_ND.to(self.first.device, torch.float64)
-        self._marks.append(rows @ self._probe_D)
-        head = max(0, min(len(rows), self._half_tokens - self._seen))
-        self._seen += len(rows)
-        if head:
-            self.first.update(rows[:head])
-        if head < len(rows):
-            if self.second is None:
-                self.second = self.first.successor()
-            self.second.update(rows[head:])
-
-    def merge(self, other: "Tap") -> None:
-        """Add another worker's rows of the same tap: its first half to the first, its second to the second."""
-        self._marks += other._marks
-        self.first.merge(other.first)
-        if other.second is not None:
-            if self.second is None:
-                self.second = other.second
-            else:
-                self.second.merge(other.second)
-
-    def num_distinct(self) -> int:
-        """Distinct rows seen."""
-        return len(torch.cat(self._marks).unique())
-
-    def halves(self) -> tuple[float, float]:
-        """Smallest singular value of each half; nan where a half is too short."""
-        values = []
-        for half in (self.first, self.second):
-            enough = half is not None and half.num_rows > half.hidden_size
-            values.append(float(np.sqrt(half.bottom()[0])) if half is not None and enough else np.nan)
-        return values[0], values[1]
-
-    def finish(self) -> Spectrum:
-        """The spectrum of all rows."""
-        whole = CovarianceFactor(self.first.hidden_size, self.first.device)
-        whole.merge(self.first)
-        if self.second is not None:
-            whole.merge(self.second)
-        return whole.finish()
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """Processes that share one model and all see its whole stream: rank r reads the taps r, r + size, r + 2 size, ….
-
-    `gather` gives every rank the list of what each gave. By default a process is alone.
-    """
-
-    rank: int = 0
-    size: int = 1
-    gather: Callable[[Any], list[Any]] = lambda mine: [mine]
-
-    @contextmanager
-    def together(self) -> Iterator[None]:
-        """What one rank raises inside, all raise: none is left waiting for another."""
-        error: Exception | None = None
-        try:
-            yield
-        except Exception as raised:
-            if self.size == 1:
-                raise
-            error = raised
-        told = [text for text in self.gather(error and f"{error}") if text is not None]
-        if error:
-            raise error
-        if told:
-            raise ValueError(told[0])
 
 
 @dataclass(frozen=True)
@@ -125,6 +46,22 @@ class _Reading:
     @property
     def sigma_min(self) -> float:
         return float(np.sqrt(self.eigenvalues_D[-1]))
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON holds it, to the last digit."""
+        return {
+            "eigenvalues": self.eigenvalues_D.tolist(),
+            "bottom": self.bottom_D.tolist(),
+            "floor": self.floor,
+            "dead": self.dead_kD.tolist(),
+            "rank_limited": self.rank_limited,
+        }
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any]) -> "_Reading":
+        eigenvalues_D, dead_kD = np.array(plain["eigenvalues"]), np.array(plain["dead"])
+        dead_kD = dead_kD.reshape(-1, len(eigenvalues_D))
+        return cls(eigenvalues_D, np.array(plain["bottom"]), plain["floor"], dead_kD, plain["rank_limited"])
 
     def fell_from(self, before: "_Reading") -> bool:
         """Whether the bottom is lower than it was, neither being dead: the halves must then say by how much."""
@@ -147,12 +84,15 @@ class ResidualRead:
         placement: str,
         device: torch.device | str = "cpu",
         ranks: Ranks | None = None,
+        first_row: int = 0,
     ):
         """Read taps of a model that runs in `dtype` over `num_tokens` tokens; `placement` as in `reads`.
 
         With `ranks`, every rank gives its taps and all end their passes together; each has all the rows then.
+        `first_row` is how many rows of each tap come before the first that is given here, to another rank.
         """
         self.hidden_size, self.num_tokens, self.dtype, self.placement = hidden_size, num_tokens, dtype, placement
+        self._half_tokens = max(0, num_tokens // 2 - first_row)
         self.device, self.ranks = device, ranks or Ranks()
         self.wanted = range(0)
         self._taps: dict[int, Tap] = {}
@@ -172,13 +112,14 @@ class ResidualRead:
         Raises:
             ValueError: values that are not finite, or rows of zeros after the first block.
         """
-        if tap not in self.wanted or tap % self.ranks.size != self.ranks.rank or acts.shape[-1] != self.hidden_size:
+        mine = self.ranks.replicas or tap % self.ranks.size == self.ranks.rank
+        if tap not in self.wanted or not mine or acts.shape[-1] != self.hidden_size:
             return
         rows = token_rows(acts, mask)
         if tap:
             check_rows(rows, f"after block {tap}")
         if tap not in self._taps:
-            self._taps[tap] = Tap(self.hidden_size, self.num_tokens // 2, self.device)
+            self._taps[tap] = Tap(self.hidden_size, self._half_tokens, self.device)
         self._taps[tap].update(rows)
 
     def merge(self, other: "ResidualRead") -> None:
@@ -191,6 +132,8 @@ class ResidualRead:
 
     def end_pass(self) -> None:
         """Decompose the taps of this pass; their accumulators are given back."""
+        if self.ranks.replicas:
+            self._merge_replicas()
         now = self._shared({index: self._reading(tap) for index, tap in self._taps.items()})
         known = dict([self._before] if self._before else []) | {index: now[index] for index in sorted(now)}
         pairs = list(zip(known, list(known)[1:], strict=False))
@@ -208,9 +151,54 @@ class ResidualRead:
             self._last_tap = {last: self._taps[last]} if last in self._taps else {}
         self._taps = {}
 
+    def _merge_replicas(self) -> None:
+        """What the ranks saw of tap t is brought to rank t mod size and merged there, in the order of the tokens."""
+        for index in sorted({index for part in self.ranks.share(list(self._taps)) for index in part}):
+            owner, state = index % self.ranks.size, None
+            with self.ranks.together():
+                if index in self._taps:
+                    state = self._taps.pop(index).to_arrow()
+            states = self.ranks.collect(state, owner)
+            if owner == self.ranks.rank:
+                merged, *others = (Tap.from_arrow(state, self.device) for state in states if state is not None)
+                for other in others:
+                    merged.merge(other)
+                self._taps[index] = merged
+
     def _shared(self, mine: dict[int, Any]) -> dict[int, Any]:
         """What all ranks have, by tap."""
-        return {index: value for part in self.ranks.gather(mine) for index, value in part.items()}
+        return {index: value for part in self.ranks.share(mine) for index, value in part.items()}
+
+    def to_arrow(self) -> Iterator[pa.RecordBatch]:
+        """The exact state in the middle of a pass, one tap a batch: no more than one is packed at a time."""
+        before = None if self._before is None else (self._before[0], self._before[1].plain())
+        results = {"blocks": self._blocks, "spectra": self._spectra, "before": before}
+        yield struct({"results": json.dumps(results), "tap": None, "of_pass_before": None, "state": None}, STREAM_STATE)
+        for of_pass_before, taps in ((True, self._last_tap), (False, self._taps)):
+            for index, tap in taps.items():
+                columns = {"results": None, "tap": index, "of_pass_before": of_pass_before, "state": tap.to_arrow()}
+                yield struct(columns, STREAM_STATE)
+
+    def restore(self, states: Iterable[pa.RecordBatch]) -> None:
+        """Take the state that `to_arrow` packed in the place of one's own; `wanted` is the caller's to set.
+
+        Raises:
+            StateError: it is not whole, or of another width.
+        """
+        for batch in states:
+            row = fields(batch, STREAM_STATE)
+            if row["results"].is_valid:
+                results = json.loads(row["results"].as_py())
+                self._blocks, self._spectra = results["blocks"], results["spectra"]
+                if results["before"] is not None:
+                    index, plain = results["before"]
+                    self._before = index, _Reading.from_plain(plain)
+                continue
+            tap = Tap.from_arrow(row["state"], self.device)
+            if tap.first.hidden_size != self.hidden_size:
+                raise StateError(f"a state of width {tap.first.hidden_size}; the stream's is {self.hidden_size}")
+            taps = self._last_tap if row["of_pass_before"].as_py() else self._taps
+            taps[row["tap"].as_py()] = tap
 
     def finish(self) -> tuple[Row, list[Row], list[Row]]:
         """(columns of `reads`, rows of `blocks`, rows of `spectra`)."""
@@ -248,10 +236,7 @@ class ResidualRead:
         halves: dict[int, tuple[float, float]],
     ) -> Row:
         sigma_D = np.sqrt(now.eigenvalues_D)
-        weights_D = now.bottom_D**2
-        order = np.argsort(-weights_D)
-        needed = int(np.searchsorted(np.cumsum(weights_D[order]), _BOTTOM_MASS)) + 1
-        largest = order[: min(needed, _BOTTOM_COORDINATES)]
+        coordinates, weights = leading_coordinates(now.bottom_D)
         before = None if ahead is None or known[ahead].rank_limited else known[ahead]
         ratio = now.sigma_min / before.sigma_min if before is not None and before.sigma_min > 0 else None
         state = None
@@ -267,9 +252,9 @@ class ResidualRead:
             "state": state,
             "rank_limited": now.rank_limited,
             "preserved": None if state is None else state in ("preserved", "preserved-dead"),
-            "bottom_coordinates": largest.tolist(),
-            "bottom_weights": weights_D[largest].tolist(),
-            "participation": float(1 / np.sum(weights_D**2)),
+            "bottom_coordinates": coordinates,
+            "bottom_weights": weights,
+            "participation": float(1 / np.sum(now.bottom_D**4)),
             "bottom_direction": now.bottom_D.tolist() if state == "collapsed" else None,
         }
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from suite.renaming import Renaming
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -59,6 +61,7 @@ class FinalNorm:
     """The final norm of an architecture, or the reason why there is none (`path` None).
 
     `rows_per_item` is how many rows of its output one item of the minimal input gave: for images, what a picture gives.
+    `renamings` are the rules by which transformers names what a checkpoint stores.
     """
 
     path: str | None
@@ -69,6 +72,7 @@ class FinalNorm:
     rows_per_item: int = 0
     reason: str | None = None
     evidence: tuple[str, ...] = field(default=())
+    renamings: tuple[Renaming, ...] = field(default=())
 
     @property
     def family(self) -> str:

@@ -71,17 +71,23 @@ READS = [
     Column(
         "depth_predicted_as_executed", REAL, "decades", "the same for the dtype that the model runs or is stored in"
     ),
-    Column("dead_parameters", INT, "parameters", "dead parameter directions, all norms: at most the Fisher's nullity"),
+    Column(
+        "dead_parameters", INT, "parameters", "dead parameter directions of all norms; at most the Fisher's nullity"
+    ),
     Column("dead_parameters_share", REAL, "", "dead_parameters / num_parameters"),
     # spectrum of the norm replayed in float32
     Column("alignment", REAL, "cosine", "|<v, u_D>|; carries no claim where num_zero_scales >= 2"),
     Column("containment", REAL, "cosine", "smallest singular value of U_k^T K, k = num_dead_1e10; null if k = 0"),
     Column("lambda_v", REAL, "output^2", "variance of the replayed output along v"),
+    Column(
+        "lambda_v_standard_error", REAL, "decades", "of log10 lambda_v, by a bootstrap over sequences; null below 8"
+    ),
     Column("lambda_min", REAL, "output^2", "smallest eigenvalue of the covariance"),
     Column("lambda_second", REAL, "output^2", "second smallest eigenvalue"),
     Column("lambda_mean", REAL, "output^2", "mean eigenvalue, tr C / D"),
     Column("lambda_max", REAL, "output^2", "largest eigenvalue"),
     Column("depth", REAL, "decades", "log10(lambda_mean / lambda_v) in float32; lambda_v cut at depth_limit"),
+    Column("depth_standard_error", REAL, "decades", "of depth, by a bootstrap over sequences; null below 8"),
     Column("depth_bottom", REAL, "decades", "log10(lambda_mean / lambda_min), lambda_min cut at spectrum_floor"),
     Column(
         "depth_limit",
@@ -145,6 +151,8 @@ SPECTRA = [
         "",
         "algebraic, learned or rounding: each eigenvalue below 1e-6 of the mean, from the smallest",
     ),
+    Column("dead_coordinates", pa.list_(pa.list_(INT)), "", "of each of these, its largest coordinates"),
+    Column("dead_weights", pa.list_(pa.list_(REAL)), "", "their squared weights, to 0.9 together or 16 of them"),
 ]
 
 BLOCKS = [
@@ -176,6 +184,10 @@ NORMS = [
     Column("scale_max", REAL, "scale", "largest magnitude"),
     Column("scale_harmonic", REAL, "scale^2", "HM(gamma^2)"),
     Column("num_zero_scales", INT, "dimensions", "|Z|"),
+    Column("zero_coordinates", pa.list_(INT), "", "Z: scales at most 1e-5 of the median magnitude"),
+    Column("zero_scales", pa.list_(REAL), "scale", "the effective scales there, signs kept"),
+    Column("scale_mean_square", REAL, "scale^2", "mean of the squared scales"),
+    Column("direction", pa.list_(REAL), "", "inverse-scale direction v, of length one; null but for the final norm"),
     Column(
         "dead_parameters",
         INT,

@@ -7,20 +7,20 @@ import contextlib
 import hashlib
 import json
 import re
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import fsspec
-
 from suite.http_files import HttpFolder, HubFolder
+from suite.node_cache import fetch_once, lease
+from suite.places import open_place, scrubbed
 from suite.tensors import MAX_JSON_BYTES, CheckpointError, parse_object
 
 # Numbers in a configuration that make transformers build so many objects, whatever the device.
 _COUNTS = re.compile(r"^(n_layers?|num_.*layers|.*_layers|depths?|num_labels|(n|num)_.*experts)$")
 _MAX_COUNT = 100_000
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?$")
+_PIECE_BYTES, _PIECES = 32 * 2**20, 4  # of a download from an object store: as many at once
 _STEP = re.compile(r"step[-_]?(\d+)", re.IGNORECASE)
 LOADED_PATTERNS = [
     "*.json",
@@ -44,7 +44,8 @@ class Checkpoint:
         Raises:
             CheckpointError: no such folder, or nothing that could be a Hub id or URL.
         """
-        self.source, self.revision = source, revision
+        self.source, self.revision = scrubbed(source), revision
+        self._called = f"{source}@{revision}"
         self._names: list[str] | None = None
         self._local: Path | None = _local_folder(source, base)
         self._hub_id: str | None = None
@@ -64,7 +65,9 @@ class Checkpoint:
             else:
                 self._folder = FsspecFolder(source, str(self._local))
         elif source.startswith(("http://", "https://")):
-            self._folder = HttpFolder(source, source.rstrip("/") + (f"/{revision}" if revision else ""))
+            address, mark, query = source.partition("?")
+            below = address.rstrip("/") + (f"/{revision}" if revision else "")
+            self._folder = HttpFolder(source, below + mark + query)
         elif "://" in source:
             self._folder = FsspecFolder(source, source.rstrip("/") + (f"/{revision}" if revision else ""))
         elif Path(source).exists():
@@ -86,6 +89,13 @@ class Checkpoint:
                 self._names = self._folder.names()
         return self._names
 
+    def has(self, name: str) -> bool:
+        """Whether there is such a file; a server without listings is asked for this one alone."""
+        if self._names is None and isinstance(self._folder, HttpFolder) and not self._folder.lists:
+            with _one_line_errors(f"{self.source}: {name}"):
+                return self._folder.has(name)
+        return name in self.names()
+
     def size(self, name: str) -> int:
         """Bytes of a file."""
         with _one_line_errors(f"{self.source}: {name}"):
@@ -106,43 +116,56 @@ class Checkpoint:
         Raises:
             CheckpointError: missing, not JSON, or not an object.
         """
-        if "config.json" not in self.names():
+        if not self.has("config.json"):
             raise CheckpointError(f"{self.source}: no config.json; not a transformers checkpoint")
         if self.size("config.json") > MAX_JSON_BYTES:
             raise CheckpointError(f"{self.source}: config.json is larger than {MAX_JSON_BYTES} bytes")
         config = parse_object(self.read("config.json"), f"{self.source}: config.json")
         _check_counts(config, self.source)
-        return config
+        return {key: _plain_floats(value) for key, value in config.items()}
 
-    def fingerprint(self) -> str:
-        """Hash that changes when the checkpoint does: the Hub's commit, else names, sizes and times of its files."""
+    def fingerprint(self, names: Iterable[str] | None = None) -> str:
+        """Hash that changes when the checkpoint does: the Hub's commit, else sizes and times of its files.
+
+        Args:
+            names: only these; None for all that hold configuration or weights.
+        """
         with _one_line_errors(self.source):
-            names = self.names()
+            there = self.names() if names is None else sorted(names)
             commit = getattr(self._folder, "commit", None)
             if commit:
                 return str(commit)
-            chosen = [name for name in names if name.endswith((".safetensors", ".json"))]
+            chosen = [name for name in there if name.endswith((".safetensors", ".json"))]
             facts = [[name, self._folder.size(name), self._folder.stamp(name)] for name in chosen]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
     @contextlib.contextmanager
-    def local_copy(self) -> Iterator[Path]:
-        """A local folder with the configuration, weights and tokenizer; from the Hub through its cache."""
+    def local_copy(self, *, weights: bool = True) -> Iterator[Path]:
+        """A local folder with the configuration, weights and tokenizer: downloaded once for all processes of a node.
+
+        Without `weights`, what is not here already comes without them.
+
+        What comes from the Hub is in the Hub's cache, everything else below `suite.node_cache.cache_folder`.
+        """
         if self._local is not None:
             yield self._local
-        elif self._hub_id and getattr(self._folder, "commit", None):
-            from huggingface_hub import snapshot_download
+            return
+        patterns = [p for p in LOADED_PATTERNS if weights or p != "*.safetensors"]
+        with _one_line_errors(self.source):
+            names = [name for name in self.names() if any(Path(name).match(p) for p in patterns)]
+            if self._hub_id and getattr(self._folder, "commit", None):
+                folder = self._snapshot(self._hub_id, patterns)
+            else:
+                folder = fetch_once(self._folder, self._called, self.fingerprint(), names)
+        yield folder
 
-            with _one_line_errors(self.source):
-                folder = snapshot_download(self._hub_id, revision=self.revision, allow_patterns=LOADED_PATTERNS)
-            yield Path(folder)
-        else:
-            with tempfile.TemporaryDirectory(prefix="deadbench-") as folder:
-                with _one_line_errors(self.source):
-                    for name in self.names():
-                        if any(Path(name).match(pattern) for pattern in LOADED_PATTERNS):
-                            self._folder.download(name, Path(folder) / name)
-                yield Path(folder)
+    def _snapshot(self, hub_id: str, patterns: list[str]) -> Path:
+        """The folder in the Hub's cache, completed by one process at a time: its own locks are flock's."""
+        from huggingface_hub import constants, snapshot_download
+
+        name = f"{hub_id}@{self.revision}".replace("/", "--")
+        with lease(Path(constants.HF_HUB_CACHE) / ".locks" / f"deadbench-{name}.lock"):
+            return Path(snapshot_download(hub_id, revision=self.revision, allow_patterns=patterns))
 
 
 class FsspecFolder:
@@ -156,8 +179,7 @@ class FsspecFolder:
         """Open the folder at `location`; `source` is what the user called it."""
         self.bytes_read = 0
         with _one_line_errors(source):
-            self._fs, root = fsspec.core.url_to_fs(location)
-        self._root = root.rstrip("/")
+            self._fs, self._root = open_place(location)
         self._infos: dict[str, dict[str, Any]] = {}
 
     def names(self) -> list[str]:
@@ -187,8 +209,26 @@ class FsspecFolder:
         return data
 
     def download(self, name: str, target: Path) -> None:
-        """Write a whole file to `target`."""
-        self._fs.get_file(f"{self._root}/{name}", str(target))
+        """Complete `target` to the whole file: what is there of it is not read again."""
+        path, size = f"{self._root}/{name}", self.size(name)
+        with target.open("ab") as file:
+            while (start := file.tell()) < size:
+                starts = range(start, min(start + _PIECES * _PIECE_BYTES, size), _PIECE_BYTES)
+                ends = [min(each + _PIECE_BYTES, size) for each in starts]
+                for piece in self._fs.cat_ranges([path] * len(ends), list(starts), ends, on_error="raise"):
+                    file.write(piece)
+
+
+def identify(source: str, base: Path | None = None) -> tuple[str, str | None]:
+    """(model, revision) of a SOURCE, as rows name it: spellings of one checkpoint are one, and secrets are left out.
+
+    Nothing is opened.
+    """
+    hub_id = source.removeprefix("hf://")
+    if _local_folder(source, base) is None and _HUB_ID.match(hub_id):
+        name, _, revision = hub_id.partition("@")
+        return name, revision or "main"
+    return scrubbed(source).rstrip("/"), None
 
 
 def list_revisions(source: str, base: Path | None = None) -> list[str]:
@@ -206,7 +246,7 @@ def list_revisions(source: str, base: Path | None = None) -> list[str]:
 
             refs = HfApi().list_repo_refs(hub_id)
             return sorted({ref.name for ref in (*refs.branches, *refs.tags)})
-        fs, root = fsspec.core.url_to_fs(source)
+        fs, root = open_place(source)
         return sorted(f["name"].rsplit("/", 1)[-1] for f in fs.ls(root, detail=True) if f["type"] == "directory")
 
 
@@ -244,6 +284,15 @@ def _check_counts(config: dict[str, Any], source: str) -> None:
             raise CheckpointError(f"{source}: config.json: {key} is {value!r}; no model has more than {_MAX_COUNT}")
 
 
+def _plain_floats(value: Any) -> Any:
+    """`value` with transformers' spelling of what JSON has no number for, `{"__float__": "Infinity"}`, as floats."""
+    if isinstance(value, dict):
+        if set(value) == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
+            return float(value["__float__"])
+        return {key: _plain_floats(each) for key, each in value.items()}
+    return [_plain_floats(each) for each in value] if isinstance(value, list) else value
+
+
 def _local_folder(source: str, base: Path | None) -> Path | None:
     for candidate in (Path(source).expanduser(), *([base / source] if base else [])):
         if candidate.is_dir():
@@ -263,7 +312,7 @@ def _one_line_errors(what: str) -> Iterator[None]:
     except CheckpointError:
         raise
     except Exception as error:
-        name = type(error).__name__
+        what, name = scrubbed(what), type(error).__name__
         advice = {
             "GatedRepoError": "the model is gated: accept its terms on the Hub and set HF_TOKEN",
             "RepositoryNotFoundError": "no such repository on the Hub, or it is private and HF_TOKEN is not set",
@@ -274,10 +323,10 @@ def _one_line_errors(what: str) -> Iterator[None]:
             "PermissionError": "permission denied; set the store's credentials where it is a remote one",
             "NoCredentialsError": "no credentials for this store; set AWS_ACCESS_KEY_ID or AWS_PROFILE",
         }.get(name)
-        if isinstance(error, ImportError) and "s3fs" in str(error):
-            advice = "s3:// needs s3fs; pip install 'deadbench[s3]'"
+        if isinstance(error, ImportError):
+            advice = str(error)
         if advice is None and isinstance(error, (OSError, ImportError, ValueError)):
-            advice = f"cannot be read ({name}: {(str(error).strip().splitlines() or [''])[0][:200]})"
+            advice = f"cannot be read ({name}: {scrubbed((str(error).strip().splitlines() or [''])[0])[:200]})"
         if advice is None and not isinstance(error, (OSError, RuntimeError)):
             advice = f"cannot be read ({name})"
-        raise CheckpointError(f"{what}: {advice or str(error).splitlines()[0]}") from error
+        raise CheckpointError(f"{what}: {advice or scrubbed(str(error).splitlines()[0])}") from error

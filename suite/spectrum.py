@@ -15,7 +15,9 @@ from torch import Tensor
 
 from suite.directions import FLOAT64_EPS
 from suite.factor import CERTIFIED_RELATIVE_ERROR, GRAM_ERROR, decompose, smallest_singular_pair
+from suite.gram import STATE as GRAM_STATE
 from suite.gram import Gram
+from suite.state import VECTOR, StateError, fields, struct, tensor, triangle, upper, vector
 
 _DEFERRED_ROWS = 2  # in D: the rows that decide the method, and the batch of a QR
 
@@ -92,7 +94,10 @@ class CovarianceFactor:
         if self.offset_D is None:
             # Rounded to float32, so that taking it off float32 rows is exact.
             self.offset_D = rows.mean(0).float().double()
-        rows = rows - self.offset_D
+        self._take(rows - self.offset_D)
+
+    def _take(self, rows: Tensor) -> None:
+        """Add rows from which the offset has been taken."""
         if self.count == 0 and self._gram is None:
             room = self._batch_rows - self._num_pending
             self._hold(rows[:room])
@@ -115,25 +120,32 @@ class CovarianceFactor:
         return after
 
     def merge(self, other: "CovarianceFactor") -> None:
-        """Add what `other` saw; associative and commutative up to rounding. `other` keeps its rows."""
+        """Add what `other` saw; associative and commutative up to rounding. `other` keeps its rows.
+
+        The offsets need not be equal: each is within the spread of its own rows, their difference is exact, and what is
+        shifted by it is as large as the distance of the means, which the merged covariance has anyway.
+        """
+        if other.num_rows == 0:
+            return
+        assert other.offset_D is not None
         theirs = other._sole_gram()
         if theirs is not None and self.offset_D is None and self.device == other.device:
             self.offset_D, self.method, self._gram = other.offset_D, other.method, theirs.empty_copy()
         mine = self._sole_gram()
-        if mine is not None and theirs is not None and self.device == other.device:
-            assert self.offset_D is not None
-            assert other.offset_D is not None
-            if torch.equal(self.offset_D, other.offset_D):
-                mine.add_gram(theirs)
-                return
-        self._settle()
-        other._settle()
-        if other.count == 0:
-            return
-        assert other.offset_D is not None
         if self.offset_D is None:
             self.offset_D = other.offset_D.to(self.device)
-        shifted_mean_D = other.mean_D.to(self.device) + (other.offset_D.to(self.device) - self.offset_D)
+        shift_D = other.offset_D.to(self.device) - self.offset_D
+        if mine is not None and theirs is not None and self.device == other.device:
+            mine.add_gram(theirs, shift_D if bool(shift_D.any()) else None)
+            return
+        undecided = self._gram is None and self.count == 0 and bool(self._pending)
+        if other._gram is None and other.count == 0 and (undecided or mine is not None):
+            for rows in other._pending:  # they go where they would have gone, had they come here
+                self._take(rows.to(self.device) + shift_D)
+            return
+        self._settle()
+        other._settle()
+        shifted_mean_D = other.mean_D.to(self.device) + shift_D
         self.method = other.method if self.count == 0 else _weaker(self.method, other.method)
         self._combine(other.factor_KD.to(self.device), other.count, shifted_mean_D)
 
@@ -183,29 +195,44 @@ class CovarianceFactor:
         return smallest**2 / self.count, bottom_D.numpy()
 
     def to_arrow(self) -> pa.RecordBatch:
-        """The state as one Arrow row, for transport; `from_arrow` gives an accumulator that merges like this one."""
-        self._settle()
+        """The exact state as one Arrow row: what `from_arrow` makes of it goes on, and merges, as this one would."""
+        gram = self._gram.to_arrow() if self._gram is not None else None
         columns = {
-            "count": [self.count],
-            "method": [self.method],
-            "offset": [None if self.offset_D is None else self.offset_D.tolist()],
-            "mean": [self.mean_D.tolist()],
-            "factor": [self.factor_KD.cpu().flatten().numpy()],
+            "hidden_size": self.hidden_size,
+            "count": self.count,
+            "method": self.method,
+            "offset": vector(self.offset_D),
+            "mean": vector(self.mean_D),
+            "factor_rows": len(self.factor_KD),
+            "factor": triangle(self.factor_KD),
+            "pending": vector(torch.cat(self._pending) if self._pending else None),
+            "gram": gram,
         }
-        return pa.RecordBatch.from_pydict(columns, schema=_STATE)
+        return struct(columns, STATE)
 
     @classmethod
-    def from_arrow(cls, state: pa.RecordBatch, device: torch.device | str = "cpu") -> "CovarianceFactor":
-        """The accumulator that `to_arrow` packed."""
-        row = {name: state.column(name)[0] for name in state.schema.names}
-        mean = row["mean"].values.to_numpy().copy()
-        self = cls(len(mean), device)
+    def from_arrow(
+        cls, state: pa.RecordBatch | pa.StructScalar, device: torch.device | str = "cpu"
+    ) -> "CovarianceFactor":
+        """The accumulator that `to_arrow` packed.
+
+        Raises:
+            StateError: it is not whole.
+        """
+        row = fields(state, STATE)
+        D = row["hidden_size"].as_py()
+        self = cls(D, device)
         self.count, self.method = row["count"].as_py(), row["method"].as_py()
-        if row["offset"].is_valid:
-            self.offset_D = torch.from_numpy(row["offset"].values.to_numpy().copy()).to(self.device)
-        self.mean_D = torch.from_numpy(mean).to(self.device)
-        factor = row["factor"].values.to_numpy().copy().reshape(-1, len(mean))
-        self.factor_KD = torch.from_numpy(factor).to(self.device)
+        if self.method not in _METHODS:
+            raise StateError(f"method {self.method!r} is unknown")
+        self.offset_D = tensor(row["offset"], D, device=self.device) if row["offset"].is_valid else None
+        self.mean_D = tensor(row["mean"], D, device=self.device)
+        self.factor_KD = upper(row["factor"], row["factor_rows"].as_py(), D, self.device)
+        if row["pending"].is_valid:
+            self._num_pending = len(row["pending"].values) // D
+            self._pending = [tensor(row["pending"], self._num_pending, D, device=self.device)]
+        if row["gram"].is_valid:
+            self._gram = Gram.from_arrow(row["gram"], D, self.device)
         return self
 
     def _sole_gram(self) -> Gram | None:
@@ -304,11 +331,22 @@ class CovarianceFactor:
         return torch.zeros(*shape, dtype=torch.float64, device=self.device)
 
 
-_VECTOR = pa.large_list(pa.float64())  # D^2 float64 of a large model overflow 32-bit offsets
-_STATE = pa.schema({"count": pa.int64(), "method": pa.string(), "offset": _VECTOR, "mean": _VECTOR, "factor": _VECTOR})
+STATE = pa.schema(
+    {
+        "hidden_size": pa.int64(),
+        "count": pa.int64(),
+        "method": pa.string(),
+        "offset": VECTOR,
+        "mean": VECTOR,
+        "factor_rows": pa.int64(),
+        "factor": VECTOR,
+        "pending": VECTOR,
+        "gram": pa.struct(GRAM_STATE),
+    }
+)
+_METHODS = ("qr", "whitened-gram", "gram")  # the later, the weaker its certificate
 
 
 def _weaker(a: str, b: str) -> str:
     """The method whose certificate a merged factor carries."""
-    order = ("qr", "whitened-gram", "gram")
-    return max(a, b, key=order.index)
+    return max(a, b, key=_METHODS.index)

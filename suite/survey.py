@@ -1,15 +1,18 @@
 """Writes the atlas: every architecture of the installed transformers, resolved by behaviour, key by key.
 
-    python -m suite.survey [--out FILE] [MODEL_TYPE…]
+    python -m suite.survey [--out FILE] [--processes N] [MODEL_TYPE…]
 
-Each model type is built small and resolved; then its configuration keys are changed one at a time,
-and resolved again. A key that moves the width, the depth or the eps becomes the key of that; one that changes anything
-else is decisive; one that changes nothing is indifferent; one that could not be tried is left out of the atlas, so
-that any other value of it is answered by behaviour.
+Each model type is built small and resolved; then its configuration keys are changed one at a time, and it is resolved
+again. A key that moves the width, the depth or the eps becomes the key of that; one that changes anything else is
+decisive; one that changes nothing is indifferent; one that could not be tried is left out, so that any other value of
+it is answered by behaviour. Where a switch is decisive, the other side of it gets an entry of its own.
 """
 
 import argparse
+import concurrent.futures
 import json
+import multiprocessing
+import re
 import signal
 import sys
 import warnings
@@ -22,88 +25,124 @@ from typing import Any
 import torch
 import transformers
 
-from suite.architecture import build_config, build_model, locate_final_norm
+from suite.architecture import build_config, build_model, find_final_norm, locate_final_norm
 from suite.atlas import LAST, flatten, harmless
+from suite.renaming import Renaming, renamings
 from suite.resolution import ArchitectureError, FinalNorm
+from suite.small_configs import DEPTH_KEYS, PER_LAYER, last, nest, small_config
 
 _SECONDS = 120  # for one model type
-_DEPTH_WORDS = ("layer", "depth", "block")
 _WIDTH_KEYS = ("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "hidden_dim", "n_embed", "emb_dim")
-_DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "encoder_layers", "decoder_layers", "depth",
-               "num_decoder_layers", "num_encoder_layers")  # fmt: skip
-_SMALL = {"num_experts": 8, "num_local_experts": 8, "n_routed_experts": 8, "intermediate_size": 64, "ffn_dim": 64,
-          "moe_intermediate_size": 64, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}  # fmt: skip
-_PER_LAYER = (
-    "layer_types",
-    "layers_block_type",
-    "stage_names",
-    "out_features",
-    "out_indices",
-    "attention_types",
-)  # lists as long as the model is deep: derived anew where left out
+_QUICK = 5_000_000  # parameters
+_COUNT = 12  # an integer up to this may be a number of blocks, groups, stages or kinds
+_COUNTED = re.compile(r"(layer|depth|block|group|stage|level|norm|num_(?!.*head))")
 _ACTIVATIONS = ("relu", "gelu", "silu")
-_BLOCKS = 2
 
 
-def survey(model_type: str) -> dict[str, Any] | None:
-    """The atlas entry of a model type; None where its defaults give no final norm."""
-    defaults = _defaults(model_type)
-    small = _with_blocks(model_type, defaults)
+def survey(model_type: str) -> list[dict[str, Any]]:
+    """The atlas entries of a model type: that of its defaults, and one for the other side of each decisive switch.
+
+    Raises:
+        ArchitectureError: its defaults cannot be resolved.
+    """
+    small = small_config(model_type)
+    first = _entry(model_type, small, {})
+    others = []
+    for key in first["decisive"]:
+        if isinstance(small.get(key), bool):
+            switched = {key: not small[key]}
+            try:
+                others.append(_entry(model_type, small | switched, switched))
+            except ArchitectureError:
+                continue
+    return [first, *others]
+
+
+def _entry(model_type: str, small: dict[str, Any], switched: dict[str, bool]) -> dict[str, Any]:
+    """The entry of the configuration `small`, whose keys have default values but for those `switched`."""
+    defaults = flatten(transformers.CONFIG_MAPPING[model_type]().to_dict()) | switched
     base = _resolve(model_type, small)
-    if base is None or base.path is None:
-        return None
-    counts = [key for key, value in small.items() if value == _BLOCKS and type(value) is int]
-    deeper_by = {key: _resolve(model_type, small | {key: _BLOCKS + 1}) for key in counts}
-    blocks = [key for key, found in deeper_by.items() if found is not None and found.num_blocks == _BLOCKS + 1]
+    if base is None:
+        config = build_config(nest(small) | {"model_type": model_type})
+        raise ArchitectureError(locate_final_norm(config).reason or "not resolved")
+    behaviour = base.behaviour
     entry: dict[str, Any] = {
         "path": base.path,
-        "class": _class_name(model_type, small, base.path),
+        "class": None,
         "family": base.family,
-        "scale": base.behaviour.scale,
-        "scale_parameter": base.behaviour.scale_parameter,
-        "shift_parameter": base.behaviour.shift_parameter,
+        "scale": behaviour.scale,
+        "scale_parameter": behaviour.scale_parameter,
+        "shift_parameter": behaviour.shift_parameter,
         "placement": base.placement,
-        "blocks": blocks[0] if len(blocks) == 1 else None,
-        "hidden": next((k for k in _by_width(defaults) if defaults[k] == base.hidden_size), base.hidden_size),
-        "eps": base.behaviour.eps,
+        "blocks": base.num_blocks,
+        "hidden": None,
+        "eps": behaviour.eps,
+        "reason": base.reason,
         "indifferent": [],
         "decisive": [],
     }
-    if entry["blocks"] is None and not blocks:
-        entry["blocks"] = base.num_blocks  # a number of groups or stages, which lists decide
-    elif entry["blocks"] is None:
-        return None  # how deep it is cannot be told from one key
-    if isinstance(entry["blocks"], str):
-        deeper = deeper_by[entry["blocks"]]
-        if deeper is None or deeper.path is None:
-            return None
-        entry["path"] = _template(base.path, deeper.path)
-        if entry["path"] is None:
-            return None
-    for key, other in _changes(small):
-        _judge(entry, key, _resolve(model_type, small | {key: other}), base, other)
+    if base.path is not None:
+        model = build_model(build_config(nest(small) | {"model_type": model_type}), "meta")
+        entry["class"] = type(model.get_submodule(base.path)).__name__
+        entry["hidden"] = _width_key(model_type, small, base)
+        entry["renamings"] = [astuple(rule) for rule in _that_name(model, f"{base.path}.{behaviour.scale_parameter}")]
+        if entry["hidden"] is None and behaviour.scale_parameter is None:
+            raise ArchitectureError("neither a key nor a tensor gives the width")
+    entry["towers"] = _other_towers(model_type, small, entry["hidden"], base)
+    for key, values in _changes(small):
+        if key not in switched and not key.startswith(tuple(entry["towers"])):
+            _judge(entry, model_type, small, key, values, base)
     named = {entry["hidden"], entry["blocks"], entry["eps"], *entry["decisive"]}
-    switches = {key: value for key, value in defaults.items() if _is_switch(value) and key not in entry["indifferent"]}
-    entry["defaults"] = {key: defaults[key] for key in defaults if key in named} | {
-        key: value for key, value in switches.items() if not harmless(key)
+    entry["defaults"] = {
+        key: value
+        for key, value in defaults.items()
+        if key in named or (_is_switch(value) and key not in entry["indifferent"] and not harmless(key))
+        or (isinstance(value, list) and key in entry["indifferent"])
+    }  # fmt: skip
+    entry["defaults"] = {
+        key: value for key, value in entry["defaults"].items() if not key.startswith(tuple(entry["towers"]))
     }
-    entry["derived"] = _derived(model_type, defaults, [entry["hidden"], entry["blocks"]])
+    entry["derived"] = sorted({*switched, *_derived(model_type, defaults, [entry["hidden"], entry["blocks"]])})
     attribute_map = getattr(transformers.CONFIG_MAPPING[model_type], "attribute_map", None) or {}
     entry["aliases"] = {alias: key for alias, key in attribute_map.items() if isinstance(key, str)}
     return entry
 
 
-def _judge(entry: dict[str, Any], key: str, found: FinalNorm | None, base: FinalNorm, value: Any) -> None:
+def _judge(
+    entry: dict[str, Any], model_type: str, small: dict[str, Any], key: str, values: list[Any], base: FinalNorm
+) -> None:
+    """Put `key` where what happens at other values of it says."""
+    tried = ((value, _resolve(model_type, small | {key: value})) for value in values)
+    value, found = next(((value, found) for value, found in tried if found is not None), (None, None))
+    count = type(small[key]) is int
     if found is None:
-        if not _is_switch(value):
+        if isinstance(small[key], float) or last(key) in DEPTH_KEYS:
             entry["decisive"].append(key)
     elif _same(found, base):
-        if _is_switch(value):
+        if not count:
             entry["indifferent"].append(key)
     elif found.path == base.path and found.behaviour.eps == value and entry["eps"] == base.behaviour.eps:
         entry["eps"] = key
-    elif key != entry["blocks"]:
+    elif count and type(entry["blocks"]) is not str and _is_depth(small[key], value, base, found):
+        entry["blocks"] = key
+        if base.path is not None and found.path is not None:
+            entry["path"] = _template(base.path, found.path, small[key])
+    else:
         entry["decisive"].append(key)
+
+
+def _is_depth(before: int, after: Any, base: FinalNorm, found: FinalNorm) -> bool:
+    """Whether a key that went from `before` to `after` is the number of blocks, and moved nothing else."""
+    told = (base.num_blocks, found.num_blocks) == (before, after)
+    if base.path is None or found.path is None:
+        return told and base.path == found.path
+    same = astuple(base.behaviour)[:5] == astuple(found.behaviour)[:5] and base.placement == found.placement
+    return told and same and found.path in (base.path, base.path.replace(f".{before - 1}.", f".{after - 1}."))
+
+
+def _template(path: str, deeper: str, blocks: int) -> str:
+    """`layers.1.norm` and `layers.2.norm`, of two blocks and of three, give `layers.{last}.norm`."""
+    return path if path == deeper else path.replace(f".{blocks - 1}.", f".{LAST}.")
 
 
 def _same(a: FinalNorm, b: FinalNorm) -> bool:
@@ -111,61 +150,79 @@ def _same(a: FinalNorm, b: FinalNorm) -> bool:
     return same_behaviour and (a.path, a.placement, a.num_blocks) == (b.path, b.placement, b.num_blocks)
 
 
-def _changes(small: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """(key, another value) for every key that is a switch, an eps, or a count of layers."""
+def _changes(small: dict[str, Any]) -> Iterator[tuple[str, list[Any]]]:
+    """(key, other values to try in turn) for every key that is a switch, an eps, a count or a list of numbers."""
     for key, value in small.items():
-        name = key.rpartition(".")[2]
         if harmless(key):
             continue
         if isinstance(value, bool):
-            yield key, not value
+            yield key, [not value]
         elif isinstance(value, float) and 0 < value < 1e-2:
-            yield key, 7 * value
-        elif isinstance(value, int) and any(word in name for word in (*_DEPTH_WORDS, "norm")):
-            yield key, value + 1
+            yield key, [7 * value]
+        elif type(value) is int and 0 < value <= _COUNT and _COUNTED.search(last(key)):
+            yield key, [value + 1, 2 * value, value - 1]
         elif isinstance(value, str) and value in transformers.activations.ACT2FN:
-            yield key, next(name for name in _ACTIVATIONS if name != value)
+            yield key, [next(name for name in _ACTIVATIONS if name != value)]
+        elif isinstance(value, list) and value and all(type(v) in (int, float) for v in value):
+            yield key, [[*value[:-1], value[-1] + 1], value[::-1], [2 * v for v in value], [value[0]] * len(value)]
 
 
 def _is_switch(value: Any) -> bool:
     return isinstance(value, bool | str) or value is None
 
 
-def _template(path: str, deeper: str) -> str | None:
-    """`layers.1.norm` and `layers.2.norm` give `layers.{last}.norm`; None where more differs than the last index."""
-    parts = list(zip(path.split("."), deeper.split("."), strict=False))
-    differing = [i for i, (a, b) in enumerate(parts) if a != b]
-    if path.count(".") != deeper.count(".") or len(differing) > 1:
-        return None
-    if not differing:
-        return path
-    if parts[differing[0]] != (str(_BLOCKS - 1), str(_BLOCKS)):
-        return None
-    return ".".join(LAST if i == differing[0] else a for i, (a, _) in enumerate(parts))
+def _width_key(model_type: str, small: dict[str, Any], base: FinalNorm) -> str | None:
+    """The key that gives the norm's width: doubled, it doubles it; None where no key alone does."""
+    keys = [key for key, value in small.items() if type(value) is int and value == base.hidden_size]
+    keys.sort(key=lambda key: _WIDTH_KEYS.index(last(key)) if last(key) in _WIDTH_KEYS else len(_WIDTH_KEYS))
+    for key in keys:
+        wider = _resolve(model_type, small | {key: 2 * small[key]})
+        if wider is not None and wider.path == base.path and wider.hidden_size == 2 * small[key]:
+            return key
+    return None
 
 
-def _defaults(model_type: str) -> dict[str, Any]:
-    return flatten(transformers.CONFIG_MAPPING[model_type]().to_dict())
+def _other_towers(model_type: str, small: dict[str, Any], width: str | None, base: FinalNorm) -> list[str]:
+    """Prefixes of nested configurations other than that of the norm's width, whose depth does not move the norm."""
+    if width is None:
+        return []
+    others = []
+    for prefix in sorted({key.rpartition(".")[0] + "." for key in small if "." in key}):
+        depths = [
+            key for key in small if key.startswith(prefix) and last(key) in DEPTH_KEYS and type(small[key]) is int
+        ]
+        if not width.startswith(prefix) and depths:
+            deeper = [_resolve(model_type, small | {key: small[key] + 1}) for key in depths]
+            if any(deeper) and all(found is None or _same(found, base) for found in deeper):
+                others.append(prefix)
+    return others
 
 
-def _with_blocks(model_type: str, defaults: dict[str, Any]) -> dict[str, Any]:
-    """The default configuration with two blocks, where that is a key, and little else of what costs time to build."""
-    small = {key: value for key, value in defaults.items() if not key.endswith(_PER_LAYER)}
-    for key, value in small.items():
-        name = key.rpartition(".")[2]
-        if type(value) is int:
-            small[key] = min(value, _BLOCKS if name in _DEPTH_KEYS else _SMALL.get(name, value))
-    return small
+def _that_name(model: Any, parameter: str) -> list[Renaming]:
+    """The rules that lead from a stored name to `parameter`, or away from it; found by following them back."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    rules = renamings(model)
+    back = [
+        each.reverse_transform()
+        for each in reversed(get_model_conversion_mapping(model, add_legacy=False))
+        if isinstance(each, WeightRenaming)
+    ]
+    names = {parameter}
+    for each in back:
+        names |= {each.rename_source_key(name)[0] for name in names}
+    return list(rules) if len(names) > 1 or any(rule(parameter) != parameter for rule in rules) else []
 
 
 def _derived(model_type: str, defaults: dict[str, Any], keys: list[Any]) -> list[str]:
     """Keys whose default follows another key: the atlas must not answer for a configuration that leaves them out."""
     derived = set()
     for key in (key for key in keys if isinstance(key, str)):
-        others = {k: v for k, v in defaults.items() if k != key and not k.endswith(_PER_LAYER)}
+        others = {k: v for k, v in defaults.items() if k != key and last(k) not in PER_LAYER}
         for other, value in others.items():
-            if type(value) is int and other.rpartition(".")[2] in (*_DEPTH_KEYS, *_WIDTH_KEYS):
-                changed = _nest(others | {other: 2 * value}) | {"model_type": model_type}
+            if type(value) is int and last(other) in (*DEPTH_KEYS, *_WIDTH_KEYS):
+                changed = nest(others | {other: 2 * value}) | {"model_type": model_type}
                 try:
                     moved = flatten(build_config(changed).to_dict()).get(key) != defaults[key]
                 except ArchitectureError:
@@ -175,67 +232,71 @@ def _derived(model_type: str, defaults: dict[str, Any], keys: list[Any]) -> list
     return sorted(derived)
 
 
-def _by_width(defaults: dict[str, Any]) -> list[str]:
-    ranked = [key for name in _WIDTH_KEYS for key in defaults if key.rpartition(".")[2] == name]
-    return [key for key in ranked if "vision" not in key and "audio" not in key]
-
-
 def _resolve(model_type: str, flat: dict[str, Any]) -> FinalNorm | None:
-    """Behaviour, on the meta device where that runs; None where the configuration cannot be built or run."""
+    """What behaviour says; None where the configuration cannot be built or run."""
     try:
-        found = locate_final_norm(build_config(_nest(flat) | {"model_type": model_type}))
+        config = build_config(nest(flat) | {"model_type": model_type})
+        model = build_model(config, "meta")
+        # Small models run faster on CPU, where one operation is one kernel, than on meta.
+        small = sum(p.numel() for p in model.parameters()) <= _QUICK
+        found = find_final_norm(build_model(config)) if small else locate_final_norm(config)
     except (ArchitectureError, ValueError, TypeError, AttributeError):
         return None
-    return found if found.path is not None else None
+    return found if found.family != "undetermined" else None
 
 
-def _nest(flat: dict[str, Any]) -> dict[str, Any]:
-    nested: dict[str, Any] = {}
-    for key, value in flat.items():
-        *parents, name = key.split(".")
-        target = nested
-        for parent in parents:
-            target = target.setdefault(parent, {})
-        target[name] = value
-    return nested
-
-
-def _class_name(model_type: str, flat: dict[str, Any], path: str) -> str:
-    model = build_model(build_config(_nest(flat) | {"model_type": model_type}), "meta")
-    return type(model.get_submodule(path)).__name__
+class _TooLongError(BaseException):
+    """Not an Exception: what tries inputs in turn must let it pass."""
 
 
 def _too_long(signum: int, frame: Any) -> None:
-    raise TimeoutError
+    raise _TooLongError(f"more than {_SECONDS} s")
+
+
+def _surveyed(model_type: str) -> tuple[str, list[dict[str, Any]], str]:
+    """Name, entries, and what to tell of it."""
+    signal.signal(signal.SIGALRM, _too_long)
+    signal.alarm(_SECONDS)
+    try:
+        entries = survey(model_type)
+    except (Exception, _TooLongError) as error:  # one architecture that cannot be surveyed must not stop the survey
+        return model_type, [], f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:160]
+    finally:
+        signal.alarm(0)
+    return model_type, entries, "; ".join(f"{entry['path']} {entry['family']}" for entry in entries)
+
+
+def _quiet() -> None:
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
 
 
 def main() -> None:
     """Survey the named model types, or all, and write the atlas."""
-    parser = argparse.ArgumentParser(prog="python -m suite.survey", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m suite.survey", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model_types", nargs="*", metavar="MODEL_TYPE")
     parser.add_argument("--out", type=Path, default=Path(str(resources.files("suite").joinpath("data/atlas.json"))))
+    parser.add_argument("--add", action="store_true", help="keep the entries of other model types that FILE has")
+    parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args()
-    warnings.simplefilter("ignore")
-    transformers.logging.set_verbosity_error()
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGALRM, _too_long)
     names = arguments.model_types or sorted(
         name for name in transformers.CONFIG_MAPPING if transformers.CONFIG_MAPPING[name] in transformers.MODEL_MAPPING
     )
-    entries: dict[str, Any] = {}
-    for name in names:
-        entry, reason = None, "no final norm is found in its default configuration"
-        signal.alarm(_SECONDS)
-        try:
-            entry = survey(name)
-        except Exception as error:  # one architecture that cannot be built must not stop the survey
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:120]
-        signal.alarm(0)
-        if entry is not None:
-            entries[name] = entry
-        print(f"{name}: {entry['path'] + ' ' + entry['family'] if entry else reason}", file=sys.stderr, flush=True)
-    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in entries.items())
-    arguments.out.write_text(
+    entries: dict[str, Any] = json.loads(arguments.out.read_text())["model_types"] if arguments.add else {}
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(arguments.processes, spawn, _quiet, max_tasks_per_child=150) as pool:
+        for name, found, told in pool.map(_surveyed, names):
+            if found:
+                entries[name] = found
+                _write(arguments.out, entries)
+            print(f"{name}: {told}", file=sys.stderr, flush=True)
+
+
+def _write(path: Path, entries: dict[str, Any]) -> None:
+    """The atlas file: a line for each model type."""
+    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(entries[name])}" for name in sorted(entries))
+    path.write_text(
         f'{{"transformers": "{transformers.__version__}", "model_types": {{\n{lines}\n}}}}\n', encoding="utf-8"
     )
 

@@ -45,6 +45,9 @@ class Files(Protocol):
     def names(self) -> list[str]:
         """File names in the checkpoint folder."""
 
+    def has(self, name: str) -> bool:
+        """Whether there is such a file."""
+
     def size(self, name: str) -> int:
         """Bytes of a file."""
 
@@ -70,14 +73,14 @@ def read_headers(files: Files) -> dict[str, TensorEntry]:
     Raises:
         CheckpointError: no safetensors, a missing shard, an index that leaves the folder, a malformed header.
     """
-    names = files.names()
     weight_map: dict[str, str] = {}
-    if INDEX_FILE in names:
-        weight_map = _read_index(files, names)
+    if files.has(INDEX_FILE):
+        weight_map = _read_index(files)
         shards = sorted(set(weight_map.values()))
-    elif SINGLE_FILE in names:
+    elif files.has(SINGLE_FILE):
         shards = [SINGLE_FILE]
     else:
+        names = files.names()
         shards = sorted(n for n in names if n.endswith(".safetensors") and not n.startswith("adapter_"))
         if len(shards) != 1:
             raise _no_weights(names, shards)
@@ -132,7 +135,7 @@ def stored_dtype(entries: dict[str, TensorEntry]) -> str | None:
     return DTYPE_NAMES[max(sizes, key=lambda dtype: sizes[dtype])] if sizes else None
 
 
-def _read_index(files: Files, names: list[str]) -> dict[str, str]:
+def _read_index(files: Files) -> dict[str, str]:
     """The index's shard of every tensor; each shard is a file that is there."""
     if files.size(INDEX_FILE) > MAX_JSON_BYTES:
         raise CheckpointError(f"{INDEX_FILE}: larger than {MAX_JSON_BYTES} bytes; no index of a checkpoint")
@@ -147,8 +150,10 @@ def _read_index(files: Files, names: list[str]) -> dict[str, str]:
             raise CheckpointError(f"{INDEX_FILE}: names the file {_shown(shard)} outside the checkpoint folder")
         if not shard.endswith(".safetensors"):
             raise CheckpointError(f"{INDEX_FILE}: names {_shown(shard)}, which is no .safetensors file")
-        if shard not in names:
-            raise CheckpointError(f"{INDEX_FILE}: names {shard}, which is missing; download the checkpoint again")
+    with concurrent.futures.ThreadPoolExecutor(_CONCURRENT_HEADERS) as pool:
+        for shard, there in zip(shards, pool.map(files.has, shards), strict=True):
+            if not there:
+                raise CheckpointError(f"{INDEX_FILE}: names {shard}, which is missing; download the checkpoint again")
     return dict(weight_map)
 
 

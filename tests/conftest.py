@@ -2,10 +2,13 @@
 
 import json
 import os
+import shutil
 import sys
+import tempfile
 from importlib import resources
 from pathlib import Path
 
+os.environ["DEADBENCH_CACHE"] = tempfile.mkdtemp(prefix="deadbench-cache-")
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no test may reach the network
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
@@ -26,6 +29,10 @@ TINY_NEOX = {
     "num_attention_heads": 2,
     "max_position_embeddings": 64,
 }
+
+
+def pytest_unconfigure():
+    shutil.rmtree(os.environ["DEADBENCH_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,8 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,12 @@ from tests.conftest import ROOT
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 QUICK = Path(__file__).parent / "data" / "quick"
 CONSOLE = re.compile(r"```console\n(.*?)```", re.DOTALL)
-MEASURES = ("deadbench run", "deadbench export", "--bisect")  # takes minutes, and has tests of its own
+MEASURES = (
+    "deadbench run",
+    "deadbench export",
+    "deadbench census",
+    "--bisect",
+)  # takes minutes, and has tests of its own
 
 
 @pytest.fixture
@@ -100,3 +107,14 @@ def test_every_command_has_an_example_in_the_documents():
     commands = get_command(app).commands
     assert {"leaderboard", "families", "compare", "trend", "report", "publish"} <= set(commands)
     assert [name for name in commands if f"$ deadbench {name}" not in text] == []
+
+
+def test_every_module_has_a_page_of_its_interface(tmp_path):
+    """As `make docs` makes them; a module that does not import alone, or a broken docstring, fails here."""
+    command = [sys.executable, "-m", "pdoc", "suite", "runners", "analysis", "--docformat", "google", "-o", tmp_path]
+    done = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for package in ("suite", "runners", "analysis"):
+        modules = {path.stem for path in (ROOT / package).glob("[a-z]*.py")}
+        assert modules <= {path.stem for path in (tmp_path / package).glob("*.html")}
+    assert "inverse_scale_direction" in (tmp_path / "suite" / "directions.html").read_text()

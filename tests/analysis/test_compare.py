@@ -52,6 +52,13 @@ def test_noise_comes_from_the_seeds_else_from_the_tokens(frame, read):
     assert (alignment["noise"], alignment["noise_from"]) == (None, None)
 
 
+def test_a_reads_own_bootstrap_comes_before_the_gaussian_estimate(frame, read):
+    one = [read("m", depth=13.0, depth_exact=32.0, num_tokens=800, depth_standard_error=0.1)]
+    depth, exact = rows_of(frame, one, one, {"depth": "decades", "depth_exact": "decades"})
+    assert (depth["noise"], depth["noise_from"]) == (pytest.approx(math.sqrt(2) * 0.1), "bootstrap")
+    assert exact["noise_from"] == "tokens"
+
+
 def test_a_change_within_noise_is_told_from_one_beyond(frame, read):
     tokens = {"num_tokens": 800}  # noise 0.0307 decades
     changes = [

@@ -49,6 +49,16 @@ def test_claim_holds_fails_and_is_untested(frame, read, claim_id, common, good, 
     assert (none["num_models"], none["num_hold"], none["holds"], none["value_median"]) == (0, 0, None, None)
 
 
+def test_token_errors_of_both_reads_enter_a_difference(frame, read):
+    spectrum = {"lambda_mean": 1.0, "depth_limit": 28.0}
+    rows = [
+        read("m", "random", lambda_v=1e-13, lambda_v_standard_error=0.03, **spectrum),
+        read("m", lambda_v=1e-16, lambda_v_standard_error=0.04, **spectrum),
+    ]
+    assert claim(frame, rows, "layernorm-deepens")["value_token_error"] == pytest.approx(0.05)
+    assert claim(frame, rows, "layernorm-kernel-exact")["value_token_error"] is None
+
+
 def test_deepening_is_random_over_trained_at_the_last_checkpoint(frame, read):
     spectrum = {"lambda_mean": 1.0, "depth_limit": 28.0}
     rows = [

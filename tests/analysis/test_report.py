@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 import pytest
 
 from analysis.export import save_plot, save_plots
-from analysis.plots import depth_plot, size_plot, slope_plot
+from analysis.plots import depth_plot, line_colour, size_plot, slope_plot
 from analysis.report import report_page, write_report
 from analysis.results import ResultsError, scan
 from analysis.spectra_plots import MAX_POINTS, block_plot, downsampled, spectra_plot
@@ -144,6 +144,18 @@ def test_lines_carry_protocol_and_dtype_only_where_they_differ(frame, read):
     rows.append(read("m", depth=3.0, dtype="bfloat16", engine="x"))
     names = {p["line"] for p in depth_plot(frame(rows))["datasets"]["depths"]}
     assert names == {"m (standard, float32)", "m (standard, bfloat16)"}
+
+
+def test_a_model_has_one_colour_in_all_plots(frame, read):
+    reads = frame([read("a", depth=1.0), read("b", depth=2.0), read("c", depth=3.0)])
+
+    def colours(shown):
+        scale = line_colour(shown, reads).to_dict()["scale"]
+        return dict(zip(scale["domain"], scale["range"], strict=True))
+
+    several = colours(["c", "a", "b"])
+    assert len(set(several.values())) == 3
+    assert colours(["b"]) == {"b": several["b"]}
 
 
 def test_training_needs_two_checkpoints_and_positive_lambda(frame, history, read):

@@ -91,8 +91,8 @@ def test_runs_flags_are_the_contracts(deadbench):
         (["run", "--nonsense"], "No such option: --nonsense"),
         (["run", "--tokens", "many"], "Invalid value for '--tokens'"),
         (["run", "--tokens", "0"], "greater than or equal to 1"),
-        (["run", "--engine", "vlm"], "--engine 'vlm' cannot be run by this version; choose auto, torch, streaming"),
-        (["run", "--tensor-parallel", "2"], "give 1"),
+        (["run", "--engine", "vlm"], "'vlm' cannot be run by this version; choose auto, torch, vllm, streaming"),
+        (["run", "--tensor-parallel", "2"], "2 devices do not divide its 9 attention heads; choose one of 1, 3, 9"),
         (["run", "--dtype", "int8"], "--dtype 'int8' is unknown; choose auto, float32"),
         (["run", "--suite", "none"], "suite 'none' is unknown; choose quick"),
         (["run", "--reads", "guess"], "read 'guess' is unknown"),
@@ -191,7 +191,7 @@ def test_a_second_run_starts_nothing(deadbench, results, monkeypatch):
     def forbidden(*args):
         raise AssertionError("Ray was started though every read is finished")
 
-    monkeypatch.setattr(driver, "_connect", forbidden)
+    monkeypatch.setattr(driver, "connect", forbidden)
     arguments = ["run", TWIN, results.parent / "tiny", "--input", "tokens:random", "--out", results]
     code, out, _ = deadbench(*arguments, "--json")
     document = json.loads(out)
@@ -251,11 +251,11 @@ def test_ctrl_c_in_the_middle_is_exit_130_and_loses_nothing(tmp_path):
         [sys.executable, "-m", "runners", "run", "--suite", "quick", "--out", str(out)],
         cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600  # a busy machine
     while not list(out.glob("reads/*.parquet")) and time.monotonic() < deadline:
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=60)
+    stdout, stderr = process.communicate(timeout=300)
     assert process.returncode == 130, stderr
     assert stdout == ""
     assert stderr.splitlines()[-1] == "deadbench: interrupted; what finished is kept"

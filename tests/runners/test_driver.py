@@ -246,4 +246,4 @@ def test_an_address_that_answers_nobody_is_one_line(monkeypatch):
 
     monkeypatch.setattr(ray, "init", refuse)
     with pytest.raises(DriverError, match=r"Ray at 'host:1' cannot be joined \(ConnectionError: no answer\)"):
-        driver._connect("host:1")
+        driver.connect("host:1")

@@ -38,6 +38,23 @@ class Tanh(nn.Module):
     def forward(self, x):
         return x.tanh()
 
+class MeanAbsolute(nn.Module):  # neither, and centred all the same
+    def __init__(self, width):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        x = x - x.mean(-1, keepdim=True)
+        print("called")
+        return self.gain * x / x.abs().mean(-1, keepdim=True)
+
+class Raises(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+
+    def forward(self, x):
+        raise KeyError("no such thing")
+
 class Unbuilt(nn.Module):
     def __init__(self, width, groups):
         super().__init__()
@@ -92,6 +109,7 @@ def test_export_of_zero_scales_of_an_rmsnorm_and_of_nothing(deadbench, minilm, t
 @pytest.fixture
 def own_norms(tmp_path, monkeypatch):
     (tmp_path / "own_norms.py").write_text(OWN_NORMS)
+    (tmp_path / "own_broken.py").write_text("raise KeyError('not\\nhere')")
     monkeypatch.syspath_prepend(tmp_path)
 
 
@@ -99,18 +117,29 @@ def test_a_users_own_norm_is_put_to_the_kernel_test(deadbench, own_norms):
     code, out, _ = deadbench("classify", "--module", "own_norms:Centred", "--json")
     found = json.loads(out)
     assert (code, found["family"], found["kernel"], found["scale"]) == (0, "layernorm", True, "weight")
+    assert found["kernel_dimension"] == 1
     assert found["eps"] == pytest.approx(1e-6, rel=1e-3)
     code, out, _ = deadbench("classify", "--module", "own_norms:Uncentred", "--width", "7", "--json")
     found = json.loads(out)
     assert (code, found["family"], found["kernel"], found["scale"]) == (0, "rmsnorm", False, "1+weight")
     code, out, _ = deadbench("classify", "--module", "own_norms:Tanh")
-    assert (code, "cannot be told" in out) == (1, True)
+    assert (code, "other, 0 dead of 64 output directions" in out) == (1, True)
+
+
+def test_a_norm_that_is_neither_family_is_measured_and_one_that_raises_is_told(deadbench, own_norms):
+    code, out, error = deadbench("classify", "--module", "own_norms:MeanAbsolute", "--json")
+    found = json.loads(out)
+    assert (code, found["family"], found["kernel"], found["kernel_dimension"]) == (1, "other", True, 1)
+    assert "called" in error, "what the class prints is no part of the answer"
+    code, out, _ = deadbench("classify", "--module", "own_norms:Raises")
+    assert (code, "cannot be told" in out, "no such thing" in out) == (1, True, True)
 
 
 @pytest.mark.parametrize(
     ("name", "said"),
     [("own_norms:Missing", "cannot be imported"), ("no_such_package:Norm", "cannot be imported"),
-     ("Centred", "write it"), ("own_norms:Unbuilt", "Unbuilt(64) fails"), ("own_norms:function", "not a torch.nn")],
+     ("own_broken:Norm", "own_broken:Norm: cannot be imported ("), ("Centred", "write it"),
+     ("own_norms:Unbuilt", "Unbuilt(64) fails"), ("own_norms:function", "not a torch.nn")],
 )  # fmt: skip
 def test_a_class_that_cannot_be_had_is_one_line(deadbench, own_norms, name, said):
     code, out, error = deadbench("classify", "--module", name)

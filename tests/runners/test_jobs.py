@@ -1,11 +1,17 @@
 """From names and flags to jobs; the key changes exactly when the numbers would."""
 
+import shutil
+import threading
+
 import numpy as np
 import pytest
 
-from runners.jobs import JobError, Overrides, build_jobs
+from runners import jobs as jobs_module
+from runners.jobs import JobError, Overrides, build_jobs, unreachable
 from suite.registry import load_registry
+from suite.tensors import CheckpointError
 from tests.conftest import ROOT, save_tiny
+from tests.runners.many_checkpoints import serving
 
 PATH = ROOT / "models.yaml"
 REGISTRY = load_registry(PATH)
@@ -119,3 +125,67 @@ def test_a_series_beside_a_revision_is_read_where_it_is_asked_for(tmp_path):
     assert read() == read(suite="one") == [("step4", None)]
     assert read(suite="all") == read(every_checkpoint=True) == [(f"step{s}", None) for s in (2, 4, 10)]
     assert read("ckpt", suite="all") == [("step4", "run: no checkpoint matches 'ckpt{step}'")]
+
+
+def registry_of(tmp_path, models):
+    path = tmp_path / "models.yaml"
+    path.write_text(
+        f"protocols: {{standard: {{}}}}\nsuites: {{all: {{protocol: standard, models: [{', '.join(models)}]}}}}\n"
+    )
+    with path.open("a") as file:
+        file.write(
+            "models:\n" + "".join(f"  - {{id: {name}, source: '{source}'}}\n" for name, source in models.items())
+        )
+    return load_registry(path), path
+
+
+def test_gated_and_missing_models_are_told_before_anything_runs(tmp_path, monkeypatch, deadbench):
+    """A gated repository lists everything, so that only reading a file tells."""
+    save_tiny(tmp_path / "kinds" / "open")
+    shutil.copytree(tmp_path / "kinds" / "open", tmp_path / "kinds" / "gated")
+    with serving(tmp_path / "kinds") as url:
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
+        models = {"open": "org/open-1", "gated": "org/gated-1", "missing": "org/none-1"}
+        registry, path = registry_of(tmp_path, models)
+        built = build_jobs(registry, path, [], "all", ["parameters", "trained"], Overrides(input="tokens:random"))
+        code, printed, _ = deadbench("plan", "--registry", path, "--suite", "all", "--reads", "parameters")
+    told = unreachable(built)
+    assert [line.partition(":")[0] for line in told] == ["gated", "missing"]
+    assert "gated or private (401): accept its licence" in told[0]
+    assert "no such repository" in told[1]
+    assert [read.error is None for job in built for read in job.reads] == [True, True, False, False, False, False]
+    assert code == 1
+    assert "cannot run" in printed
+
+
+def test_models_are_opened_side_by_side(tmp_path, monkeypatch):
+    """One after another the first would wait for the others for ever."""
+    together = threading.Barrier(4, timeout=20)
+
+    class Slow:
+        def __init__(self, source, revision=None, base=None):
+            self.source = source
+
+        def config(self):
+            together.wait()
+            raise CheckpointError(f"{self.source}: seen")
+
+    monkeypatch.setattr(jobs_module, "Checkpoint", Slow)
+    registry, path = registry_of(tmp_path, {name: f"org/{name}" for name in "abcd"})
+    built = build_jobs(registry, path, [], "all", ["parameters"], Overrides())
+    assert unreachable(built) == [f"{name}: org/{name}: seen" for name in "abcd"]
+
+
+def test_a_source_with_a_password_is_named_without_it(tmp_path, monkeypatch):
+    save_tiny(tmp_path / "m" / "neox")
+    with serving(tmp_path / "m") as url:
+        source = url.replace("://", "://me:hunter2@") + "/neox-1?sig=abcdef"
+        (job,) = jobs([source], reads=["parameters"])
+        from runners.worker import run_model
+
+        *_, finished = run_model(job, "run", 1)
+    assert finished.row["status"] == "ok"
+    stored = [str(value) for table in finished.tables.values() for row in table.to_pylist() for value in row.values()]
+    assert [value for value in stored if "hunter2" in value or "abcdef" in value] == []
+    assert finished.row["model"] == finished.row["source"] == f"{url}/neox-1"

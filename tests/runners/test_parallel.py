@@ -91,7 +91,7 @@ def test_a_degree_that_does_not_divide_the_heads_is_refused_before_anything_star
 
 
 def test_a_rank_that_dies_ends_the_group(ray_session, registry, tmp_path, monkeypatch):
-    start, born = actors.start, []
+    start, born, killed = actors.start, [], []
 
     def watched(*args):
         group = start(*args)
@@ -104,14 +104,14 @@ def test_a_rank_that_dies_ends_the_group(ray_session, registry, tmp_path, monkey
 
         _, pid, _ = ray.get(group.homes[1])
         time.sleep(1)
+        killed.append(time.monotonic())
         os.kill(pid, signal.SIGKILL)
 
     monkeypatch.setattr("runners.loop.start", watched)
-    started = time.monotonic()
     summary = run(registry, tmp_path, ["llama"], 2, ["random", "trained"])
     assert summary.ok + summary.failed == 2
     assert summary.failed >= 1
-    assert time.monotonic() - started < 120  # the collective itself would wait for hours
+    assert time.monotonic() - killed[0] < 60  # the collective itself would wait for hours
     errors = table(tmp_path, "reads").filter(status="failed")["error"]
     assert all("rank 1 of 2: " in error and "died" in error for error in errors)
     assert not any(psutil.pid_exists(ray_pid(home)) for home in born[0].homes)

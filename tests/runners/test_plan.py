@@ -51,7 +51,8 @@ def test_sizes_are_those_counted_by_hand():
     block = 12 * 64**2 + 13 * 64  # QKV, output, two of the MLP; their biases and two norms
     assert (size.largest_block, size.outside_blocks) == (block, 500 * 64 + 128)
     assert size.parameters == 3 * block + size.outside_blocks
-    assert (size.num_taps, size.hidden_size, size.num_heads, size.num_kv_heads) == (4, 64, 4, 4)
+    assert (size.num_taps, size.hidden_size) == (4, 64)
+    assert size.divisors == {"num_attention_heads": 4, "intermediate_size": 256}
     need = needs(size, "random", 2, 640)
     assert (need.weights, need.resident_load) == (2 * size.parameters, 4 * size.parameters + 2 * 500 * 64)
     assert need.stream == 640 * 64 * 2
@@ -106,6 +107,132 @@ def test_what_cannot_fit_says_why_and_what_would(registry):
     assert (placed[1].reads[0].engine, placed[1].reads[0].error) == ("torch", None)
 
 
+def test_a_functional_read_is_whole_on_one_device(registry):
+    jobs = build_jobs(load_registry(registry), registry, ["pythia-1.4b"], None, ["functional"], Overrides())
+    (row,) = make_plan(jobs, parse_cluster("8x80GB"))
+    assert (row.engine, row.gpus, row.tensor_parallel, row.dtype, row.problem) == ("torch", 1, 1, "float64", None)
+    (row,) = make_plan(jobs, parse_cluster("1x8GB"))
+    assert "holds the whole model" in row.problem
+    placed, problems = place_jobs(jobs, parse_cluster("0x8GB"))
+    assert placed[0].reads[0].error in problems[0]
+
+
+def one_row(path, model, shape, degree=None, **overrides):
+    jobs = build_jobs(
+        load_registry(path),
+        path,
+        [model],
+        None,
+        ["random"],
+        Overrides(tensor_parallel=degree, **overrides),
+        assumed=True,
+    )
+    (row,) = make_plan(jobs, parse_cluster(shape))
+    return row
+
+
+def test_a_degree_that_is_asked_for_is_taken_or_refused(registry):
+    row = one_row(registry, "pythia-6.9b", "8x80GB", 4)
+    assert (row.gpus, row.tensor_parallel, row.problem) == (4, 4, None)
+    whole = one_row(registry, "pythia-6.9b", "8x80GB", 1)
+    assert (whole.gpus, whole.tensor_parallel) == (1, 1)
+    assert row.peak_bytes < whole.peak_bytes
+    assert "the cluster has 2 GPUs" in one_row(registry, "pythia-6.9b", "2x80GB", 4).problem
+    assert "each of 2 devices needs" in one_row(registry, "command-r", "2x24GB", 2).problem
+    shared = one_row(registry, "pythia-1.4b", "0x24GB", 2)
+    assert (shared.gpus, shared.tensor_parallel, shared.problem) == (0, 2, None), "two processes of one machine"
+    # Asked not to divide it, the plan does not.
+    assert one_row(registry, "command-r", "8x24GB", 1).engine == "streaming"
+    assert one_row(registry, "command-r", "8x24GB", 1).tensor_parallel == 1
+
+
+def test_vllm_is_planned_where_it_is_not_installed(registry, monkeypatch):
+    monkeypatch.setattr("runners.jobs.vllm_is_installed", lambda: False)
+    row = one_row(registry, "command-r", "8x80GB", engine="vllm")
+    assert (row.engine, row.gpus, row.problem) == ("vllm", 2, None)
+    assert "give" not in (row.note or "")
+    assert "do not fit" in one_row(registry, "command-r", "1x24GB", engine="vllm").problem
+
+
+# The text towers of the registry's two largest models look at values in their forward passes, which meta tensors lack.
+@pytest.mark.parametrize(
+    ("model", "parameters", "taps", "divisors"),
+    [
+        ("gemma-4-31b", 31.3e9, 61, {"num_attention_heads": 32, "num_key_value_heads": 4, "intermediate_size": 21504}),
+        ("qwen3.5-35b-a3b", 34.6e9, 41, {"num_attention_heads": 16, "num_key_value_heads": 2}),
+    ],
+)
+def test_the_largest_models_are_measured(model, parameters, taps, divisors):
+    config = load_registry(ROOT / "models.yaml").model(model).config
+    size = measure(build_config(config), 256)
+    assert size.parameters == pytest.approx(parameters, rel=0.01)
+    assert size.num_taps == taps
+    assert {name: size.divisors.get(name) for name in divisors} == divisors
+    assert size.activation_bytes < 4e9
+
+
+def test_every_model_of_the_paper_has_a_place_on_24_gb():
+    path = ROOT / "models.yaml"
+    jobs = build_jobs(load_registry(path), path, [], "paper", ["random"], Overrides(), assumed=True)
+    plan = make_plan(jobs, parse_cluster("1x24GB"))
+    assert len(plan) == 14
+    assert [row.problem for row in plan] == [None] * 14
+    assert all(row.peak_bytes <= 24e9 for row in plan)
+    streamed = {row.model for row in plan if row.engine == "streaming"}
+    assert streamed == {"c4ai-command-r-v01", "starcoder2-15b", "gemma-4-31b", "olmo-2-1124-7b"}
+
+
+def test_what_cannot_be_reached_is_sized_by_the_registry(registry, deadbench):
+    content = json.loads(registry.read_text())
+    content["models"] = [{"id": "far", "source": "nobody/far", "input": "tokens:random", **MODELS["pythia-1.4b"]}]
+    registry.write_text(json.dumps(content))
+    arguments = ["plan", "far", "--registry", registry, "--reads", "parameters,trained", "--json"]
+    code, out, _ = deadbench(*arguments, "--assume", "1x24GB")
+    parameters, trained = json.loads(out)["reads"]
+    assert (code, parameters["problem"], trained["problem"]) == (0, None, None)
+    assert "cannot be reached from here" in parameters["note"]
+    assert trained["note"] == "sized by the registry's configuration"
+    assert trained["weight_bytes"] == pytest.approx(5.2e9, rel=0.02)
+    code, out, _ = deadbench(*arguments)  # here it would fail
+    assert code == 1
+    assert all("cannot be reached" in row["problem"] for row in json.loads(out)["reads"])
+
+
+def test_reads_that_are_there_already_are_said_to_be(registry, deadbench, tmp_path):
+    jobs = build_jobs(load_registry(registry), registry, ["pythia-1.4b"], None, ["random"], Overrides())
+    identity = jobs[0].reads[0].identity()
+    (row,) = make_plan(jobs, parse_cluster("1x80GB"), {identity})
+    assert (row.note, row.problem) == ("already there", None)
+    code, out, _ = deadbench(
+        "plan", "pythia-1.4b", "--registry", registry, "--reads", "random", "--assume", "1x80GB", "--json", "--out",
+        tmp_path / "none",
+    )  # fmt: skip
+    assert (code, json.loads(out)["reads"][0]["note"]) == (0, None)
+    assert not (tmp_path / "none").exists(), "a dry run makes no folder"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--engine", "vlm"], "--engine 'vlm' cannot be run by this version; choose auto, torch"),
+        (["--dtype", "int8"], "--dtype 'int8' is unknown"),
+        (["--tensor-parallel", "3"], "3 devices do not divide its 16 attention heads; choose one of 1, 2, 4, 8, 16"),
+    ],
+)
+def test_plan_refuses_what_run_refuses(registry, deadbench, arguments, told):
+    code, out, err = deadbench("plan", "pythia-1.4b", "--registry", registry, "--assume", "8x80GB", *arguments)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert told in err
+
+
+def test_plan_takes_the_arguments_of_run(deadbench):
+    _, run, _ = deadbench("run", "--help")
+    _, planned, _ = deadbench("plan", "--help")
+    flags = {word.strip(",|│ ") for word in run.split() if word.startswith("--")}
+    ours = {"--timeout", "--max-retries", "--checkpoint-interval", "--autoscale", "--log-format"}
+    assert flags - ours <= {word.strip(",|│ ") for word in planned.split()}
+
+
 @pytest.mark.parametrize("shape", ["8", "8x80", "x8x80GB", "0x8x80GB", "8x0GB", "-1x80GB"])
 def test_a_cluster_that_is_none(shape):
     with pytest.raises(PlanError, match="--assume"):
@@ -125,7 +252,8 @@ from tests.runners.test_plan import neox
 from suite.architecture import build_config, find_final_norm, build_model
 import runners.forward, torch
 path = Path(sys.argv[1])
-(job,) = build_jobs(load_registry(path), path, ["m"], None, ["random"], Overrides(tokens=1100))
+overrides = Overrides(tokens=1100, engine=sys.argv[2])
+(job,) = build_jobs(load_registry(path), path, ["m"], None, ["random"], overrides)
 planned = place(job.reads[0], this_machine())
 find_final_norm(build_model(build_config(neox(64, 1, 4, 99)))); torch.linalg.eigh(torch.eye(600, dtype=torch.float64))
 overhead = peak_host_bytes()
@@ -135,16 +263,23 @@ print(json.dumps([planned.engine, planned.peak_host_bytes, overhead, last.row["p
 """
 
 
-@pytest.mark.parametrize("config", [neox(512, 12, 8, 120_000), neox(1024, 12, 16, 100_000)], ids=["0.4 GB", "1 GB"])
-def test_planned_memory_is_within_15_percent_of_the_measured_peak(config, tmp_path):
+@pytest.mark.parametrize(
+    ("config", "engine"),
+    [
+        pytest.param(neox(512, 12, 8, 120_000), "torch", id="0.4 GB"),
+        pytest.param(neox(1024, 12, 16, 100_000), "torch", id="1 GB"),
+        pytest.param(neox(1024, 24, 16, 50_000), "streaming", id="1.4 GB streamed"),
+    ],
+)
+def test_planned_memory_is_within_15_percent_of_the_measured_peak(config, engine, tmp_path):
     model = {"id": "m", "input": "tokens:random", "config": config, "dtype": "float32"}
     (tmp_path / "models.yaml").write_text(json.dumps({"protocols": {"standard": {}}, "suites": {}, "models": [model]}))
     run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", MEASURED, str(tmp_path / "models.yaml")],
+        [sys.executable, "-W", "ignore", "-c", MEASURED, str(tmp_path / "models.yaml"), engine],
         capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
-    engine, planned, overhead, peak = json.loads(run.stdout.splitlines()[-1])
-    assert engine == "torch"
+    planned_engine, planned, overhead, peak = json.loads(run.stdout.splitlines()[-1])
+    assert planned_engine == engine
     assert planned - PROCESS_BYTES == pytest.approx(peak - overhead, rel=0.15)
     assert planned == pytest.approx(peak, rel=0.15)

@@ -91,17 +91,6 @@ def test_reads_are_written_last(tmp_path, monkeypatch):
     assert written == ["norms", "spectra", "reads"]
 
 
-def test_an_object_store_gets_whole_files(tmp_path):
-    import fsspec
-
-    store = ResultStore("memory://deadbench-store")
-    store.write(tables())
-    assert ResultStore("memory://deadbench-store").finished() == {("m", None, "trained", 0, "p", "torch", "f")}
-    memory = fsspec.filesystem("memory")
-    assert [p for p in memory.find("/deadbench-store") if not p.endswith(".parquet")] == []
-    memory.rm("/deadbench-store", recursive=True)
-
-
 def rewrite_version(folder, version):
     path = next((folder / "reads").iterdir())
     table = pq.read_table(path)

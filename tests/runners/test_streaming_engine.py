@@ -12,7 +12,8 @@ from runners.jobs import Overrides, build_jobs
 from runners.streaming_engine import StreamingEngine
 from runners.torch_engine import Blocks, Swept, TorchEngine
 from runners.worker import Finished, Progress, run_model
-from suite.architecture import block_list, build_config
+from suite.architecture import block_list, build_config, build_model
+from suite.feed import part_of
 from suite.inputs import Batch
 from suite.registry import load_registry
 from tests.conftest import ROOT, TWINS, save_tiny
@@ -34,6 +35,12 @@ ARCHITECTURES: dict[str, dict] = {
     "t5": {"d_model": 32, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 4, "d_ff": 48, "d_kv": 8,
            "vocab_size": 99},
     "cohere": LLAMA,
+    "gemma3": {
+        "text_config": LLAMA | {"model_type": "gemma3_text", "head_dim": 8, "sliding_window": 5, "pad_token_id": 0},
+        "vision_config": {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
+                          "image_size": 28, "patch_size": 14, "model_type": "siglip_vision_model"},
+        "mm_tokens_per_image": 4, "image_token_index": 90, "boi_token_index": 91, "eoi_token_index": 92,
+    },
     "vit": {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48,
             "image_size": 32, "patch_size": 8},
 }  # fmt: skip
@@ -52,12 +59,18 @@ def batches_for(model_type):
     whole = [Batch({"input_ids": torch.randint(3, 99, (2, 12), generator=generator)}) for _ in range(2)]
     mask = torch.ones(2, 12, dtype=torch.long)
     mask[1, 7:] = 0
-    return [*whole, Batch({"input_ids": whole[0].model_inputs["input_ids"], "attention_mask": mask}, mask.bool())]
+    padded = Batch({"input_ids": whole[0].model_inputs["input_ids"], "attention_mask": mask}, mask.bool())
+    if model_type != "t5":
+        return [*whole, padded]
+    return [
+        Batch(b.model_inputs | {"decoder_input_ids": b.model_inputs["input_ids"]}, b.mask_ST) for b in (*whole, padded)
+    ]
 
 
-def everything(engine, model, batches):
+def everything(engine, whole, batches):
     """What enters every block, in order of tokens, and what passes the final norm."""
-    norm = engine.final_norm(model).path
+    norm = engine.final_norm(whole).path
+    model = whole.get_submodule(engine.part)
     path, _ = block_list(model, norm)
     taps = {}
     blocks = Blocks(
@@ -89,7 +102,9 @@ def test_random_and_trained_are_the_resident_models(model_type, tmp_path):
     parked = 0 if len(model_type) % 2 else 1e9  # streams on disk, or in memory
     settings = {"model_type": model_type} | ARCHITECTURES[model_type]
     batches = batches_for(model_type)
-    resident, streaming = TorchEngine(CPU), StreamingEngine(CPU, parked_bytes=parked)
+    read = part_of(build_model(build_config(settings), "meta"), "text", "encoder")[0]
+    resident, streaming = TorchEngine(CPU, part=read), StreamingEngine(CPU, parked_bytes=parked, part=read)
+    assert (read == "encoder") == (model_type == "t5")
     whole = resident.load_random(build_config(settings), 3, torch.float32)
     expected = everything(resident, whole, batches)
     model = streaming.load_random(build_config(settings), 3, torch.float32)

@@ -1,18 +1,25 @@
 """The vLLM engine on real vLLM: the rows of the torch engine, over architectures, and with two ranks."""
 
+import contextlib
 import importlib.util
 import json
 import os
 import subprocess
 import sys
+import time
 
 import polars as pl
+import psutil
 import pytest
 from polars.testing import assert_frame_equal
 
+from runners.jobs import Overrides, build_jobs
+from runners.vllm_support import refusal, why_vllm_cannot
+from suite.registry import load_registry
 from tests.conftest import ROOT, TINY_NEOX, save_tiny
 from tests.runners.test_parallel import table
 
+MARK = "DEADBENCH_TEST"
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
 needs_vllm = pytest.mark.skipif(not HAS_VLLM, reason="vLLM is not installed: make vllm")
 
@@ -132,18 +139,62 @@ def test_every_block_is_that_of_the_torch_engine(parity):
     assert_frame_equal(torch_rows.select(sigmas), vllm_rows.select(sigmas), rel_tol=1e-4)
 
 
+def marked(mark):
+    """Processes that descend from a command which was given `mark` in its environment."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def assert_all_gone(mark):
+    deadline = time.monotonic() + 30
+    while marked(mark) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert [process.cmdline() for process in marked(mark)] == []
+
+
+def two_ranks(registry, out):
+    return subprocess.Popen(
+        [sys.executable, "-m", "runners", "run", "llama", "--registry", str(registry), "--suite", "all", "--engine",
+         "vllm", "--tensor-parallel", "2", "--out", str(out)],
+        env=plain_environment(**{MARK: str(out)}), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
 @needs_vllm
 @pytest.mark.ray
 def test_two_ranks_through_the_command_line(registry, parity, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "runners", "run", "llama", "--registry", str(registry), "--suite", "all", "--engine",
-         "vllm", "--tensor-parallel", "2", "--out", str(tmp_path)],
-        env=plain_environment(), cwd=ROOT, capture_output=True, text=True, timeout=400, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    command = two_ranks(registry, tmp_path)
+    _, err = command.communicate(timeout=600)
+    assert command.returncode == 0, err[-3000:]
     rows = table(tmp_path, "reads")
     assert_same(table(parity[0], "reads").filter(model="llama", read="trained"), rows)
     assert rows["tensor_parallel"].to_list() == [2]
+    assert_all_gone(str(tmp_path))
+
+
+@needs_vllm
+@pytest.mark.ray
+def test_a_rank_of_vllm_that_dies_is_a_failed_row_and_nothing_is_left(registry, tmp_path):
+    command = two_ranks(registry, tmp_path)
+    ranks = []
+    while len(ranks) < 2 and command.poll() is None:
+        time.sleep(0.2)
+        cores = [process for process in marked(str(tmp_path)) if "EngineCore" in " ".join(process.cmdline())]
+        ranks = [child for core in cores for child in core.children() if "spawn_main" in " ".join(child.cmdline())]
+    assert command.returncode is None, command.communicate()[1][-3000:]
+    ranks[1].kill()
+    killed = time.monotonic()
+    command.communicate(timeout=600)
+    assert command.returncode == 1
+    assert time.monotonic() - killed < 60
+    (row,) = table(tmp_path, "reads").to_dicts()
+    assert row["status"] == "failed"
+    assert "vLLM cannot load it" in row["error"] or "died" in row["error"]
+    assert_all_gone(str(tmp_path))
 
 
 @needs_vllm
@@ -164,23 +215,52 @@ def test_what_vllm_cannot_do_is_a_failed_row_that_says_what_can(tmp_path):
     assert all("'albert' is none; give --engine torch" in error for error in rows["error"])
 
 
-@pytest.mark.skipif(HAS_VLLM, reason="vLLM is installed")
-def test_without_vllm_the_command_says_how_to_install_it(deadbench):
+def registry_that_wishes_vllm(folder, models):
+    content = [{"id": name, "engine": "vllm", "input": "tokens:random", "config": config} for name, config in models]
+    (folder / "models.yaml").write_text(json.dumps({"protocols": {"standard": {}}, "suites": {}, "models": content}))
+    return folder / "models.yaml"
+
+
+def engines_of(path, **overrides):
+    registry = load_registry(path)
+    jobs = build_jobs(registry, path, [m.id for m in registry.models], None, ["random"], Overrides(**overrides))
+    return {job.model_id: job.engine for job in jobs}
+
+
+@needs_vllm
+def test_under_auto_what_vllm_lacks_is_read_by_torch(tmp_path):
+    models = [
+        ("llama", ARCHITECTURES["llama"] | {"model_type": "llama"}),
+        ("gpt_neox", ARCHITECTURES["gpt_neox"] | {"model_type": "gpt_neox"}),  # by vLLM's transformers backend
+        ("mpt", {"model_type": "mpt", "architectures": ["MptForCausalLM"], "d_model": 64, "n_heads": 2, "n_layers": 2}),
+        ("albert", {"model_type": "albert", "architectures": ["AlbertModel"]}),  # no language model at all
+    ]
+    path = registry_that_wishes_vllm(tmp_path, models)
+    assert engines_of(path) == {"llama": "vllm", "gpt_neox": "vllm", "mpt": "torch", "albert": "torch"}
+    assert set(engines_of(path, engine="vllm").values()) == {"vllm"}, "the command line is no wish"
+    reason = why_vllm_cannot(dict(models)["mpt"])
+    assert "MptForCausalLM was supported in vLLM until v0.28.0" in reason
+    assert len(reason) < 300
+
+
+def test_without_vllm_the_command_says_how_to_install_it(deadbench, monkeypatch):
+    monkeypatch.setattr("runners.jobs.vllm_is_installed", lambda: False)
     code, out, err = deadbench("run", "gpt2", "--engine", "vllm")
     assert (code, out) == (2, "")
     assert "pip install 'deadbench[vllm]' (CUDA)" in err
     assert err.count("\n") == 1
 
 
-@pytest.mark.skipif(HAS_VLLM, reason="vLLM is installed")
-def test_the_registrys_wish_for_vllm_falls_back_to_torch(tmp_path):
-    from runners.jobs import Overrides, build_jobs
-    from suite.registry import load_registry
+def test_the_registrys_wish_for_vllm_falls_back_to_torch_without_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("runners.jobs.vllm_is_installed", lambda: False)
+    path = registry_that_wishes_vllm(tmp_path, [("neox", TINY_NEOX)])
+    assert engines_of(path) == {"neox": "torch"}
 
-    save_tiny(tmp_path / "m")
-    model = {"id": "m", "source": "m", "engine": "vllm", "input": "tokens:random"}
-    (tmp_path / "models.yaml").write_text(json.dumps({"protocols": {"standard": {}}, "suites": {}, "models": [model]}))
-    (job,) = build_jobs(
-        load_registry(tmp_path / "models.yaml"), tmp_path / "models.yaml", ["m"], None, None, Overrides()
+
+def test_what_vllm_says_is_cut_to_its_reason():
+    long = ValueError(
+        "1 validation error for ModelConfig\n  Value error, Model architectures ['XGLMForCausalLM'] are not supported "
+        "for now. Supported architectures: dict_keys(['AfmoeForCausalLM', 'ApertusForCausalLM'"
     )
-    assert {read.engine for read in job.reads} == {None, "torch"}
+    assert refusal(long) == "Model architectures ['XGLMForCausalLM'] are not supported for now."
+    assert refusal(RuntimeError("Engine core\ninitialization failed")) == "Engine core initialization failed"

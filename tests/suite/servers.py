@@ -11,6 +11,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 NGINX = """
@@ -72,6 +74,40 @@ def nginx_hub(root: Path, folder: Path) -> Iterator[str]:
         process.wait(timeout=10)
 
 
+class Refusing:
+    """Between an S3 server and its clients: refuses what `refuses(environ)` is true of, after half of the body."""
+
+    def __init__(self, application: object):
+        self.application, self.refuses, self.refused = application, lambda environ: False, 0
+
+    def __call__(self, environ: dict, start_response: object) -> object:
+        if not self.refuses(environ):
+            return self.application(environ, start_response)
+        self.refused += 1
+        environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0) // 2)
+        start_response("503 Service Unavailable", [("Content-Length", "0"), ("Connection", "close")])
+        return [b""]
+
+
+@contextlib.contextmanager
+def s3_server() -> Iterator[Refusing]:
+    """moto's S3 server, and the environment by which s3fs and boto3 find it."""
+    from moto.moto_server.threaded_moto_server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    server._server.app = refusing = Refusing(server._server.app)
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in {
+            "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }.items():  # fmt: skip
+            environment.setenv(name, value)
+        yield refusing
+    server.stop()
+
+
 class Misbehaving(http.server.ThreadingHTTPServer):
     """Serves `folder`; `faults` maps a file name to how it is served, `requests` lists (name, Range) as they come."""
 
@@ -93,7 +129,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         server = self.server
-        name, asked = self.path.strip("/"), self.headers.get("Range")
+        name, asked = self.path.partition("?")[0].strip("/"), self.headers.get("Range")
         server.requests.append((name, asked))
         queue = server.faults.get(name, [])
         fault = (queue.pop(0) if len(queue) > 1 else queue[0]) if queue else ""  # the last one stays
@@ -113,7 +149,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if asked is None or fault in ("no ranges", "no length"):
             return self._body(200, data, length=None if fault == "no length" else len(data))
         start, end = asked.removeprefix("bytes=").split("-")
-        start, end = int(start), min(int(end) + 1, len(data))
+        start, end = int(start), min(int(end) + 1, len(data)) if end else len(data)
         if start >= len(data):
             return self._status(416, {"Content-Range": f"bytes */{len(data)}"})
         shift = 8 if fault == "other range" else 0

@@ -7,7 +7,7 @@ from torch import nn
 
 from suite.architecture import build_config, build_published
 from suite.norms import live_norm
-from suite.nullity import count_dead_parameters, trace_published
+from suite.nullity import count_dead_parameters, dead_at_initialisation, trace_published
 from suite.wiring import is_linear, private_parameters, trace
 
 SMALL = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12, "vocab_size": 11}
@@ -64,13 +64,13 @@ def claimed_directions(model, wiring, norms):
             continue
         transposed = not isinstance(module, nn.Linear)
         out = module.weight.shape[1 if transposed else 0]
-        for w in kernel if module.bias is not None else []:
+        for w in kernel if module.bias is not None or not beta.any() else []:
             for i in range(out):
                 row = unit((out, len(w)), i, w)
-                yield {
-                    names[id(module.weight)]: row.T if transposed else row,
-                    names[id(module.bias)]: -unit(out, i, w @ beta),
-                }
+                moved = {names[id(module.weight)]: row.T if transposed else row}
+                if module.bias is not None:
+                    moved[names[id(module.bias)]] = -unit(out, i, w @ beta)
+                yield moved
     parameters = dict(model.named_parameters())
     for path in wiring.writes:
         if path in parameters:
@@ -164,6 +164,44 @@ def test_the_counts_are_a_lower_bound_on_the_exact_fishers_nullity(zero_scale):
     assert nullity(fisher_factor(model, [f"{up}.weight", f"{up}.bias"], ids)) == counts[mlp][0]
 
 
+LLAMA = SMALL | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]} | SPECIAL
+# By kind: the architecture, a map that a norm feeds, one that writes to the stream, and what each counts.
+KINDS = {
+    "pre-LN": (NEOX, "gpt_neox.layers.0.mlp.dense_h_to_4h", 12, "gpt_neox.layers.0.mlp.dense_4h_to_h", 12 + 1),
+    "post-LN": (ARCHITECTURES["bert"][0], "bert.encoder.layer.0.intermediate.dense", 12,
+                "bert.encoder.layer.0.output.dense", 12 + 1),
+    "pre-LN, tied embeddings": (ARCHITECTURES["gpt2"][0] | {"n_inner": 12, "n_layer": 1},
+                                "transformer.h.0.mlp.c_fc", 12, "transformer.h.0.mlp.c_proj", 12 + 1),
+    "no biases": (SMALL | {"model_type": "olmo", "architectures": ["OlmoForCausalLM"]} | SPECIAL,
+                  "model.layers.0.mlp.up_proj", 12, "model.layers.0.mlp.down_proj", 12),
+    "RMSNorm": (LLAMA, "model.layers.0.mlp.up_proj", 0, "model.layers.0.mlp.down_proj", 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_exact_fisher_of_each_kind_of_norm_confirms_the_counts(kind):
+    config, read, num_read, written, num_written = KINDS[kind]
+    model, wiring, norms = randomised(config | {"num_hidden_layers": 1})
+    model.set_attn_implementation("eager")
+    total = sum(map(sum, count_dead_parameters(model, wiring, norms).values()))
+    claimed = list(claimed_directions(model, wiring, norms))
+    ids = torch.randint(1, 11, (24, 8))
+    names, sizes = zip(*((name, p.numel()) for name, p in model.named_parameters()), strict=True)
+    factor = fisher_factor(model, names, ids)
+    assert len(factor) > factor.shape[1]
+    none = {n: torch.zeros(size, dtype=torch.float64) for n, size in zip(names, sizes, strict=True)}
+    basis = [torch.cat([d.get(n, none[n]).flatten() for n in names]) for d in claimed]
+    if basis:
+        assert torch.linalg.matrix_rank(torch.stack(basis)) == len(basis)
+        assert (factor @ torch.stack(basis).T).abs().max() < 1e-12 * factor.abs().max()
+    assert len(basis) == total <= nullity(factor)
+    assert (total > 0) == (kind != "RMSNorm")
+    # In one map alone nothing else is degenerate: there the count is the nullity, not a bound.
+    for path, expected in ((read, num_read), (written, num_written)):
+        own = [f"{path}.{name}" for name, _ in model.get_submodule(path).named_parameters()]
+        assert nullity(fisher_factor(model, own, ids)) == expected
+
+
 class Stream(nn.Module):
     """One embedding, one writer, one norm, one reader; `leak` adds another reader of the stream."""
 
@@ -212,11 +250,29 @@ def test_any_use_that_is_not_understood_ends_the_claim(leak, reads, writes):
 
 
 def test_an_rmsnorm_and_a_tied_head_give_no_direction():
-    llama = SMALL | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]} | SPECIAL
-    model, wiring, norms = randomised(llama)
+    model, wiring, norms = randomised(LLAMA)
     assert sum(map(sum, count_dead_parameters(model, wiring, norms).values())) == 0
     model, wiring, norms = randomised(ARCHITECTURES["gpt2"][0])
     read, written = count_dead_parameters(model, wiring, norms)["transformer.h.0.ln_1"]
     assert (read, written) == (24, 16)  # the positions alone: the token embedding is also the head
     assert wiring.reads["lm_head"] == "transformer.ln_f"
     assert count_dead_parameters(model, wiring, norms)["transformer.ln_f"][0] == 0
+
+
+def test_the_count_at_initialisation_is_that_of_scales_one_and_shifts_zero():
+    for config, expected in ((NEOX, None), (LLAMA, 0)):
+        built = build_config(config)
+        torch.manual_seed(0)
+        model = build_published(built).double()
+        _, wiring = trace_published(built)
+        modules = dict(model.named_modules())
+        norms = {path: live_norm(modules[path], b, D) for path, (b, D) in wiring.norms.items()}
+        counted = sum(map(sum, count_dead_parameters(model, wiring, norms).values()))
+        assert dead_at_initialisation(built) == counted
+        assert expected is None or counted == expected
+    # The head has no bias, and none is needed while the shift is zero: 11 directions that training ends.
+    model, wiring, norms = randomised(NEOX)
+    assert (
+        dead_at_initialisation(build_config(NEOX))
+        == sum(map(sum, count_dead_parameters(model, wiring, norms).values())) + 11
+    )

@@ -14,7 +14,7 @@ from suite.parameters import classify
 from suite.sources import Checkpoint, list_revisions
 from suite.tensors import CheckpointError, read_headers
 from tests.conftest import ROOT, TINY_NEOX, save_tiny
-from tests.suite.servers import COMMIT, misbehaving, nginx_hub
+from tests.suite.servers import COMMIT, misbehaving, nginx_hub, s3_server
 
 HAS_NGINX = shutil.which("nginx") or Path("/usr/sbin/nginx").exists()
 needs_nginx = pytest.mark.skipif(not HAS_NGINX, reason="nginx is not installed: apt install nginx-light")
@@ -211,6 +211,8 @@ def test_whole_files_come_complete_or_not_at_all(server, tmp_path):
         for path in copy.iterdir():
             assert path.read_bytes() == (server.folder / path.name).read_bytes()
         assert {p.name for p in copy.iterdir()} == {"config.json", "model.safetensors.index.json", *shards(server)}
+    with checkpoint.local_copy(weights=False) as copy:
+        assert {p.name for p in copy.iterdir()} == {"config.json", "model.safetensors.index.json"}
     server.faults["config.json"] = ["503"]
     with pytest.raises(CheckpointError, match="the server fails"), Checkpoint(server.url).local_copy():
         pass
@@ -220,24 +222,13 @@ def test_whole_files_come_complete_or_not_at_all(server, tmp_path):
 def bucket(whole, sharded):
     """moto's S3 server with a checkpoint in it, and the environment that s3fs reads."""
     boto3 = pytest.importorskip("boto3", reason="S3 tests need the dev extra")
-    from moto.moto_server.threaded_moto_server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as environment:
-        for name, value in {
-            "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x",
-            "AWS_DEFAULT_REGION": "us-east-1",
-        }.items():  # fmt: skip
-            environment.setenv(name, value)
+    with s3_server():
         s3 = boto3.client("s3")
         s3.create_bucket(Bucket="models")
         for folder in (whole, sharded):
             for path in folder.iterdir():
                 s3.upload_file(str(path), "models", f"{folder.name}/{path.name}")
         yield "s3://models"
-        server.stop()
 
 
 @pytest.mark.parametrize("layout", ["whole", "sharded"])

@@ -18,6 +18,9 @@ class Memory:
     def __init__(self, **files: bytes):
         self.files = {name.replace("__", "."): data for name, data in files.items()}
 
+    def has(self, name):
+        return name in self.names()
+
     def names(self):
         return list(self.files)
 

@@ -1,0 +1,71 @@
+"""When a server that limits its callers may be asked again: one memory of that for all threads of a process.
+
+A server says "not before" by 429 (or 503) with `Retry-After`, the Hub by `RateLimit`. Whoever hears it makes everyone
+wait who would ask the same host, instead of each finding out for itself. Processes tell each other (`on_pause`).
+"""
+
+import email.utils
+import random
+import re
+import threading
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+
+_RATE_LIMIT = re.compile(r"r\s*=\s*0\s*;\s*t\s*=\s*(\d+)")  # `"api";r=0;t=55`: none left, for 55 seconds
+_SPREAD = 0.1  # of the pause: those who waited do not all ask in the same instant
+
+
+class HostLimits:
+    """Pauses by host.
+
+    Attributes:
+        longest_wait: seconds that are waited at a server's word; beyond, the request fails and says so.
+        attempts: how often one request is refused by a limit before it fails.
+        on_pause: told (host, seconds) of each pause that this process heard of itself.
+    """
+
+    def __init__(self) -> None:
+        self.longest_wait, self.attempts = 30.0, 4
+        self.on_pause: Callable[[str, float], None] | None = None
+        self._until: dict[str, float] = {}
+        self._lock = threading.Lock()
+
+    def pause(self, host: str, seconds: float, *, heard: bool = True) -> None:
+        """Nobody asks `host` for so long; `heard` from the host itself, not from another process."""
+        until = time.monotonic() + seconds
+        with self._lock:
+            longer = until > self._until.get(host, 0.0)
+            if longer:
+                self._until[host] = until
+        if heard and longer and self.on_pause is not None:
+            self.on_pause(host, seconds)
+
+    def wait(self, host: str) -> None:
+        """Return when `host` may be asked."""
+        spread = random.random() * _SPREAD
+        while (left := self.left(host)) > 0:
+            time.sleep(left * (1 + spread))
+
+    def left(self, host: str) -> float:
+        """Seconds until `host` may be asked."""
+        with self._lock:
+            return max(0.0, self._until.get(host, 0.0) - time.monotonic())
+
+
+def named_wait(headers: Mapping[str, str]) -> float | None:
+    """Seconds that an answer asks to wait: `Retry-After` as number or date, or the Hub's `RateLimit`; None for none."""
+    told = (headers.get("Retry-After") or "").strip()
+    if told.isdigit():
+        return float(told)
+    if told:
+        try:
+            when = email.utils.parsedate_to_datetime(told)
+        except ValueError:
+            return None
+        return max(0.0, ((when if when.tzinfo else when.replace(tzinfo=UTC)) - datetime.now(UTC)).total_seconds())
+    match = _RATE_LIMIT.search(headers.get("RateLimit") or "")
+    return float(match[1]) if match else None
+
+
+LIMITS = HostLimits()  # of this process

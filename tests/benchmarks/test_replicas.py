@@ -1,0 +1,91 @@
+"""What a checkpoint costs beside what it saves, and what a second replica gives on two cores."""
+
+import pytest
+import torch
+from torch import nn
+
+from runners.checkpoints import Checkpoint, Position
+from runners.driver import Settings, execute
+from runners.jobs import Overrides, build_jobs
+from runners.progress import Reporter
+from runners.store import ResultStore
+from suite.final_norm import FinalNormRead
+from suite.norms import live_norm, probe
+from suite.ranks import Ranks
+from suite.registry import load_registry
+from suite.residual import ResidualRead
+
+MODEL = "{model_type: gpt2, n_embd: 512, n_layer: 6, n_head: 8, vocab_size: 8192}"
+
+
+def job(tmp_path, tokens, **overrides):
+    path = tmp_path / "models.yaml"
+    path.write_text(
+        f"protocols: {{standard: {{tokens: {tokens}}}}}\nsuites: {{}}\n"
+        f"models: [{{id: m, config: {MODEL}, input: 'tokens:random', dtype: float32}}]\n"
+    )
+    (job,) = build_jobs(load_registry(path), path, ["m"], None, ["random"], Overrides(**overrides))
+    return job
+
+
+@pytest.mark.benchmark(group="state of a read, 13 taps: time, and bytes in extra_info")
+@pytest.mark.parametrize("hidden_size", [768, 2048])
+@pytest.mark.parametrize("what", ["checkpoint", "the same bytes, written and synced", "restore"])
+def test_checkpoint(benchmark, tmp_path, hidden_size, what):
+    taps, rows = 13, 5 * hidden_size
+    if benchmark.disabled:
+        hidden_size, taps, rows = 32, 3, 160
+    module = nn.LayerNorm(hidden_size).requires_grad_(False)
+    measured = FinalNormRead(module, live_norm(module, probe(module, hidden_size), hidden_size))
+    stream = ResidualRead(hidden_size, rows, "float32", "pre")
+    stream.wanted = range(taps)
+    acts = torch.randn(rows, hidden_size)
+    for tap in range(taps):
+        stream.update(tap, acts)
+    measured.update(acts, module(acts))
+    (read,) = job(tmp_path, 4096).checkpointed(1, str(tmp_path)).reads
+    checkpoint = Checkpoint(read, Ranks(), {}, possible=True)
+    checkpoint.save(Position(batch=3), measured, stream, in_step=False)
+    (file,) = (tmp_path / "_progress").iterdir()
+    whole = file.read_bytes()
+    benchmark.extra_info["bytes"] = len(whole)
+
+    def save():
+        checkpoint.save(Position(batch=3), measured, stream, in_step=False)
+        return checkpoint.remark == ""
+
+    def raw():
+        import os
+
+        with (tmp_path / "raw").open("wb") as out:
+            out.write(whole)
+            out.flush()
+            os.fsync(out.fileno())
+        return True
+
+    def restore():
+        again = FinalNormRead(module, measured.norm), ResidualRead(hidden_size, rows, "float32", "pre")
+        return checkpoint.load(*again) == Position(batch=3)
+
+    work = {"checkpoint": save, "restore": restore}.get(what, raw)
+    assert benchmark.pedantic(work, rounds=3)
+
+
+@pytest.mark.ray
+@pytest.mark.benchmark(group="one model's tokens on 2 cores: forward and spectrum seconds in extra_info")
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_replicas(benchmark, ray_session, tmp_path, replicas):
+    """One process has both cores; of two, each has one."""
+    tokens = 2048 if benchmark.disabled else 32_768
+
+    def read():
+        store = ResultStore(str(tmp_path / "out"))
+        jobs = [job(tmp_path, tokens, replicas=replicas)]
+        assert execute(jobs, store, Settings("auto"), Reporter(1), "run").ok == 1
+
+    benchmark.pedantic(read, rounds=1)
+    import pyarrow.dataset as ds
+
+    (row,) = ds.dataset(tmp_path / "out" / "reads").to_table().to_pylist()
+    assert row["num_tokens"] == tokens
+    benchmark.extra_info.update({name: row[name] for name in ("forward_seconds", "spectrum_seconds")})
