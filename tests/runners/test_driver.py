@@ -208,7 +208,7 @@ def test_what_an_actor_started_is_gone_before_the_next_model(ray_session, regist
 
     monkeypatch.setattr(actors, "actor_class", acting(body))
     monkeypatch.setattr(nodes, "_CPU_SLOTS", 1)
-    run(registry, tmp_path / "out", ["b", "c"])
+    run(registry, tmp_path / "out", ["b", "c"], ["parameters"], Settings(max_retries=0))
     assert [(tmp_path / f"{model}.alive").read_text() for model in "bc"] == ["[]", "[]"]
     assert len(list(pids.iterdir())) == 2
     assert not any(lives(int(p.name)) for p in pids.iterdir())
