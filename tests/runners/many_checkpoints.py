@@ -76,6 +76,8 @@ def _serve(root: Path, limit: int) -> None:
 
     async def listing(request):
         folder = root / request.match_info["kind"]
+        if not folder.is_dir():
+            return web.Response(status=404, headers={"X-Error-Code": "RepoNotFound"})
         names = [{"rfilename": path.name} for path in folder.iterdir()]
         return web.json_response({"sha": "0" * 40, "siblings": names})
 
