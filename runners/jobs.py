@@ -291,8 +291,6 @@ def _model_job(
     revisions, unlisted = _revisions(model, base) if series else ([model.revision], None)
     wanted = [] if unlisted is not None or all(_needs_config_alone(model, read) for read in reads) else revisions
     wanted = wanted[:1] if set(reads) == {"random"} else wanted
-    if kind in ("text", "hf"):  # random weights read text too, by the model's tokenizer
-        wanted = [*wanted, model.main_checkpoint()]
     opened = _open_all(model.source, wanted, base)
     jobs: list[ReadJob] = []
     for revision in revisions:
@@ -305,9 +303,7 @@ def _model_job(
             if read == "functional":  # few tokens, and precision enough to see that nothing moves
                 rule = protocol.model_copy(update={"tokens": overrides.tokens or NUM_TOKENS})
                 run_dtype = overrides.dtype or "float64"
-            fingerprint, error = (
-                _fingerprint(model, revision, read, opened, kind) if unlisted is None else (None, unlisted)
-            )
+            fingerprint, error = _fingerprint(model, revision, read, opened) if unlisted is None else (None, unlisted)
             facts: dict[str, Any] = {"read": read, "version": READ_VERSION[read]}
             if has_forward:
                 facts |= {"tokens": rule.tokens, "sequence_length": rule.sequence_length, "dtype": run_dtype}
@@ -362,12 +358,10 @@ def _revisions(model: Model, base: Path) -> tuple[list[str | None], str | None]:
 Opened = tuple[str | None, str | None]  # fingerprint, or why there is none
 
 
-def _fingerprint(model: Model, revision: str | None, read: str, opened: dict[str | None, Opened], kind: str) -> Opened:
+def _fingerprint(model: Model, revision: str | None, read: str, opened: dict[str | None, Opened]) -> Opened:
     """What the read will open, hashed; or why it cannot be opened, so that the read fails as a row of its own."""
     if _needs_config_alone(model, read):
-        digest = hashlib.sha256(json.dumps(model.config, sort_keys=True).encode()).hexdigest()[:16]
-        reads_text = read == "random" and kind in ("text", "hf") and model.source is not None
-        return digest, opened[model.main_checkpoint()][1] if reads_text else None
+        return hashlib.sha256(json.dumps(model.config, sort_keys=True).encode()).hexdigest()[:16], None
     if model.source is None:
         return None, f"the registry gives no source, which the read {read!r} needs"
     return opened[revision]

@@ -9,6 +9,7 @@ import collections
 import contextlib
 import json
 import os
+import socket
 import struct
 import subprocess
 import sys
@@ -54,7 +55,13 @@ def serving(folder: Path, limit: int = 0) -> Iterator[str]:
         command, stdout=subprocess.PIPE, text=True, env=os.environ | {"LIMIT": str(limit)}
     ) as process:
         try:
-            yield process.stdout.readline().strip()
+            port = int(process.stdout.readline())
+            deadline = time.monotonic() + 60
+            while time.monotonic() < deadline:
+                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+                    break
+                time.sleep(0.05)
+            yield f"http://127.0.0.1:{port}"
         finally:
             process.terminate()
 
@@ -76,6 +83,8 @@ def _serve(root: Path, limit: int) -> None:
 
     async def listing(request):
         folder = root / request.match_info["kind"]
+        if not folder.is_dir():
+            return web.Response(status=404, headers={"X-Error-Code": "RepoNotFound"})
         names = [{"rfilename": path.name} for path in folder.iterdir()]
         return web.json_response({"sha": "0" * 40, "siblings": names})
 
@@ -97,12 +106,10 @@ def _serve(root: Path, limit: int) -> None:
 
 
 def _free_port() -> int:
-    import socket
-
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    print(f"http://127.0.0.1:{port}", flush=True)
+    print(port, flush=True)
     return port
 
 
