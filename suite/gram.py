@@ -94,15 +94,23 @@ class Gram:
         upper_DD = (self._upper_DD - torch.outer(self.sum_D, self.sum_D / self.count)).triu_()
         return upper_DD + upper_DD.triu(1).T
 
+    def off_centre(self) -> float:
+        """`|mean w|^2`: what is squared is as far from its mean as that, and its rounding is of that size too."""
+        return float((self.sum_D / max(self.count, 1)).square().sum())
+
     def certified(self) -> bool:
-        """Whether the Gram matrix, unwhitened, resolves its smallest eigenvalue to 1e-7: `32 eps kappa^2 <= 1e-7`."""
+        """Whether the Gram matrix, unwhitened, resolves its smallest eigenvalue to 1e-7: `32 eps kappa^2 <= 1e-7`.
+
+        Where the rows are further from their mean's place than from each other, that distance is what kappa is of.
+        """
         factor_DD, failed = torch.linalg.cholesky_ex(self.scatter(), upper=True)
         if int(failed):
             return False
         smallest, _ = smallest_singular_pair(factor_DD, steps=20, tolerance=1e-2)
         largest = (torch.linalg.matrix_norm(factor_DD, 1) * torch.linalg.matrix_norm(factor_DD, torch.inf)) ** 0.5
         condition = min(float(largest), float(factor_DD.norm())) / smallest  # from above, but for a percent
-        return GRAM_ERROR * condition**2 <= 0.1 * CERTIFIED_RELATIVE_ERROR
+        squared = max(condition**2, self.count * self.off_centre() / smallest**2)
+        return GRAM_ERROR * squared <= 0.1 * CERTIFIED_RELATIVE_ERROR
 
     def factor_with(
         self, factor_DD: Float[Tensor, "D D"], count: int, mean_D: Float[Tensor, " D"]

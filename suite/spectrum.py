@@ -75,6 +75,7 @@ class CovarianceFactor:
         self._pending: list[Tensor] = []
         self._num_pending = 0
         self._gram: Gram | None = None
+        self._off_centre = 0.0  # the largest of the unwhitened Gram matrices that R or another was made of
 
     def update(self, acts_ND: Float[Tensor, "N D"], mask_N: Bool[Tensor, " N"] | None = None) -> None:
         """Add rows of any float dtype; rows where `mask_N` is False (padding) are left out.
@@ -135,6 +136,7 @@ class CovarianceFactor:
         if self.offset_D is None:
             self.offset_D = other.offset_D.to(self.device)
         shift_D = other.offset_D.to(self.device) - self.offset_D
+        self._off_centre = max(self._off_centre, other._squared_off_centre())
         if mine is not None and theirs is not None and self.device == other.device:
             mine.add_gram(theirs, shift_D if bool(shift_D.any()) else None)
             return
@@ -205,6 +207,7 @@ class CovarianceFactor:
             "mean": vector(self.mean_D),
             "factor_rows": len(self.factor_KD),
             "factor": triangle(self.factor_KD),
+            "off_centre": self._squared_off_centre(),
             "pending": vector(torch.cat(self._pending) if self._pending else None),
             "gram": gram,
         }
@@ -227,6 +230,7 @@ class CovarianceFactor:
             raise StateError(f"method {self.method!r} is unknown")
         self.offset_D = tensor(row["offset"], D, device=self.device) if row["offset"].is_valid else None
         self.mean_D = tensor(row["mean"], D, device=self.device)
+        self._off_centre = row["off_centre"].as_py()
         self.factor_KD = upper(row["factor"], row["factor_rows"].as_py(), D, self.device)
         if row["pending"].is_valid:
             self._num_pending = len(row["pending"].values) // D
@@ -234,6 +238,11 @@ class CovarianceFactor:
         if row["gram"].is_valid:
             self._gram = Gram.from_arrow(row["gram"], D, self.device)
         return self
+
+    def _squared_off_centre(self) -> float:
+        """`|mean - offset|^2` where rows were squared, at its largest."""
+        gram = self._gram if self._gram is not None and self._gram.whitener_DD is None else None
+        return self._off_centre if gram is None else max(self._off_centre, gram.off_centre())
 
     def _sole_gram(self) -> Gram | None:
         """The unwhitened Gram matrix, if everything is in it."""
@@ -258,9 +267,10 @@ class CovarianceFactor:
         """(resolution, floor): eigenvalues that are all rounding, and those up to which 1e-6 relative is not certified.
 
         An SVD of R moves every singular value by up to 4 eps sigma_1, and an eigenvalue by twice that relative to
-        sigma; an unwhitened Gram matrix moves every eigenvalue by 32 eps l_1.
+        sigma; an unwhitened Gram matrix moves every eigenvalue by 32 eps l_1, or of what its rows are off centre.
         """
         if self.method == "gram":
+            largest = max(largest, self._squared_off_centre())
             return largest * GRAM_ERROR, largest * GRAM_ERROR / CERTIFIED_RELATIVE_ERROR
         moved = 8 * FLOAT64_EPS
         return largest * moved**2, largest * (moved / CERTIFIED_RELATIVE_ERROR) ** 2
@@ -308,6 +318,7 @@ class CovarianceFactor:
 
     def _flush(self) -> None:
         if self._gram is not None and self._gram.count:
+            self._off_centre = self._squared_off_centre()
             joined = self._gram.factor_with(self.factor_KD, self.count, self.mean_D) if self.count else None
             count = self._gram.count
             if joined is not None:
@@ -340,6 +351,7 @@ STATE = pa.schema(
         "mean": VECTOR,
         "factor_rows": pa.int64(),
         "factor": VECTOR,
+        "off_centre": pa.float64(),
         "pending": VECTOR,
         "gram": pa.struct(GRAM_STATE),
     }

@@ -1,5 +1,7 @@
 """The streamed covariance against a direct float64 SVD, however the rows are cut, masked, merged and moved."""
 
+import itertools
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -85,6 +87,78 @@ def test_float64_rows_resolve_the_bottom_at_any_condition(D, rows_per_D, batch, 
     resolved = reference > max(spectrum.floor, known / 1e-6)
     assert spectrum.eigenvalues_D[resolved] == pytest.approx(reference[resolved], rel=1e-6)
     assert (spectrum.eigenvalues_D[~resolved] <= 2 * max(spectrum.floor, known / 1e-6)).all()
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    D=st.integers(2, 12),
+    first=st.integers(1, 3),
+    log_outlier=st.floats(0, 6),
+    log_later=st.floats(0, 3),
+    batch=st.integers(1, 400),
+    seed=st.integers(0, 100),
+)
+def test_a_first_batch_that_is_like_no_other_costs_nothing_unsaid(D, first, log_outlier, log_later, batch, seed):
+    """The offset is then far from the mean, and squares are of that size: the floor says so."""
+    rows = torch.randn(1500, D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    rows[2 * D :, -1] *= 10**-log_later
+    rows[:first, 0] += 10**log_outlier
+    accumulator = CovarianceFactor(D)
+    accumulator.update(rows[:first])
+    for part in rows[first:].split(batch):
+        accumulator.update(part)
+    spectrum = accumulator.finish()
+    reference = direct(rows)
+    certified = reference > spectrum.floor
+    assert spectrum.eigenvalues_D[certified] == pytest.approx(reference[certified], rel=1e-6)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    D=st.integers(2, 16),
+    cuts=st.lists(st.integers(0, 400), min_size=1, max_size=4),
+    order=st.randoms(use_true_random=False),
+    log_condition=st.floats(0, 9),
+    offset=st.sampled_from([0.0, 1.0, 1e4]),
+    masked=st.booleans(),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 100),
+)
+def test_any_cut_merged_in_any_order_agrees_with_direct_svd(D, cuts, order, log_condition, offset, masked, dtype, seed):
+    rows = planted(400, D, 10**log_condition, offset, seed).to(dtype)
+    mask = torch.arange(400) % 5 != 0 if masked else torch.ones(400, dtype=torch.bool)
+    edges = [0, *sorted(cuts), 400]
+    parts = []
+    for start, stop in itertools.pairwise(edges):
+        part = CovarianceFactor(D)
+        part.update(rows[start:stop], mask[start:stop])
+        parts.append(part)
+    order.shuffle(parts)
+    merged = CovarianceFactor(D)
+    for part in parts:
+        merged.merge(part)
+    spectrum = merged.finish()
+    known = 1e4 * (np.finfo(float).eps * (1 + offset)) ** 2 / 1e-6
+    reference = direct(rows[mask])
+    resolved = reference > max(spectrum.floor, known)
+    assert spectrum.eigenvalues_D[resolved] == pytest.approx(reference[resolved], rel=1e-6)
+    assert (spectrum.eigenvalues_D[~resolved] <= 2 * max(spectrum.floor, known)).all()
+    assert spectrum.num_tokens == int(mask.sum())
+
+
+def test_rows_squared_far_from_their_mean_are_not_certified_as_if_they_were_near():
+    """Without the distance in it the certificate of this Gram matrix would be wrong by a factor of 300."""
+    D, generator = 8, torch.Generator().manual_seed(0)
+    rows = torch.randn(30_000, D, generator=generator, dtype=torch.float64)
+    rows[2 * D :, -1] *= 10**-1.5
+    rows[0] += 2e4 * torch.nn.functional.normalize(torch.randn(D, generator=generator, dtype=torch.float64), dim=0)
+    accumulator = CovarianceFactor(D)
+    accumulator.update(rows[:1])
+    for part in rows[1:].split(500):
+        accumulator.update(part)
+    spectrum = accumulator.finish()
+    assert spectrum.method == "gram"
+    assert (abs(spectrum.eigenvalues_D - direct(rows))[1:] <= 1e-6 * spectrum.floor).all()
 
 
 @pytest.mark.parametrize(
