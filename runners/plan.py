@@ -158,7 +158,10 @@ def _place(
         engine="streaming",
         passes=1,
         accumulator_bytes=int(2 * need.held + need.decomposed),
-        note=f"block streaming: resident needs {too_large}" if least > room.device or not loadable else None,
+        note=_joined(
+            f"block streaming: resident needs {too_large}" if least > room.device or not loadable else None,
+            None if size.has_plan or asked == 1 else _by_vllm(size, need, cluster),
+        ),
         **_peak(smallest, need.outside + need.drawing, room.on_gpu),
     )
     if smallest <= room.device:
@@ -245,7 +248,7 @@ def _ranks(size: ModelSize, need: Needs, cluster: Cluster, vllm: bool, asked: in
     degrees: list[int] = [*range(2, node.gpus + 1)]
     if asked is not None and asked > 1:
         uneven = [f"{count} ({name})" for name, count in counts.items() if count % asked]
-        if not counts and not vllm:
+        if not size.has_plan and not vllm:
             return "transformers has no tensor-parallel plan for this architecture; give --tensor-parallel 1"
         if uneven:
             return f"--tensor-parallel {asked} does not divide {', '.join(uneven)}"
@@ -254,7 +257,7 @@ def _ranks(size: ModelSize, need: Needs, cluster: Cluster, vllm: bool, asked: in
             return f"--tensor-parallel {asked}: {'the largest node' if vllm else 'the cluster'} has {there} GPUs"
         needed = need.sharded(asked) * (1 if node.gpus else asked)
         return asked if needed <= room else f"each of {asked} devices needs {_gb(need.sharded(asked))}; give more"
-    if asked == 1 or not counts or not node.gpus:
+    if asked == 1 or not counts or not node.gpus or not (vllm or size.has_plan):
         return None
     if not vllm:
         degrees += [node.gpus * n for n in range(2, len(cluster.nodes) + 1)]
@@ -262,6 +265,11 @@ def _ranks(size: ModelSize, need: Needs, cluster: Cluster, vllm: bool, asked: in
         if all(count % ranks == 0 for count in counts.values()) and need.sharded(ranks) <= room:
             return ranks
     return None
+
+
+def _by_vllm(size: ModelSize, need: Needs, cluster: Cluster) -> str | None:
+    ranks = _ranks(size, need, cluster, True, None)
+    return f"--engine vllm shares it over {ranks} GPUs" if isinstance(ranks, int) else None
 
 
 def _joined(*remarks: str | None) -> str | None:
