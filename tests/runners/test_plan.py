@@ -10,7 +10,8 @@ import pytest
 from runners.cluster import PlanError, parse_cluster
 from runners.jobs import Overrides, build_jobs
 from runners.needs import measure, needs
-from runners.plan import PROCESS_BYTES, make_plan, place_jobs
+from runners.plan import make_plan, place_jobs
+from runners.room import PROCESS_BYTES
 from suite.architecture import build_config
 from suite.registry import load_registry
 from tests.conftest import ROOT
