@@ -39,6 +39,7 @@ class ModelSize:
     hidden_size: int
     num_taps: int
     divisors: dict[str, int]
+    has_plan: bool
     rows_per_item: int
     activation_bytes: int
 
@@ -107,20 +108,19 @@ def measure(config: Any, sequence_length: int, modality: str = "text", stack: st
         hidden_size=final.hidden_size,
         num_taps=(num_blocks or 0) + 1,
         divisors=divisors(part),
+        has_plan=has_plan(part),
         rows_per_item=final.rows_per_item,
         activation_bytes=_activation_bytes(part, final.rows_per_item, sequence_length),
     )
 
 
 def divisors(part: nn.Module) -> dict[str, int]:
-    """What the tensor-parallel degree of `part` must divide, by the configuration's name for it; empty: no plan.
+    """What the tensor-parallel degree of `part` must divide, by the configuration's name for it.
 
     Where layers differ it is what their counts have in common.
     """
     config: Any = part.config
     text = config.get_text_config()
-    if not (getattr(text, "base_model_tp_plan", None) or getattr(config, "base_model_tp_plan", None)):
-        return {}
     per_layer = getattr(text, "per_layer_config", None)
     layers = [per_layer[i] for i in range(len(per_layer))] if per_layer else [text]
     found = {}
@@ -129,6 +129,12 @@ def divisors(part: nn.Module) -> dict[str, int]:
         if counts:
             found[name] = math.gcd(*counts)
     return found
+
+
+def has_plan(part: nn.Module) -> bool:
+    """Whether transformers has a tensor-parallel plan for `part`."""
+    config: Any = part.config
+    return any(getattr(each, "base_model_tp_plan", None) for each in (config, config.get_text_config()))
 
 
 def needs(size: ModelSize, read: str, itemsize: int, num_tokens: int) -> Needs:

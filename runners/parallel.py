@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from runners.deferred_init import DeferredInit, deferred_model
 from runners.events import Event, Progress, Remark
 from runners.jobs import ModelJob, ReadJob
-from runners.needs import divisors
+from runners.needs import divisors, has_plan
 from runners.torch_engine import Blocks, ForwardPass, Swept, TorchEngine
 from runners.worker import run_model
 from suite.architecture import build_config, build_model, locate_final_norm
@@ -209,12 +209,12 @@ class ParallelEngine(TorchEngine):
 
     def _refuse(self, config: Any) -> None:
         """Raise ValueError where the model cannot be divided among the ranks."""
-        counts, size = divisors(build_model(config, "meta").get_submodule(self.part)), self.ranks.size
-        if not counts:
+        part, size = build_model(config, "meta").get_submodule(self.part), self.ranks.size
+        if not has_plan(part):
             raise ValueError(
                 f"transformers has no tensor-parallel plan for {config.model_type!r}; give --tensor-parallel 1"
             )
-        for name, count in counts.items():
+        for name, count in divisors(part).items():
             if count % size:
                 raise ValueError(f"--tensor-parallel {size} does not divide {name} {count} of {config.model_type!r}")
         self._final = locate_final_norm(config, self.part)
@@ -225,15 +225,16 @@ class ParallelEngine(TorchEngine):
         Raises:
             ValueError: it is not, or rows of zeros or values that are not finite come out.
         """
+        part = model.get_submodule(self.part)
         inputs: dict[str, Any] = working_form(self.runnable(model))
         if inputs.keys() == {"input_ids"}:
             highest = config.get_text_config().vocab_size
             generator = torch.Generator().manual_seed(0)
             ids = torch.randint(min(8, highest - 1), highest, (1, _PROBE_TOKENS), generator=generator)
             inputs = {"input_ids": ids}
-        inputs = self._on_device(model, inputs)
+        inputs = self._on_device(part, inputs)
         with torch.no_grad():
-            sharded = model.get_submodule(self.part)(**inputs)[0]
+            sharded = part(**inputs)[0]
         backend = dist.get_backend()
         self.detail = f"tensor parallel over {self.ranks.size} ranks ({backend}), transformers' plan"
         with self.ranks.together():

@@ -12,17 +12,16 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Any
 
-from runners.cluster import Cluster, Node
+from runners.cluster import Cluster
 from runners.jobs import ModelJob, ReadJob
 from runners.needs import ModelSize, Needs, measure, needs
+from runners.room import PROCESS_BYTES, Room, gigabytes, shared_by
 from runners.schedule import SHARES
 from suite.architecture import build_config
 from suite.sources import Checkpoint
 from suite.tensors import CheckpointError, read_headers, stored_dtype
 
-PROCESS_BYTES = 0.6e9  # what an actor holds with torch and transformers imported and no model
 _CONTEXT_BYTES = 0.7e9  # of a GPU, that each process on it takes beside its tensors
-_USABLE = 0.9  # of a device's memory; the rest is the allocator's, the driver's and other processes'
 _ACCUMULATOR_SHARE = 4  # as the passes take it: one part in so many of what is free
 _UNREACHED = "cannot be reached"
 _COUNTED = {"num_attention_heads": "heads", "num_key_value_heads": "KV heads"}
@@ -93,7 +92,7 @@ def place(read: ReadJob, cluster: Cluster, asked: int | None = None) -> Placemen
     share = num_tokens if read.read == "functional" else -(-num_tokens // read.replicas)
     row, need = replace(row, dtype=dtype), needs(size, read.read, _ITEM_BYTES[dtype], share)
     if read.read == "functional":
-        found = _place_functional(row, need, _Room.of(cluster))
+        found = _place_functional(row, need, Room.of(cluster))
     else:
         found = _place(row, size, need, read, cluster, asked)
         found = found if read.replicas == 1 else _replicated(found, read.replicas, cluster)
@@ -133,7 +132,7 @@ def _place(
     row: Placement, size: ModelSize, need: Needs, read: ReadJob, cluster: Cluster, asked: int | None
 ) -> Placement:
     """Resident on one device, else shared by several, else streamed; what is asked for is not passed over."""
-    room = _Room.of(cluster)
+    room = Room.of(cluster)
     wanted = read.engine if read.engine != "torch" or read.model.engine == "torch" else "auto"
     if read.read == "functional":  # by the torch engine, whole, whatever the others run on
         wanted, asked = "torch", 1
@@ -150,16 +149,16 @@ def _place(
     if wanted != "streaming":
         if asked in (None, 1) and least <= room.device and loadable:
             return _resident(row, need, read, room)
-        ranks = _ranks(size, need, cluster, wanted == "vllm", asked)
+        ranks = shared_by(size, need, cluster, wanted == "vllm", asked)
         if isinstance(ranks, str):
             return replace(row, gpus=asked if room.on_gpu and asked else row.gpus, tensor_parallel=asked, problem=ranks)
         if ranks is not None and loadable:
             return _sharded(row, size, need, read, room, ranks)
     parked = max(0.0, room.device - need.streamed(0.0)) / _ACCUMULATOR_SHARE
     smallest = need.streamed(parked)
-    too_large = _gb(least if loadable else need.resident_load)
+    too_large = gigabytes(least if loadable else need.resident_load)
     if wanted not in ("auto", "streaming"):
-        can = f"; --engine streaming needs {_gb(smallest)}" if smallest <= room.device else ""
+        can = f"; --engine streaming needs {gigabytes(smallest)}" if smallest <= room.device else ""
         peaks = _peak(least, need.resident_load, room.on_gpu)
         return replace(row, **peaks, problem=f"{too_large} do not fit in {room.label(loadable)}{can}")
     streamed = replace(
@@ -167,43 +166,22 @@ def _place(
         engine="streaming",
         passes=1,
         accumulator_bytes=int(2 * need.held + need.decomposed),
-        note=f"block streaming: resident needs {too_large}" if least > room.device or not loadable else None,
+        note=_joined(
+            f"block streaming: resident needs {too_large}" if least > room.device or not loadable else None,
+            None if size.has_plan or asked == 1 else _by_vllm(size, need, cluster),
+        ),
         **_peak(smallest, need.outside + need.drawing, room.on_gpu),
     )
     if smallest <= room.device:
         return streamed
     problem = (
-        f"block streaming still needs {_gb(smallest)} ({_gb(need.outside)} outside the blocks, {_gb(need.block)} a "
-        f"block), more than {room.label(loadable)}; give {_remedy(row.dtype, need)}"
+        f"block streaming still needs {gigabytes(smallest)} ({gigabytes(need.outside)} outside the blocks, "
+        f"{gigabytes(need.block)} a block), more than {room.label(loadable)}; give {_remedy(row.dtype, need)}"
     )
     return replace(streamed, problem=problem)
 
 
-@dataclass(frozen=True)
-class _Room:
-    """What there is on the largest node: bytes of the device that runs the model, and of the host that loads it."""
-
-    node: Node
-    device: float
-    host: float
-
-    @classmethod
-    def of(cls, cluster: Cluster) -> "_Room":
-        node = cluster.largest
-        host = (node.host_bytes or math.inf) - PROCESS_BYTES
-        return cls(node, _USABLE * (node.gpu_bytes if node.gpus else host), _USABLE * host)
-
-    @property
-    def on_gpu(self) -> bool:
-        return self.node.gpus > 0
-
-    def label(self, loadable: bool) -> str:
-        if self.on_gpu and loadable:
-            return f"a GPU of {_gb(self.node.gpu_bytes)}"
-        return f"{_gb(self.node.host_bytes or 0)} of memory"
-
-
-def _resident(row: Placement, need: Needs, read: ReadJob, room: _Room) -> Placement:
+def _resident(row: Placement, need: Needs, read: ReadJob, room: Room) -> Placement:
     at_once = _taps_at_once(read, need, room.device - need.weights)
     peak = max(need.resident(at_once), 0 if room.on_gpu else need.resident_load)
     shared = room.on_gpu and row.engine == "torch" and at_once >= need.num_taps  # vLLM takes the whole GPU
@@ -217,7 +195,7 @@ def _resident(row: Placement, need: Needs, read: ReadJob, room: _Room) -> Placem
     )
 
 
-def _sharded(row: Placement, size: ModelSize, need: Needs, read: ReadJob, room: _Room, ranks: int) -> Placement:
+def _sharded(row: Placement, size: ModelSize, need: Needs, read: ReadJob, room: Room, ranks: int) -> Placement:
     at_once = ranks * _taps_at_once(read, need, room.device - need.sharded(ranks))
     across = room.on_gpu and ranks > room.node.gpus
     counts = ", ".join(f"{count} {_COUNTED[name]}" for name, count in size.divisors.items() if name in _COUNTED)
@@ -234,7 +212,7 @@ def _sharded(row: Placement, size: ModelSize, need: Needs, read: ReadJob, room: 
     )
 
 
-def _place_functional(row: Placement, need: Needs, room: _Room) -> Placement:
+def _place_functional(row: Placement, need: Needs, room: Room) -> Placement:
     """A functional read moves parameters in place and has no taps: the model is whole, on one device."""
     peak = need.weights + need.activations
     row = replace(
@@ -249,7 +227,7 @@ def _place_functional(row: Placement, need: Needs, room: _Room) -> Placement:
     )
     if need.resident_load <= room.host and peak <= room.device:
         return row
-    problem = f"a functional read holds the whole model, {_gb(max(peak, need.resident_load))} in {row.dtype}"
+    problem = f"a functional read holds the whole model, {gigabytes(max(peak, need.resident_load))} in {row.dtype}"
     return replace(row, problem=f"{problem}, which does not fit; give more memory or --dtype float32")
 
 
@@ -283,33 +261,9 @@ def _peak(value: float, host: float, on_gpu: bool) -> dict[str, Any]:
     return {"peak_bytes": None, "peak_host_bytes": int(value + PROCESS_BYTES)}
 
 
-def _ranks(size: ModelSize, need: Needs, cluster: Cluster, vllm: bool, asked: int | None) -> int | str | None:
-    """The degree of tensor parallel: `asked`, or the smallest that divides and fits; None: none; or why not, in words.
-
-    Beyond one node only by whole nodes, and by the torch engine.
-    """
-    node = cluster.largest
-    room, counts = _Room.of(cluster).device, size.divisors
-    degrees: list[int] = [*range(2, node.gpus + 1)]
-    if asked is not None and asked > 1:
-        uneven = [f"{count} ({name})" for name, count in counts.items() if count % asked]
-        if not counts and not vllm:
-            return "transformers has no tensor-parallel plan for this architecture; give --tensor-parallel 1"
-        if uneven:
-            return f"--tensor-parallel {asked} does not divide {', '.join(uneven)}"
-        there = node.gpus * (1 if vllm else len(cluster.nodes))
-        if node.gpus and asked > there:
-            return f"--tensor-parallel {asked}: {'the largest node' if vllm else 'the cluster'} has {there} GPUs"
-        needed = need.sharded(asked) * (1 if node.gpus else asked)
-        return asked if needed <= room else f"each of {asked} devices needs {_gb(need.sharded(asked))}; give more"
-    if asked == 1 or not counts or not node.gpus:
-        return None
-    if not vllm:
-        degrees += [node.gpus * n for n in range(2, len(cluster.nodes) + 1)]
-    for ranks in degrees:
-        if all(count % ranks == 0 for count in counts.values()) and need.sharded(ranks) <= room:
-            return ranks
-    return None
+def _by_vllm(size: ModelSize, need: Needs, cluster: Cluster) -> str | None:
+    ranks = shared_by(size, need, cluster, True, None)
+    return f"--engine vllm shares it over {ranks} GPUs" if isinstance(ranks, int) else None
 
 
 def _joined(*remarks: str | None) -> str | None:
@@ -323,10 +277,6 @@ def _remedy(dtype: str | None, need: Needs) -> str:
     if need.stream > need.block:
         remedies.append("fewer --tokens")
     return " or ".join(remedies)
-
-
-def _gb(value: float) -> str:
-    return f"{value / 1e9:.1f} GB"
 
 
 def as_rows(plan: list[Placement]) -> list[dict[str, Any]]:

@@ -10,7 +10,8 @@ import pytest
 from runners.cluster import PlanError, parse_cluster
 from runners.jobs import Overrides, build_jobs
 from runners.needs import measure, needs
-from runners.plan import PROCESS_BYTES, make_plan, place_jobs
+from runners.plan import make_plan, place_jobs
+from runners.room import PROCESS_BYTES
 from suite.architecture import build_config
 from suite.registry import load_registry
 from tests.conftest import ROOT
@@ -152,6 +153,20 @@ def test_vllm_is_planned_where_it_is_not_installed(registry, monkeypatch):
     assert (row.engine, row.gpus, row.problem) == ("vllm", 2, None)
     assert "give" not in (row.note or "")
     assert "do not fit" in one_row(registry, "command-r", "1x24GB", engine="vllm").problem
+
+
+def test_without_transformers_plan_the_way_over_several_gpus_is_vllm(tmp_path):
+    bloom = {"model_type": "bloom", "architectures": ["BloomForCausalLM"], "hidden_size": 4096, "n_layer": 30,
+             "n_head": 32, "vocab_size": 250880}  # fmt: skip
+    models = [{"id": "bloom", "input": "tokens:random", "dtype": "float16", "config": bloom}]
+    path = tmp_path / "models.yaml"
+    path.write_text(json.dumps({"protocols": {"standard": {}}, "suites": {}, "models": models}))
+    row = one_row(path, "bloom", "8x12GB")
+    assert (row.engine, row.gpus) == ("streaming", 1)
+    assert row.note.endswith("--engine vllm shares it over 2 GPUs")
+    row = one_row(path, "bloom", "8x12GB", engine="vllm")
+    assert (row.engine, row.gpus, row.problem) == ("vllm", 2, None)
+    assert "no tensor-parallel plan" in one_row(path, "bloom", "8x12GB", 2).problem
 
 
 # The text towers of the registry's two largest models look at values in their forward passes, which meta tensors lack.
