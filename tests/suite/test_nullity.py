@@ -126,7 +126,7 @@ def fisher_factor(model, names, ids):
         return torch.func.functional_call(model, parameters | chosen, (ids,), {"use_cache": False}).logits.flatten(0, 1)
 
     chosen = {name: parameters[name] for name in names}
-    jacobian = torch.func.jacrev(logits, chunk_size=64)(chosen)
+    jacobian = torch.func.jacrev(logits, chunk_size=256)(chosen)
     J = torch.cat([jacobian[name].flatten(2) for name in names], dim=2)
     p = logits(chosen).softmax(-1)[..., None]
     return (p.sqrt() * (J - (p * J).sum(1, keepdim=True))).flatten(0, 1)
@@ -173,8 +173,12 @@ KINDS = {
                 "bert.encoder.layer.0.output.dense", 12 + 1),
     "pre-LN, tied embeddings": (ARCHITECTURES["gpt2"][0] | {"n_inner": 12, "n_layer": 1},
                                 "transformer.h.0.mlp.c_fc", 12, "transformer.h.0.mlp.c_proj", 12 + 1),
-    "no biases": (SMALL | {"model_type": "olmo", "architectures": ["OlmoForCausalLM"]} | SPECIAL,
-                  "model.layers.0.mlp.up_proj", 12, "model.layers.0.mlp.down_proj", 12),
+    "maps without biases": (SMALL | {"model_type": "starcoder2", "architectures": ["Starcoder2ForCausalLM"],
+                                     "use_bias": False, "num_key_value_heads": 2} | SPECIAL,
+                            "model.layers.0.mlp.c_fc", 0, "model.layers.0.mlp.c_proj", 12),
+    "no bias at all": ({"model_type": "mpt", "architectures": ["MptForCausalLM"], "d_model": 8, "n_heads": 2,
+                        "n_layers": 1, "max_seq_len": 16, "vocab_size": 11} | SPECIAL,
+                       "transformer.blocks.0.ffn.up_proj", 32, "transformer.blocks.0.ffn.down_proj", 32),
     "RMSNorm": (LLAMA, "model.layers.0.mlp.up_proj", 0, "model.layers.0.mlp.down_proj", 0),
 }  # fmt: skip
 
