@@ -50,7 +50,7 @@ def _answer(given: Mapping[str, Any], entry: Mapping[str, Any]) -> FinalNorm | N
         return None
     path, told = entry["path"], f"atlas of transformers {_atlas()['transformers']}"
     if path is None:
-        reason = str(entry["reason"])
+        reason = str(entry["reason"]).replace(LAST, str((blocks or 1) - 1))
         behaviour = NormBehaviour(entry["family"])
         width = given.get("hidden_size")
         width = width if type(width) is int else None

@@ -92,6 +92,8 @@ def _entry(model_type: str, small: dict[str, Any], switched: dict[str, bool]) ->
     for key, values in _changes(small):
         if key not in switched and not key.startswith(tuple(entry["towers"])):
             _judge(entry, model_type, small, key, values, base)
+    if base.path is None and isinstance(entry["blocks"], str):
+        entry["reason"] = str(base.reason).replace(f".{small[entry['blocks']] - 1} (", f".{LAST} (")
     named = {entry["hidden"], entry["blocks"], entry["eps"], *entry["decisive"]}
     entry["defaults"] = {
         key: value

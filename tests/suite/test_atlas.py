@@ -15,7 +15,7 @@ from suite.parameters import classify
 from suite.resolution import ArchitectureError
 from suite.small_configs import nest, small_config
 from tests.conftest import TINY_NEOX, TWINS, save_tiny
-from tests.suite.test_architecture import CASES
+from tests.suite.test_architecture import CASES, OPT
 
 NARROW = {"vocab_size": 99, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
 
@@ -77,8 +77,7 @@ def test_the_atlas_is_of_the_transformers_that_is_tested():
     [
         {"model_type": "nonesuch"},
         {},
-        {"model_type": "opt", "do_layer_norm_before": False},
-        {"model_type": "opt", "_remove_final_layer_norm": True},
+        {"model_type": "opt", "do_layer_norm_before": "perhaps"},
         {"model_type": "gpt2", "unheard_of_switch": True},
         {"model_type": "gpt2", "n_embd": "wide"},
         {"model_type": "llama", "num_hidden_layers": None},
@@ -86,6 +85,23 @@ def test_the_atlas_is_of_the_transformers_that_is_tested():
 )
 def test_what_the_atlas_does_not_cover_is_left_to_behaviour(config):
     assert lookup(config) is None
+
+
+@pytest.mark.parametrize(
+    ("switches", "path", "placement"),
+    [
+        ({}, "decoder.final_layer_norm", "pre"),
+        ({"do_layer_norm_before": False}, "decoder.layers.1.final_layer_norm", "post"),
+        ({"_remove_final_layer_norm": True}, None, None),
+    ],
+)
+def test_both_sides_of_a_switch_are_known(switches, path, placement):
+    raw = {"model_type": "opt", **OPT, "num_attention_heads": 4, **switches}
+    known = lookup(raw)
+    assert (known.path, known.placement) == (path, placement)
+    same(known, locate_final_norm(build_config(raw)))
+    if path is None:
+        assert "decoder.layers.1 (OPTDecoderLayer), which is no normalisation" in known.reason
 
 
 def test_stale_keys_and_aliases_of_published_configurations_are_understood():
