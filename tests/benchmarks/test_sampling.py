@@ -13,7 +13,7 @@ import pytest
 from tests.conftest import TWINS
 
 SOURCE = TWINS / "layernorm/step4096"
-DRAWS, CHAINS, BATCH, LENGTH = 200, 2, 16, 128
+DRAWS, CHAINS, BATCH, LENGTH = 50, 2, 4, 128
 
 
 @pytest.mark.benchmark(group="degeneracy of a twin")
