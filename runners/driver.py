@@ -84,10 +84,12 @@ def _execute(jobs: list[ModelJob], store: ResultStore, settings: Settings, repor
                 failure = error
                 raise
             finally:
-                run.stop(lost)
-                pool.shutdown(wait=not lost, cancel_futures=lost)
-                record.ended(outcome, failure)
-                reporter.run_ended(outcome, {"ok": run.summary.ok, "failed": run.summary.failed})
+                try:
+                    run.stop(lost)
+                finally:  # whatever a second Ctrl-C cuts short
+                    pool.shutdown(wait=not lost, cancel_futures=lost)
+                    record.ended(outcome, failure)
+                    reporter.run_ended(outcome, {"ok": run.summary.ok, "failed": run.summary.failed})
             return run.summary
     except PlacementError as error:
         raise DriverError(str(error)) from error

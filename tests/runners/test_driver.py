@@ -221,6 +221,7 @@ def test_an_interrupt_stops_the_actors_and_keeps_what_finished(ray_session, regi
     def interrupt_after_three(self, tables, stamp=None):
         write(self, tables, stamp)
         if len(list((out / "reads").glob("*"))) == 3:
+            monkeypatch.setattr(ResultStore, "write", write)  # once
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(1)
 
@@ -228,7 +229,6 @@ def test_an_interrupt_stops_the_actors_and_keeps_what_finished(ray_session, regi
     with pytest.raises(KeyboardInterrupt):
         run(registry, out, ["a"])
     assert rows(out).height == 3
-    monkeypatch.setattr(ResultStore, "write", write)
     record = json.loads(next((out / "runs").glob("*/run.json")).read_text())
     assert (record["status"], sum(read["status"] == "ok" for read in record["reads"])) == ("interrupted", 3)
     summary = run(registry, out, ["a"])
