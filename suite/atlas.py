@@ -25,6 +25,7 @@ HARMLESS = (
     "gradient_checkpointing", "pruned_heads", "max_position_embeddings", "vocab_size", "no_rope_layers",
     "layers_block_type", "mlp_layer_types", "suppress_tokens", "begin_suppress_tokens", "rope_theta",
     "position_embedding_type",
+    "out_features", "out_indices", "stage_names",  # of a backbone, which AutoModel is not
 )  # fmt: skip
 HARMLESS_ENDINGS = ("_token_id", "_token_index", "_token", "_dropout", "_pdrop", "_init", "_initializer")
 
