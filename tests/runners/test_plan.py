@@ -210,7 +210,7 @@ def test_what_cannot_be_reached_is_sized_by_the_registry(registry, deadbench):
     assert trained["weight_bytes"] == pytest.approx(5.2e9, rel=0.02)
     code, out, _ = deadbench(*arguments)  # here it would fail
     assert code == 1
-    assert all("cannot be reached" in row["problem"] for row in json.loads(out)["reads"])
+    assert all("not in the cache" in row["problem"] for row in json.loads(out)["reads"])
 
 
 def test_reads_that_are_there_already_are_said_to_be(registry, deadbench, tmp_path):
