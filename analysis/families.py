@@ -142,13 +142,16 @@ def _judged(claim_id: str, claim: Claim, offered: pl.LazyFrame) -> pl.LazyFrame:
     if claim.family != "any":
         asked = asked.filter(pl.col("family") == claim.family)
     numbers = {name: getattr(claim, name).cast(pl.Float64) for name in ("value", "margin", "error")}
-    tested = finite(asked.select(*LINE, "read", "seed", holds=claim.holds, **numbers)).drop_nulls("holds")
-    by_seed = tested.with_columns(variance=pl.col("value").var().over(*LINE, "read"))
+    which = [*LINE, "read", "revision", "seed"]
+    tested = finite(asked.select(*which, holds=claim.holds, **numbers)).drop_nulls("holds")
+    # Sorted, so that sums come out the same to the last digit each time.
+    value = pl.col("value").sort()
+    by_seed = tested.with_columns(variance=value.var().over(*LINE, "read", "revision"))
     by_model = by_seed.group_by("model", "protocol").agg(
         pl.col("holds").all(),
-        pl.col("value").mean(),
-        pl.col("variance").mean(),
-        (pl.col("error") ** 2).mean(),
+        value.mean(),
+        pl.col("variance").sort().mean(),
+        (pl.col("error") ** 2).sort().mean(),
         low=pl.col("value").min(),
         high=pl.col("value").max(),
         margin=pl.col("margin").min(),
@@ -166,9 +169,9 @@ def _judged(claim_id: str, claim: Claim, offered: pl.LazyFrame) -> pl.LazyFrame:
         value_min=pl.col("low").min(),
         value_max=pl.col("high").max(),
         value_margin=pl.col("margin").min(),
-        value_seed_spread=pl.col("variance").mean().sqrt(),
+        value_seed_spread=pl.col("variance").sort().mean().sqrt(),
         num_seeds=pl.col("seeds").max().cast(pl.Int64),
-        value_token_error=pl.col("error").mean().sqrt(),
+        value_token_error=pl.col("error").sort().mean().sqrt(),
         failing=pl.col("model").filter(~pl.col("holds")).unique().sort().implode(),
     )
     facts = {"claim": claim_id, **claim._asdict(), "unit": claim.unit or None}

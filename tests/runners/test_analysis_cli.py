@@ -78,7 +78,7 @@ def test_reports_and_plots_are_files(deadbench, tmp_path):
     code, out, _ = deadbench("report", QUICK, "-o", tmp_path / "r.html", "--plots", tmp_path / "plots")
     assert code == 0
     assert out.splitlines()[0] == str(tmp_path / "r.html")
-    assert len(out.splitlines()) == 1 + len(list((tmp_path / "plots").glob("*.svg"))) == 8
+    assert len(out.splitlines()) == 1 + len(list((tmp_path / "plots").glob("*.svg"))) == 9
     arguments = ["trend", QUICK, "--model", "twin-layernorm", "--metric", "lambda_max", "--plot", tmp_path / "t.svg"]
     code, out, _ = deadbench(*arguments)
     assert code == 0
