@@ -17,6 +17,7 @@ from analysis.lines import LINE, forward_lines, last, ok_reads, parameter_reads
 from analysis.results import collected, collected_all, finite
 from suite.schema import KEY, arrow_schema
 
+_DIGITS = 13
 SCHEMA = {
     "claim": pl.String,
     "statement": pl.String,
@@ -144,14 +145,12 @@ def _judged(claim_id: str, claim: Claim, offered: pl.LazyFrame) -> pl.LazyFrame:
     numbers = {name: getattr(claim, name).cast(pl.Float64) for name in ("value", "margin", "error")}
     which = [*LINE, "read", "revision", "seed"]
     tested = finite(asked.select(*which, holds=claim.holds, **numbers)).drop_nulls("holds")
-    # Sorted, so that sums come out the same to the last digit each time.
-    value = pl.col("value").sort()
-    by_seed = tested.with_columns(variance=value.var().over(*LINE, "read", "revision"))
+    by_seed = tested.with_columns(variance=pl.col("value").var().over(*LINE, "read", "revision"))
     by_model = by_seed.group_by("model", "protocol").agg(
         pl.col("holds").all(),
-        value.mean(),
-        pl.col("variance").sort().mean(),
-        (pl.col("error") ** 2).sort().mean(),
+        pl.col("value").mean(),
+        pl.col("variance").mean(),
+        (pl.col("error") ** 2).mean(),
         low=pl.col("value").min(),
         high=pl.col("value").max(),
         margin=pl.col("margin").min(),
@@ -169,14 +168,16 @@ def _judged(claim_id: str, claim: Claim, offered: pl.LazyFrame) -> pl.LazyFrame:
         value_min=pl.col("low").min(),
         value_max=pl.col("high").max(),
         value_margin=pl.col("margin").min(),
-        value_seed_spread=pl.col("variance").sort().mean().sqrt(),
+        value_seed_spread=pl.col("variance").mean().sqrt(),
         num_seeds=pl.col("seeds").max().cast(pl.Int64),
-        value_token_error=pl.col("error").sort().mean().sqrt(),
+        value_token_error=pl.col("error").mean().sqrt(),
         failing=pl.col("model").filter(~pl.col("holds")).unique().sort().implode(),
     )
     facts = {"claim": claim_id, **claim._asdict(), "unit": claim.unit or None}
     texts = [pl.lit(facts[name], dtype=pl.String).alias(name) for name in SCHEMA if name in facts and name != "holds"]
-    return summary.with_columns(texts).select(list(SCHEMA))
+    # The order of a sum decides the last digits, and threads the order.
+    digits = pl.selectors.float().round_sig_figs(_DIGITS)
+    return summary.with_columns(texts).with_columns(digits).select(list(SCHEMA))
 
 
 def _interval_place(count: pl.Expr) -> pl.Expr:
