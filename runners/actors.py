@@ -117,11 +117,13 @@ def actor_class(options: dict[str, Any]) -> Any:
             if meeting is None:
                 from runners.worker import run_model
 
-                yield from map(_observed, run_model(job, run_id, attempt))
+                events = run_model(job, run_id, attempt)
             else:
                 from runners.parallel import join_group, run_rank
 
-                yield from map(_observed, run_rank(join_group(*place, meeting), job, run_id, attempt))
+                events = run_rank(join_group(*place, meeting), job, run_id, attempt)
+            for event in events:  # no `yield from`: Ray sends its own statistics into the generator
+                yield _observed(event)
 
     return ray.remote(max_restarts=0, max_task_retries=0, **options)(ModelActor)
 
