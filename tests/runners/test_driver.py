@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -11,7 +12,7 @@ import polars as pl
 import psutil
 import pytest
 
-from runners import actors, driver, nodes, processes
+from runners import actors, driver, loop, nodes, processes
 from runners.driver import DriverError, Settings, execute
 from runners.jobs import Overrides, build_jobs
 from runners.progress import Reporter
@@ -173,6 +174,26 @@ def test_a_broken_model_fails_and_the_others_go_on(ray_session, registry, tmp_pa
     frame = rows(tmp_path / "out")
     assert (summary.ok, summary.failed) == (4, 2)
     assert set(frame.filter(pl.col("status") == "failed")["model"]) == {"b"}
+
+
+def test_what_cannot_be_opened_is_a_failed_row_and_takes_no_device(ray_session, registry, tmp_path, monkeypatch):
+    shutil.rmtree(tmp_path / "b")
+    shutil.rmtree(tmp_path / "series" / "step3")
+    started = []
+
+    def recorded(job, *rest):
+        started.append([read.label() for read in job.reads])
+        return actors.start(job, *rest)
+
+    monkeypatch.setattr(actors, "actor_class", sleeping(0.0))
+    monkeypatch.setattr(loop, "start", recorded)
+    summary = run(registry, tmp_path / "out", ["a", "b"], ["trained"])
+    frame = rows(tmp_path / "out")
+    failed = frame.filter(pl.col("status") == "failed").sort("model")
+    assert (summary.ok, summary.failed, frame.height) == (4, 2, 6)
+    assert failed["model"].to_list() == ["a", "b"]
+    assert failed["error"].str.contains("no such directory").all()
+    assert started == [[f"a step{step} trained" for step in (0, 1, 2, 4)]]
 
 
 def test_a_silent_actor_is_given_up(ray_session, registry, tmp_path, monkeypatch):
