@@ -203,6 +203,33 @@ def test_a_silent_actor_is_given_up(ray_session, registry, tmp_path, monkeypatch
     assert set(rows(tmp_path / "out")["error"]) == {"no progress for 2 s (--timeout)"}
 
 
+def test_a_run_opens_no_port_and_keeps_no_token(ray_session, registry, tmp_path, monkeypatch, deadbench):
+    def listening():
+        return {each.laddr for each in psutil.Process().net_connections("inet") if each.status == psutil.CONN_LISTEN}
+
+    token, before, during = "hf_secretsecretsecret", listening(), []
+    write = ResultStore.write
+
+    def watched(self, *arguments):
+        during.append(listening())
+        write(self, *arguments)
+
+    monkeypatch.setattr(ResultStore, "write", watched)
+    monkeypatch.setenv("HF_TOKEN", token)
+    out = tmp_path / "out"
+    code, printed, err = deadbench("run", "b", f"none/{token}", "--registry", registry, "--out", out)
+    assert code in (1, 2), err
+    assert token not in printed + err
+    code, printed, err = deadbench("run", "b", "--registry", registry, "--out", out)
+    assert code == 0, err
+    assert len(during) >= 3
+    assert set().union(*during) <= before, "Ray's own ports, opened when it was started"
+    files = [path for path in out.rglob("*") if path.is_file()]
+    assert any(path.name == "run.json" for path in files)
+    assert [path for path in files if token.encode() in path.read_bytes()] == []
+    assert token not in printed + err
+
+
 def test_actors_are_gone_afterwards(ray_session, registry, tmp_path):
     run(registry, tmp_path / "out", ["b"])
     deadline = time.monotonic() + 20
