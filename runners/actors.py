@@ -122,7 +122,7 @@ def actor_class(options: dict[str, Any]) -> Any:
                 from runners.parallel import join_group, run_rank
 
                 events = run_rank(join_group(*place, meeting), job, run_id, attempt)
-            for event in events:  # `yield from` would pass on what Ray sends
+            for event in events:  # no `yield from`: Ray sends its own statistics into the generator
                 yield _observed(event)
 
     return ray.remote(max_restarts=0, max_task_retries=0, **options)(ModelActor)

@@ -79,7 +79,7 @@ def to_tables(rows: Rows, read: ReadJob, run_id: str, attempt: int, started_at: 
 
 
 def failed_read(read: ReadJob, run_id: str, attempt: int, error: str) -> Finished:
-    """The row of a read whose process died before it could speak."""
+    """The row of a read that no process tells of: it died before it could speak, or was never started."""
     rows: Rows = {"reads": [{"status": "failed", "error": error, "peak_host_bytes": None}]}
     return Finished(read, to_tables(rows, read, run_id, attempt, datetime.now(UTC)))
 

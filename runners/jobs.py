@@ -13,12 +13,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from suite.functional import NUM_TOKENS
-from suite.inputs import MODALITIES, check_spec, content_hash
+from suite.input_specs import MODALITIES, InputError, check_spec, content_hash
 from suite.places import scrubbed
-from suite.registry import DEFAULT_READS, READS, CheckpointPattern, Model, Protocol, Registry, SuiteEntry
+from suite.registry import (
+    DEFAULT_READS,
+    FUNCTIONAL_TOKENS,
+    READS,
+    CheckpointPattern,
+    Model,
+    Protocol,
+    Registry,
+    SuiteEntry,
+)
 from suite.schema import KEY, READ_VERSION
-from suite.signals import InputError
 from suite.sources import Checkpoint, checkpoint_step, list_revisions
 from suite.tensors import CheckpointError
 
@@ -301,7 +308,7 @@ def _model_job(
             has_forward = read != "parameters"
             rule, run_dtype = protocol, dtype
             if read == "functional":  # few tokens, and precision enough to see that nothing moves
-                rule = protocol.model_copy(update={"tokens": overrides.tokens or NUM_TOKENS})
+                rule = protocol.model_copy(update={"tokens": overrides.tokens or FUNCTIONAL_TOKENS})
                 run_dtype = overrides.dtype or "float64"
             fingerprint, error = _fingerprint(model, revision, read, opened) if unlisted is None else (None, unlisted)
             facts: dict[str, Any] = {"read": read, "version": READ_VERSION[read]}

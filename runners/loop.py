@@ -91,7 +91,9 @@ class Run:
         self._streams: dict[Any, Group] = {}  # a group of ranks has several
         self._ending: dict[Future[Ended], Group] = {}
         self.nodes = Nodes(len(jobs), settings.autoscale_gpus)
-        self._queue = [_Waiting(job, self.nodes.demand(job)) for job in jobs]
+        self._unreadable = [read for job in jobs for read in job.reads if read.error]
+        readable = [job.without(read.identity() for read in self._unreadable) for job in jobs]
+        self._queue = [_Waiting(job, self.nodes.demand(job)) for job in readable if job.reads]
         self._decided = self._changed = 0.0
         self._looked = time.monotonic()
         self._looking: Future[None] | None = None
@@ -99,7 +101,9 @@ class Run:
             self.nodes.ask_for(waiting.demand for waiting in self._queue)
 
     def go(self) -> None:
-        """Until every read is a row."""
+        """Until every read is a row; what the preflight could not open is one at once, and takes no device."""
+        for read in self._unreadable:
+            self._count(self._outbox.put(failed_read(read, self._run_id, 1, str(read.error))))
         while self._queue or self._streams or self._ending:
             self._head.check()
             self._look()

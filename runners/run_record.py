@@ -6,7 +6,6 @@ Written when the run starts and when it ends; one that says `running` and has no
 import getpass
 import json
 import os
-import re
 import shlex
 import socket
 import sys
@@ -18,22 +17,9 @@ from runners.events import Finished
 from runners.jobs import ModelJob, ReadJob
 from runners.store import ResultStore
 from runners.versions import versions
+from suite.places import without_secrets
 
 _RECORD_VERSION = 1
-_SECRET_NAME = r"[\w.-]*(?:token|key|key_?id|secret|signature|sig|password|passwd|credentials?|auth)"
-_SECRETS = (
-    (re.compile(r"(?<=//)[^/@\s]*:[^/@\s]*@"), "***@"),
-    (re.compile(rf"(?i)((?:^|[?&;\s]|--){_SECRET_NAME}[=\s])[^&;\s'\"]+"), r"\1***"),
-    (re.compile(r"\bhf_[A-Za-z0-9]{8,}"), "***"),
-    (re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{12,}"), "***"),
-)
-
-
-def scrub(text: str) -> str:
-    """`text` without what looks like a secret: passwords in URLs, token-like query parameters and flags, Hub tokens."""
-    for pattern, instead in _SECRETS:
-        text = pattern.sub(instead, text)
-    return text
 
 
 class RunRecord:
@@ -50,7 +36,7 @@ class RunRecord:
             "error": None,
             "user": _user(),
             "host": socket.gethostname(),
-            "command": scrub(shlex.join(sys.argv)),
+            "command": without_secrets(shlex.join(sys.argv)),
             "versions": json.loads(versions()),
             "cluster": None,
             "plan": [_planned(job) for job in jobs],
@@ -61,7 +47,7 @@ class RunRecord:
 
     def started(self, address: str, nodes: list[dict[str, Any]]) -> None:
         """The cluster is joined: write the record for the first time."""
-        self._facts["cluster"] = {"address": scrub(address), "nodes": nodes}
+        self._facts["cluster"] = {"address": without_secrets(address), "nodes": nodes}
         self._write()
 
     def placed(self, job: ModelJob, attempt: int, nodes: list[str], devices: float) -> None:
@@ -72,13 +58,13 @@ class RunRecord:
     def finished(self, event: Finished) -> None:
         """A read is in the results."""
         row = event.row
-        error = scrub(row["error"]) if row["error"] else None
+        error = without_secrets(row["error"]) if row["error"] else None
         outcome = {"status": row["status"], "attempt": row["attempt"], "error": error}
         self._facts["reads"][self._reads[event.job.identity()]] |= outcome
 
     def ended(self, status: str, error: BaseException | None = None) -> None:
         """The run is over: finished, interrupted or stopped. Write the record for the last time."""
-        said = scrub(" ".join(str(error).split())) if error is not None else None
+        said = without_secrets(" ".join(str(error).split())) if error is not None else None
         self._facts |= {"status": status, "finished_at": _now(), "error": said or None}
         self._write()
 

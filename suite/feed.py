@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from suite.architecture import find_final_norm
 from suite.dummy_inputs import minimal_inputs
+from suite.input_specs import InputError
 from suite.inputs import Batch, Inputs, token_batches
 from suite.signals import (
     PICTURE_NAMES,
     SOUND_NAMES,
-    InputError,
     distinct_patches,
     noise_like,
     own_pictures,

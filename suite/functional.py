@@ -23,7 +23,6 @@ from suite.schema import Row
 from suite.wiring import Wiring, private_parameters, weight_out_in
 
 STEPS = (0.01, 0.1, 1.0)  # of the map's output, for an input of size one along w
-NUM_TOKENS = 256
 MAX_INNER_SITES = 12  # beside the head: evenly spaced in call order
 _SERIES_BELOW = 1e-2  # |d| at which exp(d) - 1 - d is taken from its series
 _CHUNK_V = 8192

@@ -10,11 +10,9 @@ Nothing falls back to something else: a model without a tokenizer cannot read te
 Shapes: S sequences, T positions, N tokens, B images.
 """
 
-import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +22,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from suite.hub_text import read_hub_text
-from suite.signals import InputError, photo_files
+from suite.input_specs import InputError, text_path
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model",
 )  # fmt: skip
-MODALITIES = {"text": "text", "tokens": "text", "hf": "text", "image": "image", "audio": "audio"}
 _CHARACTERS_PER_PIECE = 100_000
 
 
@@ -70,28 +67,6 @@ class Inputs:
         return self.batches[first:last], sum(batch.num_rows for batch in self.batches[:first])
 
 
-def check_spec(spec: str, modality: str) -> None:
-    """Raise InputError where `spec` is no input specification, names a missing file, or is not for `modality`."""
-    kind, _, rest = spec.partition(":")
-    if (
-        kind not in MODALITIES
-        or (kind in ("tokens", "hf", "audio") and not rest)
-        or (kind == "audio" and rest != "noise")
-    ):
-        raise InputError(
-            f"input {spec!r} is unknown; choose text, text:FILE, image, image:DIR, tokens:random, tokens:FILE.npy, "
-            "hf:DATASET[:CONFIG][:SPLIT] or audio:noise"
-        )
-    if MODALITIES[kind] != modality:
-        raise InputError(f"input {spec!r} does not fit a model that reads {modality}")
-    if kind == "text" and rest and not Path(rest).is_file():
-        raise InputError(f"input {spec!r}: no such file")
-    if kind == "image" and rest and not Path(rest).is_dir():
-        raise InputError(f"input {spec!r}: no such directory")
-    if kind == "tokens" and rest != "random" and not Path(rest).is_file():
-        raise InputError(f"input {spec!r}: no such file; give tokens:random or a .npy file")
-
-
 def check_count(num_tokens: int, hidden_size: int) -> None:
     """Raise InputError where the covariance would be rank-deficient by construction, before anything is run."""
     if num_tokens <= hidden_size:
@@ -99,20 +74,6 @@ def check_count(num_tokens: int, hidden_size: int) -> None:
             f"{num_tokens} tokens for hidden size {hidden_size}: the rank would be the sample's, not the model's; "
             f"give at least {4 * hidden_size}"
         )
-
-
-def content_hash(spec: str) -> str:
-    """What `spec` stands for, by content: two files of one name are two inputs."""
-    kind, _, rest = spec.partition(":")
-    digest = hashlib.sha256(kind.encode())
-    if (kind == "tokens" and rest == "random") or kind in ("hf", "audio"):
-        digest.update(rest.encode())
-    elif kind == "image":
-        for photo in photo_files(rest):
-            digest.update(photo.read_bytes())
-    else:
-        digest.update(_text_path(rest).read_bytes() if kind == "text" else Path(rest).read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def token_batches(
@@ -230,16 +191,12 @@ def _pieces(spec: str) -> Iterator[str]:
     if kind == "hf":
         yield from read_hub_text(rest)
         return
-    with _text_path(rest).open(encoding="utf-8", errors="strict") as file:
+    with text_path(rest).open(encoding="utf-8", errors="strict") as file:
         try:
             while piece := file.readlines(_CHARACTERS_PER_PIECE):
                 yield "".join(piece)
         except UnicodeDecodeError as error:
             raise InputError(f"{rest}: not UTF-8 text ({error.reason} at byte {error.start})") from error
-
-
-def _text_path(rest: str) -> Path:
-    return Path(rest) if rest else Path(str(resources.files("suite").joinpath("data/corpus.txt")))
 
 
 def _pad(sequences: list[NDArray[np.int64]]) -> Batch:

@@ -9,16 +9,29 @@ from typing import Any
 
 import fsspec
 
-_PASSWORD = re.compile(r"(?<=://)[^/\s'\"@]+@")
+_SECRET_NAME = r"[\w.-]*(?:token|key|key_?id|secret|signature|sig|password|passwd|credentials?|auth)"
+_USER = re.compile(r"(?<=://)[^/\s'\"@]+@")
+_TOKEN = re.compile(r"\b(?:hf_[A-Za-z0-9]{16,}|(?:AKIA|ASIA)[A-Z0-9]{12,})")  # of the Hub, of AWS
+_SECRETS = (
+    (_USER, "***@"),
+    (re.compile(rf"(?i)((?:^|[?&;\s]|--){_SECRET_NAME}[=\s])[^&;\s'\"]+"), r"\1***"),
+    (_TOKEN, "***"),
+)
 _QUERY = re.compile(r"(\b[a-z][a-z0-9+.-]*://[^\s'\"?#]*)[?#][^\s'\")]*", re.IGNORECASE)
-_HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
 # The extra that brings the library for a protocol.
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "abfs": "azure", "abfss": "azure", "az": "azure"}
 
 
+def without_secrets(text: str) -> str:
+    """`text`, such as a command, with `***` for what by name, form or place in a URL looks like a secret."""
+    for pattern, instead in _SECRETS:
+        text = pattern.sub(instead, text)
+    return text
+
+
 def scrubbed(text: str) -> str:
-    """`text` with no password, no query and no Hub token in whatever URLs it holds."""
-    return _HUB_TOKEN.sub("hf_…", _QUERY.sub(r"\1", _PASSWORD.sub("", text)))
+    """`text` with whatever places it holds named without user, password and query, and with `***` for tokens."""
+    return _TOKEN.sub("***", _QUERY.sub(r"\1", _USER.sub("", text)))
 
 
 def open_place(location: str) -> tuple[Any, str]:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 
 READS = ("parameters", "random", "trained", "functional")
 DEFAULT_REGISTRY = "models.yaml"
+FUNCTIONAL_TOKENS = 256  # what the read `functional` is fed, unless told otherwise
 
 ReadName = Literal["parameters", "random", "trained", "functional"]
 DEFAULT_READS: tuple[ReadName, ...] = ("parameters", "random", "trained")

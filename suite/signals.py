@@ -5,7 +5,6 @@ to [-1, 1], a film is one crop that wanders over a photograph, and sound is seed
 Shapes: B images, C channels, F frames, H height, W width.
 """
 
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+from suite.input_specs import InputError, photo_files
+
 PICTURE_NAMES = ("pixel_values", "pixel_values_videos", "image", "hidden_states")
 SOUND_NAMES = ("input_features", "input_values", "audio_values", "audio_mel")
 _PROCESSOR_FILE = "preprocessor_config.json"
 _SECONDS = 10.0  # of sound an item; extractors with a fixed length cut or fill it
-
-
-class InputError(ValueError):
-    """An input that cannot be had or does not fit the model; one line."""
-
-
-def photo_files(folder: str) -> list[Path]:
-    """The photographs in `folder`, the bundled ones for "".
-
-    Raises:
-        InputError: there are none.
-    """
-    root = Path(folder) if folder else Path(str(resources.files("suite").joinpath("data/photos")))
-    photos = sorted(p for p in root.iterdir() if p.suffix.lower() in PHOTO_SUFFIXES)
-    if not photos:
-        raise InputError(f"{root}: no photographs ({', '.join(PHOTO_SUFFIXES)})")
-    return photos
 
 
 def photo_crops(folder: str, count: int, seed: int) -> list[Any]:

@@ -67,7 +67,11 @@ def ray_cluster(cpus: int = 2) -> Iterator[RayCluster]:
         _wait(cluster, head, home / "start.log")
         yield cluster
     finally:
-        _end(head, environment["RAY_AUTH_TOKEN"])
+        head.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            head.wait(timeout=20)
+        end_all("RAY_AUTH_TOKEN", environment["RAY_AUTH_TOKEN"])
+        head.wait(timeout=10)
         shutil.rmtree(home, ignore_errors=True)
 
 
@@ -89,16 +93,12 @@ def _wait(cluster: RayCluster, head: subprocess.Popen, log: Path) -> None:
     raise AssertionError(log.read_text())
 
 
-def _end(head: subprocess.Popen, token: str) -> None:
-    """End the head and whatever carries its token, on this machine, in its environment."""
-    head.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        head.wait(timeout=20)
+def end_all(variable: str, value: str) -> None:
+    """End every process of this machine that has `variable` as `value` in its environment, but this one."""
     ours = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
-            if process.pid != os.getpid() and process.environ().get("RAY_AUTH_TOKEN") == token:
+            if process.pid != os.getpid() and process.environ().get(variable) == value:
                 process.kill()
                 ours.append(process)
     psutil.wait_procs(ours, timeout=10)
-    head.wait(timeout=10)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -11,7 +12,7 @@ import polars as pl
 import psutil
 import pytest
 
-from runners import actors, driver, nodes, processes
+from runners import actors, driver, loop, nodes, processes
 from runners.driver import DriverError, Settings, execute
 from runners.jobs import Overrides, build_jobs
 from runners.progress import Reporter
@@ -175,11 +176,58 @@ def test_a_broken_model_fails_and_the_others_go_on(ray_session, registry, tmp_pa
     assert set(frame.filter(pl.col("status") == "failed")["model"]) == {"b"}
 
 
+def test_what_cannot_be_opened_is_a_failed_row_and_takes_no_device(ray_session, registry, tmp_path, monkeypatch):
+    shutil.rmtree(tmp_path / "b")
+    shutil.rmtree(tmp_path / "series" / "step3")
+    started = []
+
+    def recorded(job, *rest):
+        started.append([read.label() for read in job.reads])
+        return actors.start(job, *rest)
+
+    monkeypatch.setattr(actors, "actor_class", sleeping(0.0))
+    monkeypatch.setattr(loop, "start", recorded)
+    summary = run(registry, tmp_path / "out", ["a", "b"], ["trained"])
+    frame = rows(tmp_path / "out")
+    failed = frame.filter(pl.col("status") == "failed").sort("model")
+    assert (summary.ok, summary.failed, frame.height) == (4, 2, 6)
+    assert failed["model"].to_list() == ["a", "b"]
+    assert failed["error"].str.contains("no such directory").all()
+    assert started == [[f"a step{step} trained" for step in (0, 1, 2, 4)]]
+
+
 def test_a_silent_actor_is_given_up(ray_session, registry, tmp_path, monkeypatch):
     monkeypatch.setattr(actors, "actor_class", acting(lambda job: time.sleep(600)))
     summary = run(registry, tmp_path / "out", ["b"], settings=Settings(timeout=2, max_retries=0))
     assert (summary.ok, summary.failed) == (0, 3)
     assert set(rows(tmp_path / "out")["error"]) == {"no progress for 2 s (--timeout)"}
+
+
+def test_a_run_opens_no_port_and_keeps_no_token(ray_session, registry, tmp_path, monkeypatch, deadbench):
+    def listening():
+        return {each.laddr for each in psutil.Process().net_connections("inet") if each.status == psutil.CONN_LISTEN}
+
+    token, before, during = "hf_secretsecretsecret", listening(), []
+    write = ResultStore.write
+
+    def watched(self, *arguments):
+        during.append(listening())
+        write(self, *arguments)
+
+    monkeypatch.setattr(ResultStore, "write", watched)
+    monkeypatch.setenv("HF_TOKEN", token)
+    out = tmp_path / "out"
+    code, printed, err = deadbench("run", "b", f"none/{token}", "--registry", registry, "--out", out)
+    assert code in (1, 2), err
+    assert token not in printed + err
+    code, printed, err = deadbench("run", "b", "--registry", registry, "--out", out)
+    assert code == 0, err
+    assert len(during) >= 3
+    assert set().union(*during) <= before, "Ray's own ports, opened when it was started"
+    files = [path for path in out.rglob("*") if path.is_file()]
+    assert any(path.name == "run.json" for path in files)
+    assert [path for path in files if token.encode() in path.read_bytes()] == []
+    assert token not in printed + err
 
 
 def test_actors_are_gone_afterwards(ray_session, registry, tmp_path):

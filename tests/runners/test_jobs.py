@@ -1,6 +1,8 @@
 """From names and flags to jobs; the key changes exactly when the numbers would."""
 
 import shutil
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -189,3 +191,9 @@ def test_a_source_with_a_password_is_named_without_it(tmp_path, monkeypatch):
     stored = [str(value) for table in finished.tables.values() for row in table.to_pylist() for value in row.values()]
     assert [value for value in stored if "hunter2" in value or "abcdef" in value] == []
     assert finished.row["model"] == finished.row["source"] == f"{url}/neox-1"
+
+
+def test_jobs_are_made_without_torch_and_transformers():
+    code = "import sys, runners.jobs\nprint([name for name in ('torch', 'transformers', 'ray') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

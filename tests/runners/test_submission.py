@@ -1,4 +1,4 @@
-"""`ray job submit` against a real `ray start` cluster with token authentication, and what is sent there."""
+"""`ray job submit` and `ray submit` against real clusters with token authentication, and what is sent there."""
 
 import zipfile
 
@@ -8,6 +8,7 @@ import pytest
 from runners.store import ResultStore
 from tests.conftest import ROOT
 from tests.runners.clusters import ray_cluster
+from tests.runners.launcher import launched_cluster, missing_programs
 
 MAX_UPLOAD_BYTES = 20 * 2**20
 TWIN = "suite/data/twins/layernorm"  # as the job finds it, below its working directory
@@ -60,3 +61,23 @@ def test_nobody_without_the_token_gets_in(cluster):
     refused = cluster.ray("job", "list", f"--address={cluster.dashboard}", RAY_AUTH_MODE=None, RAY_AUTH_TOKEN="0" * 64)
     assert refused.returncode != 0
     assert "nauthor" in refused.stdout + refused.stderr or "401" in refused.stdout + refused.stderr
+
+
+@pytest.mark.ray
+@pytest.mark.skipif(bool(missing_programs()), reason=f"not installed here: {', '.join(missing_programs())}")
+def test_ray_up_and_ray_submit_leave_a_whole_result_set(tmp_path):
+    """`ray submit` copies one script: the rest is what the cluster's file mounts."""
+    with launched_cluster() as cluster:
+        run = ["run", f"~/deadbench/{TWIN}/step16", "--registry", "~/deadbench/models.yaml", "--address", "auto"]
+        arguments = [*run, "--tokens", "256", "--input", "tokens:random", "--out", str(tmp_path / "out")]
+        submitted = cluster.ray("submit", "--no-config-cache", "runners/__main__.py", "--", *arguments)
+        told = submitted.stdout + submitted.stderr
+        assert submitted.returncode == 0, told
+    assert "3 ok, 0 failed, 0 already there" in told
+    assert cluster.token not in told
+    rows = pl.read_parquet(tmp_path / "out" / "reads" / "*.parquet")
+    assert sorted(zip(rows["read"], rows["status"], strict=True)) == [
+        ("parameters", "ok"), ("random", "ok"), ("trained", "ok"),
+    ]  # fmt: skip
+    assert len(ResultStore(str(tmp_path / "out")).finished()) == 3
+    assert rows["source"].str.contains("/node/deadbench/").all(), "what was mounted was read"

@@ -7,7 +7,7 @@ import torch
 
 from suite.architecture import build_config, build_model, find_final_norm
 from suite.feed import feed, part_of
-from suite.signals import InputError
+from suite.input_specs import InputError
 from tests.suite.test_architecture import SEQ2SEQ, TEXT, VISION
 
 CLIP = {"text_config": TEXT | {"max_position_embeddings": 24}, "vision_config": VISION, "projection_dim": 16}

@@ -11,8 +11,8 @@ import torch
 from fsspec.implementations.dirfs import DirFileSystem
 
 from suite.hub_text import DatasetError, read_hub_text
-from suite.inputs import check_count, check_spec, content_hash, token_batches
-from suite.signals import InputError
+from suite.input_specs import InputError, check_spec, content_hash
+from suite.inputs import check_count, token_batches
 from tests.conftest import TWINS
 
 TWIN = TWINS / "layernorm" / "step0"

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
+from suite.input_specs import InputError
 from suite.signals import (
-    InputError,
     distinct_patches,
     noise_like,
     own_pictures,
