@@ -179,10 +179,15 @@ def _stream_of(output: Any) -> Tensor | None:
         if isinstance(towers[key].last_hidden_state, Tensor):
             return towers[key].last_hidden_state  # type: ignore[no-any-return]
     states = [value for key, value in output.items() if key.endswith("last_hidden_state") and isinstance(value, Tensor)]
-    if len(states) == 1:
-        return states[0]
-    tensors = [v for v in output.values() if isinstance(v, Tensor) and v.is_floating_point() and v.ndim > 1]
+    words = [value for key, value in output.items() if key.startswith(("text", "language")) and _is_stream(value)]
+    if len(states) == 1 or words:
+        return (states if len(states) == 1 else words)[0]
+    tensors = [value for value in output.values() if _is_stream(value)]
     return tensors[0] if len(tensors) == 1 else None
+
+
+def _is_stream(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 1
 
 
 def _by_identity(model: nn.Module, calls: list["_Call"], stream: Tensor) -> FinalNorm | None:
@@ -226,13 +231,41 @@ def _by_cutting(model: nn.Module, calls: list["_Call"], inputs: Mapping[str, Any
             continue
         behaviour = probe(module, call.output.shape[-1])
         if behaviour.family in ("layernorm", "rmsnorm") and _cuts(model, module, inputs, stream):
+            if _normalised_again(model, calls[last_calls[path] + 1 :], path, inputs, stream):
+                break
             text = f"the last hidden state depends on the input through {path} ({type(module).__name__}) alone"
             return _found(model, call, calls, behaviour, text)
     return nothing
 
 
+def _normalised_again(
+    model: nn.Module, later: list["_Call"], path: str, inputs: Mapping[str, Any], stream: Tensor
+) -> bool:
+    """Whether the stream passes a normalisation of any kind after the last call of `path`, which is then not final."""
+    modules = dict(model.named_modules())
+    for call in {call.path: call for call in later if not path.startswith(f"{call.path}.")}.values():
+        module = modules[call.path]
+        if not _may_be_a_norm(module):
+            continue
+        batch = isinstance(module, nn.modules.batchnorm._NormBase | nn.GroupNorm)
+        if not batch and probe(module, call.output.shape[-1]).family not in ("layernorm", "rmsnorm"):
+            continue
+        held = _streams_held(model, module, [inputs])
+        if held and (held[0] is None or held[0].shape != stream.shape or not torch.equal(held[0], stream)):
+            return True
+    return False
+
+
 def _cuts(model: nn.Module, module: nn.Module, inputs: Mapping[str, Any], stream: Tensor) -> bool:
     """Whether the stream forgets the input when the last output of `module` is held fixed."""
+    streams = _streams_held(model, module, [inputs, _other_inputs(inputs)])
+    if not streams or any(s is None or s.shape != stream.shape for s in streams):
+        return False
+    return torch.equal(streams[0], streams[1])  # type: ignore[arg-type]
+
+
+def _streams_held(model: nn.Module, module: nn.Module, inputs: list[Mapping[str, Any]]) -> list[Tensor | None]:
+    """The streams that these inputs give while the output of `module` is held fixed; none where the model fails."""
     fixed: list[Tensor] = []
 
     def hold(module: nn.Module, args: Any, output: Any) -> Any:
@@ -244,14 +277,11 @@ def _cuts(model: nn.Module, module: nn.Module, inputs: Mapping[str, Any], stream
     handle = module.register_forward_hook(hold)
     try:
         with torch.no_grad():
-            streams = [_stream_of(model(**each)) for each in (inputs, _other_inputs(inputs))]
+            return [_stream_of(model(**each)) for each in inputs]
     except Exception:
-        return False
+        return []
     finally:
         handle.remove()
-    if any(s is None or s.shape != stream.shape for s in streams):
-        return False
-    return torch.equal(streams[0], streams[1])  # type: ignore[arg-type]
 
 
 def _hears(model: nn.Module, inputs: Mapping[str, Any], stream: Tensor) -> bool:
