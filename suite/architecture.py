@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from suite.dummy_inputs import minimal_inputs
+from suite.flow import cuts, hears, stream_of, streams_held
 from suite.norms import own_vectors, probe
 from suite.renaming import renamings
 from suite.resolution import ArchitectureError, FinalNorm, NormBehaviour, RemoteCodeError
@@ -153,36 +154,16 @@ def find_final_norm(model: nn.Module, inputs: Mapping[str, Tensor] | None = None
         except Exception as error:
             failure = failure or _one_line(error)
             continue
-        stream = _stream_of(output)
+        stream = stream_of(output)
         if stream is None:
             return _nothing("undetermined", f"{type(model).__name__} returns no last hidden state", model)
         found = _by_identity(model, calls, stream)
         if found is not None:
             return found
-        if stream.device.type == "meta" or _hears(model, candidate, stream):
+        if stream.device.type == "meta" or hears(model, candidate, stream):
             return _by_cutting(model, calls, candidate, stream)
         failure = failure or "the last hidden state does not depend on them"
     return _nothing("undetermined", f"no minimal input was of use: {failure}", model)
-
-
-def _stream_of(output: Any) -> Tensor | None:
-    """The hidden states that a model is read at: the last, of the text tower where there are several."""
-    if isinstance(output, tuple):
-        return next((t for t in output if isinstance(t, Tensor)), None)
-    last = getattr(output, "last_hidden_state", None)
-    if isinstance(last, Tensor):
-        return last
-    if not isinstance(output, Mapping):
-        return output if isinstance(output, Tensor) else None
-    towers = {key: value for key, value in output.items() if hasattr(value, "last_hidden_state")}
-    for key in sorted(towers, key=lambda key: not key.startswith(("text", "language"))):
-        if isinstance(towers[key].last_hidden_state, Tensor):
-            return towers[key].last_hidden_state  # type: ignore[no-any-return]
-    states = [value for key, value in output.items() if key.endswith("last_hidden_state") and isinstance(value, Tensor)]
-    if len(states) == 1:
-        return states[0]
-    tensors = [v for v in output.values() if isinstance(v, Tensor) and v.is_floating_point() and v.ndim > 1]
-    return tensors[0] if len(tensors) == 1 else None
 
 
 def _by_identity(model: nn.Module, calls: list["_Call"], stream: Tensor) -> FinalNorm | None:
@@ -225,55 +206,30 @@ def _by_cutting(model: nn.Module, calls: list["_Call"], inputs: Mapping[str, Any
         if not _may_be_a_norm(module) or (last_calls[path] < last_block and not ends_block):
             continue
         behaviour = probe(module, call.output.shape[-1])
-        if behaviour.family in ("layernorm", "rmsnorm") and _cuts(model, module, inputs, stream):
+        if behaviour.family in ("layernorm", "rmsnorm") and cuts(model, module, inputs, stream):
+            if _normalised_again(model, calls[last_calls[path] + 1 :], path, inputs, stream):
+                break
             text = f"the last hidden state depends on the input through {path} ({type(module).__name__}) alone"
             return _found(model, call, calls, behaviour, text)
     return nothing
 
 
-def _cuts(model: nn.Module, module: nn.Module, inputs: Mapping[str, Any], stream: Tensor) -> bool:
-    """Whether the stream forgets the input when the last output of `module` is held fixed."""
-    fixed: list[Tensor] = []
-
-    def hold(module: nn.Module, args: Any, output: Any) -> Any:
-        tensor = output[0] if isinstance(output, tuple) else output
-        if not fixed or fixed[0].shape != tensor.shape:
-            fixed[:] = [torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1)).to(tensor)]
-        return (fixed[0], *output[1:]) if isinstance(output, tuple) else fixed[0]
-
-    handle = module.register_forward_hook(hold)
-    try:
-        with torch.no_grad():
-            streams = [_stream_of(model(**each)) for each in (inputs, _other_inputs(inputs))]
-    except Exception:
-        return False
-    finally:
-        handle.remove()
-    if any(s is None or s.shape != stream.shape for s in streams):
-        return False
-    return torch.equal(streams[0], streams[1])  # type: ignore[arg-type]
-
-
-def _hears(model: nn.Module, inputs: Mapping[str, Any], stream: Tensor) -> bool:
-    """Whether the stream depends on the input's values, and is told apart from one that holds no numbers."""
-    try:
-        with torch.no_grad():
-            other = _stream_of(model(**_other_inputs(inputs)))
-    except Exception:
-        return False
-    return other is not None and bool(stream.isfinite().all()) and not torch.equal(other, stream)
-
-
-def _other_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Other values of the same shapes: the next token, another picture; masks and grids stay."""
-    other: dict[str, Any] = {}
-    for name, value in inputs.items():
-        if isinstance(value, Tensor) and value.is_floating_point():
-            value = value.flip(-1) + 0.5
-        elif isinstance(value, Tensor) and name.endswith("input_ids"):
-            value = value + 1
-        other[name] = value
-    return other
+def _normalised_again(
+    model: nn.Module, later: list["_Call"], path: str, inputs: Mapping[str, Any], stream: Tensor
+) -> bool:
+    """Whether the stream passes a normalisation of any kind after the last call of `path`, which is then not final."""
+    modules = dict(model.named_modules())
+    for call in {call.path: call for call in later if not path.startswith(f"{call.path}.")}.values():
+        module = modules[call.path]
+        if not _may_be_a_norm(module):
+            continue
+        batch = isinstance(module, nn.modules.batchnorm._NormBase | nn.GroupNorm)
+        if not batch and probe(module, call.output.shape[-1]).family not in ("layernorm", "rmsnorm"):
+            continue
+        held = streams_held(model, module, [inputs])
+        if held and (held[0] is None or held[0].shape != stream.shape or not torch.equal(held[0], stream)):
+            return True
+    return False
 
 
 def _is_block(path: str, blocks_path: str | None) -> bool:

@@ -38,9 +38,18 @@ def lookup(raw_config: Mapping[str, Any]) -> FinalNorm | None:
     flat = flatten(raw_config)
     for entry in _entries().get(str(raw_config.get("model_type")), ()):
         given = {entry["aliases"].get(key, key): value for key, value in flat.items()}
+        numbers = (entry["hidden"], entry["blocks"], entry["eps"])
+        if any(_left_open(key, given) for key in numbers):
+            return None
         if all(key in given for key in entry["derived"]) and _all_covered(given, entry):
             return _answer(given, entry)
     return None
+
+
+def _left_open(key: Any, given: Mapping[str, Any]) -> bool:
+    """Whether a nested configuration is given without this key: its own default may differ from its parent's for it."""
+    parent = key.rpartition(".")[0] if isinstance(key, str) else ""
+    return bool(parent) and key not in given and any(other.startswith(f"{parent}.") for other in given)
 
 
 def _answer(given: Mapping[str, Any], entry: Mapping[str, Any]) -> FinalNorm | None:

@@ -72,6 +72,25 @@ def test_a_norm_of_the_pooled_token_is_not_the_final_one():
     assert (found.path, found.family) == (None, "none")
 
 
+def test_a_norm_that_another_follows_is_not_final():
+    # Hiera's last stage here is one block that projects its normalised input: all flows through layernorm_before.
+    hiera = {"embed_dim": 32, "depths": [1, 1], "num_heads": [1, 2], "query_stride": [2, 2], "masked_unit_size": [2, 2]}
+    stages = {"num_query_pool": 1, "image_size": [32, 32], "patch_size": [7, 7], "patch_stride": [4, 4]}
+    found = locate(build_config({"model_type": "hiera", **hiera, **stages}))
+    assert (found.path, found.family) == (None, "none"), found.evidence
+
+
+def test_a_q_former_is_given_what_it_attends_to():
+    found = locate(build_config({"model_type": "blip_2_qformer", **TEXT, "encoder_hidden_size": 48}))
+    assert found.path == "encoder.layer.2.output_query.LayerNorm", found.reason
+
+
+def test_a_vision_tower_takes_its_patches_in_a_row():
+    config = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    found = locate(build_config({"model_type": "cosmos3_edge_vision", **config}))
+    assert found.family == "layernorm", found.reason
+
+
 def test_opt_without_its_final_norm_is_none():
     config = OPT | {"model_type": "opt", "num_attention_heads": 4, "_remove_final_layer_norm": True}
     assert locate(build_config(config)).path is None

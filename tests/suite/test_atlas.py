@@ -154,3 +154,9 @@ def test_a_stored_bias_that_the_architecture_lacks_is_undetermined(tmp_path):
     result = classify(str(folder))[0]
     assert result["family"] == "undetermined"
     assert "stores model.norm.bias" in " ".join(result["evidence"])
+
+
+def test_a_nested_default_is_not_taken_for_its_parents():
+    # Idefics2's own text configuration has eps 1e-5; one that is given as a mistral without an eps has mistral's 1e-6.
+    text = {"model_type": "mistral", "hidden_size": 32, "num_hidden_layers": 2}
+    assert lookup({"model_type": "idefics2", "text_config": text}) is None
