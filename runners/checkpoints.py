@@ -109,7 +109,14 @@ class Checkpoint:
 
         They may be half filled then; why is in `remark`.
         """
-        if self._target is None or not _fs(self._target).exists(self._target):
+        if self._target is None:
+            return None
+        try:
+            if not _fs(self._target).exists(self._target):
+                return None
+        except Exception as error:  # a place that the driver can write to and this process cannot
+            self.remark = f"no checkpoints: {' '.join(str(error).split())[:200] or type(error).__name__}"
+            self._target = None
             return None
         try:
             with _fs(self._target).open(self._target, "rb") as file:
@@ -162,7 +169,7 @@ def remove_checkpoints(location: str, read: ReadJob) -> None:
     """Take away what is left of `read` in the result set at `location`."""
     folder = f"{absolute(location)}/{FOLDER}"
     fs = _fs(folder)
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(Exception):  # whatever the place's library comes up with: the read itself is stored
         for path in fs.ls(folder, detail=False) if fs.exists(folder) else ():
             if path.rsplit("/", 1)[-1].startswith(_name(read)):
                 fs.rm_file(path)

@@ -240,7 +240,8 @@ def test_plan_refuses_what_run_refuses(registry, deadbench, arguments, told):
     assert told in err
 
 
-def test_plan_takes_the_arguments_of_run(deadbench):
+def test_plan_takes_the_arguments_of_run(deadbench, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # no name is cut
     _, run, _ = deadbench("run", "--help")
     _, planned, _ = deadbench("plan", "--help")
     flags = {word.strip(",|│ ") for word in run.split() if word.startswith("--")}
