@@ -330,9 +330,11 @@ def small(folder, die_at=None, victim=0):
     def make(options):
         import ray
 
+        from runners.processes import mark_process
+
         class ModelActor:
             def __init__(self, token):
-                os.environ[actors.MARK] = token
+                mark_process(token)
 
             @ray.method(num_returns="streaming")
             def run(self, job, run_id, attempt, place, meeting):
@@ -400,7 +402,7 @@ def test_kill_9_then_the_rest_from_the_checkpoint(
 ):
     monkeypatch.setattr(actors, "actor_class", small(tmp_path, die_at=at, victim=victim))
     out = tmp_path / "out"
-    saving = Settings("auto", timeout=300, checkpoint_interval=1e-9)
+    saving = Settings("auto", timeout=300, max_retries=0, checkpoint_interval=1e-9)
     first = run(registry, out, "neox", ["trained"], replicas, saving)
     assert (first.ok, first.failed) == (0, 1)
     assert len(list((out / FOLDER).iterdir())) >= 1
