@@ -23,6 +23,8 @@ def decompose(factor_DD: Float[Tensor, "D D"]) -> tuple[Float[Tensor, " D"], Flo
     many are not, or the iteration finds no gap, it is the SVD.
     """
     values_D, vectors_DD = torch.linalg.eigh(factor_DD.T @ factor_DD)  # ascending; vectors are columns
+    if not factor_DD.any():  # rows that are all the same
+        return values_D, vectors_DD.T
     uncertain = int((values_D <= values_D[-1] * (GRAM_ERROR / CERTIFIED_RELATIVE_ERROR)).sum())
     if uncertain:
         bottom = _bottom_subspace(factor_DD, vectors_DD[:, :uncertain]) if uncertain <= _FEW else None
@@ -62,6 +64,8 @@ def smallest_singular_pair(
     smallest of R is the largest there, and the best separated. Stops when the residual is below `tolerance` relative.
     """
     D = len(factor_DD)
+    if not factor_DD.any():
+        return 0.0, torch.eye(D, dtype=torch.float64, device=factor_DD.device)[0]
     factor_DD = _divisible(factor_DD, 1e-60)  # zero for all purposes, even squared
     steps = min(steps, D)
     basis_KD = torch.zeros(steps, D, dtype=torch.float64, device=factor_DD.device)

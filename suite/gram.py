@@ -158,6 +158,8 @@ def _add_gram(upper_DD: Tensor, rows_ND: Tensor) -> None:
 def _regularised(factor_DD: Tensor) -> Tensor:
     """R with its singular values kept above 1e-12 of its size, so that an exactly dead direction can be divided by."""
     size = factor_DD.norm() / math.sqrt(len(factor_DD))
+    if float(size) == 0:  # rows that are all the same: nothing to whiten by
+        return torch.eye(len(factor_DD), dtype=factor_DD.dtype, device=factor_DD.device)
     if float(factor_DD.diagonal().abs().min()) > 1e-12 * float(size):
         return factor_DD
     floor = 1e-12 * size * torch.eye(len(factor_DD), dtype=factor_DD.dtype, device=factor_DD.device)

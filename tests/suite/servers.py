@@ -104,7 +104,11 @@ def s3_server() -> Iterator[Refusing]:
             "AWS_DEFAULT_REGION": "us-east-1",
         }.items():  # fmt: skip
             environment.setenv(name, value)
+        import s3fs
+
+        s3fs.S3FileSystem.clear_instance_cache()  # one of another server would be asked for this one's files
         yield refusing
+        s3fs.S3FileSystem.clear_instance_cache()
     server.stop()
 
 

@@ -146,6 +146,17 @@ def test_any_cut_merged_in_any_order_agrees_with_direct_svd(D, cuts, order, log_
     assert spectrum.num_tokens == int(mask.sum())
 
 
+def test_rows_that_are_all_the_same_have_no_spectrum_and_no_nan():
+    rows = torch.full((400, 3), 1e4).to(torch.bfloat16)
+    accumulator = CovarianceFactor(3)
+    for part in rows.split(50):
+        accumulator.update(part)
+    other = CovarianceFactor(3)
+    other.update(rows)
+    accumulator.merge(other)
+    assert accumulator.finish().eigenvalues_D.tolist() == [0.0, 0.0, 0.0]
+
+
 def test_rows_squared_far_from_their_mean_are_not_certified_as_if_they_were_near():
     """Without the distance in it the certificate of this Gram matrix would be wrong by a factor of 300."""
     D, generator = 8, torch.Generator().manual_seed(0)
