@@ -83,8 +83,9 @@ def _read_random(read: ReadJob) -> Reading:
                 folder = stack.enter_context(checkpoint.local_copy(weights=False))
             except CheckpointError as error:
                 raise CheckpointError(f"{error} (for its tokenizer; --input tokens:random needs none)") from error
+        dead = dead_at_initialisation(build_config(config))  # before the read: vLLM rewrites transformers' classes
         rows = yield from _model_reader(read)(read, config, folder, trained=False)
-        dead, row = dead_at_initialisation(build_config(config)), rows["reads"][0]
+        row = rows["reads"][0]
         row["dead_parameters"] = dead
         row["dead_parameters_share"] = None if dead is None else dead / row["num_parameters"]
         return rows
