@@ -24,14 +24,13 @@ from runners.deferred_init import DeferredInit, deferred_model
 from runners.events import Event, Progress, Remark
 from runners.jobs import ModelJob, ReadJob
 from runners.needs import divisors, has_plan
-from runners.torch_engine import Blocks, ForwardPass, Swept, TorchEngine
+from runners.torch_engine import Blocks, ForwardPass, PartEngine, Swept, TorchEngine
 from runners.worker import run_model
 from suite.architecture import build_config, build_model, locate_final_norm
 from suite.feed import working_form
 from suite.inputs import Batch
 from suite.ranks import Ranks
 from suite.residual import check_rows
-from suite.resolution import FinalNorm
 
 _PATIENCE = timedelta(hours=12)  # of a collective: a rank that dies is seen by the driver, and --timeout ends a silence
 _IN_STEP_SECONDS = 20  # after a failure, within which every rank must have come to the end of that read
@@ -131,11 +130,10 @@ def _finished_or_progress(job: ModelJob, first: bool, run_id: str, attempt: int)
 
 
 @dataclass
-class ParallelEngine(TorchEngine):
+class ParallelEngine(PartEngine):
     """One rank's part of a model."""
 
     ranks: Ranks = field(default_factory=current_ranks)
-    _final: FinalNorm | None = None
     _raised: Exception | None = None
 
     def load_random(self, config: Any, seed: int, dtype: torch.dtype, *, published: bool = False) -> nn.Module:
@@ -170,16 +168,6 @@ class ParallelEngine(TorchEngine):
         self._check(model, config, dtype, lambda: TorchEngine(self.device).load_trained(folder, dtype))
         self.load_seconds = time.perf_counter() - started
         return model
-
-    def final_norm(self, model: nn.Module) -> FinalNorm:
-        """The final norm of the part that is read, found without its weights."""
-        assert self._final is not None
-        return self._final
-
-    def runnable(self, model: nn.Module) -> nn.Module:
-        """The part without values: its forward pass moves no weights and needs no other rank."""
-        config: Any = model.config
-        return build_model(config, "meta").get_submodule(self.part)
 
     def passes(
         self, model: nn.Module, norm: nn.Module, batches: list[Batch], blocks: Blocks | None = None

@@ -25,10 +25,9 @@ from torch import Tensor, nn
 
 from runners.deferred_init import deferred_model
 from runners.stepped_pass import Parked, SteppedPass, handed_over, same_block
-from runners.torch_engine import Blocks, ForwardPass, Swept, TorchEngine, mismatch
+from runners.torch_engine import Blocks, ForwardPass, PartEngine, Swept, mismatch
 from suite.architecture import build_config, build_model, locate_final_norm
 from suite.inputs import Batch
-from suite.resolution import FinalNorm
 from suite.tensors import CheckpointError
 
 _PARKED_SHARE = 4  # of the memory that is free, waiting streams take one part in so many before they go to disk
@@ -37,7 +36,7 @@ Values = Callable[[str], Tensor]
 
 
 @dataclass(eq=False)
-class StreamingEngine(TorchEngine):
+class StreamingEngine(PartEngine):
     """One model on one device, of which one block is there at a time.
 
     Attributes:
@@ -48,7 +47,6 @@ class StreamingEngine(TorchEngine):
 
     parked_bytes: float | None = None
     _blocks: dict[nn.Module, "_Block"] = field(default_factory=dict)
-    _final: FinalNorm | None = None
 
     def load_random(self, config: Any, seed: int, dtype: torch.dtype, *, published: bool = False) -> nn.Module:
         """The weights that `TorchEngine.load_random` draws, bit for bit; those of blocks when they are wanted."""
@@ -93,16 +91,6 @@ class StreamingEngine(TorchEngine):
         self.load_seconds = time.perf_counter() - started
         self.detail = "blocks streamed from the checkpoint"
         return model
-
-    def final_norm(self, model: nn.Module) -> FinalNorm:
-        """The final norm of the part that is read, found without its weights."""
-        assert self._final is not None
-        return self._final
-
-    def runnable(self, model: nn.Module) -> nn.Module:
-        """The part without values: its forward pass moves no weights and needs no other rank."""
-        config: Any = model.config
-        return build_model(config, "meta").get_submodule(self.part)
 
     def passes(
         self, model: nn.Module, norm: nn.Module, batches: list[Batch], blocks: Blocks | None = None

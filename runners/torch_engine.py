@@ -213,6 +213,23 @@ class TorchEngine:
         return moved
 
 
+@dataclass
+class PartEngine(TorchEngine):
+    """An engine of which no process ever has the whole model with its values: the final norm is found without them."""
+
+    _final: FinalNorm | None = None
+
+    def final_norm(self, model: nn.Module) -> FinalNorm:
+        """The final norm of the part that is read."""
+        assert self._final is not None, "set when the model is loaded"
+        return self._final
+
+    def runnable(self, model: nn.Module) -> nn.Module:
+        """The part without values: its forward pass moves no weights and needs no other rank."""
+        config: Any = model.config
+        return build_model(config, "meta").get_submodule(self.part)
+
+
 def pick_device() -> torch.device:
     """The accelerator that Ray gave this process, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

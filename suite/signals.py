@@ -5,6 +5,7 @@ to [-1, 1], a film is one crop that wanders over a photograph, and sound is seed
 Shapes: B images, C channels, F frames, H height, W width.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from suite.input_specs import InputError, photo_files
 PICTURE_NAMES = ("pixel_values", "pixel_values_videos", "image", "hidden_states")
 SOUND_NAMES = ("input_features", "input_values", "audio_values", "audio_mel")
 _PROCESSOR_FILE = "preprocessor_config.json"
+_LOADERS = {"image processor": "AutoImageProcessor", "feature extractor": "AutoFeatureExtractor"}
 _SECONDS = 10.0  # of sound an item; extractors with a fixed length cut or fill it
 
 
@@ -58,16 +60,7 @@ def own_pictures(crops: list[Any], folder: Path | None, accepted: set[str]) -> d
     Raises:
         InputError: the processor fails.
     """
-    from transformers import AutoImageProcessor
-
-    if folder is None or not (folder / _PROCESSOR_FILE).is_file():
-        return None
-    try:
-        processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        made = processor(images=crops, return_tensors="pt")
-    except Exception as error:
-        raise InputError(f"the image processor in {folder} fails ({_reason(error)})") from error
-    return {name: value for name, value in made.items() if name in accepted and isinstance(value, Tensor)}
+    return _processed("image processor", folder, accepted, lambda its: its(images=crops, return_tensors="pt"))
 
 
 def noise_like(form: Tensor, count: int, seed: int) -> Tensor:
@@ -82,17 +75,28 @@ def own_sound(count: int, seed: int, folder: Path | None, accepted: set[str]) ->
     Raises:
         InputError: the extractor fails.
     """
-    from transformers import AutoFeatureExtractor
+
+    def extract(extractor: Any) -> Any:
+        rate = int(extractor.sampling_rate)
+        waves = noise_like(torch.empty(1, int(_SECONDS * rate)), count, seed).numpy()
+        return extractor(list(0.1 * waves), sampling_rate=rate, return_tensors="pt")
+
+    return _processed("feature extractor", folder, accepted, extract)
+
+
+def _processed(
+    kind: str, folder: Path | None, accepted: set[str], make: Callable[[Any], Any]
+) -> dict[str, Tensor] | None:
+    """The tensors among `accepted` that `make` gets out of the `kind` of processor in `folder`; None without one."""
+    import transformers
 
     if folder is None or not (folder / _PROCESSOR_FILE).is_file():
         return None
+    loader = getattr(transformers, _LOADERS[kind])
     try:
-        extractor = AutoFeatureExtractor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        rate = int(extractor.sampling_rate)
-        waves = noise_like(torch.empty(1, int(_SECONDS * rate)), count, seed).numpy()
-        made = extractor(list(0.1 * waves), sampling_rate=rate, return_tensors="pt")
+        made = make(loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
     except Exception as error:
-        raise InputError(f"the feature extractor in {folder} fails ({_reason(error)})") from error
+        raise InputError(f"the {kind} in {folder} fails ({_reason(error)})") from error
     return {name: value for name, value in made.items() if name in accepted and isinstance(value, Tensor)}
 
 
