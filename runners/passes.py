@@ -9,6 +9,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Generator
+from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -22,6 +23,7 @@ from runners.torch_engine import Blocks, ForwardPass, Swept, TorchEngine
 from suite.architecture import block_list
 from suite.final_norm import FinalNormRead
 from suite.inputs import Batch, Inputs
+from suite.norms import OnRows
 from suite.residual import ResidualRead
 from suite.resolution import EffectiveNorm, FinalNorm
 
@@ -50,6 +52,7 @@ class Passes:
         self._read, self._engine, self._model, self._final, self._inputs = read, engine, model, final, inputs
         self._norm, self._dtype, self._ranks = norm, dtype, engine.ranks
         self._module = model.get_submodule(final.path)
+        self._of_rows = OnRows(self._module) if final.behaviour.channels_first else self._module
         self._batches, self._first_row = inputs.batches, 0
         if self._ranks.replicas:
             self._batches, self._first_row = inputs.share(self._ranks.rank, self._ranks.size)
@@ -122,7 +125,7 @@ class Passes:
             self._ranks,
             self._first_row,
         )
-        return FinalNormRead(self._module, self._norm, self._first_row), stream
+        return FinalNormRead(self._of_rows, self._norm, self._first_row), stream
 
     def _taps_a_pass(self, stream: ResidualRead) -> int:
         """How many taps are read at once, by all ranks together where they divide them."""
@@ -169,6 +172,9 @@ class Passes:
         position: Position,
     ) -> None:
         """What left the blocks in one batch, to both reads."""
+        if self._final.behaviour.channels_first:
+            before, after = (maps.movedim(1, -1) for maps in (traffic.input_BTD, traffic.output_BTD))
+            traffic = replace(traffic, input_BTD=before, output_BTD=after)
         rows = traffic.output_BTD.numel() // traffic.output_BTD.shape[-1]
         if self._ranks.replicas and batch.mask_ST is None and rows != batch.num_rows:
             raise ValueError(f"{rows} rows came of a batch of {batch.num_rows}: give --replicas 1")
@@ -185,7 +191,7 @@ class Passes:
         with self._ranks.together():
             mine = measured.to_arrow()
         for state in self._ranks.collect(mine, 0)[1:]:
-            other = FinalNormRead(self._module, self._norm)
+            other = FinalNormRead(self._of_rows, self._norm)
             assert state is not None
             other.restore(state)
             measured.merge(other)

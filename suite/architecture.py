@@ -5,24 +5,24 @@ module whose output *is* the model's last hidden state (the same storage, seen t
 kernel test says that it normalises. Names decide nothing.
 """
 
-import contextlib
 import itertools
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from suite.dummy_inputs import minimal_inputs
-from suite.flow import cuts, hears, stream_of, streams_held
-from suite.norms import own_vectors, probe
+from suite.flow import Call, cuts, hears, recorded_calls, same_storage, stream_of, streams_held, without_zeros
+from suite.norms import is_norm_of_maps, normalises, own_vectors, probe
 from suite.renaming import renamings
 from suite.resolution import ArchitectureError, FinalNorm, NormBehaviour, RemoteCodeError
 from suite.valueless import attempts
 
 SMALL_MODEL = 500_000_000  # parameters: 2 GB in float32, a few seconds to draw
+_FAMILIES = ("layernorm", "rmsnorm")
 _CUT_CANDIDATES = 40  # modules, last called first, among which a norm behind a projection is looked for
 
 OBJECTIVES = {
@@ -67,6 +67,8 @@ def build_config(config: Mapping[str, Any]) -> Any:
 def build_model(config: Any, device: str = "cpu") -> nn.Module:
     """The bare model (`AutoModel`) of `config` in float32, randomly initialised by transformers; on `meta`, empty.
 
+    The published architecture takes its place where `AutoModel` cannot build one.
+
     Raises:
         ArchitectureError: transformers has no model for it or refuses to build it.
     """
@@ -79,6 +81,8 @@ def build_model(config: Any, device: str = "cpu") -> nn.Module:
                 config, dtype=torch.float32, experts_implementation="eager"
             )
     except Exception as error:
+        if published_class(config) is not None:
+            return build_published(config, device)
         raise ArchitectureError(f"transformers cannot build {config.model_type!r}: {_one_line(error)}") from error
     return model.eval()
 
@@ -145,11 +149,11 @@ def find_final_norm(model: nn.Module, inputs: Mapping[str, Tensor] | None = None
         model: what `build_model` returns, on any device.
         inputs: keyword arguments of the forward pass; minimal dummy inputs, tried in turn, for None.
     """
-    failure = ""
+    failure, deaf = "", False
     candidates = minimal_inputs(model) if inputs is None else [inputs]
     for candidate, attempt in itertools.product(candidates, attempts(model)):
         try:
-            with torch.no_grad(), attempt(), _recorded_calls(model) as calls:
+            with torch.no_grad(), attempt(), recorded_calls(model) as calls:
                 output = model(**candidate)
         except Exception as error:
             failure = failure or _one_line(error)
@@ -157,24 +161,30 @@ def find_final_norm(model: nn.Module, inputs: Mapping[str, Tensor] | None = None
         stream = stream_of(output)
         if stream is None:
             return _nothing("undetermined", f"{type(model).__name__} returns no last hidden state", model)
+        if not stream.numel():  # a decoder that was given nothing to decode
+            failure = failure or "the last hidden state is empty"
+            continue
         found = _by_identity(model, calls, stream)
         if found is not None:
             return found
         if stream.device.type == "meta" or hears(model, candidate, stream):
             return _by_cutting(model, calls, candidate, stream)
-        failure = failure or "the last hidden state does not depend on them"
+        failure, deaf = failure or "the last hidden state does not depend on them", True
+    drawn = without_zeros(model) if deaf else None
+    if drawn is not None:
+        return find_final_norm(drawn, inputs)
     return _nothing("undetermined", f"no minimal input was of use: {failure}", model)
 
 
-def _by_identity(model: nn.Module, calls: list["_Call"], stream: Tensor) -> FinalNorm | None:
+def _by_identity(model: nn.Module, calls: list[Call], stream: Tensor) -> FinalNorm | None:
     """The norm whose output is the stream itself, seen through reshapes and cuts."""
     modules = dict(model.named_modules())
     for call in calls:
         module = modules[call.path]
-        if not _same_storage(call.output, stream) or not _may_be_a_norm(module):
+        if not same_storage(call.output, stream) or not _may_be_a_norm(module):
             continue
-        behaviour = probe(module, call.output.shape[-1])
-        if behaviour.family in ("layernorm", "rmsnorm"):
+        behaviour = _behaviour(module, call.output)
+        if behaviour.family in _FAMILIES:
             text = f"the output of {call.path} ({type(module).__name__}) is the model's last hidden state"
             return _found(model, call, calls, behaviour, text)
     return None
@@ -185,12 +195,21 @@ def _may_be_a_norm(module: nn.Module) -> bool:
     return bool(own_vectors(module)) or not any(True for _ in module.children())
 
 
-def _by_cutting(model: nn.Module, calls: list["_Call"], inputs: Mapping[str, Any], stream: Tensor) -> FinalNorm:
+def _behaviour(module: nn.Module, output: Tensor) -> NormBehaviour:
+    """What `module`, which returned `output`, does along its last axis, or along the channels of maps."""
+    behaviour = probe(module, output.shape[-1])
+    if behaviour.family == "other" and output.ndim == 4 and own_vectors(module):
+        mapped = probe(module, output.shape[1], channels_first=True)
+        return mapped if mapped.family != "other" else behaviour
+    return behaviour
+
+
+def _by_cutting(model: nn.Module, calls: list[Call], inputs: Mapping[str, Any], stream: Tensor) -> FinalNorm:
     """The last norm through which everything flows: with its output held fixed, the stream no longer hears the input.
 
     It must come after the last block, or end it: before the blocks everything flows through the embedding's norm too.
     """
-    makers = [call.path for call in calls if _same_storage(call.output, stream)]
+    makers = [call.path for call in calls if same_storage(call.output, stream)]
     modules = dict(model.named_modules())
     maker = f"{makers[-1]} ({type(modules[makers[-1]]).__name__})" if makers else "an unnamed operation"
     nothing = _nothing("none", f"the last hidden state comes from {maker}, which is no normalisation", model)
@@ -205,17 +224,24 @@ def _by_cutting(model: nn.Module, calls: list["_Call"], inputs: Mapping[str, Any
         ends_block = any(path.startswith(f"{block}.") for block in inside_last)
         if not _may_be_a_norm(module) or (last_calls[path] < last_block and not ends_block):
             continue
-        behaviour = probe(module, call.output.shape[-1])
-        if behaviour.family in ("layernorm", "rmsnorm") and cuts(model, module, inputs, stream):
-            if _normalised_again(model, calls[last_calls[path] + 1 :], path, inputs, stream):
-                break
-            text = f"the last hidden state depends on the input through {path} ({type(module).__name__}) alone"
-            return _found(model, call, calls, behaviour, text)
+        behaviour = _behaviour(module, call.output)
+        known = behaviour.family in _FAMILIES
+        # A norm of maps inside a convolutional block is a convolution's own; one after the blocks is the stream's.
+        of_another_kind = not (ends_block and is_norm_of_maps(module)) and not known and normalises(module, call.given)
+        if not (known or of_another_kind) or not cuts(model, module, inputs, stream):
+            continue
+        if _normalised_again(model, calls[last_calls[path] + 1 :], path, inputs, stream):
+            break
+        through = f"the last hidden state depends on the input through {path} ({type(module).__name__})"
+        if known:
+            return _found(model, call, calls, behaviour, f"{through} alone")
+        reason = f"{through}, a normalisation that is neither LayerNorm nor RMSNorm"
+        return _nothing("undetermined", reason, model)
     return nothing
 
 
 def _normalised_again(
-    model: nn.Module, later: list["_Call"], path: str, inputs: Mapping[str, Any], stream: Tensor
+    model: nn.Module, later: list[Call], path: str, inputs: Mapping[str, Any], stream: Tensor
 ) -> bool:
     """Whether the stream passes a normalisation of any kind after the last call of `path`, which is then not final."""
     modules = dict(model.named_modules())
@@ -223,8 +249,7 @@ def _normalised_again(
         module = modules[call.path]
         if not _may_be_a_norm(module):
             continue
-        batch = isinstance(module, nn.modules.batchnorm._NormBase | nn.GroupNorm)
-        if not batch and probe(module, call.output.shape[-1]).family not in ("layernorm", "rmsnorm"):
+        if not is_norm_of_maps(module) and _behaviour(module, call.output).family not in _FAMILIES:
             continue
         held = streams_held(model, module, [inputs])
         if held and (held[0] is None or held[0].shape != stream.shape or not torch.equal(held[0], stream)):
@@ -236,24 +261,27 @@ def _is_block(path: str, blocks_path: str | None) -> bool:
     return blocks_path is not None and path.rpartition(".")[0] == blocks_path
 
 
-def _found(model: nn.Module, call: "_Call", calls: list["_Call"], behaviour: NormBehaviour, evidence: str) -> FinalNorm:
+def _found(model: nn.Module, call: Call, calls: list[Call], behaviour: NormBehaviour, evidence: str) -> FinalNorm:
     _, num_blocks = block_list(model, call.path)
-    width = call.output.shape[-1]
+    width = call.output.shape[1 if behaviour.channels_first else -1]
     rows = call.output[0].numel() // width if call.output.ndim > 2 else len(call.output)
     placement = "post" if _ends_a_block(call, calls) else "pre"
     return FinalNorm(call.path, behaviour, placement, width, num_blocks, rows, None, (evidence, *behaviour.evidence))
 
 
-def _ends_a_block(call: "_Call", calls: list["_Call"]) -> bool:
+def _ends_a_block(call: Call, calls: list[Call]) -> bool:
     """Whether the norm is part of a block: inside an item of a list, and not what follows the blocks of a stage.
 
     After the blocks of a stage, what the norm is given is what the last of them returned; inside a block it is a sum.
+    A norm that is an item itself (`norms.3`) belongs to the block of that number, by the same test.
     """
+    if re.search(r"\.\d+$", call.path):
+        return not any(re.search(r"\.\d+$", other.path) and same_storage(other.output, call.given) for other in calls)
     item = re.match(r"(.+\.)?\d+(?=\.)", call.path)
     if item is None:
         return False
     within = re.compile(re.escape(item[0]) + r"\..*\.\d+$")
-    return not any(within.match(other.path) and _same_storage(other.output, call.given) for other in calls)
+    return not any(within.match(other.path) and same_storage(other.output, call.given) for other in calls)
 
 
 def block_list(model: nn.Module, final_norm: str | None) -> tuple[str | None, int | None]:
@@ -274,43 +302,6 @@ def block_list(model: nn.Module, final_norm: str | None) -> tuple[str | None, in
 
     best = max(outermost, key=rank)
     return best, len(lists[best])
-
-
-@dataclass(frozen=True)
-class _Call:
-    """One call of a module: the first tensor that it was given, if any, and the one that it returned."""
-
-    path: str
-    given: Tensor | None
-    output: Tensor
-
-
-@contextlib.contextmanager
-def _recorded_calls(model: nn.Module) -> Iterator[list[_Call]]:
-    """Every module's calls that return a tensor, in their order; keeping the tensors keeps their storages distinct."""
-    calls: list[_Call] = []
-
-    def record(path: str) -> Any:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            tensor = output[0] if isinstance(output, tuple) and output else output
-            if isinstance(tensor, Tensor):
-                given = next((each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)), None)
-                calls.append(_Call(path, given, tensor))
-
-        return hook
-
-    handles = [
-        module.register_forward_hook(record(path), with_kwargs=True) for path, module in model.named_modules() if path
-    ]
-    try:
-        yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _same_storage(a: Tensor | None, b: Tensor | None) -> bool:
-    return a is not None and b is not None and bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
 
 
 def _nothing(family: str, reason: str, model: nn.Module) -> FinalNorm:

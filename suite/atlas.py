@@ -24,7 +24,7 @@ HARMLESS = (
     "generation_config", "finetuning_task", "output_attentions", "output_hidden_states", "return_dict",
     "gradient_checkpointing", "pruned_heads", "max_position_embeddings", "vocab_size", "no_rope_layers",
     "layers_block_type", "mlp_layer_types", "suppress_tokens", "begin_suppress_tokens", "rope_theta",
-    "position_embedding_type",
+    "position_embedding_type", "indexer_types",
     "out_features", "out_indices", "stage_names",  # of a backbone, which AutoModel is not
 )  # fmt: skip
 HARMLESS_ENDINGS = ("_token_id", "_token_index", "_token", "_dropout", "_pdrop", "_init", "_initializer")
@@ -81,6 +81,7 @@ def _answer(given: Mapping[str, Any], entry: Mapping[str, Any]) -> FinalNorm | N
         entry["shift_parameter"],
         float(eps),
         (f"config: {', '.join(keys)}",) if keys else (),
+        entry.get("channels_first", False),
     )
     evidence = (
         f"{told}: {path} ({entry['class']}) makes the last hidden state and behaves as {entry['family']}, effective "

@@ -1,10 +1,16 @@
 """What flows out of a model, and through which of its modules: outputs are held fixed, inputs are changed."""
 
-from collections.abc import Mapping
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+_ZERO = 1e-6  # what is drawn to be trained is larger; some models start with matrices of zeros, or of 1e-10
+_DRAWN = 0.02  # standard deviation
 
 
 def stream_of(output: Any) -> Tensor | None:
@@ -16,20 +22,66 @@ def stream_of(output: Any) -> Tensor | None:
         return last
     if not isinstance(output, Mapping):
         return output if isinstance(output, Tensor) else None
+    for key, value in output.items():
+        if key.startswith(("text", "language")) and isinstance(value, Mapping) and stream_of(value) is not None:
+            return stream_of(value)  # of a language model with its head, the logits
     towers = {key: value for key, value in output.items() if hasattr(value, "last_hidden_state")}
-    for key in sorted(towers, key=lambda key: not key.startswith(("text", "language"))):
+    for key in towers:
         if isinstance(towers[key].last_hidden_state, Tensor):
             return towers[key].last_hidden_state  # type: ignore[no-any-return]
-    states = [value for key, value in output.items() if key.endswith("last_hidden_state") and isinstance(value, Tensor)]
-    words = [value for key, value in output.items() if key.startswith(("text", "language")) and _is_stream(value)]
-    if len(states) == 1 or words:
-        return (states if len(states) == 1 else words)[0]
-    tensors = [value for value in output.values() if _is_stream(value)]
-    return tensors[0] if len(tensors) == 1 else None
+    streams = {key: value for key, value in output.items() if _is_stream(value)}
+    # What an encoder gave its decoder is the model's own state only where nothing came of it.
+    streams = {key: value for key, value in streams.items() if not key.startswith("encoder")} or streams
+    states = [value for key, value in streams.items() if key.endswith("last_hidden_state")]
+    words = [value for key, value in streams.items() if key.startswith(("text", "language"))]
+    maps = output.get("feature_maps") or ()  # of a backbone, stage by stage
+    for found in (states, words, list(maps)[-1:], list(streams.values())):
+        if len(found) == 1 or (found is words and words):
+            only: Tensor = found[0]
+            return only
+    return None
 
 
 def _is_stream(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 1
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a module: the first tensor that it was given, if any, and the one that it returned."""
+
+    path: str
+    given: Tensor | None
+    output: Tensor
+
+
+@contextlib.contextmanager
+def recorded_calls(model: nn.Module) -> Iterator[list[Call]]:
+    """Every module's calls that return a tensor, in their order; keeping the tensors keeps their storages distinct."""
+    calls: list[Call] = []
+
+    def record(path: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            tensor = output[0] if isinstance(output, tuple) and output else output
+            if isinstance(tensor, Tensor):
+                given = next((each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)), None)
+                calls.append(Call(path, given, tensor))
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(record(path), with_kwargs=True) for path, module in model.named_modules() if path
+    ]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def same_storage(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether both are views of the same numbers."""
+    return a is not None and b is not None and bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
 
 
 def cuts(model: nn.Module, module: nn.Module, inputs: Mapping[str, Any], stream: Tensor) -> bool:
@@ -68,6 +120,28 @@ def hears(model: nn.Module, inputs: Mapping[str, Any], stream: Tensor) -> bool:
     except Exception:
         return False
     return other is not None and bool(stream.isfinite().all()) and not torch.equal(other, stream)
+
+
+def without_zeros(model: nn.Module) -> nn.Module | None:
+    """A copy of the model whose matrices of zeros are drawn from a normal law; None if it has none.
+
+    A model that starts with an empty codebook, or with blocks that add nothing, hears no input until it is trained.
+    """
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    empty = [name for name, t in tensors.items() if t.ndim > 1 and t.is_floating_point() and _is_zero(t)]
+    if not empty:
+        return None
+    drawn = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(0)
+    for name in empty:
+        path, _, attribute = name.rpartition(".")
+        tensor = getattr(drawn.get_submodule(path), attribute).data
+        tensor.copy_(_DRAWN * torch.randn(tensor.shape, generator=generator))
+    return drawn
+
+
+def _is_zero(tensor: Tensor) -> bool:
+    return not tensor.is_meta and tensor.numel() > 0 and bool((tensor.detach().abs() < _ZERO).all())
 
 
 def other_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:

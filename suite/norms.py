@@ -26,18 +26,61 @@ def own_vectors(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in module.named_parameters(recurse=False) if p.dim() == 1}
 
 
-def probe(module: nn.Module, hidden_size: int) -> NormBehaviour:
+class OnRows(nn.Module):
+    """A norm of maps (B, D, H, W), given rows (…, D): each row becomes a position of a map."""
+
+    def __init__(self, norm: nn.Module):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, acts: Tensor) -> Tensor:
+        """The norm of every row, in the shape that they came in."""
+        D = acts.shape[-1]
+        maps_BDHW = acts.reshape(1, -1, D, 1).transpose(1, 2)
+        return self.norm(maps_BDHW).transpose(1, 2).reshape(acts.shape)  # type: ignore[no-any-return]
+
+
+def probe(module: nn.Module, hidden_size: int, channels_first: bool = False) -> NormBehaviour:
     """Classify `module` by what it does to seeded float64 vectors of width `hidden_size`.
+
+    With `channels_first` the vectors are the positions of a map (B, D, H, W).
 
     The module is copied; it may live on the meta device. In turn: is the output unchanged by f(x + c) (centring)?
     does it vanish at zero weight (weight or 1+weight)? which eps explains a tiny input? does the formula then
     reproduce the module? Anything that fails is `other`, with the reason in `evidence`.
     """
     try:
-        return _probe(_bare_copy(module), hidden_size)
+        return _probe(_bare_copy(module), hidden_size, channels_first)
     except Exception as error:  # any module is tried, a user's own among them: it may raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         return NormBehaviour("other", evidence=(f"cannot be run on plain vectors: {reason}",))
+
+
+def is_norm_of_maps(module: nn.Module) -> bool:
+    """Whether it normalises over batches or groups of channels, as every convolution of a block may have it."""
+    return isinstance(module, nn.modules.batchnorm._NormBase | nn.GroupNorm)
+
+
+def normalises(module: nn.Module, given: Tensor | None) -> bool:
+    """Whether `module` is a normalisation of any kind: of batches, or its output stays when all its input doubles.
+
+    `given` is an input of the module, of which only the shape counts.
+    """
+    if is_norm_of_maps(module):
+        return True
+    if given is None or not given.is_floating_point():
+        return False
+    x = 1.7 * torch.randn(given.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.9
+    try:
+        bare = _bare_copy(module)
+        with torch.no_grad():
+            outputs = [bare(x), bare(2 * x)]
+    except Exception:  # whatever a stranger's code raises
+        return False
+    once, twice = (y[0] if isinstance(y, tuple) and y else y for y in outputs)
+    if not isinstance(once, Tensor) or not once.is_floating_point() or _size(once - once.mean()) == 0:
+        return False
+    return _close(once, twice)
 
 
 def _bare_copy(module: nn.Module) -> nn.Module:
@@ -53,8 +96,9 @@ def _bare_copy(module: nn.Module) -> nn.Module:
     return bare.cpu().double().eval().requires_grad_(False)
 
 
-def _probe(module: nn.Module, D: int) -> NormBehaviour:
+def _probe(module: nn.Module, D: int, channels_first: bool) -> NormBehaviour:
     vectors = own_vectors(module)
+    run_module = OnRows(module) if channels_first else module
     shifts = [n for n in vectors if any(word in n for word in _SHIFT_NAMES)]
     scales = [n for n in vectors if n not in shifts]
     if len(scales) > 1 or len(shifts) > 1:
@@ -73,7 +117,7 @@ def _probe(module: nn.Module, D: int) -> NormBehaviour:
             vectors[scale_name].copy_(torch.as_tensor(weight, dtype=torch.float64).expand(D))
         if shift_name:
             vectors[shift_name].fill_(shift)
-        output = module(inputs)
+        output = run_module(inputs)
         output = output[0] if isinstance(output, tuple) else output
         if output.shape != inputs.shape:
             raise ValueError(f"output shape {tuple(output.shape)} differs from the input's {tuple(inputs.shape)}")
@@ -102,6 +146,7 @@ def _probe(module: nn.Module, D: int) -> NormBehaviour:
         shift_name,
         eps,
         (f"module behaviour: f(x + c) is {shift_text}, effective scale is {scale}",),
+        channels_first,
     )
 
 

@@ -219,7 +219,11 @@ def norms_of(checkpoint: Checkpoint, read: ParametersRead) -> list[tuple[Row, Ef
     called = wiring.norms if wiring else {}
     norms: dict[str, EffectiveNorm] = {}
     probed: dict[tuple[type, int, tuple[str, ...]], NormBehaviour] = {}  # a model has many norms of few kinds
-    for path, module in model.named_modules():
+    modules = dict(model.named_modules())
+    if (final := modules.get(f"{prefix}{read.final.path}")) is not None and (vectors := own_vectors(final)):
+        # The others of its kind are like it; `probe` tries rows, and would not know norms of maps.
+        probed[type(final), len(next(iter(vectors.values()))), tuple(vectors)] = read.final.behaviour
+    for path, module in modules.items():
         vectors = own_vectors(module)
         if any(True for _ in module.children()) or any(p.dim() > 1 for p in module.parameters()):
             continue

@@ -25,6 +25,7 @@ class NormBehaviour:
     shift_parameter: str | None = None
     eps: float | None = None
     evidence: tuple[str, ...] = field(default=())
+    channels_first: bool = False  # it takes maps (B, D, H, W) and normalises each position
 
 
 @dataclass(frozen=True)

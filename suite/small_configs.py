@@ -16,10 +16,10 @@ from suite.resolution import ArchitectureError
 
 BLOCKS = 2
 DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "encoder_layers", "decoder_layers", "depth",
-              "num_decoder_layers", "num_encoder_layers", "num_blocks")  # fmt: skip
+              "num_decoder_layers", "num_encoder_layers", "num_blocks", "layers")  # fmt: skip
 # Lists as long as the model is deep: derived anew where left out.
 PER_LAYER = ("layer_types", "layers_block_type", "stage_names", "out_features", "out_indices", "mlp_layer_types",
-             "no_rope_layers", "attention_types", "hybrid_layer_ids", "full_attn_idxs")  # fmt: skip
+             "no_rope_layers", "attention_types", "hybrid_layer_ids", "full_attn_idxs", "indexer_types")  # fmt: skip
 _WIDTH = re.compile(
     r"(hidden|dim|size|width|embd|channels|features|rank|d_model|d_ff|d_kv|ffn|inner|intermediate|units|embed)"
 )
@@ -29,6 +29,16 @@ _NO_WIDTH = re.compile(
 )
 _EXPERTS = re.compile(r"(num_.*experts|n_routed_experts|n_.*experts)$")
 _SMALL_VOCABULARY = 200
+# What a person would write, for a model whose widths depend on each other too much to be divided one after the other.
+_BY_HAND = (
+    (r"vocab_size", 199), (r"hidden_size|d_model|n_embd|embed_dim|hidden_dim|\w*out_hidden_size|projection_dim", 64),
+    (r"(moe|shared_expert)_intermediate_size", 32), (r"\w*intermediate_size|\w*ffn_dim|d_ff|mlp_dim", 128),
+    (r"n_heads?|num_heads|\w*attention_heads|num_\w*key_value_heads|(index|linear)\w*_heads", 4),
+    (r"head_dim|v_head_dim|index_head_dim|linear_head_dim", 16), (r"qk_(rope|nope)_head_dim", 8),
+    (r"(q|kv)_lora_rank", 16), (r"index_topk|\w*num_experts|n_routed_experts", 4), (r"num_experts_per_tok", 2),
+    (r"n_group|topk_group|n_shared_experts|first_k_dense_replace", 1), (r"image_size", 32), (r"patch_size", 8),
+)  # fmt: skip
+_NEEDED = ("head_dim", "n_routed_experts", "n_shared_experts", "num_experts_per_tok")  # null by default in some models
 _QUICK = 5_000_000  # parameters
 
 
@@ -42,32 +52,33 @@ def small_config(model_type: str) -> dict[str, Any]:
 
     defaults = flatten(transformers.CONFIG_MAPPING[model_type]().to_dict())
 
-    def works(flat: dict[str, Any]) -> bool:
+    def works(flat: dict[str, Any], running: bool) -> bool:
         try:
             config = build_config(nest(flat) | {"model_type": model_type})
             model = build_model(config, "meta")
-            if (
-                runs and sum(p.numel() for p in model.parameters()) < _QUICK
-            ):  # one kernel an operation: faster than meta
-                model = build_model(config)
+            if running and sum(p.numel() for p in model.parameters()) < _QUICK:
+                model = build_model(config)  # one kernel an operation: faster than meta
         except ArchitectureError:
             return False
-        return all(p.numel() for p in model.parameters()) and (not runs or _runs(model))
+        return all(p.numel() for p in model.parameters()) and (not running or _runs(model))
 
-    runs = False
     starts = [_shallow(defaults, drop=True), _shallow(defaults, drop=False), defaults]
-    best = next((start for start in starts if works(start)), None)
+    best = next((start for start in starts if works(start, running=False)), None)
+    running = best is not None and works(best, running=True)
+    if not running:
+        by_hand = next((start for start in _by_hand(starts[0]) if works(start, running=True)), None)
+        if by_hand is not None:
+            return by_hand
     if best is None:
         build_model(build_config({"model_type": model_type}), "meta")
         raise ArchitectureError(f"{model_type}: its defaults, written out, do not build")
-    runs = True  # from here on, unless its values are looked at, which meta tensors have not
-    runs = works(best)
+    # What ran must run on; what never did may have values that are looked at, which meta tensors have not.
     for step in (_fewer_experts(best), _small_vocabulary(best)):
-        best = best | step if works(best | step) else best
+        best = best | step if works(best | step, running) else best
     for keys in _groups(best):
         for divisor in (16, 8, 4, 2):
             narrow = {key: _divided(best[key], divisor) for key in keys}
-            if narrow and works(best | narrow):
+            if narrow and works(best | narrow, running):
                 best = best | narrow
                 break
     return best
@@ -106,6 +117,30 @@ def _shallow(defaults: dict[str, Any], drop: bool) -> dict[str, Any]:
         key: min(value, BLOCKS) if type(value) is int and last(key) in DEPTH_KEYS else value
         for key, value in kept.items()
     }
+
+
+def _by_hand(flat: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Sizes by the names of keys: with as many heads of keys as of queries, with fewer, and with rotations in parts."""
+    sizes = dict(flat)
+    for key, value in flat.items():
+        size = next((size for name, size in _BY_HAND if re.fullmatch(name, last(key))), None)
+        known = (type(value) is int and value > 0) or (value is None and last(key) in _NEEDED)
+        if size is not None and known:
+            sizes[key] = size
+        elif last(key).endswith(("_token_id", "_token_index")) and type(value) is int and value >= 199:
+            sizes[key] = 190 - len(key) % 40
+    latent = {key.rpartition(".")[0] for key in flat if last(key) == "qk_rope_head_dim"}
+    # There the width of a head is the sum of its parts.
+    sizes = {key: value for key, value in sizes.items()
+             if key.rpartition(".")[0] not in latent or last(key) not in ("head_dim", "qk_head_dim")}  # fmt: skip
+    yield sizes
+    yield {key: 2 if last(key) == "num_key_value_heads" else value for key, value in sizes.items()}
+    parts = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 3, 3]}
+    yield {key: parts if last(key) == "rope_parameters" and _of_words(key) else value for key, value in sizes.items()}
+
+
+def _of_words(key: str) -> bool:
+    return "." not in key or key.startswith("text_config.")
 
 
 def _fewer_experts(flat: dict[str, Any]) -> dict[str, Any]:

@@ -83,6 +83,7 @@ def _entry(model_type: str, small: dict[str, Any], switched: dict[str, bool]) ->
     }
     if base.path is not None:
         model = build_model(build_config(nest(small) | {"model_type": model_type}), "meta")
+        entry |= {"channels_first": True} if behaviour.channels_first else {}
         entry["class"] = type(model.get_submodule(base.path)).__name__
         entry["hidden"] = _width_key(model_type, small, base)
         entry["renamings"] = [astuple(rule) for rule in _that_name(model, f"{base.path}.{behaviour.scale_parameter}")]
@@ -98,11 +99,7 @@ def _entry(model_type: str, small: dict[str, Any], switched: dict[str, bool]) ->
     entry["defaults"] = {
         key: value
         for key, value in defaults.items()
-        if key in named or (_is_switch(value) and key not in entry["indifferent"] and not harmless(key))
-        or (isinstance(value, list) and key in entry["indifferent"])
-    }  # fmt: skip
-    entry["defaults"] = {
-        key: value for key, value in entry["defaults"].items() if not key.startswith(tuple(entry["towers"]))
+        if not key.startswith(tuple(entry["towers"])) and (key in named or _only_by_default(key, value, entry))
     }
     entry["derived"] = sorted({*switched, *_derived(model_type, defaults, [entry["hidden"], entry["blocks"]])})
     attribute_map = getattr(transformers.CONFIG_MAPPING[model_type], "attribute_map", None) or {}
@@ -139,12 +136,17 @@ def _is_depth(before: int, after: Any, base: FinalNorm, found: FinalNorm) -> boo
     if base.path is None or found.path is None:
         return told and base.path == found.path
     same = astuple(base.behaviour)[:5] == astuple(found.behaviour)[:5] and base.placement == found.placement
-    return told and same and found.path in (base.path, base.path.replace(f".{before - 1}.", f".{after - 1}."))
+    return told and same and found.path in (base.path, _renumbered(base.path, before - 1, after - 1))
 
 
 def _template(path: str, deeper: str, blocks: int) -> str:
     """`layers.1.norm` and `layers.2.norm`, of two blocks and of three, give `layers.{last}.norm`."""
-    return path if path == deeper else path.replace(f".{blocks - 1}.", f".{LAST}.")
+    return path if path == deeper else _renumbered(path, blocks - 1, LAST)
+
+
+def _renumbered(path: str, index: int, other: int | str) -> str:
+    """The path with another number in the place of `index`, inside it or at its end."""
+    return re.sub(rf"\.{index}(?=\.|$)", f".{other}", path)
 
 
 def _same(a: FinalNorm, b: FinalNorm) -> bool:
@@ -161,12 +163,18 @@ def _changes(small: dict[str, Any]) -> Iterator[tuple[str, list[Any]]]:
             yield key, [not value]
         elif isinstance(value, float) and 0 < value < 1e-2:
             yield key, [7 * value]
-        elif type(value) is int and 0 < value <= _COUNT and _COUNTED.search(last(key)):
+        elif type(value) is int and (last(key) in DEPTH_KEYS or (0 < value <= _COUNT and _COUNTED.search(last(key)))):
             yield key, [value + 1, 2 * value, value - 1]
         elif isinstance(value, str) and value in transformers.activations.ACT2FN:
             yield key, [next(name for name in _ACTIVATIONS if name != value)]
         elif isinstance(value, list) and value and all(type(v) in (int, float) for v in value):
             yield key, [[*value[:-1], value[-1] + 1], value[::-1], [2 * v for v in value], [value[0]] * len(value)]
+
+
+def _only_by_default(key: str, value: Any, entry: dict[str, Any]) -> bool:
+    """Whether it is by its default that a key is covered: a switch that was not judged, or a collection of any kind."""
+    judged = key in entry["indifferent"]
+    return not harmless(key) and (isinstance(value, list | dict) or (_is_switch(value) and not judged))
 
 
 def _is_switch(value: Any) -> bool:

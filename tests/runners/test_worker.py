@@ -306,6 +306,21 @@ def test_images_are_read(tmp_path):
         assert row["alignment"] > 0.99995
 
 
+def test_a_final_norm_over_the_channels_of_maps_is_read_position_by_position(tmp_path):
+    config = {"model_type": "sam_vision_model", "hidden_size": 32, "output_channels": 12, "num_hidden_layers": 2,
+              "num_attention_heads": 4, "mlp_dim": 64, "image_size": 32, "patch_size": 8, "window_size": 2,
+              "global_attn_indexes": [1], "architectures": ["SamVisionModel"], "initializer_range": 0.02}  # fmt: skip
+    rows, spectra = reads(save_tiny(tmp_path / "m", config), tokens=400, dtype="float32")
+    for row in rows.values():
+        assert (row["status"], row["family"], row["hidden_size"]) == ("ok", "layernorm", 12), row["error"]
+    trained = rows[None, "trained"]
+    # The kernel is that of each position's 12 channels: exact, and the only one.
+    assert (trained["num_dead_1e10"], trained["num_algebraic"], trained["kernel_exact"]) == (1, 1, True)
+    assert trained["alignment"] == pytest.approx(1, abs=1e-6)
+    assert trained["num_tokens"] >= 400
+    assert len(spectra[None, "trained"]) == 12
+
+
 def test_tokens_fingerprints_and_versions_are_recorded(tmp_path):
     rows, _ = reads(save_tiny(tmp_path / "m", TINY_NEOX), input="tokens:random")
     for (_, kind), row in rows.items():

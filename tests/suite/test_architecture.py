@@ -1,6 +1,10 @@
 """The final norm of real architectures, tiny: found by what flows out, not by its name."""
 
+from types import SimpleNamespace
+
 import pytest
+import torch
+from torch import nn
 
 from suite.architecture import (
     ArchitectureError,
@@ -9,6 +13,7 @@ from suite.architecture import (
     build_config,
     build_model,
     count_parameters,
+    find_final_norm,
 )
 from suite.architecture import locate_final_norm as locate
 
@@ -80,6 +85,33 @@ def test_a_norm_that_another_follows_is_not_final():
     assert (found.path, found.family) == (None, "none"), found.evidence
 
 
+NETS = {
+    "bit": {"embedding_size": 16, "hidden_sizes": [32, 32, 32, 64], "depths": [1, 1, 1, 1], "num_groups": 4},
+    "efficientnet": {"width_coefficient": 1.0, "depth_coefficient": 1.0, "kernel_sizes": [3, 3], "strides": [1, 2],
+                     "in_channels": [32, 16], "out_channels": [16, 24], "num_block_repeats": [1, 1],
+                     "expand_ratios": [1, 6], "hidden_dim": 1280, "image_size": 32},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", NETS)
+def test_a_stream_that_ends_in_a_norm_of_maps_is_neither_a_family_nor_none(model_type):
+    found = locate(build_config({"model_type": model_type, **NETS[model_type]}))
+    assert (found.path, found.family) == (None, "undetermined")
+    assert "neither LayerNorm nor RMSNorm" in found.reason
+
+
+def test_a_norm_in_a_list_of_norms_belongs_to_the_block_of_its_number():
+    found = locate(
+        build_config({"model_type": "flaubert", "vocab_size": 99, "emb_dim": 32, "n_layers": 3, "n_heads": 4})
+    )
+    assert (found.path, found.placement) == ("layer_norm2.2", "post")
+
+
+def test_norms_of_maps_inside_blocks_are_no_final_norm():
+    stages = {"embedding_size": 8, "hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1], "layer_type": "basic"}
+    assert locate(build_config({"model_type": "resnet", **stages})).family == "none"
+
+
 def test_a_q_former_is_given_what_it_attends_to():
     found = locate(build_config({"model_type": "blip_2_qformer", **TEXT, "encoder_hidden_size": 48}))
     assert found.path == "encoder.layer.2.output_query.LayerNorm", found.reason
@@ -89,6 +121,43 @@ def test_a_vision_tower_takes_its_patches_in_a_row():
     config = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
     found = locate(build_config({"model_type": "cosmos3_edge_vision", **config}))
     assert found.family == "layernorm", found.reason
+
+
+def test_a_neck_that_normalises_the_channels_of_maps_is_final():
+    sam = {"hidden_size": 32, "output_channels": 12, "num_hidden_layers": 2, "num_attention_heads": 4, "mlp_dim": 64}
+    grid = {"image_size": 32, "patch_size": 8, "window_size": 2, "global_attn_indexes": [1], "initializer_range": 0.02}
+    found = locate(build_config({"model_type": "sam_hq_vision_model", **sam, **grid}))
+    assert (found.path, found.family) == ("vision_encoder.neck.layer_norm2", "layernorm")
+    assert (found.hidden_size, found.behaviour.channels_first, found.rows_per_item) == (12, True, 16)
+
+
+class Codec(nn.Module):
+    """Its codebook is drawn as zeros: whatever it is given, the same comes out."""
+
+    def __init__(self, last):
+        super().__init__()
+        self.config, self.last = SimpleNamespace(), last
+        self.codebook = nn.Parameter(torch.zeros(7, 8))
+
+    def forward(self, input_values):
+        distance = (input_values[:, :5, None, None] - self.codebook).square().sum(-1)
+        return (self.last(self.codebook[distance.argmin(-1)]),)
+
+
+@pytest.mark.parametrize(("first", "family"), [(nn.Tanh(), "none"), (nn.LayerNorm(8), "layernorm")])
+def test_a_codec_with_an_empty_codebook_is_heard_with_a_full_one(first, family):
+    torch.manual_seed(0)
+    codec = Codec(nn.Sequential(first, nn.Linear(8, 8)))
+    found = find_final_norm(codec)
+    assert found.family == family, found.reason
+    assert not codec.codebook.any()  # it was filled in a copy
+
+
+def test_a_picture_below_its_prompt_is_half_as_high_as_their_sum():
+    seggpt = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "mlp_dim": 64, "merge_index": 0}
+    grid = {"image_size": [64, 32], "patch_size": 8, "pretrain_image_size": 32, "decoder_hidden_size": 16}
+    states = {"intermediate_hidden_state_indices": [0, 1]}
+    assert locate(build_config({"model_type": "seggpt", **seggpt, **grid, **states})).family == "none"
 
 
 def test_opt_without_its_final_norm_is_none():

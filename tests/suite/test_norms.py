@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from suite.norms import live_norm, probe
+from suite.norms import OnRows, live_norm, normalises, probe
 from suite.resolution import effective_norm
 
 D = 12
@@ -113,3 +113,39 @@ def test_effective_scale_keeps_signs_and_adds_one():
     assert effective_norm(probe(RMS(), D), stored, None, D).scale_D == pytest.approx(-0.5)
     with pytest.raises(ValueError, match="family other has no formula"):
         effective_norm(probe(nn.Identity(), D), None, None, D)
+
+
+class MapNorm(nn.LayerNorm):
+    """LayerNorm of every position of a map (B, D, H, W), as in the necks of the SAM family."""
+
+    def forward(self, maps):
+        return super().forward(maps.movedim(1, -1)).movedim(-1, 1)
+
+
+def test_a_norm_over_the_channels_of_maps_is_told_and_runs_on_rows():
+    found = probe(MapNorm(D), D, channels_first=True)
+    assert (found.family, found.scale, found.channels_first) == ("layernorm", "weight", True)
+    rows = torch.randn(2, 5, D)
+    assert torch.allclose(OnRows(MapNorm(D))(rows), nn.LayerNorm(D)(rows), atol=1e-6)
+    # One group of channels: the mean is over the whole map, and no position has the kernel of its own.
+    assert probe(nn.GroupNorm(1, D), D, channels_first=True).family == "other"
+
+
+@pytest.mark.parametrize(
+    ("module", "shape", "is_norm"),
+    [
+        (nn.BatchNorm2d(D), (2, D, 3, 3), True),  # at inference an affine map, by what it is
+        (nn.GroupNorm(3, D), (2, D, 3, 3), True),
+        (nn.LayerNorm(D), (2, D), True),
+        (RMS(), (2, 5, D), True),
+        (nn.Linear(D, D), (2, D), False),
+        (nn.ReLU6(), (2, D), False),
+        (nn.Tanh(), (2, D), False),
+    ],
+)
+def test_a_normalisation_of_any_kind_keeps_its_output_when_its_input_doubles(module, shape, is_norm):
+    assert normalises(module, torch.empty(shape)) is is_norm
+
+
+def test_what_takes_indices_does_not_normalise():
+    assert not normalises(nn.Embedding(5, D), torch.zeros(2, dtype=torch.long))
