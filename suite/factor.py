@@ -66,9 +66,10 @@ def smallest_singular_pair(
     if not factor_DD.any():
         return 0.0, torch.eye(len(factor_DD), dtype=torch.float64, device=factor_DD.device)[0]
     factor_DD = _divisible(factor_DD, 1e-60)  # zero for all purposes, even squared
-    _, ritz_DK = _inverse_lanczos(factor_DD, steps, tolerance)
+    inverse_squares_K, ritz_DK = _inverse_lanczos(factor_DD, steps, tolerance, 0.0)
     bottom_D = ritz_DK[:, -1] / ritz_DK[:, -1].norm()
-    return float((factor_DD @ bottom_D).norm()), bottom_D
+    # Both are from above. Of a rough vector `|R b|` is too large by whatever there is in it of the largest direction.
+    return min(float((factor_DD @ bottom_D).norm()), float(inverse_squares_K[-1]) ** -0.5), bottom_D
 
 
 def small_singular_pairs(
@@ -76,18 +77,20 @@ def small_singular_pairs(
 ) -> tuple[Float[Tensor, " K"], Float[Tensor, "D K"]]:
     """(singular values under `below` of an upper triangular R, orthonormal right singular vectors) found in `steps`.
 
-    Estimates: those apart from the rest are right to many digits; of a crowd there are too few.
+    Ends when the smallest that is not under `below` is known to a percent, those under it then to many digits.
     """
-    inverse_squares_K, ritz_DK = _inverse_lanczos(factor_DD, steps, 0.0)
-    found = inverse_squares_K >= below**-2
+    inverse_squares_K, ritz_DK = _inverse_lanczos(factor_DD, steps, 1e-2, below)
+    found = inverse_squares_K > below**-2
     return inverse_squares_K[found] ** -0.5, torch.linalg.qr(ritz_DK[:, found]).Q
 
 
-def _inverse_lanczos(factor_DD: Tensor, steps: int, tolerance: float) -> tuple[Tensor, Tensor]:
+def _inverse_lanczos(factor_DD: Tensor, steps: int, tolerance: float, below: float) -> tuple[Tensor, Tensor]:
     """Ritz values (ascending) and vectors of `(R^T R)^-1`: two triangular solves a step (Golub, Van Loan, 10.3).
 
-    With full reorthogonalisation; ends early when the residual of the largest is below `tolerance` relative.
+    With full reorthogonalisation. Ends early when the residual of the largest, leaving out those of singular values
+    under `below`, is below `tolerance` relative.
     """
+    left_out = below**-2 if below else torch.inf
     D = len(factor_DD)
     steps = min(steps, D)
     basis_KD = torch.zeros(steps, D, dtype=torch.float64, device=factor_DD.device)
@@ -103,9 +106,9 @@ def _inverse_lanczos(factor_DD: Tensor, steps: int, tolerance: float) -> tuple[T
         for _ in range(2):
             vector_D = vector_D - known_KD.T @ (known_KD @ vector_D)
         values_K, vectors_KK = torch.linalg.eigh(tridiagonal_KK[: step + 1, : step + 1])
-        residual = float(vector_D.norm())
-        settled = residual * abs(float(vectors_KK[-1, -1])) <= tolerance * float(values_K[-1])
-        if settled or step + 1 == steps:
+        residual, counted = float(vector_D.norm()), int((values_K <= left_out).sum()) - 1
+        error = residual * abs(float(vectors_KK[-1, counted]))
+        if (counted >= 0 and error <= tolerance * float(values_K[counted])) or step + 1 == steps:
             break
         tridiagonal_KK[step, step + 1] = tridiagonal_KK[step + 1, step] = residual
     return values_K, basis_KD[: len(values_K)].T @ vectors_KK.to(basis_KD)

@@ -72,12 +72,16 @@ class Gram:
         """The Gram matrix of first rows, and for more of their kind; None where only whitening would be certified."""
         place = rows_ND.shape[1], rows_ND.device
         plain = cls(*place, float(rows_ND.square().sum()) / len(rows_ND))
-        if plain.add(rows_ND) and plain.certified():
-            return plain
-        lift = plain._lift(rows_ND)
-        if lift is None:
+        dead_DK = plain._unresolved() if plain.add(rows_ND) else None
+        if dead_DK is None or not dead_DK.shape[1]:
+            return None if dead_DK is None else plain
+        along_NK = (rows_ND - plain.sum_D / plain.count) @ dead_DK
+        typical = float(plain.scatter().diagonal().mean() / plain.count) ** 0.5
+        lift = Lift(dead_DK, along_NK.square().mean(0).sqrt() / typical)
+        if not bool((lift.size_K > 0).all()):
             return None
-        lifted = cls(*place, float(lift.apply(rows_ND).square().sum()) / len(rows_ND), lift=lift)
+        # In the end every direction is about as long as the typical one.
+        lifted = cls(*place, rows_ND.shape[1] * typical**2, lift=lift)
         return lifted if lifted.add(rows_ND) and lifted.certified() else None
 
     @property
@@ -221,19 +225,18 @@ class Gram:
         squared = max(condition**2, self.count * self.off_centre() / smallest**2)
         return GRAM_ERROR * squared <= 0.1 * CERTIFIED_RELATIVE_ERROR
 
-    def _lift(self, rows_ND: Float[Tensor, "N D"]) -> Lift | None:
-        """What lifts the directions that this Gram matrix of `rows_ND` does not resolve; None if they are not few."""
-        scatter_DD = self.scatter()
-        largest = 2**0.5 * float(scatter_DD.norm())  # from above
+    def _unresolved(self) -> Float[Tensor, "D K"] | None:
+        """The few directions, K >= 0, that this Gram matrix does not resolve to 1e-7; None where they are many."""
+        scatter_DD = self.scatter().triu_()
+        norm = float(2 * scatter_DD.square().sum() - scatter_DD.diagonal().square().sum()) ** 0.5
+        largest = max(norm, self.count * self.off_centre())  # from above
         scatter_DD.diagonal().add_(GRAM_ERROR * largest)  # below its own rounding it need not be positive
         factor_DD, failed = torch.linalg.cholesky_ex(scatter_DD, upper=True)
         if int(failed):
             return None
         resolved = (GRAM_ERROR * largest / (0.1 * CERTIFIED_RELATIVE_ERROR)) ** 0.5
         _, dead_DK = small_singular_pairs(factor_DD, resolved, _LANCZOS_STEPS)
-        along_NK = (rows_ND - self.sum_D / self.count) @ dead_DK
-        size_K = along_NK.square().mean(0).sqrt() / float(scatter_DD.diagonal().mean() / self.count) ** 0.5
-        return Lift(dead_DK, size_K) if 0 < len(size_K) <= _FEW and bool((size_K > 0).all()) else None
+        return dead_DK if dead_DK.shape[1] <= _FEW else None
 
 
 def _add_gram(upper_DD: Tensor, rows_ND: Tensor) -> None:

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from suite.factor import smallest_singular_pair
 from suite.spectrum import CovarianceFactor
 
 
@@ -158,18 +159,29 @@ def test_rows_that_are_all_the_same_have_no_spectrum_and_no_nan():
 
 
 def test_rows_squared_far_from_their_mean_are_not_certified_as_if_they_were_near():
-    """Without the distance in it the certificate of this Gram matrix would be wrong by a factor of 300."""
+    """Without the distance in it the certificate of this Gram matrix would be wrong."""
     D, generator = 8, torch.Generator().manual_seed(0)
     rows = torch.randn(30_000, D, generator=generator, dtype=torch.float64)
     rows[2 * D :, -1] *= 10**-1.5
-    rows[0] += 2e4 * torch.nn.functional.normalize(torch.randn(D, generator=generator, dtype=torch.float64), dim=0)
+    rows[0] += 1e3 * torch.nn.functional.normalize(torch.randn(D, generator=generator, dtype=torch.float64), dim=0)
     accumulator = CovarianceFactor(D)
     accumulator.update(rows[:1])
     for part in rows[1:].split(500):
         accumulator.update(part)
     spectrum = accumulator.finish()
     assert spectrum.method == "gram"
-    assert (abs(spectrum.eigenvalues_D - direct(rows))[1:] <= 1e-6 * spectrum.floor).all()
+    error = abs(spectrum.eigenvalues_D - direct(rows))[1:]
+    assert (error <= 1e-6 * spectrum.floor).all()
+    assert error.max() > 32 * np.finfo(float).eps * spectrum.eigenvalues_D[0], "more than the eigenvalues alone explain"
+
+
+@pytest.mark.parametrize("tolerance", [1e-12, 1e-2, 0.5])
+def test_the_smallest_singular_value_is_not_overestimated_beside_a_giant_one(tolerance):
+    """A rough bottom direction holds some of the giant; its own length under R would certify what is not resolved."""
+    R = torch.linalg.qr(torch.randn(12, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).R
+    R[0] *= 1e5
+    smallest, _ = smallest_singular_pair(R, steps=20, tolerance=tolerance)
+    assert smallest == pytest.approx(float(torch.linalg.svdvals(R)[-1]), rel=max(0.5 * tolerance, 1e-9))
 
 
 def nearly_flat(N: int, D: int, num_dead: int, depth: float, offset: float, seed: int) -> torch.Tensor:
