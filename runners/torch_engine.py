@@ -5,8 +5,9 @@ Shapes: B sequences or images, T positions, D hidden size.
 
 import contextlib
 import inspect
+import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -126,6 +127,11 @@ class TorchEngine:
             raise CheckpointError(
                 f"{folder}: the weights lack {len(missing)} tensors of {type(model).__name__}, {missing[0]} among them"
             )
+        if blocks := _further_blocks(report["unexpected_keys"], model):
+            raise CheckpointError(
+                f"{folder}: the checkpoint does not match config.json: {blocks[0]} is of a block that the "
+                "configuration does not have; take both from the same place"
+            )
         return model.eval()
 
     def final_norm(self, model: nn.Module) -> FinalNorm:
@@ -233,6 +239,18 @@ class PartEngine(TorchEngine):
 def pick_device() -> torch.device:
     """The accelerator that Ray gave this process, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _further_blocks(unexpected: Iterable[str], model: nn.Module) -> list[str]:
+    """Of the tensors that a model has no place for, those named as another block's would be.
+
+    Heads and towers that are not read are unexpected as well, and transformers itself leaves out what an architecture
+    is known to carry beside its blocks (multi-token prediction).
+    """
+    kinds = {re.sub(r"\d+", "#", name) for name in model.state_dict()}
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    named = {name: re.sub(r"\d+", "#", name) for name in unexpected}
+    return sorted(name for name, kind in named.items() if "#" in kind and {kind, kind.removeprefix(prefix)} & kinds)
 
 
 def mismatch(name: str, stored: Sequence[int], expected: Sequence[int]) -> str:

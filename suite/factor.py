@@ -60,18 +60,43 @@ def smallest_singular_pair(
 ) -> tuple[float, Float[Tensor, " D"]]:
     """Smallest singular value of an upper triangular R and its right singular vector, without the rest.
 
-    Lanczos on `(R^T R)^-1`, two triangular solves a step, with full reorthogonalisation (Golub, Van Loan, 10.3): the
-    smallest of R is the largest there, and the best separated. Stops when the residual is below `tolerance` relative.
+    The smallest of R is the largest of `(R^T R)^-1`, and the best separated. Stops when the residual is below
+    `tolerance` relative.
     """
-    D = len(factor_DD)
     if not factor_DD.any():
-        return 0.0, torch.eye(D, dtype=torch.float64, device=factor_DD.device)[0]
+        return 0.0, torch.eye(len(factor_DD), dtype=torch.float64, device=factor_DD.device)[0]
     factor_DD = _divisible(factor_DD, 1e-60)  # zero for all purposes, even squared
+    inverse_squares_K, ritz_DK = _inverse_lanczos(factor_DD, steps, tolerance, 0.0)
+    bottom_D = ritz_DK[:, -1] / ritz_DK[:, -1].norm()
+    # Both are from above. Of a rough vector `|R b|` is too large by whatever there is in it of the largest direction.
+    return min(float((factor_DD @ bottom_D).norm()), float(inverse_squares_K[-1]) ** -0.5), bottom_D
+
+
+def small_singular_pairs(
+    factor_DD: Float[Tensor, "D D"], below: float, steps: int
+) -> tuple[Float[Tensor, " K"], Float[Tensor, "D K"]]:
+    """(singular values under `below` of an upper triangular R, orthonormal right singular vectors) found in `steps`.
+
+    Ends when the smallest that is not under `below` is known to a percent, those under it then to many digits.
+    """
+    inverse_squares_K, ritz_DK = _inverse_lanczos(factor_DD, steps, 1e-2, below)
+    found = inverse_squares_K > below**-2
+    return inverse_squares_K[found] ** -0.5, torch.linalg.qr(ritz_DK[:, found]).Q
+
+
+def _inverse_lanczos(factor_DD: Tensor, steps: int, tolerance: float, below: float) -> tuple[Tensor, Tensor]:
+    """Ritz values (ascending) and vectors of `(R^T R)^-1`: two triangular solves a step (Golub, Van Loan, 10.3).
+
+    With full reorthogonalisation. Ends early when the residual of the largest, leaving out those of singular values
+    under `below`, is below `tolerance` relative.
+    """
+    left_out = below**-2 if below else torch.inf
+    D = len(factor_DD)
     steps = min(steps, D)
     basis_KD = torch.zeros(steps, D, dtype=torch.float64, device=factor_DD.device)
     tridiagonal_KK = torch.zeros(steps, steps, dtype=torch.float64)
     vector_D = torch.randn(D, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(factor_DD.device)
-    weights_K = torch.ones(1, dtype=torch.float64)
+    values_K, vectors_KK = torch.ones(1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
     for step in range(steps):
         basis_KD[step] = vector_D / vector_D.norm()
         vector_D = torch.linalg.solve_triangular(factor_DD.T, basis_KD[step][:, None], upper=False)
@@ -81,14 +106,12 @@ def smallest_singular_pair(
         for _ in range(2):
             vector_D = vector_D - known_KD.T @ (known_KD @ vector_D)
         values_K, vectors_KK = torch.linalg.eigh(tridiagonal_KK[: step + 1, : step + 1])
-        largest, weights_K = float(values_K[-1]), vectors_KK[:, -1]
-        residual = float(vector_D.norm())
-        if residual * abs(float(weights_K[-1])) <= tolerance * largest or step + 1 == steps:
+        residual, counted = float(vector_D.norm()), int((values_K <= left_out).sum()) - 1
+        error = residual * abs(float(vectors_KK[-1, counted]))
+        if (counted >= 0 and error <= tolerance * float(values_K[counted])) or step + 1 == steps:
             break
         tridiagonal_KK[step, step + 1] = tridiagonal_KK[step + 1, step] = residual
-    bottom_D = weights_K.to(basis_KD) @ basis_KD[: len(weights_K)]
-    bottom_D = bottom_D / bottom_D.norm()
-    return float((factor_DD @ bottom_D).norm()), bottom_D
+    return values_K, basis_KD[: len(values_K)].T @ vectors_KK.to(basis_KD)
 
 
 def _divisible(factor_DD: Tensor, least: float) -> Tensor:

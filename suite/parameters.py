@@ -128,6 +128,9 @@ def read_parameters(checkpoint: Checkpoint, verify: bool = False) -> ParametersR
     unexplained = [
         f"{beside}{name}" for name in ("weight", "bias") if name not in known and f"{beside}{name}" in entries
     ]
+    further = _in_a_further_block(scale_entry.name, final) if scale_entry else None
+    if further in entries:
+        unexplained.append(str(further))
     if missing or unexplained:
         reason = (
             f"the checkpoint has no tensor for {', '.join(missing)}"
@@ -160,6 +163,14 @@ def read_parameters(checkpoint: Checkpoint, verify: bool = False) -> ParametersR
         evidence,
         entries,
     )
+
+
+def _in_a_further_block(tensor: str, final: FinalNorm) -> str | None:
+    """The name that the final norm's tensor, if it is part of the last block, would have in one more block."""
+    if final.placement != "post" or not final.num_blocks:
+        return None
+    before, number, after = tensor.rpartition(f".{final.num_blocks - 1}.")
+    return f"{before}.{final.num_blocks}.{after}" if number else None
 
 
 def _resolve(raw_config: dict[str, Any], verify: bool) -> FinalNorm:

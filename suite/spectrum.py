@@ -20,6 +20,7 @@ from suite.gram import Gram
 from suite.state import VECTOR, StateError, fields, struct, tensor, triangle, upper, vector
 
 _DEFERRED_ROWS = 2  # in D: the rows that decide the method, and the batch of a QR
+_PART_ROWS = 2048  # in float64 at once: larger buffers are given back to the system and their pages cleared each time
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ class CovarianceFactor:
 
     - gram: `G += z z^T`, at one GEMM of 2D^2 flop a row, where `32 eps kappa^2 <= 1e-7`: no eigenvalue can then be
       wrong by more than 1e-6 of itself.
+    - lifted-gram: the same of rows stretched along the few directions in which they hardly extend (a LayerNorm's
+      kernel), where that makes kappa as small. The stretch is undone on `chol(G)`: nothing is squared at the bottom.
     - whitened-gram: the first rows by QR into R, then `w = z R^-1`, `G += w w^T`, and `chol(G) R` joins R. Squaring
       whitened rows loses nothing at the bottom; two GEMMs a row. A batch with a row that R has not foreseen
       (`max |w|^2 > 1e4 D`) is taken by QR, and R renewed.
@@ -85,17 +88,19 @@ class CovarianceFactor:
         """
         if acts_ND.ndim != 2 or acts_ND.shape[1] != self.hidden_size:
             raise ValueError(f"activations of shape {tuple(acts_ND.shape)}; expected (N, {self.hidden_size})")
-        rows = acts_ND if mask_N is None else acts_ND[mask_N]
-        rows = rows.detach().to(self.device, torch.float64)
+        rows = (acts_ND if mask_N is None else acts_ND[mask_N]).detach().to(self.device)
         if len(rows) == 0:
             return
-        finite_N = torch.isfinite(torch.linalg.vector_norm(rows, dim=-1))
-        if not bool(finite_N.all()):
-            raise ValueError(f"activations are not finite in {int((~finite_N).sum())} of {len(rows)} rows")
+        parts = rows.split(_PART_ROWS)
+        # Norms are cheap, but may overflow where the row does not.
+        fine = all(bool(torch.isfinite(torch.linalg.vector_norm(part, dim=-1)).all()) for part in parts)
+        if not fine and (unfinite := int((~torch.isfinite(rows).all(-1)).sum())):
+            raise ValueError(f"activations are not finite in {unfinite} of {len(rows)} rows")
         if self.offset_D is None:
             # Rounded to float32, so that taking it off float32 rows is exact.
-            self.offset_D = rows.mean(0).float().double()
-        self._take(rows - self.offset_D)
+            self.offset_D = parts[0].double().mean(0).float().double()
+        for part in parts:
+            self._take(part.double() - self.offset_D)
 
     def _take(self, rows: Tensor) -> None:
         """Add rows from which the offset has been taken."""
@@ -137,7 +142,7 @@ class CovarianceFactor:
             self.offset_D = other.offset_D.to(self.device)
         shift_D = other.offset_D.to(self.device) - self.offset_D
         self._off_centre = max(self._off_centre, other._squared_off_centre())
-        if mine is not None and theirs is not None and self.device == other.device:
+        if mine is not None and theirs is not None and self.device == other.device and mine.adds_to(theirs):
             mine.add_gram(theirs, shift_D if bool(shift_D.any()) else None)
             return
         undecided = self._gram is None and self.count == 0 and bool(self._pending)
@@ -161,7 +166,7 @@ class CovarianceFactor:
         if gram is not None:
             covariance_DD = (gram.scatter() / gram.count).cpu()
             count, mean_D = gram.count, gram.sum_D / gram.count
-            values_D, vectors_DD = torch.linalg.eigh(covariance_DD)
+            values_D, vectors_DD = torch.linalg.eigh(covariance_DD, UPLO="U")
             eigenvalues_D, rows_DD = values_D.flip(0), vectors_DD.flip(1).T
             squares_D = covariance_DD.diagonal()
         else:
@@ -186,7 +191,7 @@ class CovarianceFactor:
         gram = self._certified_gram()
         if gram is not None:
             covariance_DD = (gram.scatter() / gram.count).cpu()
-            eigenvalues_D: NDArray[np.float64] = torch.linalg.eigvalsh(covariance_DD).flip(0).numpy()
+            eigenvalues_D: NDArray[np.float64] = torch.linalg.eigvalsh(covariance_DD, UPLO="U").flip(0).numpy()
             return eigenvalues_D
         return (torch.linalg.svdvals(self._final_factor()).square() / self.count).numpy()  # type: ignore[no-any-return]
 
@@ -245,14 +250,15 @@ class CovarianceFactor:
         return self._off_centre if gram is None else max(self._off_centre, gram.off_centre())
 
     def _sole_gram(self) -> Gram | None:
-        """The unwhitened Gram matrix, if everything is in it."""
+        """The unwhitened Gram matrix, lifted or not, if everything is in it."""
         alone = self._gram is not None and self._gram.whitener_DD is None and self.count == 0 and not self._pending
         return self._gram if alone else None
 
     def _certified_gram(self) -> Gram | None:
-        """The Gram matrix, where all rows are in it and it still resolves its smallest eigenvalue."""
+        """The Gram matrix of the rows themselves, where all are in it and it still resolves its smallest eigenvalue."""
         gram = self._sole_gram()
-        return gram if gram is not None and gram.count > self.hidden_size and gram.certified() else None
+        enough = gram is not None and gram.is_plain and gram.count > self.hidden_size
+        return gram if gram is not None and enough and gram.certified() else None
 
     def _final_factor(self) -> Tensor:
         self._settle()
@@ -292,18 +298,18 @@ class CovarianceFactor:
     def _renew_gram(self) -> None:
         """Whiten by what R is now, if R is of enough rows."""
         if self._gram is None and self.count >= self._batch_rows:
-            self._gram = Gram(self.hidden_size, self.device, self.factor_KD / self.count**0.5, self.hidden_size)
+            self._gram = Gram(self.hidden_size, self.device, self.hidden_size, self.factor_KD / self.count**0.5)
 
     def _absorb(self) -> None:
         """Take the pending rows: the first time by the cheapest method that is certified, else by QR."""
         if not self._pending:
             return
-        rows = torch.cat(self._pending)
+        rows = torch.cat(self._pending) if len(self._pending) > 1 else self._pending[0]
         self._pending, self._num_pending = [], 0
         if self.count == 0 and self._gram is None and len(rows) >= self._batch_rows:
-            gram = Gram(self.hidden_size, self.device, None, rows.square().sum().item() / len(rows))
-            if gram.add(rows) and gram.certified():
-                self._gram, self.method = gram, "gram"
+            gram = Gram.of(rows)
+            if gram is not None:
+                self._gram, self.method = gram, "gram" if gram.is_plain else "lifted-gram"
                 return
         mean_D = rows.mean(0)
         self._flush()
@@ -326,7 +332,9 @@ class CovarianceFactor:
                 self.count += count
                 self._gram = None
                 return
-            factor_KD, mean_D = self._gram.factor()
+            factor_KD, mean_D, certified = self._gram.factor()
+            if self._gram.lift is not None and not certified:
+                self.method = "gram"  # later rows made it ill conditioned, and its eigenvalues have that certificate
             self._gram = self._gram.empty_copy()
             self._combine(factor_KD, count, mean_D)
 
@@ -356,7 +364,7 @@ STATE = pa.schema(
         "gram": pa.struct(GRAM_STATE),
     }
 )
-_METHODS = ("qr", "whitened-gram", "gram")  # the later, the weaker its certificate
+_METHODS = ("qr", "whitened-gram", "lifted-gram", "gram")  # the later, the weaker its certificate
 
 
 def _weaker(a: str, b: str) -> str:

@@ -1,6 +1,7 @@
 """The driver on `ray.cluster_utils.Cluster` with logical GPUs and reads that sleep; and the schedule, simulated.
 
-Seconds of the whole run, of one, two and four nodes with equally much to do for each: the ratio is the scaling.
+Seconds of the whole run, of one, two and four nodes with equally much to do for each: the ratio is the scaling. `make
+bench` takes reads of seconds; `make test` short ones once, for what it asserts.
 """
 
 import json
@@ -14,33 +15,39 @@ from tests.conftest import ROOT
 from tests.runners.simulation import ANY, POWERS, SHARED, cluster, lower_bound, models, simulate
 
 _STORE = 80 * 2**20
-_MODELS, _SECONDS = 4, 5.0  # for each node; of each of a model's two reads
 
 
-@pytest.mark.benchmark(group="driver: weak scaling over nodes")
-@pytest.mark.parametrize("nodes", [1, 2, 4])
-def test_scaling(benchmark, nodes, tmp_path):
+def drive(benchmark, nodes, devices, models, seconds, out):
+    """One run of so many models, two reads each, every model on a GPU of its own; what it took."""
     from ray.cluster_utils import Cluster
 
     head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": _STORE}
     ray_cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
         for _ in range(nodes):
-            ray_cluster.add_node(num_cpus=4, num_gpus=1, object_store_memory=_STORE)
+            ray_cluster.add_node(num_cpus=4, num_gpus=devices, object_store_memory=_STORE)
         command = [sys.executable, "-W", "ignore", "-m", "tests.runners.sleepers", ray_cluster.address]
-        command += [str(tmp_path / "out"), str(nodes * _MODELS), str(_SECONDS), "1"]
+        command += [str(out), str(models), str(seconds), "1"]
         environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-
-        def drive():
-            return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-
-        done = benchmark.pedantic(drive, rounds=1)
+        options = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True, "check": True}
+        done = benchmark.pedantic(subprocess.run, args=(command,), kwargs=options, rounds=1)
     finally:
         ray_cluster.shutdown()
     took = json.loads(done.stdout.splitlines()[-1])
-    reads = 2 * nodes * _MODELS
-    assert (took["ok"], took["failed"]) == (reads, 0)
-    benchmark.extra_info |= took | {"driver_ms_per_read": 1e3 * took["driver_cpu_seconds"] / reads}
+    assert (took["ok"], took["failed"]) == (2 * models, 0)
+    benchmark.extra_info |= took | {"driver_ms_per_read": 1e3 * took["driver_cpu_seconds"] / (2 * models)}
+
+
+@pytest.mark.benchmark(group="driver: weak scaling over nodes, four models of two reads of 10 s for each")
+@pytest.mark.parametrize("nodes", [1, 2, 4])
+def test_scaling(benchmark, nodes, tmp_path):
+    models, seconds = (4, 10.0) if benchmark.enabled else (1, 0.1)
+    drive(benchmark, nodes, 1, nodes * models, seconds, tmp_path / "out")
+
+
+@pytest.mark.benchmark(group="driver: its own time, extra_info['driver_ms_per_read'] of 200 reads of 0.1 s")
+def test_overhead(benchmark, tmp_path):
+    drive(benchmark, 1, 4, 100 if benchmark.enabled else 4, 0.1, tmp_path / "out")
 
 
 @pytest.mark.benchmark(group="schedule: 200 models, decisions of a whole run")

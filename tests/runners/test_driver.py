@@ -7,6 +7,7 @@ import shutil
 import signal
 import threading
 import time
+import urllib.request
 
 import polars as pl
 import psutil
@@ -281,6 +282,28 @@ def test_an_interrupt_stops_the_actors_and_keeps_what_finished(ray_session, regi
     assert (record["status"], sum(read["status"] == "ok" for read in record["reads"])) == ("interrupted", 3)
     summary = run(registry, out, ["a"])
     assert (summary.ok, rows(out).height) == (8, 11)
+
+
+def test_prometheus_reads_a_run_at_the_nodes_own_endpoint(ray_session, registry, tmp_path, asleep):
+    before = sum(scraped("ray_deadbench_reads_total"))
+    summary = run(registry, tmp_path / "out", ["b", "c"])
+    assert summary.ok == 6
+    deadline = time.monotonic() + 60  # Ray reports every ten seconds
+    while sum(scraped("ray_deadbench_reads_total", 'status="ok"')) < before + 6 and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert sum(scraped("ray_deadbench_reads_total", 'status="ok"')) == before + 6
+    assert 0.0 in scraped("ray_deadbench_running_models", 'run_id="run"')
+
+
+def scraped(series, label=""):
+    """The values of a series at the metrics endpoint of this node."""
+    import ray
+
+    (node,) = ray.nodes()
+    address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    with urllib.request.urlopen(address, timeout=10) as answer:
+        lines = answer.read().decode().splitlines()
+    return [float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"{series}{{") and label in line]
 
 
 def test_an_address_that_answers_nobody_is_one_line(monkeypatch):

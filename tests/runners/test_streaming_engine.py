@@ -2,6 +2,7 @@
 
 import gc
 import json
+import re
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from suite.architecture import block_list, build_config, build_model
 from suite.feed import part_of
 from suite.inputs import Batch
 from suite.registry import load_registry
-from tests.conftest import ROOT, TWINS, save_tiny
+from tests.conftest import ROOT, TINY_NEOX, TWINS, save_tiny
 
 TEXT = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 99}
 LLAMA = TEXT | {"num_key_value_heads": 2, "max_position_embeddings": 64}
@@ -199,6 +200,19 @@ def test_a_checkpoint_that_does_not_match_its_configuration_is_one_line(engine, 
     assert "layers.0.mlp.dense" in finished.row["error"]
     assert "64" in finished.row["error"].split("by the configuration")[0]
     assert finished.row["error"].count("\n") == 0
+
+
+@pytest.mark.parametrize("engine", ["torch", "streaming"])
+@pytest.mark.parametrize("name", ["gpt_neox", "bert"])
+def test_a_checkpoint_with_more_blocks_than_its_configuration_is_refused(engine, name, tmp_path):
+    """transformers would leave them out, and what was read would be the stream of another model."""
+    classes = {"gpt_neox": "GPTNeoXForCausalLM", "bert": "BertForMaskedLM"}
+    save_tiny(tmp_path / "m", TINY_NEOX | {"model_type": name, "architectures": [classes[name]]})
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    (tmp_path / "m/config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    finished, _ = run_read(tmp_path / "m", "trained", input="tokens:random", tokens=100, engine=engine)
+    assert finished.row["status"] == "failed"
+    assert re.search(r"layers?\.1\..* is of a block that the configuration does not have", finished.row["error"])
 
 
 @pytest.mark.parametrize("failures", [1, 2])

@@ -156,9 +156,9 @@ def assert_all_gone(mark):
     assert [process.cmdline() for process in marked(mark)] == []
 
 
-def two_ranks(registry, out):
+def two_ranks(registry, out, *models):
     return subprocess.Popen(
-        [sys.executable, "-m", "runners", "run", "llama", "--registry", str(registry), "--suite", "all", "--engine",
+        [sys.executable, "-m", "runners", "run", *models, "--registry", str(registry), "--suite", "all", "--engine",
          "vllm", "--tensor-parallel", "2", "--out", str(out)],
         env=plain_environment(**{MARK: str(out)}), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
@@ -166,20 +166,22 @@ def two_ranks(registry, out):
 
 @needs_vllm
 @pytest.mark.ray
-def test_two_ranks_through_the_command_line(registry, parity, tmp_path):
-    command = two_ranks(registry, tmp_path)
-    _, err = command.communicate(timeout=600)
+@pytest.mark.parametrize("models", [("llama",), pytest.param(tuple(ARCHITECTURES), marks=pytest.mark.full, id="all")])
+def test_two_ranks_through_the_command_line(registry, parity, tmp_path, models):
+    command = two_ranks(registry, tmp_path, *models)
+    _, err = command.communicate(timeout=3600)
     assert command.returncode == 0, err[-3000:]
     rows = table(tmp_path, "reads")
-    assert_same(table(parity[0], "reads").filter(model="llama", read="trained"), rows)
-    assert rows["tensor_parallel"].to_list() == [2]
+    one_rank = table(parity[0], "reads").filter(pl.col("model").is_in(models), read="trained")
+    assert_same(one_rank, rows)
+    assert rows["tensor_parallel"].to_list() == [2] * len(models)
     assert_all_gone(str(tmp_path))
 
 
 @needs_vllm
 @pytest.mark.ray
 def test_a_rank_of_vllm_that_dies_is_a_failed_row_and_nothing_is_left(registry, tmp_path):
-    command = two_ranks(registry, tmp_path)
+    command = two_ranks(registry, tmp_path, "llama")
     ranks = []
     while len(ranks) < 2 and command.poll() is None:
         time.sleep(0.2)
@@ -225,6 +227,35 @@ def engines_of(path, **overrides):
     registry = load_registry(path)
     jobs = build_jobs(registry, path, [m.id for m in registry.models], None, ["random"], Overrides(**overrides))
     return {job.model_id: job.engine for job in jobs}
+
+
+@needs_vllm
+def test_a_checkpoint_that_is_not_what_its_config_says_is_a_failed_row(tmp_path):
+    blocks = "num_hidden_layers"
+    untrue = {"wider": {"intermediate_size": 256}, "deeper": {blocks: 3}, "shallower": {blocks: 1}}
+    models = []
+    for name, said in untrue.items():
+        config = save_tiny(tmp_path / name, ARCHITECTURES["llama"] | {"model_type": "llama"}) / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | said))
+        models.append({"id": name, "source": name, "input": "tokens:random", "dtype": "float32"})
+    suite = {"protocol": "standard", "models": list(untrue), "reads": ["trained"]}
+    content = {
+        "protocols": {"standard": {}},
+        "suites": {"all": suite, "some": suite | {"models": []}},
+        "models": models,
+    }
+    (tmp_path / "models.yaml").write_text(json.dumps(content))
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", READ_ALL, str(tmp_path / "models.yaml"), str(tmp_path / "out")],
+        env=plain_environment(VLLM_ENABLE_V1_MULTIPROCESSING="0"), cwd=ROOT,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    for engine in ("torch", "vllm"):
+        rows = table(tmp_path / "out" / engine, "reads")
+        assert dict(zip(rows["model"], rows["status"], strict=True)) == dict.fromkeys(untrue, "failed")
+        assert not any("\n" in error for error in rows["error"])
+    assert all(error.startswith("vLLM cannot load it (") for error in rows["error"])
 
 
 @needs_vllm

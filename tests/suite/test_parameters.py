@@ -139,6 +139,18 @@ def test_a_checkpoint_that_lacks_the_final_norm_is_undetermined(tmp_path):
     assert "no tensor for final_layer_norm.weight" in result["evidence"][-1]
 
 
+@pytest.mark.parametrize("verify", [False, True])
+def test_a_post_norm_checkpoint_of_more_blocks_than_its_configuration_is_undetermined(tmp_path, verify):
+    """The norm of the last block that the configuration has is in the middle of the model that was trained."""
+    folder = save_tiny(tmp_path / "m", TINY_NEOX | {"model_type": "bert", "architectures": ["BertForMaskedLM"]})
+    config = json.loads((folder / "config.json").read_text())
+    assert classify(str(folder), verify)[0]["final_norm_tensor"] == "bert.encoder.layer.1.output.LayerNorm.weight"
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    result, _ = classify(str(folder), verify)
+    assert result["family"] == "undetermined"
+    assert "stores bert.encoder.layer.1.output.LayerNorm.weight, which the arch" in result["evidence"][-1]
+
+
 def test_norms_are_listed_with_roles(minilm):
     checkpoint = Checkpoint(str(minilm))
     rows = {row["norm"]: row for row in list_norms(checkpoint, read_parameters(checkpoint))}

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from suite.factor import smallest_singular_pair
 from suite.spectrum import CovarianceFactor
 
 
@@ -158,28 +159,126 @@ def test_rows_that_are_all_the_same_have_no_spectrum_and_no_nan():
 
 
 def test_rows_squared_far_from_their_mean_are_not_certified_as_if_they_were_near():
-    """Without the distance in it the certificate of this Gram matrix would be wrong by a factor of 300."""
+    """Without the distance in it the certificate of this Gram matrix would be wrong."""
     D, generator = 8, torch.Generator().manual_seed(0)
     rows = torch.randn(30_000, D, generator=generator, dtype=torch.float64)
     rows[2 * D :, -1] *= 10**-1.5
-    rows[0] += 2e4 * torch.nn.functional.normalize(torch.randn(D, generator=generator, dtype=torch.float64), dim=0)
+    rows[0] += 1e3 * torch.nn.functional.normalize(torch.randn(D, generator=generator, dtype=torch.float64), dim=0)
     accumulator = CovarianceFactor(D)
     accumulator.update(rows[:1])
     for part in rows[1:].split(500):
         accumulator.update(part)
     spectrum = accumulator.finish()
     assert spectrum.method == "gram"
-    assert (abs(spectrum.eigenvalues_D - direct(rows))[1:] <= 1e-6 * spectrum.floor).all()
+    error = abs(spectrum.eigenvalues_D - direct(rows))[1:]
+    assert (error <= 1e-6 * spectrum.floor).all()
+    assert error.max() > 32 * np.finfo(float).eps * spectrum.eigenvalues_D[0], "more than the eigenvalues alone explain"
+
+
+@pytest.mark.parametrize("tolerance", [1e-12, 1e-2, 0.5])
+def test_the_smallest_singular_value_is_not_overestimated_beside_a_giant_one(tolerance):
+    """A rough bottom direction holds some of the giant; its own length under R would certify what is not resolved."""
+    R = torch.linalg.qr(torch.randn(12, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).R
+    R[0] *= 1e5
+    smallest, _ = smallest_singular_pair(R, steps=20, tolerance=tolerance)
+    assert smallest == pytest.approx(float(torch.linalg.svdvals(R)[-1]), rel=max(0.5 * tolerance, 1e-9))
+
+
+def nearly_flat(N: int, D: int, num_dead: int, depth: float, offset: float, seed: int) -> torch.Tensor:
+    """Rows that extend 1 to 10 in all directions but `num_dead`, in which they are `depth` times as far."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(N, D, generator=generator, dtype=torch.float64) * torch.linspace(1, 10, D, dtype=torch.float64)
+    rows[:, :num_dead] *= depth
+    turn = torch.linalg.qr(torch.randn(D, D, generator=generator, dtype=torch.float64)).Q
+    return rows @ turn + offset * torch.randn(D, generator=generator, dtype=torch.float64)
 
 
 @pytest.mark.parametrize(
-    ("condition", "method"), [(30, "gram"), (1e7, "whitened-gram")], ids=["well conditioned", "ill conditioned"]
+    ("rows", "method"),
+    [
+        (planted(2000, 40, 30, 10.0, 0), "gram"),
+        (nearly_flat(2000, 40, 1, 1e-7, 10.0, 0), "lifted-gram"),
+        (nearly_flat(2000, 40, 6, 1e-6, 10.0, 0), "lifted-gram"),
+        (planted(2000, 40, 1e9, 10.0, 0), "whitened-gram"),
+        (planted(60, 40, 30, 10.0, 0), "qr"),
+    ],
+    ids=["well conditioned", "one dead direction", "six", "ill conditioned everywhere", "too short to tell"],
 )
-def test_the_cheapest_certified_method_is_chosen(condition, method):
-    accumulator = CovarianceFactor(16)
-    for part in planted(800, 16, condition, 10.0, 0).split(100):
+def test_the_cheapest_certified_method_is_chosen(rows, method):
+    accumulator = CovarianceFactor(40)
+    for part in rows.split(100):
         accumulator.update(part)
-    assert accumulator.finish().method == method
+    spectrum = accumulator.finish()
+    assert spectrum.method == method
+    known = spectrum.eigenvalues_D > spectrum.floor
+    assert spectrum.eigenvalues_D[known] == pytest.approx(direct(rows)[known], rel=1e-6)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    D=st.integers(12, 32),
+    num_dead=st.integers(1, 3),
+    log_depth=st.floats(4, 9),
+    offset=st.sampled_from([0.0, 1.0, 1e3]),
+    cuts=st.lists(st.integers(0, 800), min_size=1, max_size=4),
+    travels=st.booleans(),
+    order=st.randoms(use_true_random=False),
+    seed=st.integers(0, 100),
+)
+def test_lifted_directions_are_as_exact_as_by_direct_svd(D, num_dead, log_depth, offset, cuts, travels, order, seed):
+    """However the rows are cut and merged, by Arrow or not: parts have their own lifts, offsets and methods."""
+    rows = nearly_flat(800, D, num_dead, 10**-log_depth, offset, seed)
+    parts = []
+    for start, stop in itertools.pairwise([0, *sorted(cuts), 800]):
+        parts.append(CovarianceFactor(D))
+        parts[-1].update(rows[start:stop])
+    order.shuffle(parts)
+    merged = CovarianceFactor(D)
+    for part in parts:
+        merged.merge(CovarianceFactor.from_arrow(part.to_arrow()) if travels else part)
+    spectrum = merged.finish()
+    known = 1e4 * (np.finfo(float).eps * (10 + offset)) ** 2 / 1e-6
+    reference = direct(rows)
+    resolved = reference > max(spectrum.floor, known)
+    assert resolved.sum() >= D - num_dead
+    assert spectrum.eigenvalues_D[resolved] == pytest.approx(reference[resolved], rel=1e-6)
+
+
+def test_lifted_parts_of_one_kind_are_merged_by_addition():
+    """A successor's rows lie elsewhere and its Gram matrix is shifted, also along what is lifted."""
+    first, later = nearly_flat(400, 16, 1, 1e-6, 0.0, 0), nearly_flat(400, 16, 1, 1e-6, 0.0, 0).flip(0) * 1.5
+    whole = CovarianceFactor(16)
+    whole.update(first)
+    after = whole.successor()
+    after.offset_D = after.offset_D + first[3]
+    after.update(later)
+    assert whole.method == after.method == "lifted-gram"
+    whole.merge(after)
+    assert whole.count == 0, "nothing was taken by QR"
+    assert whole.finish().eigenvalues_D == pytest.approx(direct(torch.cat([first, later])), rel=1e-7)
+
+
+def test_a_lifted_direction_that_comes_alive_later_loses_nothing():
+    dead, alive = nearly_flat(400, 16, 1, 1e-7, 0.0, 0), torch.randn(400, 16, dtype=torch.float64)
+    accumulator = CovarianceFactor(16)
+    accumulator.update(dead)
+    accumulator.update(1e-6 * alive)  # thirty times as far along it, and next to nothing elsewhere
+    accumulator.update(alive)  # too far to be squared there
+    assert accumulator.finish().eigenvalues_D == pytest.approx(direct(torch.cat([dead, 1e-6 * alive, alive])), rel=1e-7)
+
+
+def test_lifted_rows_that_later_ones_made_ill_conditioned_say_so():
+    first = nearly_flat(100, 8, 1, 1e-6, 0.0, 0)
+    later = first.repeat(50, 1) * torch.logspace(1.9, -4, 5000, dtype=torch.float64)[:, None]
+    later[:, 0] *= 100 / 80
+    accumulator = CovarianceFactor(8)
+    accumulator.update(first)
+    for part in later.split(500):
+        accumulator.update(part)
+    spectrum = accumulator.finish()
+    reference = direct(torch.cat([first, later]))
+    certified = reference > spectrum.floor
+    assert spectrum.eigenvalues_D[certified] == pytest.approx(reference[certified], rel=1e-6)
 
 
 def test_a_gram_matrix_that_later_rows_made_ill_conditioned_says_so():
