@@ -52,7 +52,7 @@ class Passes:
         self._read, self._engine, self._model, self._final, self._inputs = read, engine, model, final, inputs
         self._norm, self._dtype, self._ranks = norm, dtype, engine.ranks
         self._module = model.get_submodule(final.path)
-        self._of_rows = OnRows(self._module) if final.behaviour.channels_first else self._module
+        self._of_rows = OnRows(self._module, final.behaviour.axes_after) if final.behaviour.axes_after else self._module
         self._batches, self._first_row = inputs.batches, 0
         if self._ranks.replicas:
             self._batches, self._first_row = inputs.share(self._ranks.rank, self._ranks.size)
@@ -172,7 +172,7 @@ class Passes:
         position: Position,
     ) -> None:
         """What left the blocks in one batch, to both reads."""
-        if self._final.behaviour.channels_first:
+        if self._final.behaviour.axes_after:
             before, after = (maps.movedim(1, -1) for maps in (traffic.input_BTD, traffic.output_BTD))
             traffic = replace(traffic, input_BTD=before, output_BTD=after)
         rows = traffic.output_BTD.numel() // traffic.output_BTD.shape[-1]

@@ -159,8 +159,11 @@ def find_final_norm(model: nn.Module, inputs: Mapping[str, Tensor] | None = None
             failure = failure or _one_line(error)
             continue
         stream = stream_of(output)
+        if stream is None and hasattr(output, "last_hidden_state"):  # it has one, but not of these inputs
+            failure = failure or f"{type(model).__name__} returns no last hidden state of them"
+            continue
         if stream is None:
-            return _nothing("undetermined", f"{type(model).__name__} returns no last hidden state", model)
+            return _without_stream(model, calls)
         if not stream.numel():  # a decoder that was given nothing to decode
             failure = failure or "the last hidden state is empty"
             continue
@@ -174,6 +177,15 @@ def find_final_norm(model: nn.Module, inputs: Mapping[str, Tensor] | None = None
     if drawn is not None:
         return find_final_norm(drawn, inputs)
     return _nothing("undetermined", f"no minimal input was of use: {failure}", model)
+
+
+def _without_stream(model: nn.Module, calls: list[Call]) -> FinalNorm:
+    """What is known of a model that says nowhere what its last hidden state is."""
+    name = type(model).__name__
+    modules = [(model.get_submodule(call.path), call.given) for call in calls]
+    if not any(_may_be_a_norm(module) and normalises(module, given) for module, given in modules):
+        return _nothing("none", f"no module of {name} normalises", model)
+    return _nothing("undetermined", f"{name} returns no last hidden state", model)
 
 
 def _by_identity(model: nn.Module, calls: list[Call], stream: Tensor) -> FinalNorm | None:
@@ -196,10 +208,10 @@ def _may_be_a_norm(module: nn.Module) -> bool:
 
 
 def _behaviour(module: nn.Module, output: Tensor) -> NormBehaviour:
-    """What `module`, which returned `output`, does along its last axis, or along the channels of maps."""
+    """What `module`, which returned `output`, does along its last axis, or along channels ahead of positions."""
     behaviour = probe(module, output.shape[-1])
-    if behaviour.family == "other" and output.ndim == 4 and own_vectors(module):
-        mapped = probe(module, output.shape[1], channels_first=True)
+    if behaviour.family == "other" and output.ndim > 2 and own_vectors(module):
+        mapped = probe(module, output.shape[1], axes_after=output.ndim - 2)
         return mapped if mapped.family != "other" else behaviour
     return behaviour
 
@@ -263,7 +275,7 @@ def _is_block(path: str, blocks_path: str | None) -> bool:
 
 def _found(model: nn.Module, call: Call, calls: list[Call], behaviour: NormBehaviour, evidence: str) -> FinalNorm:
     _, num_blocks = block_list(model, call.path)
-    width = call.output.shape[1 if behaviour.channels_first else -1]
+    width = call.output.shape[1 if behaviour.axes_after else -1]
     rows = call.output[0].numel() // width if call.output.ndim > 2 else len(call.output)
     placement = "post" if _ends_a_block(call, calls) else "pre"
     return FinalNorm(call.path, behaviour, placement, width, num_blocks, rows, None, (evidence, *behaviour.evidence))

@@ -81,7 +81,7 @@ def _answer(given: Mapping[str, Any], entry: Mapping[str, Any]) -> FinalNorm | N
         entry["shift_parameter"],
         float(eps),
         (f"config: {', '.join(keys)}",) if keys else (),
-        entry.get("channels_first", False),
+        entry.get("axes_after", 0),
     )
     evidence = (
         f"{told}: {path} ({entry['class']}) makes the last hidden state and behaves as {entry['family']}, effective "

@@ -17,6 +17,8 @@ from suite.offers import Offers
 # What stands for another argument, or goes into the middle of the model.
 _INSTEAD = ("inputs_embeds", "hidden_states", "labels", "query_embeds", "inputs", "decoder_input_ids",
             "past_key_values")  # fmt: skip
+# What a decoder starts from.
+_DECODED = ("decoder_input_ids", "decoder_input_values", "future_values", "future_time_features")
 # Optional arguments without which a model of several towers does not run.
 _COMPANIONS = ("input_ids", "pixel_values", "bbox", "image", "visual_feats", "visual_pos", "input_features",
                "input_values", "attention_mask", "pixel_attention_mask", "spatial_shapes")  # fmt: skip
@@ -33,7 +35,7 @@ def minimal_inputs(model: nn.Module) -> Iterator[dict[str, Any]]:
     name = name[0] if isinstance(name, list) and name else name
     name = name if isinstance(name, str) and name in parameters else _first_known(parameters)
     required = [n for n, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
-    decoding = [*required, *(n for n in ("decoder_input_ids", "decoder_input_values") if n in parameters)]
+    decoding = [*required, *(n for n in _DECODED if n in parameters)]
     companions = [*required, *(n for n in _COMPANIONS if n in parameters), *decoding[len(required) :]]
     everything = [*companions, *(n for n in parameters if n not in _INSTEAD and n in offers)]
     kinds = [required, decoding, companions, everything]
@@ -76,7 +78,7 @@ def _with(main: str, names: Sequence[str], offers: Offers) -> Iterator[dict[str,
     for first in alone:
         yield first | {name: value for (name, value), *_ in others}
     for combination in itertools.islice(itertools.product(*others), 1, 12):
-        for first in alone[:3]:
+        for first in alone:
             yield first | dict(combination)
 
 

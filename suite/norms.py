@@ -27,30 +27,36 @@ def own_vectors(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 class OnRows(nn.Module):
-    """A norm of maps (B, D, H, W), given rows (…, D): each row becomes a position of a map."""
+    """A norm of maps (B, D, H, W) or of sequences (B, D, T), given rows (…, D): each becomes a position.
 
-    def __init__(self, norm: nn.Module):
+    Args:
+        norm: the norm.
+        axes_after: how many axes of positions come behind its channels.
+    """
+
+    def __init__(self, norm: nn.Module, axes_after: int):
         super().__init__()
-        self.norm = norm
+        self.norm, self.axes_after = norm, axes_after
 
     def forward(self, acts: Tensor) -> Tensor:
         """The norm of every row, in the shape that they came in."""
         D = acts.shape[-1]
-        maps_BDHW = acts.reshape(1, -1, D, 1).transpose(1, 2)
-        return self.norm(maps_BDHW).transpose(1, 2).reshape(acts.shape)  # type: ignore[no-any-return]
+        along_1D = acts.reshape(1, -1, D).mT
+        normalised: Tensor = self.norm(along_1D.reshape(1, D, -1, *[1] * (self.axes_after - 1)))
+        return normalised.flatten(2).mT.reshape(acts.shape)
 
 
-def probe(module: nn.Module, hidden_size: int, channels_first: bool = False) -> NormBehaviour:
+def probe(module: nn.Module, hidden_size: int, axes_after: int = 0) -> NormBehaviour:
     """Classify `module` by what it does to seeded float64 vectors of width `hidden_size`.
 
-    With `channels_first` the vectors are the positions of a map (B, D, H, W).
+    With `axes_after` axes of positions behind its channels (maps: 2) the vectors are such positions.
 
     The module is copied; it may live on the meta device. In turn: is the output unchanged by f(x + c) (centring)?
     does it vanish at zero weight (weight or 1+weight)? which eps explains a tiny input? does the formula then
     reproduce the module? Anything that fails is `other`, with the reason in `evidence`.
     """
     try:
-        return _probe(_bare_copy(module), hidden_size, channels_first)
+        return _probe(_bare_copy(module), hidden_size, axes_after)
     except Exception as error:  # any module is tried, a user's own among them: it may raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         return NormBehaviour("other", evidence=(f"cannot be run on plain vectors: {reason}",))
@@ -96,9 +102,9 @@ def _bare_copy(module: nn.Module) -> nn.Module:
     return bare.cpu().double().eval().requires_grad_(False)
 
 
-def _probe(module: nn.Module, D: int, channels_first: bool) -> NormBehaviour:
+def _probe(module: nn.Module, D: int, axes_after: int) -> NormBehaviour:
     vectors = own_vectors(module)
-    run_module = OnRows(module) if channels_first else module
+    run_module = OnRows(module, axes_after) if axes_after else module
     shifts = [n for n in vectors if any(word in n for word in _SHIFT_NAMES)]
     scales = [n for n in vectors if n not in shifts]
     if len(scales) > 1 or len(shifts) > 1:
@@ -146,7 +152,7 @@ def _probe(module: nn.Module, D: int, channels_first: bool) -> NormBehaviour:
         shift_name,
         eps,
         (f"module behaviour: f(x + c) is {shift_text}, effective scale is {scale}",),
-        channels_first,
+        axes_after,
     )
 
 

@@ -82,6 +82,14 @@ class Offers:
 
         return [DynamicCache()]
 
+    def _noises(self) -> list[Any]:  # of a model that drafts a block of tokens at once
+        steps, width = _number(self.config, ("block_size",), _LENGTH), _number(self.config, ("hidden_size",), 64)
+        return [self._noise(1, steps, width)]
+
+    def _of_several_layers(self) -> list[Any]:
+        layers = getattr(self.config, "target_layer_ids", None) or [0]
+        return [self._noise(1, _LENGTH, len(layers) * _number(self.config, ("hidden_size",), 64))]
+
     # Pictures, films, and their patches in a row.
 
     def _pictures(self, film_first: bool = False) -> list[Any]:
@@ -122,7 +130,9 @@ class Offers:
         (channels, patch, temporal), count = self._patch_sizes(), self._patch_side() ** 2
         values = channels * patch * patch
         heard = _number(self.config, ("channels", "audio_channels"), 0)
-        sound = [self._noise(1, heard, _SAMPLES)] if heard else []
+        width = _number(self.config, ("hidden_size",), 64)
+        # A codec's encoder takes sound by this name, its decoder what the encoder made of it.
+        sound = [self._noise(1, heard, _SAMPLES), self._noise(1, width, _LENGTH)] if heard else []
         return [self._noise(count, values * temporal), self._noise(count, values), *sound]
 
     def _patch_grid(self) -> list[Any]:  # of time, height and width
@@ -169,11 +179,12 @@ class Offers:
             self._noise(1, bins, 128),
             self._noise(1, 128, 2 * bins),
             self._noise(1, 128, stacked * bins),
+            self._noise(1, 2 * _LENGTH, stacked * bins),  # of a model with few positions
             self._noise(1, 1, side * side // bins if side else 1001, bins),
         ]
 
     def _spectrogram_masks(self) -> list[Any]:  # in some models true is padding
-        counts = dict.fromkeys((*self._frame_counts(), self._most_frames()))
+        counts = dict.fromkeys((*self._frame_counts(), self._most_frames(), 2 * _LENGTH))
         ones = [self._whole(1, count, value=1) for count in counts]
         return [mask for each in ones for mask in (each, each.bool(), (1 - each).bool())]
 
@@ -233,6 +244,7 @@ _BY_NAME: dict[str, Callable[[Offers], list[Any]]] = {
     "actions": partial(Offers._trajectory, key="act_dim"),
     "action_embeds": Offers._actions,
     "bbox": Offers._boxes,
+    "context_hidden_states": Offers._of_several_layers,
     "encoder_hidden_states": Offers._encoded,
     "future_time_features": partial(Offers._time_features, steps=Offers._future_steps),
     "future_values": Offers._future,
@@ -242,6 +254,7 @@ _BY_NAME: dict[str, Callable[[Offers], list[Any]]] = {
     "image_attention_mask": lambda offers: [offers._whole(1, offers._length, 2, value=1)],
     "is_longer": lambda offers: [offers._whole(1, 1, value=1).bool()],
     "merge_sizes": lambda offers: [offers._whole(1, value=1)],
+    "noise_embeds": Offers._noises,
     "past_key_values": Offers._cache,
     "past_observed_mask": lambda offers: [offers._whole(1, offers._past_steps(), value=1)],
     "past_time_features": partial(Offers._time_features, steps=Offers._past_steps),

@@ -25,7 +25,7 @@ class NormBehaviour:
     shift_parameter: str | None = None
     eps: float | None = None
     evidence: tuple[str, ...] = field(default=())
-    channels_first: bool = False  # it takes maps (B, D, H, W) and normalises each position
+    axes_after: int = 0  # axes of positions behind the channels: 2 of maps (B, D, H, W), 1 of sequences (B, D, T)
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ def _entry(model_type: str, small: dict[str, Any], switched: dict[str, bool]) ->
     }
     if base.path is not None:
         model = build_model(build_config(nest(small) | {"model_type": model_type}), "meta")
-        entry |= {"channels_first": True} if behaviour.channels_first else {}
+        entry |= {"axes_after": behaviour.axes_after} if behaviour.axes_after else {}
         entry["class"] = type(model.get_submodule(base.path)).__name__
         entry["hidden"] = _width_key(model_type, small, base)
         entry["renamings"] = [astuple(rule) for rule in _that_name(model, f"{base.path}.{behaviour.scale_parameter}")]

@@ -128,7 +128,20 @@ def test_a_neck_that_normalises_the_channels_of_maps_is_final():
     grid = {"image_size": 32, "patch_size": 8, "window_size": 2, "global_attn_indexes": [1], "initializer_range": 0.02}
     found = locate(build_config({"model_type": "sam_hq_vision_model", **sam, **grid}))
     assert (found.path, found.family) == ("vision_encoder.neck.layer_norm2", "layernorm")
-    assert (found.hidden_size, found.behaviour.channels_first, found.rows_per_item) == (12, True, 16)
+    assert (found.hidden_size, found.behaviour.axes_after, found.rows_per_item) == (12, 2, 16)
+
+
+def test_a_block_that_normalises_channels_before_positions_ends_in_its_norm():
+    found = locate(build_config({"model_type": "squeezebert", **TEXT, "embedding_size": 32}))
+    assert (found.path, found.family) == ("encoder.layers.2.output.layernorm", "layernorm"), found.reason
+    assert (found.placement, found.hidden_size, found.behaviour.axes_after) == ("post", 32, 1)
+
+
+def test_a_codec_without_norms_has_no_final_one():
+    dac = {"encoder_hidden_size": 8, "downsampling_ratios": [2, 4], "decoder_hidden_size": 32, "n_codebooks": 2,
+           "codebook_size": 32, "codebook_dim": 8}  # fmt: skip
+    found = locate(build_config({"model_type": "dac", **dac}))
+    assert (found.path, found.family) == (None, "none"), found.reason
 
 
 class Codec(nn.Module):

@@ -43,6 +43,12 @@ TVP = TEXT | {"backbone_config": RESNET, "max_img_size": 64, "visual_prompt_size
 M4T = {"vocab_size": 99, "hidden_size": 32, "encoder_layers": 2, "decoder_layers": 2, "speech_encoder_layers": 1,
        "speech_encoder_attention_heads": 2, "t2u_encoder_layers": 1, "t2u_decoder_layers": 1, **HEADS}  # fmt: skip
 
+SERIES = {"prediction_length": 4, "context_length": 8, "lags_sequence": [1, 2], "num_time_features": 1, "d_model": 32,
+          "encoder_layers": 1, "decoder_layers": 2, **HEADS}  # fmt: skip
+AUTOFORMER = SERIES | {"label_length": 4, "moving_average": 3}
+STACKED = TEXT | {"num_mel_bins": 8, "num_stacked_frames": 2, "max_position_embeddings": 32,
+                  "num_timestamp_prediction_layers": 1}  # fmt: skip
+
 # (model_type, configuration, path, family)
 CASES = [
     ("kosmos-2", KOSMOS, "text_model.model.layer_norm", "layernorm"),
@@ -52,6 +58,9 @@ CASES = [
     ("musicgen", MUSICGEN, "decoder.model.decoder.layer_norm", "layernorm"),
     ("pi0", PI0, "dit.norm", "rmsnorm"),
     ("tvp", TVP, "encoder.layer.1.output.layer_norm", "layernorm"),
+    ("informer", SERIES, "decoder.layers.1.final_layer_norm", "layernorm"),
+    ("autoformer", AUTOFORMER, "decoder.layers.1.final_layer_norm.layernorm", "layernorm"),
+    ("fun_asr_nano_encoder", STACKED, "layers.1.final_layernorm", "layernorm"),
     ("seamless_m4t", M4T, "text_decoder.layer_norm", "layernorm"),
 ]
 

@@ -115,20 +115,21 @@ def test_effective_scale_keeps_signs_and_adds_one():
         effective_norm(probe(nn.Identity(), D), None, None, D)
 
 
-class MapNorm(nn.LayerNorm):
-    """LayerNorm of every position of a map (B, D, H, W), as in the necks of the SAM family."""
+class PositionNorm(nn.LayerNorm):
+    """LayerNorm of every position of a map (B, D, H, W) or sequence (B, D, T): SAM's necks, SqueezeBERT's blocks."""
 
     def forward(self, maps):
         return super().forward(maps.movedim(1, -1)).movedim(-1, 1)
 
 
-def test_a_norm_over_the_channels_of_maps_is_told_and_runs_on_rows():
-    found = probe(MapNorm(D), D, channels_first=True)
-    assert (found.family, found.scale, found.channels_first) == ("layernorm", "weight", True)
+@pytest.mark.parametrize("axes_after", [1, 2])
+def test_a_norm_over_channels_before_positions_is_told_and_runs_on_rows(axes_after):
+    found = probe(PositionNorm(D), D, axes_after)
+    assert (found.family, found.scale, found.axes_after) == ("layernorm", "weight", axes_after)
     rows = torch.randn(2, 5, D)
-    assert torch.allclose(OnRows(MapNorm(D))(rows), nn.LayerNorm(D)(rows), atol=1e-6)
+    assert torch.allclose(OnRows(PositionNorm(D), axes_after)(rows), nn.LayerNorm(D)(rows), atol=1e-6)
     # One group of channels: the mean is over the whole map, and no position has the kernel of its own.
-    assert probe(nn.GroupNorm(1, D), D, channels_first=True).family == "other"
+    assert probe(nn.GroupNorm(1, D), D, axes_after).family == "other"
 
 
 @pytest.mark.parametrize(
