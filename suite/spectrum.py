@@ -20,7 +20,7 @@ from suite.gram import Gram
 from suite.state import VECTOR, StateError, fields, struct, tensor, triangle, upper, vector
 
 _DEFERRED_ROWS = 2  # in D: the rows that decide the method, and the batch of a QR
-_PART_ROWS = 2048  # in float64 at once: larger buffers are given back to the system and their pages cleared each time
+_PART_ROWS = 1024  # in float64 at once: larger buffers are given back to the system and their pages cleared each time
 
 
 @dataclass(frozen=True)
