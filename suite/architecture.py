@@ -57,6 +57,7 @@ def build_config(config: Mapping[str, Any]) -> Any:
             raise RemoteCodeError(f"model_type {model_type!r} needs code from the checkpoint, which is never run")
         raise ArchitectureError(f"model_type {model_type!r} is unknown to transformers {transformers.__version__}")
     known.pop("auto_map", None)
+    known.pop("return_dict", None)  # outputs are read by name, however the checkpoint's author had them
     known.pop("quantization_config", None)  # weights are not loaded by this object; norms are stored plain
     try:
         return transformers.AutoConfig.for_model(model_type, **known)

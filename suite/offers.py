@@ -94,7 +94,7 @@ class Offers:
 
     def _pictures(self, film_first: bool = False) -> list[Any]:
         vision = self._vision
-        height, width = _image_size(vision, self.config)
+        height, width = _image_size(vision, self.config, _first(vision, _VISION_KEYS))
         channels = _number(vision, ("num_channels", "in_channels", "in_chans"), 3)
         frames = _number(vision, ("num_frames", "frames_per_clip"), 0)
         patch = _number(vision, ("patch_size",), 16)

@@ -173,6 +173,12 @@ def test_a_picture_below_its_prompt_is_half_as_high_as_their_sum():
     assert locate(build_config({"model_type": "seggpt", **seggpt, **grid, **states})).family == "none"
 
 
+def test_how_outputs_are_packed_does_not_matter():
+    towers = {"text_config": TEXT, "vision_config": VISION}
+    found = locate(build_config({"model_type": "siglip", **towers, "return_dict": False}))
+    assert found.path == "text_model.final_layer_norm", found.reason
+
+
 def test_opt_without_its_final_norm_is_none():
     config = OPT | {"model_type": "opt", "num_attention_heads": 4, "_remove_final_layer_norm": True}
     assert locate(build_config(config)).path is None
