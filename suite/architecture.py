@@ -327,5 +327,7 @@ def _nothing(family: str, reason: str, model: nn.Module) -> FinalNorm:
 
 
 def _one_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0] if text else ''}"[:300]
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [""]
+    # A heading says nothing without the line below it.
+    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return f"{type(error).__name__}: {text}"[:300]

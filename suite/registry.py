@@ -271,6 +271,12 @@ class UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+# As in YAML 1.2 and JSON, from which configurations are pasted; YAML 1.1 takes 1e-12 for text.
+UniqueKeyLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]{1,3}$"), list("-+0123456789")
+)
+
+
 def _first_mistake(error: ValidationError, raw: dict[str, Any]) -> str:
     """`entry: key value is …; choose …` of the first error."""
     # A union reports a mistake once per member; the member that the user meant complains of more than the type.

@@ -189,3 +189,16 @@ def test_where_the_registry_is_looked_for(tmp_path, monkeypatch):
     assert find_registry() == ROOT / "models.yaml"
     own = write(tmp_path, GOOD)
     assert find_registry().resolve() == own
+
+
+@pytest.mark.parametrize("eps", ["1e-12", "1E-5", "1.e-5", "1.0e-05", "1e12"])
+def test_a_pasted_configuration_keeps_its_numbers(tmp_path, eps):
+    """`yaml` alone takes 1e-12, as JSON has it, for text."""
+    path = write(
+        tmp_path,
+        "protocols: {standard: {}}\nsuites: {}\nmodels:\n"
+        f'  - {{id: m, revision: 12e45678, config: {{"model_type": "vit", "layer_norm_eps": {eps}}}}}\n',
+    )
+    (model,) = load_registry(path).models
+    assert model.config == {"model_type": "vit", "layer_norm_eps": float(eps)}
+    assert model.revision == "12e45678"
