@@ -49,13 +49,13 @@ def asleep(monkeypatch):
     monkeypatch.setattr(actors, "actor_class", sleeping(0.2))
 
 
-def run(registry, out, models=("a", "b", "c"), reads=None, settings=None, fresh=False):
+def run(registry, out, models=("a", "b", "c"), reads=None, settings=None, fresh=False, run_id="run"):
     jobs = build_jobs(load_registry(registry), registry, list(models), None, reads, Overrides())
     store = ResultStore(str(out))
     done = set() if fresh else store.finished()
     left = [job for job in (job.without(done) for job in jobs) if job.reads]
     with Reporter(1) as reporter:
-        return execute(left, store, settings or Settings(), reporter, "run")
+        return execute(left, store, settings or Settings(), reporter, run_id)
 
 
 def rows(out):
@@ -285,25 +285,25 @@ def test_an_interrupt_stops_the_actors_and_keeps_what_finished(ray_session, regi
 
 
 def test_prometheus_reads_a_run_at_the_nodes_own_endpoint(ray_session, registry, tmp_path, asleep):
-    before = sum(scraped("ray_deadbench_reads_total"))
-    summary = run(registry, tmp_path / "out", ["b", "c"])
+    summary = run(registry, tmp_path / "out", ["b", "c"], run_id="watched")
     assert summary.ok == 6
-    deadline = time.monotonic() + 60  # Ray reports every ten seconds
-    while sum(scraped("ray_deadbench_reads_total", 'status="ok"')) < before + 6 and time.monotonic() < deadline:
+    seen, deadline = ([], []), time.monotonic() + 60  # Ray reports every ten seconds
+    while (sum(seen[0]), seen[1]) != (6, [0.0]) and time.monotonic() < deadline:
         time.sleep(0.5)
-    assert sum(scraped("ray_deadbench_reads_total", 'status="ok"')) == before + 6
-    assert 0.0 in scraped("ray_deadbench_running_models", 'run_id="run"')
+        series = scraped('run_id="watched"')
+        seen = series("reads_total"), series("running_models")
+    assert (sum(seen[0]), seen[1]) == (6, [0.0])
 
 
-def scraped(series, label=""):
-    """The values of a series at the metrics endpoint of this node."""
+def scraped(label):
+    """What finds the values of a series with this label at the metrics endpoint of this node."""
     import ray
 
     (node,) = ray.nodes()
     address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
     with urllib.request.urlopen(address, timeout=10) as answer:
-        lines = answer.read().decode().splitlines()
-    return [float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"{series}{{") and label in line]
+        lines = [line for line in answer.read().decode().splitlines() if label in line]
+    return lambda name: [float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"ray_deadbench_{name}{{")]
 
 
 def test_an_address_that_answers_nobody_is_one_line(monkeypatch):
