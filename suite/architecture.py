@@ -22,7 +22,6 @@ from suite.resolution import ArchitectureError, FinalNorm, NormBehaviour, Remote
 from suite.valueless import attempts
 
 SMALL_MODEL = 500_000_000  # parameters: 2 GB in float32, a few seconds to draw
-_FAMILIES = ("layernorm", "rmsnorm")
 _CUT_CANDIDATES = 40  # modules, last called first, among which a norm behind a projection is looked for
 
 OBJECTIVES = {
@@ -197,7 +196,7 @@ def _by_identity(model: nn.Module, calls: list[Call], stream: Tensor) -> FinalNo
         if not same_storage(call.output, stream) or not _may_be_a_norm(module):
             continue
         behaviour = _behaviour(module, call.output)
-        if behaviour.family in _FAMILIES:
+        if behaviour.known:
             text = f"the output of {call.path} ({type(module).__name__}) is the model's last hidden state"
             return _found(model, call, calls, behaviour, text)
     return None
@@ -238,15 +237,16 @@ def _by_cutting(model: nn.Module, calls: list[Call], inputs: Mapping[str, Any], 
         if not _may_be_a_norm(module) or (last_calls[path] < last_block and not ends_block):
             continue
         behaviour = _behaviour(module, call.output)
-        known = behaviour.family in _FAMILIES
         # A norm of maps inside a convolutional block is a convolution's own; one after the blocks is the stream's.
-        of_another_kind = not (ends_block and is_norm_of_maps(module)) and not known and normalises(module, call.given)
-        if not (known or of_another_kind) or not cuts(model, module, inputs, stream):
+        of_another_kind = (
+            not (ends_block and is_norm_of_maps(module)) and not behaviour.known and normalises(module, call.given)
+        )
+        if not (behaviour.known or of_another_kind) or not cuts(model, module, inputs, stream):
             continue
         if _normalised_again(model, calls[last_calls[path] + 1 :], path, inputs, stream):
             break
         through = f"the last hidden state depends on the input through {path} ({type(module).__name__})"
-        if known:
+        if behaviour.known:
             return _found(model, call, calls, behaviour, f"{through} alone")
         reason = f"{through}, a normalisation that is neither LayerNorm nor RMSNorm"
         return _nothing("undetermined", reason, model)
@@ -262,7 +262,7 @@ def _normalised_again(
         module = modules[call.path]
         if not _may_be_a_norm(module):
             continue
-        if not is_norm_of_maps(module) and _behaviour(module, call.output).family not in _FAMILIES:
+        if not is_norm_of_maps(module) and not _behaviour(module, call.output).known:
             continue
         held = streams_held(model, module, [inputs])
         if held and (held[0] is None or held[0].shape != stream.shape or not torch.equal(held[0], stream)):

@@ -72,16 +72,14 @@ def smallest_singular_pair(
     return min(float((factor_DD @ bottom_D).norm()), float(inverse_squares_K[-1]) ** -0.5), bottom_D
 
 
-def small_singular_pairs(
-    factor_DD: Float[Tensor, "D D"], below: float, steps: int
-) -> tuple[Float[Tensor, " K"], Float[Tensor, "D K"]]:
-    """(singular values under `below` of an upper triangular R, orthonormal right singular vectors) found in `steps`.
+def directions_below(factor_DD: Float[Tensor, "D D"], below: float, steps: int) -> Float[Tensor, "D K"]:
+    """Right singular vectors, orthonormal, of an upper triangular R's singular values under `below`, found in `steps`.
 
     Ends when the smallest that is not under `below` is known to a percent, those under it then to many digits.
     """
     inverse_squares_K, ritz_DK = _inverse_lanczos(factor_DD, steps, 1e-2, below)
-    found = inverse_squares_K > below**-2
-    return inverse_squares_K[found] ** -0.5, torch.linalg.qr(ritz_DK[:, found]).Q
+    directions_DK: Tensor = torch.linalg.qr(ritz_DK[:, inverse_squares_K > below**-2]).Q
+    return directions_DK
 
 
 def _inverse_lanczos(factor_DD: Tensor, steps: int, tolerance: float, below: float) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from suite.factor import CERTIFIED_RELATIVE_ERROR, GRAM_ERROR, small_singular_pairs, smallest_singular_pair
+from suite.factor import CERTIFIED_RELATIVE_ERROR, GRAM_ERROR, directions_below, smallest_singular_pair
 from suite.state import VECTOR, fields, struct, tensor, triangle, upper, vector
 
 _PANELS, _NARROWEST_PANEL = 8, 192
@@ -73,8 +73,10 @@ class Gram:
         place = rows_ND.shape[1], rows_ND.device
         plain = cls(*place, float(rows_ND.square().sum()) / len(rows_ND))
         dead_DK = plain._unresolved() if plain.add(rows_ND) else None
-        if dead_DK is None or not dead_DK.shape[1]:
-            return None if dead_DK is None else plain
+        if dead_DK is None:
+            return None
+        if dead_DK.shape[1] == 0:
+            return plain
         along_NK = (rows_ND - plain.sum_D / plain.count) @ dead_DK
         typical = float(plain.scatter().diagonal().mean() / plain.count) ** 0.5
         lift = Lift(dead_DK, along_NK.square().mean(0).sqrt() / typical)
@@ -203,11 +205,14 @@ class Gram:
         return None if int(failed) else (joined_DD @ self.whitener_DD, mean_D - between_D * (self.count / total))
 
     def factor(self) -> tuple[Float[Tensor, "D D"], Float[Tensor, " D"], bool]:
-        """(R, mean, certified) of the rows: `R^T R` is their centred scatter."""
+        """(R, mean, certified) of the rows: `R^T R` is their centred scatter.
+
+        Lifted rows are certified by what G is now; whitened ones were by the gate, and of plain ones G is no better.
+        """
         mean_D = self.sum_D / self.count
         scatter_DD = self.scatter()
         factor_DD, failed = torch.linalg.cholesky_ex(scatter_DD, upper=True)
-        certified = not int(failed) and self._certifies(factor_DD)
+        certified = self.lift is None or (not int(failed) and self._certifies(factor_DD))
         if int(failed):  # rank-deficient rows: the square root by eigenvectors is defined all the same
             values_D, vectors_DD = torch.linalg.eigh(scatter_DD, UPLO="U")
             factor_DD = values_D.clamp(min=0).sqrt()[:, None] * vectors_DD.T
@@ -235,7 +240,7 @@ class Gram:
         if int(failed):
             return None
         resolved = (GRAM_ERROR * largest / (0.1 * CERTIFIED_RELATIVE_ERROR)) ** 0.5
-        _, dead_DK = small_singular_pairs(factor_DD, resolved, _LANCZOS_STEPS)
+        dead_DK = directions_below(factor_DD, resolved, _LANCZOS_STEPS)
         return dead_DK if dead_DK.shape[1] <= _FEW else None
 
 

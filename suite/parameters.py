@@ -245,7 +245,7 @@ def norms_of(checkpoint: Checkpoint, read: ParametersRead) -> list[tuple[Row, Ef
         if kind not in probed:
             probed[kind] = called[path][0] if path in called else probe(module, width)
         behaviour = probed[kind]
-        if behaviour.family not in ("layernorm", "rmsnorm"):
+        if not behaviour.known:
             continue
         names = (behaviour.scale_parameter, behaviour.shift_parameter)
         stored = [stored_tensor(read.entries, path.removeprefix(prefix), name, rules) for name in names]

@@ -27,6 +27,11 @@ class NormBehaviour:
     evidence: tuple[str, ...] = field(default=())
     axes_after: int = 0  # axes of positions behind the channels: 2 of maps (B, D, H, W), 1 of sequences (B, D, T)
 
+    @property
+    def known(self) -> bool:
+        """Whether it is one of the two families."""
+        return self.family in ("layernorm", "rmsnorm")
+
 
 @dataclass(frozen=True)
 class EffectiveNorm:

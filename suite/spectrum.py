@@ -333,7 +333,7 @@ class CovarianceFactor:
                 self._gram = None
                 return
             factor_KD, mean_D, certified = self._gram.factor()
-            if self._gram.lift is not None and not certified:
+            if not certified:
                 self.method = "gram"  # later rows made it ill conditioned, and its eigenvalues have that certificate
             self._gram = self._gram.empty_copy()
             self._combine(factor_KD, count, mean_D)

@@ -216,7 +216,7 @@ class _Follower(TorchDispatchMode):
             with _disable_current_modes():  # the probe's own arithmetic is no part of the model's
                 self._probed[kind] = probe(module, D)
         behaviour = self._probed[kind]
-        if behaviour.family not in ("layernorm", "rmsnorm"):
+        if not behaviour.known:
             return None
         self.norms.setdefault(path, (behaviour, D))
         return behaviour.family
