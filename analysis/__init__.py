@@ -1,1 +1,1 @@
-"""What result sets say: leaderboard, claims over the normalisation families, report; reads tables, never measures."""
+"""What it means: result sets as polars frames, claims, comparisons, gates."""

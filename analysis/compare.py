@@ -10,9 +10,9 @@ from typing import Literal, NamedTuple
 
 import polars as pl
 
-from analysis.lines import ok_reads
-from analysis.results import ResultsError, collected, collected_all, latest, scan
-from suite.schema import READS
+from deadbench.analysis.lines import ok_reads
+from deadbench.analysis.results import ResultsError, collected, collected_all, latest, scan
+from deadbench.suite.schema import READS
 
 Scale = Literal["absolute", "relative", "decades"]
 

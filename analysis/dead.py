@@ -9,10 +9,10 @@ that is spread thin, with less than half of its weight on its sixteen largest co
 
 import polars as pl
 
-from analysis.lines import ok_reads
-from analysis.results import collected
-from suite.directions import FLOAT64_EPS
-from suite.schema import KEY
+from deadbench.analysis.lines import ok_reads
+from deadbench.analysis.results import collected
+from deadbench.suite.schema import KEY
+from deadbench.suite.spectra.directions import FLOAT64_EPS
 
 VERDICTS = ("algebraic", "learned", "rounding", "collapsed")
 COLUMNS = [

@@ -12,10 +12,10 @@ A model, here (model, protocol), holds a claim when all its tested reads do.
 
 import polars as pl
 
-from analysis.claims import CLAIMS, LOG_LAMBDA_V, RANDOM_COLUMNS, TWIN, Claim
-from analysis.lines import LINE, forward_lines, last, ok_reads, parameter_reads
-from analysis.results import collected, collected_all, finite
-from suite.schema import KEY, arrow_schema
+from deadbench.analysis.claims import CLAIMS, LOG_LAMBDA_V, RANDOM_COLUMNS, TWIN, Claim
+from deadbench.analysis.lines import LINE, forward_lines, last, ok_reads, parameter_reads
+from deadbench.analysis.results import collected, collected_all, finite
+from deadbench.suite.schema import KEY, arrow_schema
 
 _DIGITS = 13
 SCHEMA = {

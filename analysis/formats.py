@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from analysis.cells import cells, header, one_line, text
-from analysis.results import ResultsError
+from deadbench.analysis.cells import cells, header, one_line, text
+from deadbench.analysis.results import ResultsError
 
 if TYPE_CHECKING:
     from rich.table import Table
+
 
 # What a terminal has room for; every other format has all columns.
 TERMINAL_COLUMNS = {
@@ -145,7 +146,7 @@ def environment() -> Any:
     import jinja2
 
     return jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

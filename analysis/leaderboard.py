@@ -2,8 +2,16 @@
 
 import polars as pl
 
-from analysis.lines import LINE, best_lines, failed_lines, forward_lines, last, parameter_lines, parameter_reads
-from analysis.results import ResultsError, collected
+from deadbench.analysis.lines import (
+    LINE,
+    best_lines,
+    failed_lines,
+    forward_lines,
+    last,
+    parameter_lines,
+    parameter_reads,
+)
+from deadbench.analysis.results import ResultsError, collected
 
 FAMILIES = ("layernorm", "rmsnorm", "none", "other", "undetermined")
 

@@ -6,7 +6,7 @@ of the protocol is no part of it: the hashes of a model's random and trained rea
 
 import polars as pl
 
-from analysis.results import latest
+from deadbench.analysis.results import latest
 
 LINE = ["model", "protocol", "dtype"]
 

@@ -13,8 +13,9 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from suite.places import is_local, open_place, scrubbed
-from suite.schema import KEY, SCHEMA_VERSION, TABLES, arrow_schema
+from deadbench.suite.schema import KEY, SCHEMA_VERSION, TABLES, arrow_schema
+from deadbench.suite.secrets import scrubbed
+from deadbench.suite.storage import is_local, open_place
 
 
 class ResultsError(ValueError):

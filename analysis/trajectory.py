@@ -4,9 +4,9 @@ import numpy as np
 import polars as pl
 from jaxtyping import Float
 
-from analysis.lines import last, ok_reads
-from analysis.results import collected
-from suite.schema import KEY
+from deadbench.analysis.lines import last, ok_reads
+from deadbench.analysis.results import collected
+from deadbench.suite.schema import KEY
 
 _LINE = ["protocol", "dtype", "seed"]
 _SHOWN = ["depth_predicted", "depth", "num_zero_scales", "num_dead_1e6", "num_learned"]

@@ -13,10 +13,10 @@ import polars as pl
 from jaxtyping import Float
 from numpy.typing import NDArray
 
-from analysis.compare import unit_of
-from analysis.lines import LINE, last, ok_reads
-from analysis.results import ResultsError, collected
-from suite.schema import READS
+from deadbench.analysis.compare import unit_of
+from deadbench.analysis.lines import LINE, last, ok_reads
+from deadbench.analysis.results import ResultsError, collected
+from deadbench.suite.schema import READS
 
 METRICS = [
     "depth", "depth_exact", "depth_predicted", "lambda_v", "lambda_mean", "alignment", "containment", "num_dead_1e6",

@@ -17,10 +17,10 @@ import torch
 import transformers
 from torch import nn
 
-from suite.architecture import published_class
-from suite.dummy_inputs import running_inputs
-from suite.nullity import trace_published
-from suite.wiring import Wiring, is_linear, private_parameters, weight_out_in
+from deadbench.suite.architectures.build import published_class
+from deadbench.suite.architectures.wiring import Wiring, is_linear, private_parameters, weight_out_in
+from deadbench.suite.reads.dead_parameters import trace_published
+from deadbench.suite.tracing.minimal_inputs import running_inputs
 
 
 def centre_weights(model: nn.Module, wiring: Wiring) -> list[str]:

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from runners.directions_file import export_directions
-from suite.architecture import build_config
-from suite.nullity import trace_published
-from suite.sources import Checkpoint
+from deadbench.runners.results.directions_file import export_directions
+from deadbench.suite.architectures.build import build_config
+from deadbench.suite.checkpoints.checkpoint import Checkpoint
+from deadbench.suite.reads.dead_parameters import trace_published
 
 
 def dead_inputs(source: str, directions: str) -> dict[str, Tensor]:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from runners.jobs import ModelJob, ReadJob
+    from deadbench.runners.jobs.job import ModelJob, ReadJob
+
 
 FAR = 40.0  # decades; deeper than any projection of ours resolves, so that the figure is positive
 SCIENCE = [
@@ -78,8 +79,10 @@ class Registry(pytest.File):
 
 
 def _jobs(config: pytest.Config) -> "list[ModelJob]":
-    from runners.jobs import JobError, Overrides, build_jobs
-    from suite.registry import RegistryError, find_registry, load_registry
+    from deadbench.runners.jobs.build import build_jobs
+    from deadbench.runners.jobs.job import JobError, Overrides
+    from deadbench.suite.registry.entries import RegistryError
+    from deadbench.suite.registry.loading import find_registry, load_registry
 
     def listed(name: str) -> list[str]:
         return [part.strip() for part in (config.getoption(name) or "").split(",") if part.strip()]
@@ -102,8 +105,8 @@ class _Measurement:
 
     def measure(self) -> dict[str, Any]:
         """Run the read in this process; returns its row of `reads`, or fails the test with the row's error."""
-        from runners.events import Finished
-        from runners.worker import run_model
+        from deadbench.runners.jobs.events import Finished
+        from deadbench.runners.worker.run import run_model
 
         for event in run_model(replace(self.job, reads=(self.read,)), "pytest", 1):
             if isinstance(event, Finished):
@@ -120,7 +123,7 @@ class _Measurement:
 
 def _timed(measurement: _Measurement) -> Any:
     def benchmark_read(benchmark: Any, request: pytest.FixtureRequest) -> None:
-        import runners.forward  # noqa: F401  (torch and transformers: their import is not the read's time)
+        import deadbench.runners.worker.forward  # noqa: F401  (torch and transformers: their import is not the read's time)
 
         rounds = max(1, request.config.getoption("deadbench_rounds"))
         benchmark.group = f"deadbench {measurement.read.read}"

@@ -1,4 +1,1 @@
-"""What is measured: the final norm, its dead directions, the spectra, and the checkpoints they are read from.
-
-Nothing in this package imports `runners` or `analysis`.
-"""
+"""What is measured: the norm, its dead directions, the spectra; imports neither of the other rooms."""

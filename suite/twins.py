@@ -1,6 +1,6 @@
 """Train the twins: one small decoder with LayerNorm (GPT-NeoX), one with RMSNorm (Llama), on the bundled corpus.
 
-    python -m suite.twins OUT [--only layernorm]
+    python -m deadbench.suite.twins OUT [--only layernorm]
 
 Writes `OUT/<twin>/step<S>/{config.json,model.safetensors,tokenizer.json,…}` for every step in `CHECKPOINT_STEPS`,
 step 0 being the untrained initialisation. The twins share everything but the normalisation and what an
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
 
 CHECKPOINT_STEPS = (0, 16, 128, 512, 2048, 4096)
 VOCAB_SIZE = 512
@@ -121,12 +122,14 @@ def train_twin(name: str, out: Path, corpus: str) -> None:
 def main() -> None:
     """Parse the command line and train."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="python -m suite.twins"
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="python -m deadbench.suite.twins",
     )
     parser.add_argument("out", type=Path)
     parser.add_argument("--only", choices=sorted(TWINS), help="train one twin instead of both")
     args = parser.parse_args()
-    corpus = resources.files("suite").joinpath("data/corpus.txt").read_text(encoding="utf-8")
+    corpus = resources.files("deadbench.suite").joinpath("data/corpus.txt").read_text(encoding="utf-8")
     for name in [args.only] if args.only else TWINS:
         train_twin(name, args.out, corpus)
 

@@ -62,7 +62,7 @@ def ray_session(tmp_path_factory):
 def deadbench(capsys, monkeypatch):
     """Call the command line in this process; returns (exit code, stdout, stderr)."""
 
-    from runners import cli
+    from deadbench.runners.cli import main as cli
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["deadbench", *map(str, arguments)])
@@ -88,7 +88,7 @@ def save_tiny(folder: Path, config: dict = TINY_NEOX, seed: int = 0, scales: np.
     import torch
     import transformers
 
-    from suite.architecture import build_config
+    from deadbench.suite.architectures.build import build_config
 
     torch.manual_seed(seed)
     built = build_config(config)

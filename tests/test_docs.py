@@ -34,7 +34,7 @@ def workplace(tmp_path, monkeypatch):
     for folder in ("suite", "examples"):
         (tmp_path / folder).symlink_to(ROOT / folder)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("runners.console.PLAIN_WIDTH", 150)
+    monkeypatch.setattr("deadbench.runners.cli.console.PLAIN_WIDTH", 150)
     return tmp_path
 
 
@@ -79,9 +79,9 @@ def _played(block, deadbench):
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
 def test_python_examples_run(workplace, monkeypatch, path):
-    from analysis.claims import CLAIMS
+    from deadbench.analysis.claims import CLAIMS
 
-    monkeypatch.setattr("analysis.families.CLAIMS", CLAIMS)
+    monkeypatch.setattr("deadbench.analysis.families.CLAIMS", CLAIMS)
     before = dict(CLAIMS)
     try:
         for block in re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL):
@@ -98,7 +98,7 @@ def test_links_lead_somewhere(path):
 
 
 def test_the_gate_in_the_document_is_valid(tmp_path):
-    from analysis.gate import load_gate
+    from deadbench.analysis.gate import load_gate
 
     (shown,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "ci.md").read_text(encoding="utf-8"), re.DOTALL)
     (tmp_path / "gate.yaml").write_text(shown, encoding="utf-8")
@@ -108,7 +108,7 @@ def test_the_gate_in_the_document_is_valid(tmp_path):
 def test_every_command_has_an_example_in_the_documents():
     from typer.main import get_command
 
-    from runners.cli import app
+    from deadbench.runners.cli.main import app
 
     text = "\n".join(path.read_text(encoding="utf-8") for path in DOCS)
     commands = get_command(app).commands

@@ -9,7 +9,7 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 
-from suite.schema import KEY, to_table
+from deadbench.suite.schema import KEY, to_table
 
 NOON = datetime(2026, 11, 1, 12, tzinfo=UTC)
 

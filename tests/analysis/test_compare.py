@@ -2,8 +2,8 @@ import math
 
 import pytest
 
-from analysis.compare import METRICS, compare, open_side
-from analysis.results import ResultsError
+from deadbench.analysis.compare import METRICS, compare, open_side
+from deadbench.analysis.results import ResultsError
 
 
 def rows_of(frame, baseline, candidate, asked=METRICS):

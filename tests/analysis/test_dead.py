@@ -6,13 +6,13 @@ import numpy as np
 import polars as pl
 import pytest
 
-from analysis.dead import dead_directions
-from analysis.families import dead_parameters, families
-from analysis.leaderboard import leaderboard
-from analysis.results import scan
-from analysis.trajectory import angle, trajectory
-from analysis.trend import checkpoints
-from suite.schema import KEY, to_table
+from deadbench.analysis.dead import dead_directions
+from deadbench.analysis.families import dead_parameters, families
+from deadbench.analysis.leaderboard import leaderboard
+from deadbench.analysis.results import scan
+from deadbench.analysis.trajectory import angle, trajectory
+from deadbench.analysis.trend import checkpoints
+from deadbench.suite.schema import KEY, to_table
 
 STORED = Path(__file__).parents[1] / "data"
 ARCHITECTURE = {"final_norm": "norm", "hidden_size": 4, "num_blocks": 2, "num_parameters": 100}

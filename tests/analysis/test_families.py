@@ -2,9 +2,9 @@ import math
 
 import pytest
 
-from analysis.claims import CLAIMS
-from analysis.families import SCHEMA, collapsed_blocks, confusion, families
-from analysis.results import scan
+from deadbench.analysis.claims import CLAIMS
+from deadbench.analysis.families import SCHEMA, collapsed_blocks, confusion, families
+from deadbench.analysis.results import scan
 
 
 def claim(frame, rows, claim_id):

@@ -7,10 +7,10 @@ import polars as pl
 import pytest
 from rich.console import Console
 
-from analysis.cells import magnitude, text
-from analysis.formats import render, rich_table
-from analysis.leaderboard import leaderboard
-from analysis.results import ResultsError
+from deadbench.analysis.cells import magnitude, text
+from deadbench.analysis.formats import render, rich_table
+from deadbench.analysis.leaderboard import leaderboard
+from deadbench.analysis.results import ResultsError
 
 EVIL = "<script>alert(1)</script> | [red]x[/red]\n`y` \x1b[31m"
 

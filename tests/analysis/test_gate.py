@@ -3,8 +3,9 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 
-from analysis.compare import compare
-from analysis.gate import DEFAULT, Gate, GateError, broken, github_summary, headline, judge, junit, load_gate, unjudged
+from deadbench.analysis.compare import compare
+from deadbench.analysis.gate import DEFAULT, Gate, GateError, broken, judge, load_gate, unjudged
+from deadbench.analysis.pages.gate_report import github_summary, headline, junit
 from tests.conftest import ROOT
 
 EVIL = "<script>|x\x00</testcase>"

@@ -1,7 +1,7 @@
 import pytest
 
-from analysis.leaderboard import COLUMNS, SORTABLE, leaderboard
-from analysis.results import ResultsError
+from deadbench.analysis.leaderboard import COLUMNS, SORTABLE, leaderboard
+from deadbench.analysis.results import ResultsError
 
 
 def board(frame, rows, *columns, **options):

@@ -4,8 +4,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from analysis.results import ResultsError, latest, scan
-from suite.schema import arrow_schema, to_table
+from deadbench.analysis.results import ResultsError, latest, scan
+from deadbench.suite.schema import arrow_schema, to_table
 
 
 def test_scan_reads_every_file_with_our_columns(result_set, read):

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from analysis.results import ResultsError
-from analysis.training_plots import trend_plot
-from analysis.trend import change_point, checkpoints, first_failing, sparkline, summary
+from deadbench.analysis.plots.training import trend_plot
+from deadbench.analysis.results import ResultsError
+from deadbench.analysis.trend import change_point, checkpoints, first_failing, sparkline, summary
 
 
 @pytest.fixture

@@ -12,12 +12,12 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 
-from analysis.compare import compare
-from analysis.families import families
-from analysis.leaderboard import leaderboard
-from analysis.report import write_report
-from analysis.results import collected, scan
-from suite.schema import KEY, arrow_schema
+from deadbench.analysis.compare import compare
+from deadbench.analysis.families import families
+from deadbench.analysis.leaderboard import leaderboard
+from deadbench.analysis.pages.report import write_report
+from deadbench.analysis.results import collected, scan
+from deadbench.suite.schema import KEY, arrow_schema
 from tests.conftest import ROOT
 
 NUM_READS = 100_000

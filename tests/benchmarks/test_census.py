@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from runners.census import new_outcome, take_census
-from runners.census_worker import census_row
-from runners.store import ResultStore
+from deadbench.runners.census.census import new_outcome, take_census
+from deadbench.runners.census.worker import census_row
+from deadbench.runners.results.store import ResultStore
 from tests.runners.many_checkpoints import serving, sparse_checkpoint
 
 pytestmark = [

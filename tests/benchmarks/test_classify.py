@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import ROOT, save_tiny
-from tests.suite.test_architecture import CASES
+from tests.suite.architectures.test_locate import CASES
 
 # Command-R's shape: 35 B parameters, 70 GB in 30 shards.
 COHERE = {
@@ -95,14 +95,14 @@ def hundred(tmp_path_factory):
 def _bare_class(raw):
     import transformers
 
-    from suite.architecture import build_config
+    from deadbench.suite.architectures.build import build_config
 
     return transformers.MODEL_MAPPING[type(build_config(raw))].__name__
 
 
 def classify(*arguments):
     """A whole process of the command line; returns what it prints of each source."""
-    command = [sys.executable, "-m", "runners", "classify", "--json", *map(str, arguments)]
+    command = [sys.executable, "-m", "deadbench", "classify", "--json", *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     return json.loads(done.stdout)["sources"]
 

@@ -12,8 +12,8 @@ import time
 import polars as pl
 import pytest
 
-from tests.runners.test_engines_agree import read_apart
-from tests.runners.test_vllm import needs_vllm
+from tests.runners.engines.test_engines_agree import read_apart
+from tests.runners.engines.test_vllm import needs_vllm
 
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
          "num_key_value_heads": 2, "vocab_size": 256}  # fmt: skip
@@ -52,11 +52,13 @@ def pass_seconds(rank, meeting, config, rounds, answers):
     """On one rank: best seconds of a forward pass over 4D tokens, bare and with every tap read."""
     import torch
 
-    from runners.parallel import ParallelEngine, join_group
-    from runners.torch_engine import Blocks
-    from suite.architecture import block_list, build_config
-    from suite.inputs import token_batches
-    from suite.residual import ResidualRead
+    from deadbench.runners.cluster.group import join_group
+    from deadbench.runners.engines.base import Blocks
+    from deadbench.runners.engines.tensor_parallel import ParallelEngine
+    from deadbench.suite.architectures.build import build_config
+    from deadbench.suite.architectures.parts import block_list
+    from deadbench.suite.inputs.tokens import token_batches
+    from deadbench.suite.reads.residual import ResidualRead
 
     torch.set_num_threads(1)
     group = join_group(rank, 2, meeting)

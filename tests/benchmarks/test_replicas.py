@@ -4,16 +4,18 @@ import pytest
 import torch
 from torch import nn
 
-from runners.checkpoints import Checkpoint, Position
-from runners.driver import Settings, execute
-from runners.jobs import Overrides, build_jobs
-from runners.progress import Reporter
-from runners.store import ResultStore
-from suite.final_norm import FinalNormRead
-from suite.norms import live_norm, probe
-from suite.ranks import Ranks
-from suite.registry import load_registry
-from suite.residual import ResidualRead
+from deadbench.runners.driver.driver import execute
+from deadbench.runners.driver.loop import Settings
+from deadbench.runners.jobs.build import build_jobs
+from deadbench.runners.jobs.job import Overrides
+from deadbench.runners.reporting.progress import Reporter
+from deadbench.runners.results.store import ResultStore
+from deadbench.runners.worker.saved_state import Checkpoint, Position
+from deadbench.suite.architectures.kernel_test import live_norm, probe
+from deadbench.suite.ranks import Ranks
+from deadbench.suite.reads.final_norm import FinalNormRead
+from deadbench.suite.reads.residual import ResidualRead
+from deadbench.suite.registry.loading import load_registry
 
 MODEL = "{model_type: gpt2, n_embd: 512, n_layer: 6, n_head: 8, vocab_size: 8192}"
 

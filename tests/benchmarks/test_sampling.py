@@ -18,8 +18,9 @@ DRAWS, CHAINS, BATCH, LENGTH = 50, 2, 4, 128
 
 @pytest.mark.benchmark(group="degeneracy of a twin")
 def test_dead_parameters_counted(benchmark):
-    from suite.parameters import list_norms, read_parameters
-    from suite.sources import Checkpoint
+    from deadbench.suite.checkpoints.checkpoint import Checkpoint
+    from deadbench.suite.reads.norms_table import list_norms
+    from deadbench.suite.reads.parameters import read_parameters
 
     def count():
         checkpoint = Checkpoint(str(SOURCE))
@@ -36,7 +37,7 @@ def test_learning_coefficient_sampled(benchmark, learning_rate):
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    corpus = resources.files("suite").joinpath("data/corpus.txt").read_text(encoding="utf-8")
+    corpus = resources.files("deadbench.suite").joinpath("data/corpus.txt").read_text(encoding="utf-8")
     ids = AutoTokenizer.from_pretrained(SOURCE)(corpus[:400_000], verbose=False)["input_ids"]
     starts = range(0, len(ids) - LENGTH, LENGTH)
     data = Dataset.from_dict({"input_ids": [ids[i : i + LENGTH] for i in starts]}).with_format("torch")

@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from runners.torch_engine import BATCH_TOKENS, Blocks, TorchEngine
-from suite.architecture import build_config, build_model, find_final_norm
-from suite.final_norm import FinalNormRead
-from suite.inputs import token_batches
-from suite.norms import live_norm
-from suite.residual import ResidualRead
-from suite.spectrum import CovarianceFactor
+from deadbench.runners.engines.base import BATCH_TOKENS, Blocks
+from deadbench.runners.engines.resident import TorchEngine
+from deadbench.suite.architectures.build import build_config, build_model
+from deadbench.suite.architectures.kernel_test import live_norm
+from deadbench.suite.architectures.locate import find_final_norm
+from deadbench.suite.inputs.tokens import token_batches
+from deadbench.suite.reads.final_norm import FinalNormRead
+from deadbench.suite.reads.residual import ResidualRead
+from deadbench.suite.spectra.covariance import CovarianceFactor
 
 GPT2_TOKENS = 16_384
 

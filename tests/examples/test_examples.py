@@ -8,11 +8,11 @@ import pytest
 import torch
 import transformers
 
-from runners.directions_file import export_directions
-from suite.architecture import build_config, published_class
-from suite.nullity import trace_published
+from deadbench.runners.results.directions_file import export_directions
+from deadbench.suite.architectures.build import build_config, published_class
+from deadbench.suite.reads.dead_parameters import trace_published
 from tests.conftest import ROOT, TWINS
-from tests.suite.test_nullity import ARCHITECTURES, randomised, vit_or_token_inputs
+from tests.suite.reads.test_dead_parameters import ARCHITECTURES, randomised, vit_or_token_inputs
 
 sys.path.insert(0, str(ROOT / "examples"))
 

@@ -2,7 +2,7 @@
 
 import random
 
-from runners.schedule import Demand, Node, Running, decide
+from deadbench.runners.cluster.schedule import Demand, Node, Running, decide
 
 POWERS, SHARED, ANY = (1, 2, 4, 8), (0.125, 0.25, 0.5, 1, 1, 2, 4, 8), tuple(range(1, 9))
 

@@ -13,13 +13,15 @@ from pathlib import Path
 
 import polars as pl
 
-from runners import actors
-from runners.driver import Settings, execute, new_run_id
-from runners.events import Finished, Progress, to_tables
-from runners.jobs import ModelJob, Overrides, ReadJob, build_jobs
-from runners.progress import Reporter
-from runners.store import ResultStore
-from suite.registry import load_registry
+from deadbench.runners.cluster import actors
+from deadbench.runners.driver.driver import execute, new_run_id
+from deadbench.runners.driver.loop import Settings
+from deadbench.runners.jobs.build import build_jobs
+from deadbench.runners.jobs.events import Finished, Progress, to_tables
+from deadbench.runners.jobs.job import ModelJob, Overrides, ReadJob
+from deadbench.runners.reporting.progress import Reporter
+from deadbench.runners.results.store import ResultStore
+from deadbench.suite.registry.loading import load_registry
 
 READS = ("random", "functional")
 SHARES = (0.25, 0.5, 1.0, 1.0, 2.0)
@@ -58,7 +60,7 @@ def sleeping(seconds: float):
     def make(options):
         import ray
 
-        from runners.processes import mark_process
+        from deadbench.runners.cluster.processes import mark_process
 
         class ModelActor:
             def __init__(self, token):

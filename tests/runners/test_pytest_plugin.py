@@ -28,7 +28,7 @@ def project(tmp_path):
     (tmp_path / "test_own.py").write_text("def test_own():\n    pass\n")
 
     def run(*arguments):
-        command = [sys.executable, "-m", "pytest", "-p", "runners.pytest_plugin", "-q", *arguments]
+        command = [sys.executable, "-m", "pytest", "-p", "deadbench.runners.pytest_plugin", "-q", *arguments]
         environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
         return subprocess.run(
             [*command, "-p", "pytest_benchmark.plugin"], cwd=tmp_path, env=environment, text=True, capture_output=True
@@ -82,7 +82,7 @@ def test_a_bad_registry_is_a_usage_error(project, tmp_path):
 
 def test_unused_it_imports_nothing_heavy(project, tmp_path):
     script = (
-        "import sys, pytest; code = pytest.main(['-q', '-p', 'runners.pytest_plugin', 'test_own.py']); "
+        "import sys, pytest; code = pytest.main(['-q', '-p', 'deadbench.runners.pytest_plugin', 'test_own.py']); "
         "heavy = {'torch', 'ray', 'polars', 'yaml', 'typer', 'numpy'} & set(sys.modules); "
         "sys.exit(code or ', '.join(heavy) or 0)"
     )

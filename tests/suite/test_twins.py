@@ -8,8 +8,8 @@ import sys
 import pytest
 from safetensors.numpy import load_file
 
-from suite.twins import CHECKPOINT_STEPS
-from suite.twins import TWINS as SPECS
+from deadbench.suite.twins import CHECKPOINT_STEPS
+from deadbench.suite.twins import TWINS as SPECS
 from tests.conftest import TWINS
 
 
@@ -26,7 +26,7 @@ def test_training_is_bit_reproducible(twin, tmp_path):
     code = (
         "import suite.twins as t, sys; from pathlib import Path; from importlib import resources\n"
         "t.CHECKPOINT_STEPS = (0, 16)\n"
-        "corpus = resources.files('suite').joinpath('data/corpus.txt').read_text(encoding='utf-8')\n"
+        "corpus = resources.files('deadbench.suite').joinpath('data/corpus.txt').read_text(encoding='utf-8')\n"
         f"t.train_twin({twin!r}, Path(sys.argv[1]), corpus)\n"
     )
     runs = [

@@ -1,0 +1,1 @@
+"""What is read outside a terminal: the report, the published data card, gate reports."""

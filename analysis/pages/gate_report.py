@@ -1,0 +1,71 @@
+"""A judged comparison for people and CI systems: one line, GitHub's summary, JUnit XML."""
+
+import xml.etree.ElementTree as ElementTree
+
+import polars as pl
+
+from deadbench.analysis.cells import one_line, text
+from deadbench.analysis.formats import render
+from deadbench.analysis.gate import BROKEN, broken
+
+_SUMMARY_COLUMNS = [
+    "verdict", "model", "revision", "read", "metric", "baseline", "candidate", "change", "allowed", "detail",
+]  # fmt: skip
+
+
+def headline(judged: pl.DataFrame) -> str:
+    """`deadbench gate: 2 of 48 checks broke`."""
+    count = len(broken(judged))
+    outcome = f"{count} of {len(judged)} checks broke" if count else f"all {len(judged)} checks passed"
+    return f"deadbench gate: {outcome}"
+
+
+def github_summary(judged: pl.DataFrame) -> str:
+    """GitHub-flavoured Markdown: the headline, and a table of what broke."""
+    failures = broken(judged)
+    mark = "❌" if len(failures) else "✅"
+    lines = [f"### {mark} {headline(judged)}"]
+    if len(failures):
+        columns = [
+            "verdict",
+            "model",
+            "revision",
+            "read",
+            "metric",
+            "baseline",
+            "candidate",
+            "change",
+            "allowed",
+            "detail",
+        ]
+        lines += ["", render({"compare": failures.select(columns)}, "md")]
+    return "\n".join(lines) + "\n"
+
+
+def junit(judged: pl.DataFrame) -> str:
+    """JUnit XML: a suite a model, a case each check; what broke is a failure."""
+    root = ElementTree.Element("testsuites", name="deadbench gate")
+    for (model,), checks in judged.group_by("model", maintain_order=True):
+        count = len(broken(checks))
+        suite = ElementTree.SubElement(
+            root, "testsuite", name=one_line(str(model)), tests=str(len(checks)), failures=str(count)
+        )
+        for row in checks.iter_rows(named=True):
+            place = " ".join(one_line(str(row[name])) for name in ("revision", "read") if row[name] is not None)
+            case = ElementTree.SubElement(
+                suite,
+                "testcase",
+                classname=one_line(f"{model}"),
+                name=f"{place} seed {row['seed']}: {row['metric'] or 'read'}",
+            )
+            if row["verdict"] in BROKEN:
+                message = _said(row)
+                ElementTree.SubElement(case, "failure", type=row["verdict"], message=message).text = message
+    ElementTree.indent(root)
+    return ElementTree.tostring(root, encoding="unicode", xml_declaration=True)
+
+
+def _said(row: dict[str, object]) -> str:
+    values = [f"{name} {text('lambda_v' if row['metric'] == 'lambda_v' else name, row[name])}"
+              for name in ("baseline", "candidate", "change", "allowed") if row[name] is not None]  # fmt: skip
+    return one_line(", ".join([str(row["verdict"]), *values, *([str(row["detail"])] if row["detail"] else [])]))

@@ -1,0 +1,210 @@
+"""One self-contained page: leaderboard, claims, plots. It loads nothing from a network and escapes all user strings."""
+
+import contextlib
+import json
+import os
+import re
+import uuid
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from deadbench.analysis.dead import dead_directions
+from deadbench.analysis.families import collapsed_blocks, confusion, dead_parameters, families
+from deadbench.analysis.formats import environment, html_rows
+from deadbench.analysis.leaderboard import leaderboard
+from deadbench.analysis.lines import failed_reads
+from deadbench.analysis.plots.models import MAX_MODELS, Spec, depth_plot, size_plot, slope_plot
+from deadbench.analysis.plots.spectra import MAX_SPECTRA, block_plot, spectra_plot
+from deadbench.analysis.plots.training import training_plot, turning_plot
+from deadbench.analysis.results import collected, latest, scan
+
+MAX_ROWS = 500  # of a table on the page; the commands list everything
+CLAIM_COLUMNS = [
+    "statement", "num_models", "num_hold", "holds", "failing", "threshold", "value_median", "value_low", "value_high",
+    "value_min", "value_max", "value_margin", "value_seed_spread", "value_token_error", "unit",
+]  # fmt: skip
+DEAD_COLUMNS = [
+    "model", "revision", "read", "site", "coordinates", "weights", "depth", "at_random", "opened_step",
+    "in_checkpoints", "num_checkpoints", "in_runs", "num_runs",
+]  # fmt: skip
+FAILED_COLUMNS = ["model", "revision", "read", "protocol", "attempt", "finished_at", "error"]
+
+
+Plot = tuple[str, str, Spec]  # title, caption, specification
+
+
+def write_report(locations: str | Sequence[str], out: Path) -> list[tuple[str, Spec]]:
+    """Write the report of the result sets at `locations` to `out`, whole or not at all; returns its plots by title.
+
+    Raises:
+        ResultsError: no readable result set.
+        OSError: `out` cannot be written.
+    """
+    page, plots = report_page(locations)
+    out = out.resolve()  # a link stays a link
+    aside = out.parent / f".{out.name}-{uuid.uuid4().hex[:8]}"
+    try:
+        with aside.open("x", encoding="utf-8") as file:
+            file.write(page)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, out)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise
+    return [(title, spec) for title, _, spec in plots]
+
+
+def report_page(locations: str | Sequence[str]) -> tuple[str, list[Plot]]:
+    """The page as text, and its plots."""
+    reads = collected(scan(locations)).lazy()
+    blocks = collected(scan(locations, "blocks")).lazy()
+    spectra, norms = scan(locations, "spectra"), scan(locations, "norms")
+    board, claims = leaderboard(reads), families(reads, scan(locations, "functional"))
+    dead = dead_directions(reads, norms, spectra, blocks)
+    # Errors have a table of their own.
+    unsaid = {"error"} if board["status"].ne_missing("ok").any() else {"error", "status"}
+    unsaid |= {name for name in board.columns if _is_empty(board[name])}
+    plots = _plots(reads, blocks, spectra, norms)
+    page = (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            library=_vega(),
+            facts=provenance(locations, reads),
+            tiles=_tiles(board, claims),
+            leaderboard=_table(board.drop(name for name in board.columns if name in unsaid)),
+            claims=_table(claims.select(CLAIM_COLUMNS)),
+            confusion=_table(confusion(reads)),
+            dead_parameters=_table(dead_parameters(reads)),
+            dead=_table(dead.filter(pl.col("verdict") == "learned").select(DEAD_COLUMNS)),
+            collapsed=_table(collapsed_blocks(reads, blocks).drop("state", "sigma_min", "num_blocks")),
+            failed=_table(collected(failed_reads(reads).select(FAILED_COLUMNS))),
+            plots=plots,
+            specs=script_json([spec for _, _, spec in plots]),
+        )
+    )
+    return page, plots
+
+
+def script_json(value: Any) -> str:
+    """JSON that is safe inside a script element: no `<` could end the element or open a comment."""
+    return json.dumps(value, allow_nan=False).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def provenance(locations: str | Sequence[str], reads: pl.LazyFrame) -> dict[str, str]:
+    """Where the numbers come from: result set, number of reads, runs, dates, devices, versions."""
+    places = [locations] if isinstance(locations, str) else locations
+    frame = collected(latest(reads))
+    ok = frame.filter(pl.col("status") == "ok")
+    first, final = frame["started_at"].min(), frame["finished_at"].max()
+    runs = frame["run_id"].drop_nulls().unique().sort().to_list()
+    dates = [f"{moment:%Y-%m-%d %H:%M} UTC" for moment in (first, final) if moment is not None]  # type: ignore[str-bytes-safe]
+    return {
+        # A URI may carry a password, and the page may be published.
+        "results": ", ".join(re.sub(r"//[^/@]*@", "//", place) for place in places),
+        "reads": f"{len(ok)} ok, {len(frame) - len(ok)} failed, of {frame['model'].n_unique()} models",
+        "runs": f"{len(runs)}: {', '.join(runs[:5])}{', …' if len(runs) > 5 else ''}",
+        "dates": " to ".join(dict.fromkeys(dates)) or "-",
+        "protocols": _listed(frame, ["protocol", "dtype"]),
+        "inputs": _listed(ok, ["input"]),
+        "tokens": _range(ok["num_tokens"]),
+        "devices": ", ".join(ok["device"].drop_nulls().unique().sort()) or "-",
+        "versions": _versions(ok["versions"].drop_nulls().unique().sort().to_list()) or "-",
+    }
+
+
+def _listed(frame: pl.DataFrame, names: list[str], limit: int = 8) -> str:
+    joined = pl.concat_str(names, separator=" ", ignore_nulls=True).alias("text")
+    found = frame.select(joined.replace("", None).drop_nulls().unique().sort())["text"].to_list()
+    return ", ".join(found[:limit]) + (", …" if len(found) > limit else "") or "-"
+
+
+def _range(counts: pl.Series) -> str:
+    if (counts := counts.drop_nulls()).is_empty():
+        return "-"
+    return " to ".join(dict.fromkeys(f"{value:,}" for value in counts.sort().gather([0, -1]).to_list()))
+
+
+def _tiles(board: pl.DataFrame, claims: pl.DataFrame) -> list[tuple[str, str]]:
+    """The page in four numbers."""
+    tested = claims.filter(pl.col("num_models") > 0)
+    depths = board["depth"].drop_nulls().to_list()
+    return [
+        (str(board["model"].n_unique()), "models"),
+        (f"{tested['holds'].sum()} of {len(tested)}", "claims hold on all models tested"),
+        (f"{max(depths):.1f}" if depths else "-", "decades, the deepest"),
+        (str(int((board["num_learned"].fill_null(0) > 0).sum())), "models with learned dead directions"),
+    ]
+
+
+@cache
+def _vega() -> str:
+    """Vega, Vega-Lite and Vega-Embed as one script, of the version that Altair writes for."""
+    import altair as alt
+    import vl_convert
+
+    version = ".".join(alt.SCHEMA_VERSION.split(".")[:2])
+    return str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=version)).replace(
+        "</script", "<\\/script"
+    )
+
+
+def _versions(stored: list[str]) -> str:
+    """`torch 2.13.0, ray 2.60.0`; where the reads differ, all versions of a package."""
+    found: dict[str, set[str]] = {}
+    for text in stored:
+        with contextlib.suppress(ValueError, AttributeError):
+            for package, version in json.loads(text).items():
+                found.setdefault(str(package), set()).add(str(version))
+    return ", ".join(f"{package} {' and '.join(sorted(versions))}" for package, versions in found.items())
+
+
+def _plots(reads: pl.LazyFrame, blocks: pl.LazyFrame, spectra: pl.LazyFrame, norms: pl.LazyFrame) -> list[Plot]:
+    """The plots that have something to show."""
+    plots = [
+        (
+            "Spectra of the final norm",
+            "Eigenvalues of the output's covariance, the largest left, the bottom one right; a diamond is the variance "
+            "along v. A LayerNorm's curve falls into its kernel at the last place. The amber band is where float32 "
+            "rounding is expected to fill a LayerNorm's kernel, by the closed form; in the grey one no accumulator "
+            "certifies an eigenvalue. Hover for values, click a name to single it out. "
+            f"({MAX_SPECTRA} models at most, the deepest of each family.)",
+            spectra_plot(reads, spectra),
+        ),
+        (
+            "Residual stream, block to block",
+            "The smallest singular value over the median one at each tap; dotted, the rounding floor. A cross is a "
+            "block that collapsed a direction. Few distinct inputs limit the rank at the embedding: no dead direction.",
+            block_plot(reads, blocks),
+        ),
+        (
+            "Depth",
+            "Each model at random initialisation (circle) and after training (diamond). "
+            f"(The {MAX_MODELS} deepest at most.)",
+            depth_plot(reads),
+        ),
+        ("Depth against size", "One point a model, coloured by what its norm does.", size_plot(reads)),
+        ("From random to trained", "The models that were read both ways.", slope_plot(reads)),
+        ("Depth over training", "Every checkpoint of the models that have several.", training_plot(reads, "depth")),
+        ("Variance along v over training", "The same checkpoints: lambda_v.", training_plot(reads, "lambda_v")),
+        (
+            "Turning of v over training",
+            "Degrees between v at each checkpoint and at the first, from the parameters alone.",
+            turning_plot(reads, norms),
+        ),
+    ]
+    return [(title, caption, spec) for title, caption, spec in plots if spec is not None]
+
+
+def _table(frame: pl.DataFrame) -> dict[str, Any]:
+    return html_rows(frame.head(MAX_ROWS)) | {"left_out": max(0, len(frame) - MAX_ROWS)}
+
+
+def _is_empty(column: pl.Series) -> bool:
+    return len(column) > 0 and column.null_count() == len(column)

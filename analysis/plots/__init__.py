@@ -1,0 +1,1 @@
+"""Plots of models, spectra and training, and their export as files."""

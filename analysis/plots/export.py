@@ -1,0 +1,55 @@
+"""Plots as files of their own: svg or png."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from deadbench.analysis.plots.models import Spec
+from deadbench.analysis.results import ResultsError
+
+WIDTH = 860  # pixels; on the page a plot is as wide as the window
+FORMATS = ("svg", "png")
+# As on the page in its light theme.
+_CONFIG = {
+    "background": "white",
+    "view": {"stroke": "#d8dee4"},
+    "axis": {"gridColor": "#d8dee4", "gridOpacity": 0.6, "titleFontWeight": "normal", "labelLimit": 420},
+    "legend": {"labelLimit": 330, "columns": 2, "titleFontWeight": "normal"},
+}
+
+
+def save_plots(plots: Iterable[tuple[str, Spec]], folder: Path, format: str) -> list[Path]:
+    """Each (title, specification) as `folder/spectra-of-the-final-norm.svg`; returns the paths.
+
+    Raises:
+        ResultsError: see `save_plot`.
+    """
+    folder.mkdir(exist_ok=True)
+    paths = []
+    for title, spec in plots:
+        paths.append(folder / f"{re.sub(r'[^a-z0-9]+', '-', title.lower()).strip('-')}.{format}")
+        save_plot(spec, paths[-1])
+    return paths
+
+
+def save_plot(spec: Spec, path: Path) -> None:
+    """One plot, in the format of the file's ending.
+
+    Raises:
+        ResultsError: another ending than svg or png.
+    """
+    import altair as alt
+    import vl_convert
+
+    format = path.suffix.removeprefix(".").lower()
+    if format not in FORMATS:
+        raise ResultsError(f"{path}: a plot is written as {' or '.join(FORMATS)}; end the file's name so")
+    fixed = {name: value for name, value in spec.items() if name != "autosize"}
+    if fixed.get("width") == "container":
+        fixed["width"] = WIDTH
+    fixed["config"] = fixed.get("config", {}) | _CONFIG
+    version = ".".join(alt.SCHEMA_VERSION.split(".")[:2])
+    if format == "svg":
+        path.write_text(vl_convert.vegalite_to_svg(fixed, vl_version=version), encoding="utf-8")
+    else:
+        path.write_bytes(vl_convert.vegalite_to_png(fixed, vl_version=version, scale=2))

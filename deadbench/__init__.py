@@ -1,0 +1,120 @@
+"""Dead directions of transformers, from Python.
+
+    import deadbench
+
+    deadbench.classify("./my-checkpoint")["family"]  # 'layernorm', from its parameters alone
+    reads = deadbench.scan("results/quick")  # a polars.LazyFrame; deadbench.scan(RESULTS, "spectra") another table
+    deadbench.leaderboard("results/quick")  # what the command of that name shows, as a polars.DataFrame
+
+Importing this costs nothing: torch, polars and the rest wait until a function needs them. A caller's mistake is a
+`ValueError` of one line. The functions here are the interface; what lies below them may move.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    __version__: str
+
+__all__ = ["__version__", "classify", "compare", "families", "leaderboard", "scan", "trend"]
+
+if not (Path(__file__).parent / "suite").is_dir():  # a clone whose links were lost on the way, as in a zip archive
+    __path__.append(str(Path(__file__).parents[1]))
+
+
+def classify(source: str | Path) -> dict[str, Any]:
+    """Normalisation family, final norm and predicted depth of one checkpoint, from its parameters alone.
+
+    `source` is a folder, a Hub id (`org/name[@revision]`) or a URL; only configuration, headers and the final norm's
+    tensors are read. Returns the object that `deadbench classify --json` prints for it: a checkpoint that cannot be
+    read raises nothing, its `error` is one line and the other fields are None.
+
+    Example: `deadbench.classify("openai-community/gpt2")["scale_harmonic"]`
+    """
+    from deadbench.suite.reads.classify import classify as classify_one
+
+    return classify_one(str(source))[0]
+
+
+def scan(results: str | Path | Sequence[str | Path], table: str = "reads") -> "pl.LazyFrame":
+    """A table of one result set, or of several: `reads`, `spectra`, `blocks`, `norms` or `functional`, all its rows.
+
+    Raises:
+        ValueError: no such table, or no result set there.
+
+    Example: `deadbench.scan("results/quick").filter(status="ok").select("model", "depth").collect()`
+    """
+    from deadbench.analysis.results import scan as scan_all
+
+    return scan_all(str(results) if isinstance(results, str | Path) else [str(each) for each in results], table)
+
+
+def leaderboard(results: str | Path, *, sort: str = "depth", family: str | None = None) -> "pl.DataFrame":
+    """Models ranked by the depth of their dead direction, in decades; like protocols and precisions together.
+
+    Raises:
+        ValueError: no result set, or no such column or family.
+
+    Example: `deadbench.leaderboard("results/quick", family="layernorm").head(3)`
+    """
+    from deadbench.analysis.leaderboard import leaderboard as rank
+
+    return rank(scan(results), sort=sort, family=family)
+
+
+def families(results: str | Path) -> "pl.DataFrame":
+    """Each claim about the normalisation families as a row, with how many models can be tested and how many hold it.
+
+    Raises:
+        ValueError: no result set.
+
+    Example: `deadbench.families("results/quick").filter(holds=False)`
+    """
+    from deadbench.analysis.families import families as judge
+
+    return judge(scan(results), scan(results, "functional"))
+
+
+def compare(baseline: str | Path, candidate: str | Path, *, gate: str | Path | None = None) -> "pl.DataFrame":
+    """Every metric of every read of `baseline` beside that of `candidate`; each is RESULTS or RESULTS@REVISION.
+
+    With `gate`, a gate.yaml, its checks instead: a row each, with `verdict` and what was `allowed`.
+
+    Raises:
+        ValueError: no result set, protocols that do not compare, or a gate file that does not hold.
+
+    Example: `deadbench.compare("results/main", "results/branch").filter(verdict="changed")`
+    """
+    from deadbench.analysis.compare import METRICS, open_side
+    from deadbench.analysis.compare import compare as differences
+    from deadbench.analysis.gate import judge, load_gate
+
+    sides = open_side(str(baseline)), open_side(str(candidate))
+    if gate is None:
+        return differences(*sides, METRICS)
+    rules = load_gate(Path(gate))
+    return judge(differences(*sides, rules.scales()), rules)
+
+
+def trend(results: str | Path, model: str, *, metrics: Sequence[str] | None = None) -> "pl.DataFrame":
+    """The reads of `model`, one a checkpoint, in training order; `metrics` are columns of `reads`.
+
+    Raises:
+        ValueError: no result set, no such model in it, or a metric that is no numeric column.
+
+    Example: `deadbench.trend("results/quick", "twin-layernorm")["depth"].to_list()`
+    """
+    from deadbench.analysis.trend import METRICS, checkpoints
+
+    return checkpoints(scan(results), model, metrics or METRICS)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from deadbench.runners.results.versions import own_version
+
+        return own_version()
+    raise AttributeError(f"module 'deadbench' has no attribute {name!r}")

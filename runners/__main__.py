@@ -1,5 +1,0 @@
-"""`python -m runners` is `deadbench`."""
-
-from runners.cli import main
-
-main()

@@ -1,0 +1,1 @@
+"""The parameters-only read over thousands of checkpoints, on Ray Data."""

@@ -1,0 +1,133 @@
+"""What a census worker does: the parameters-only read of one source after another, by the atlas, without torch.
+
+A source that cannot be read is a row with its error. What a host says of its limits is heard by all workers.
+"""
+
+import asyncio
+import hashlib
+import json
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from deadbench.runners.results.versions import versions
+from deadbench.suite.checkpoints.checkpoint import Checkpoint, checkpoint_step, identify
+from deadbench.suite.checkpoints.rate_limits import LIMITS
+from deadbench.suite.reads.parameters import ParametersRead, read_parameters
+from deadbench.suite.schema import READ_VERSION, Row, to_table
+from deadbench.suite.secrets import scrubbed
+
+PROTOCOL = "census"  # less than `run --reads parameters` stores: no norms but the final one, no count of parameters
+PROTOCOL_HASH = hashlib.sha256(
+    json.dumps({"read": "parameters", "protocol": PROTOCOL, "version": READ_VERSION["parameters"]}).encode()
+).hexdigest()[:12]
+_LONGEST_WAIT_SECONDS, _REFUSALS = 900.0, 1000  # a census has time: a limit is waited for, not reported
+
+
+class PauseBoard:
+    """Where workers on any node tell each other which hosts want to be left alone; an actor."""
+
+    def __init__(self) -> None:
+        self._pauses: list[tuple[str, float]] = []  # host, until when
+        self._news = asyncio.Condition()
+
+    async def tell(self, host: str, seconds: float) -> None:
+        """A host wants nobody to ask for so long."""
+        async with self._news:
+            self._pauses.append((host, time.monotonic() + seconds))
+            self._news.notify_all()
+
+    async def hear(self, known: int) -> list[tuple[str, float]]:
+        """The pauses after the first `known`, as (host, seconds left), as soon as there are any."""
+        async with self._news:
+            await self._news.wait_for(lambda: len(self._pauses) > known)
+            return [(host, until - time.monotonic()) for host, until in self._pauses[known:]]
+
+
+class CensusWorker:
+    """Reads batches of sources, as Ray Data calls it: a column `source` in, rows of `reads` out."""
+
+    def __init__(self, run_id: str, base: Path, threads: int, board: Any):
+        """Read relative local sources below `base`, `threads` sources at once; `board` is the actor `PauseBoard`."""
+        self._run_id, self._base = run_id, base
+        self._threads = ThreadPoolExecutor(threads)
+        LIMITS.longest_wait, LIMITS.attempts = _LONGEST_WAIT_SECONDS, _REFUSALS
+        LIMITS.on_pause = lambda host, seconds: board.tell.remote(host, seconds)
+        threading.Thread(target=_listen, args=(board, LIMITS.pause), daemon=True).start()
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """The rows of a batch, in its order."""
+        sources = batch["source"].to_pylist()
+        return to_table("reads", list(self._threads.map(self._read, sources)))
+
+    def _read(self, source: str) -> Row:
+        return census_row(source, self._base, self._run_id)
+
+
+def census_row(source: str, base: Path, run_id: str) -> Row:
+    """The row of `reads` of one source; never raises for what a source holds."""
+    started_at = datetime.now(UTC)
+    measured: Row
+    try:
+        checkpoint = Checkpoint(source, base=base)
+        read = read_parameters(checkpoint)
+        if read.final.family == "undetermined":
+            raise ValueError(f"the final norm cannot be determined: {read.reason}")
+        measured = read.columns() | {"status": "ok", "error": read.reason, "dtype": read.stored_dtype}
+        measured["source_fingerprint"] = checkpoint.fingerprint(_opened(read))
+    except Exception as error:  # hostile files find what nobody foresaw; a census goes on
+        measured = failure(error)
+    return outline(source, base, run_id) | measured | {"started_at": started_at, "finished_at": datetime.now(UTC)}
+
+
+def outline(source: str, base: Path, run_id: str) -> Row:
+    """What is known of a source's row before it is read."""
+    model, revision = identify(source, base)
+    return {
+        "run_id": run_id,
+        "model": model,
+        "revision": revision,
+        "read": "parameters",
+        "seed": 0,
+        "protocol_hash": PROTOCOL_HASH,
+        "engine": None,
+        "source": scrubbed(source),
+        "checkpoint_step": checkpoint_step(revision or model.rsplit("/", 1)[-1]),
+        "protocol": PROTOCOL,
+        "versions": versions(),
+        "attempt": 1,
+    }
+
+
+def failure(error: BaseException | str) -> Row:
+    """Status and one-line error of a source that could not be read."""
+    text = scrubbed(" ".join(str(error).split()))[:500]
+    if not isinstance(error, ValueError | str):
+        text = f"{type(error).__name__}: {text}".rstrip(": ")
+    return {"status": "failed", "error": text}
+
+
+def _opened(read: ParametersRead) -> set[str]:
+    """The files that decided the answer."""
+    return {"config.json", *(entry.file for entry in read.entries.values())}
+
+
+def _listen(board: Any, pause: Callable[..., None]) -> None:
+    """Take over the pauses that others heard of, until the board is gone."""
+    import ray
+
+    known = 0
+    while True:
+        try:
+            news = ray.get(board.hear.remote(known))
+        except ray.exceptions.RayError:
+            return
+        known += len(news)
+        for host, seconds in news:
+            pause(host, seconds, heard=False)

@@ -1,0 +1,117 @@
+"""`deadbench census`: thousands of checkpoints by their parameters alone."""
+
+import contextlib
+import json
+import signal
+import sys
+import time
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from deadbench.runners.cli.console import EXIT_FALSE, Debug, Json, UserError, check_out
+
+if TYPE_CHECKING:
+    from deadbench.runners.census.census import Outcome
+
+
+_PLAIN_SECONDS = 10.0  # between two lines of progress where there is no terminal
+_SHOWN_ERRORS = 20
+
+
+def census(
+    sources_file: Annotated[
+        str, typer.Argument(metavar="SOURCES_FILE", help="One SOURCE a line; blank lines and # comments are left out.")
+    ],
+    out: Annotated[str, typer.Option(metavar="DIR_OR_URI", help="Result set to write or continue.")],
+    address: Annotated[str | None, typer.Option(help="Ray to join: local, auto, host:port. [default: local]")] = None,
+    resume: Annotated[bool, typer.Option("--resume/--fresh", help="Skip finished sources, or read them again.")] = True,
+    threads: Annotated[int, typer.Option(min=1, help="Sources that each CPU's process reads at once.")] = 16,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Family, final norm and predicted depth of thousands of checkpoints, on Ray Data; a row of `reads` for each.
+
+    Opens only headers, configurations and final norms' tensors; what cannot be read is a failed row. When a server
+    limits requests, all processes wait as long as it says. Given again, the command reads what is missing. Norms beside
+    the final one, and counts of parameters, are left to `run --reads parameters`.
+
+    Example: [bold]deadbench census sources.txt --out s3://bucket/census[/bold]
+    """
+    from deadbench.runners.census.census import list_sources, new_outcome, take_census, unfinished
+    from deadbench.runners.driver.driver import DriverError, connect
+    from deadbench.runners.results.store import ResultStore
+    from deadbench.suite.secrets import scrubbed
+
+    check_out(out)
+    sources = list_sources(sources_file)
+    store = ResultStore(out)
+    left = unfinished(sources, store) if resume else sources
+    outcome = new_outcome(len(sources), skipped=len(sources) - len(left))
+    if left:
+        import ray
+
+        try:
+            started_here = connect(address)
+        except DriverError as error:
+            raise UserError(str(error)) from error
+        previous = signal.signal(signal.SIGTERM, _interrupt)  # after ray.init, which installs its own
+        try:
+            with contextlib.redirect_stdout(sys.stderr):  # where Ray tells of workers that died
+                _show(take_census(left, store, outcome, threads), outcome)
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+            if started_here:
+                ray.shutdown()
+    if as_json:
+        told = {"run_id": outcome.run_id, "out": scrubbed(out), "sources": outcome.total, "ok": outcome.ok}
+        told |= {"failed": outcome.failed, "skipped": outcome.skipped, "seconds": outcome.seconds}
+        print(json.dumps(told | {"families": dict(outcome.families), "errors": outcome.errors}, indent=2))
+    else:
+        for each in outcome.errors[:_SHOWN_ERRORS]:
+            print(_explained(each), file=sys.stderr)
+        more = len(outcome.errors) - _SHOWN_ERRORS
+        if more > 0:
+            print(f"and {more} more, in the rows whose status is failed", file=sys.stderr)
+        print(f"{_counts(outcome)}, {outcome.skipped} already there; results in {scrubbed(out)}")
+    if outcome.failed:
+        raise typer.Exit(EXIT_FALSE)
+
+
+def _show(outcomes: "Iterable[Outcome]", outcome: "Outcome") -> None:
+    """Progress on stderr: one live line on a terminal, else a plain one every few seconds."""
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
+
+    console, last = Console(stderr=True, highlight=False), time.monotonic()
+    if console.is_terminal:
+        with Live(Text("starting"), console=console, transient=True) as live:
+            for _ in outcomes:
+                live.update(Text(_line(outcome)))
+        return
+    for _ in outcomes:
+        if time.monotonic() - last >= _PLAIN_SECONDS:
+            last = time.monotonic()
+            print(_line(outcome), file=sys.stderr)
+
+
+def _line(outcome: "Outcome") -> str:
+    read = outcome.ok + outcome.failed
+    rate = read / max(outcome.seconds, 1e-9)
+    left = outcome.total - outcome.skipped - read
+    return f"{_counts(outcome)} of {outcome.total - outcome.skipped}, {rate:.0f} sources/s, {left / rate:.0f} s left"
+
+
+def _counts(outcome: "Outcome") -> str:
+    return f"{outcome.ok} ok, {outcome.failed} failed"
+
+
+def _explained(each: dict[str, str]) -> str:
+    named = each["error"].startswith(each["source"])
+    return each["error"] if named else f"{each['source']}: {each['error']}"
+
+
+def _interrupt(signum: int, frame: Any) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,143 @@
+"""`deadbench classify` and `deadbench export`: what the parameters alone say."""
+
+import contextlib
+import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from deadbench.runners.cli.console import EXIT_FALSE, Debug, Json, UserError, console
+
+_CLASSIFY_THREADS = 8
+
+
+def classify(
+    sources: Annotated[
+        list[str] | None, typer.Argument(metavar="[SOURCE]...", help="Folder, Hub id (org/name[@rev]), or URL.")
+    ] = None,
+    save_direction: Annotated[
+        Path | None, typer.Option(metavar="FILE.safetensors", help="Write the inverse-scale directions (float64).")
+    ] = None,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Resolve by the modules' behaviour although the atlas has the architecture."),
+    ] = False,
+    module: Annotated[
+        str | None,
+        typer.Option(metavar="PACKAGE:CLASS", help="Your own norm class, imported and put to the kernel test."),
+    ] = None,
+    width: Annotated[int, typer.Option(min=2, help="Width that the class of --module is built with.")] = 64,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Normalisation family, final norm and dead direction of checkpoints, from their parameters alone.
+
+    Opens only headers, the configuration and the final norm's tensors.
+
+    Example: [bold]deadbench classify openai-community/gpt2 ./my-checkpoint --save-direction v.safetensors[/bold]
+    """
+    if module is not None:
+        if sources or save_direction is not None:
+            raise UserError("--module tests a class by itself; leave out SOURCE and --save-direction")
+        _classify_module(module, width, as_json)
+        return
+    if not sources:
+        raise UserError("Missing argument 'SOURCE...'; give a checkpoint, or --module package:Class")
+    from deadbench.suite.reads.classify import classify as classify_one
+
+    if save_direction is not None and not save_direction.resolve().parent.is_dir():
+        raise UserError(f"--save-direction {save_direction}: no such directory")
+    read: list[tuple[dict[str, Any], Any]] = []
+    with ThreadPoolExecutor(_CLASSIFY_THREADS) as pool:  # remote sources wait for their servers side by side
+        for source, result in zip(sources, pool.map(lambda s: classify_one(s, verify), sources), strict=True):
+            if len(sources) > 1 and sys.stderr.isatty():
+                print(f"{len(read) + 1}/{len(sources)} {source}", file=sys.stderr)
+            read.append(result)
+    results = [result for result, _ in read]
+    if save_direction is not None:
+        from deadbench.runners.results.directions_file import save_directions
+
+        save_directions(save_direction, read)
+    if as_json:
+        print(json.dumps({"sources": results}, indent=2))
+    else:
+        _print_classified(results)
+    if any(result["error"] for result in results):
+        raise typer.Exit(EXIT_FALSE)
+
+
+def export(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Folder, Hub id (org/name[@rev]), or URL.")],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="FILE.safetensors", help="File to write.")],
+    debug: Debug = False,
+) -> None:
+    """Dead directions of every norm of a checkpoint as safetensors, for other programs; from its parameters alone.
+
+    Each norm's inverse-scale direction, predicted dead subspace and shift, in float64; names in the metadata.
+
+    Example: [bold]deadbench export openai-community/gpt2 -o directions.safetensors[/bold]
+    """
+    from deadbench.runners.results.directions_file import export_directions
+
+    if not out.resolve().parent.is_dir():
+        raise UserError(f"--out {out}: no such directory")
+    print(f"{out}: {export_directions(source, out)} norms")
+
+
+def _print_classified(results: list[dict[str, Any]]) -> None:
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Column, Table
+
+    source, norm = Column("source", overflow="fold"), Column("final norm", overflow="fold", min_width=30)
+    headers = ("family", norm, "placement", "scale", "D", "zero", "depth", "bytes read")
+    table = Table(source, *headers, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for result in results:
+        if result["error"]:
+            table.add_row(escape(result["source"]), "-", escape(result["error"]))
+            continue
+        depth = result["depth_predicted"]
+        table.add_row(
+            escape(result["source"]),
+            result["family"],
+            escape(result["final_norm"] or "; ".join(result["evidence"]) or "-"),
+            *(str(result[name] or "-") for name in ("placement", "scale", "hidden_size")),
+            "-" if result["num_zero_scales"] is None else str(result["num_zero_scales"]),
+            "-" if depth is None else f"{depth:.2f}",
+            f"{result['bytes_read']:,} of {result['bytes_total']:,}",
+        )
+    console().print(table)
+
+
+def _classify_module(name: str, width: int, as_json: bool) -> None:
+    """Print what the kernel test finds in a user's own class; exit code 1 where it is no known normalisation."""
+    from deadbench.suite.architectures.kernel_test import kernel_dimension, load_norm_class, probe
+
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # the user's own folder, as with `python -m`
+    with contextlib.redirect_stdout(sys.stderr):  # what the user's code prints is no part of the answer
+        module = load_norm_class(name, width)
+        found, dimension = probe(module, width), kernel_dimension(module, width)
+    facts = {
+        "module": name,
+        "family": found.family,
+        "kernel": None if dimension is None else dimension > 0,
+        "kernel_dimension": dimension,
+        "scale": found.scale,
+        "has_bias": None if found.family == "other" else found.shift_parameter is not None,
+        "eps": found.eps,
+        "evidence": list(found.evidence),
+    }
+    if as_json:
+        print(json.dumps(facts, indent=2))
+    else:
+        verdict = "whether it has dead directions cannot be told"
+        if dimension is not None:
+            verdict = f"{dimension} dead of {width} output directions"
+            verdict += ", gamma^-1" if found.family == "layernorm" and dimension == 1 else ""
+        print(f"{name}: {found.family}, {verdict} ({'; '.join(found.evidence)})")
+    if found.family == "other":
+        raise typer.Exit(EXIT_FALSE)

@@ -1,0 +1,68 @@
+"""What the commands share: exit codes, options, one-line errors, tables on a terminal."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+EXIT_FALSE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+FORMATS = ("table", "json", "csv", "md", "html")
+PLAIN_WIDTH = 150  # columns of a table that is not printed to a terminal
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+Format = Annotated[str, typer.Option("--format", help=f"One of {', '.join(FORMATS)}.")]
+Results = Annotated[list[str], typer.Argument(metavar="RESULTS...", help="Result sets: folders or URIs.")]
+
+
+class UserError(Exception):
+    """A mistake of the user's, in one line; exit code 2."""
+
+
+def one_of(option: str, value: str | None, allowed: tuple[str, ...]) -> None:
+    """Refuse a `value` of `option` that is not `allowed`; None is."""
+    if value is not None and value not in allowed:
+        raise UserError(f"{option} {value!r} is unknown; choose {', '.join(allowed)}")
+
+
+def check_out(out: str) -> None:
+    """Refuse a relative `--out` inside a Ray job, whose folder goes when the job ends."""
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and "://" not in out and not Path(out).is_absolute():
+        raise UserError(
+            f"--out {out}: a Ray job runs in a folder that Ray deletes; give an absolute path or a URI (s3://…)"
+        )
+
+
+def console() -> Any:
+    """The terminal on stdout; a wide one where stdout is a file."""
+    from rich.console import Console
+
+    return Console() if sys.stdout.isatty() else Console(width=PLAIN_WIDTH)
+
+
+def print_frames(frames: dict[str, Any], format: str) -> None:
+    """Data frames by title, on stdout: tables, one JSON document, or text one after another.
+
+    csv has no place for a second table and prints the first one only.
+    """
+    from deadbench.analysis.formats import render, rich_table
+
+    one_of("--format", format, FORMATS)
+    if format == "table":
+        for title, frame in frames.items():
+            console().print(rich_table(frame, title))
+    else:
+        print(render(frames, format))
+
+
+def check_folder(option: str, path: Path | None) -> None:
+    """Raise UserError where the folder of the file at `path` is not there."""
+    if path is not None and not path.resolve().parent.is_dir():
+        raise UserError(f"{option} {path}: no such directory")
+
+
+def say(words: Any) -> None:
+    """One line on stderr."""
+    typer.echo(words, err=True)

@@ -1,0 +1,76 @@
+"""The command line: a command parses, calls one function, prints. Heavy imports wait until a command needs them.
+
+Data goes to stdout, everything else to stderr. Exit codes: 0 done, 1 the thing asked about does not hold, 2 bad
+usage or input, 130 interrupted.
+"""
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from deadbench.runners.cli.census import census
+from deadbench.runners.cli.classify import classify, export
+from deadbench.runners.cli.compare import compare, trend
+from deadbench.runners.cli.console import EXIT_FALSE, EXIT_INTERRUPTED, EXIT_USAGE, UserError
+from deadbench.runners.cli.plan import plan
+from deadbench.runners.cli.results import dead, families, leaderboard, publish, report
+from deadbench.runners.cli.run import run
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Dead directions of transformers, read from the parameters and measured by one forward pass.",
+)
+
+# Every command, in the order of --help.
+for command in (
+    classify, export, plan, run, census,
+    leaderboard, families, dead, compare, trend, report, publish,
+):  # fmt: skip
+    app.command()(command)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        from deadbench.runners.results.versions import own_version
+
+        print(own_version())
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def main() -> None:
+    """Entry point of the console script: one line for an error, a traceback only with --debug."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its warnings say nothing that our answers do not
+    try:
+        code = app(standalone_mode=False)  # Typer turns Ctrl-C into this exit code
+        if code == EXIT_INTERRUPTED:
+            print("deadbench: interrupted; what finished is kept", file=sys.stderr)
+    except Exception as error:
+        if "--debug" in sys.argv:
+            raise
+        code = _explain(error)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _explain(error: Exception) -> int:
+    """Print one line for `error`; returns the exit code."""
+    from typer.exceptions import TyperException
+
+    if isinstance(error, TyperException):
+        text = error.format_message()
+    else:
+        text = " ".join(str(error).split()) or type(error).__name__
+        if not isinstance(error, (UserError, ValueError)):
+            text = f"{type(error).__name__}: {text}"
+    print(f"deadbench: {text}", file=sys.stderr)
+    expected = isinstance(error, (TyperException, UserError, ValueError))
+    return EXIT_USAGE if expected else EXIT_FALSE

@@ -1,0 +1,141 @@
+"""`deadbench run`: the main job."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from deadbench.runners.cli.console import EXIT_FALSE, Debug, Json, UserError, check_out, one_of
+from deadbench.runners.cli.options import check_options, choose_cluster
+
+
+def run(
+    models: Annotated[
+        list[str] | None, typer.Argument(metavar="[MODEL]...", help="Registry ids or SOURCEs; none: the suite.")
+    ] = None,
+    suite: Annotated[str | None, typer.Option(metavar="NAME", help="Suite of the registry. [default: quick]")] = None,
+    registry: Annotated[Path | None, typer.Option(metavar="FILE", help="Registry. [default: models.yaml]")] = None,
+    reads: Annotated[str | None, typer.Option(help="Comma-separated: parameters, random, trained, functional.")] = None,
+    address: Annotated[str | None, typer.Option(help="Ray to join: local, auto, host:port. [default: local]")] = None,
+    out: Annotated[str, typer.Option(metavar="DIR_OR_URI", help="Result set to write or continue.")] = "results",
+    resume: Annotated[bool, typer.Option("--resume/--fresh", help="Skip finished reads, or redo them.")] = True,
+    engine: Annotated[str, typer.Option(help="auto, torch, streaming (one block at a time) or vllm.")] = "auto",
+    tensor_parallel: Annotated[
+        int | None, typer.Option(min=1, help="Devices (without GPUs: processes) that share one model. [default: gpus]")
+    ] = None,
+    replicas: Annotated[
+        int, typer.Option(min=1, help="Processes (with GPUs: one GPU each) that divide one model's tokens.")
+    ] = 1,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens to read. [default: the protocol's]")] = None,
+    input_spec: Annotated[
+        str | None,
+        typer.Option("--input", metavar="SPEC", help="text[:FILE], image[:DIR], tokens:random, tokens:FILE.npy, hf:…"),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of random weights and inputs.")] = 0,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, float16, bfloat16, float64.")] = None,
+    accumulator_gb: Annotated[
+        float | None,
+        typer.Option(min=0, metavar="GB", help="Memory for residual-stream accumulators. [default: 1/4 of the free]"),
+    ] = None,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds without progress before a model is given up.")] = 3600,
+    max_retries: Annotated[
+        int, typer.Option(min=0, help="Further attempts at a read of which a process died or hung.")
+    ] = 1,
+    checkpoint_interval: Annotated[
+        float,
+        typer.Option(min=0, metavar="SECONDS", help="How often a running read is saved, to go on there; 0: never."),
+    ] = 300,
+    autoscale: Annotated[
+        str | None, typer.Option(metavar="SHAPE", help="Largest node that an autoscaler may add: 8x80GB.")
+    ] = None,
+    log_format: Annotated[str, typer.Option(help="text, or json: one event a line on stderr.")] = "text",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Read models: parameters, random initialisation, trained weights; one Ray actor each, results as Arrow.
+
+    Finished reads are skipped when the same command is given again.
+
+    Example: [bold]deadbench run --suite quick --out results/quick[/bold]
+    """
+    from deadbench.runners.driver.loop import Settings
+    from deadbench.runners.jobs.build import build_jobs
+    from deadbench.runners.jobs.job import JobError, Overrides
+    from deadbench.runners.jobs.opening import unreachable
+    from deadbench.runners.planning.assign import place_jobs
+    from deadbench.runners.planning.hardware import PlanError, parse_cluster
+    from deadbench.suite.registry.entries import RegistryError
+    from deadbench.suite.registry.loading import find_registry, load_registry
+
+    check_out(out)
+    check_options(engine, dtype, tokens, input_spec)
+    one_of("--log-format", log_format, ("text", "json"))
+    try:
+        path = find_registry(registry)
+        chosen = None if engine == "auto" else engine
+        overrides = Overrides(tokens, input_spec, dtype, chosen, seed, accumulator_gb, tensor_parallel, replicas)
+        wanted = [part.strip() for part in reads.split(",")] if reads is not None else None
+        jobs = build_jobs(load_registry(path), path, models or [], suite, wanted, overrides)
+        cannot_be_read = unreachable(jobs)
+        cluster, added = choose_cluster(None, address), None
+        if autoscale is not None:
+            added = parse_cluster(autoscale, "--autoscale").largest
+            cluster = cluster.with_node(added)
+        jobs, remarks = place_jobs(jobs, cluster)
+    except (RegistryError, JobError, PlanError) as error:
+        raise UserError(str(error)) from error
+    settings = Settings(address, timeout, max_retries, added.gpus if added else 0, checkpoint_interval)
+    summary = _execute(jobs, out, resume, settings, [*cannot_be_read, *remarks], log_format, debug)
+    if as_json:
+        print(json.dumps({"run_id": summary.run_id, "out": out, **_counts(summary), "reads": summary.reads}, indent=2))
+    else:
+        print(f"{summary.ok} ok, {summary.failed} failed, {summary.skipped} already there; results in {out}")
+    if summary.failed:
+        raise typer.Exit(EXIT_FALSE)
+
+
+def _execute(
+    jobs: list[Any], out: str, resume: bool, settings: Any, remarks: list[str], log_format: str, debug: bool
+) -> Any:
+    """Leave out what is finished, then run the rest; Ray is not even started when nothing is left."""
+    from deadbench.runners.driver.driver import DriverError, StoppedError, execute, new_run_id
+    from deadbench.runners.driver.loop import Summary
+    from deadbench.runners.reporting.event_log import EventLog
+    from deadbench.runners.reporting.progress import Reporter
+    from deadbench.runners.results.store import ResultStore
+    from deadbench.runners.worker.saved_state import remove_checkpoints
+
+    store = ResultStore(out)
+    done = store.finished() if resume else set()
+    for read in (read for job in jobs for read in job.reads if not resume or read.identity() in done):
+        remove_checkpoints(out, read)
+    left = [job.without(done) for job in jobs]
+    skipped = sum(len(job.reads) for job in jobs) - sum(len(job.reads) for job in left)
+    left = [job for job in left if job.reads]
+    run_id = new_run_id()
+    if not left:
+        return Summary(run_id, skipped=skipped)
+    try:
+        kind = EventLog if log_format == "json" else Reporter
+        with kind(sum(len(job.reads) for job in left), debug=debug) as reporter:
+            for remark in remarks:
+                reporter.say(remark)
+            if skipped:
+                reporter.say(f"{skipped} reads are already in {out}; --fresh reads them again")
+            summary = execute(left, store, settings, reporter, run_id)
+    except DriverError as error:
+        raise UserError(str(error)) from error
+    except StoppedError as error:
+        print(f"deadbench: {error}", file=sys.stderr, flush=True)
+        if error.lost:
+            os._exit(EXIT_FALSE)  # an ordinary end would wait for Ray, which waits for its head
+        raise typer.Exit(EXIT_FALSE) from error
+    summary.skipped = skipped
+    return summary
+
+
+def _counts(summary: Any) -> dict[str, int]:
+    return {"ok": summary.ok, "failed": summary.failed, "skipped": summary.skipped}

@@ -1,0 +1,1 @@
+"""A run from joining Ray to giving everything back."""

@@ -1,0 +1,299 @@
+"""The driver's one loop: what waits is started where it fits, events become results, and what dies is settled."""
+
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from deadbench.runners.cluster.actors import Group, release, start
+from deadbench.runners.cluster.faults import Attempts, Death, death_of
+from deadbench.runners.cluster.head import HeadWatch
+from deadbench.runners.cluster.nodes import Nodes
+from deadbench.runners.cluster.processes import Ended
+from deadbench.runners.cluster.schedule import Demand, Running, can_ever, decide
+from deadbench.runners.driver.outbox import Outbox, UnwritableError
+from deadbench.runners.jobs.events import Event, Finished, Progress, Remark, failed_read
+from deadbench.runners.jobs.job import ModelJob
+from deadbench.runners.reporting.metrics import Metrics
+from deadbench.runners.reporting.progress import Reporter
+from deadbench.runners.reporting.run_record import RunRecord
+from deadbench.runners.results.store import ResultStore
+from deadbench.runners.worker.saved_state import remove_checkpoints
+
+_POLL_SECONDS = 0.5
+_LOOK_SECONDS = 2.0  # between two looks at the cluster
+_PLACING_SECONDS = 600.0  # after which an actor that found no room, or never began, is taken back
+_HOPELESS_SECONDS = 60.0  # how long a model waits for a node that could hold it, once there was one
+_BROKEN = "GroupBrokenError"
+_POISONED = ("CUDA error", "CUDA driver error", "NCCL error")  # after which a process can do nothing more on its GPU
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to run.
+
+    `address` as ray.init takes it (None: RAY_ADDRESS or a local Ray); `timeout` in seconds without any progress;
+    `max_retries` further attempts at a read of which a process died; `autoscale_gpus`: GPUs of the largest node that an
+    autoscaler may add; `checkpoint_interval` in seconds, 0 for no checkpoints; `patience`: seconds for which results
+    that cannot be written are kept.
+    """
+
+    address: str | None = None
+    timeout: float = 3600.0
+    max_retries: int = 1
+    autoscale_gpus: int = 0
+    checkpoint_interval: float = 300.0
+    patience: float = 600.0
+
+
+@dataclass
+class Summary:
+    """What a run came to."""
+
+    run_id: str
+    ok: int = 0
+    failed: int = 0
+    skipped: int = 0
+    reads: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass
+class _Waiting:
+    job: ModelJob
+    demand: Demand
+    hopeless_since: float | None = None
+
+
+class Run:
+    """The state of one run: what waits, what runs, what is being taken down."""
+
+    def __init__(
+        self,
+        jobs: list[ModelJob],
+        store: ResultStore,
+        settings: Settings,
+        reporter: Reporter,
+        record: RunRecord,
+        head: HeadWatch,
+        pool: ThreadPoolExecutor,
+        run_id: str,
+        *,
+        shared: bool,
+    ):
+        import ray
+
+        self._ray, self._settings, self._reporter, self._run_id = ray, settings, reporter, run_id
+        self._record, self._head, self._pool, self._shared, self._store = record, head, pool, shared, store
+        self._metrics = Metrics(run_id)
+        self.summary = Summary(run_id)
+        self._outbox = Outbox(store, reporter.say, settings.patience)
+        self._attempts = Attempts(settings.max_retries)
+        self._streams: dict[Any, Group] = {}  # a group of ranks has several
+        self._ending: dict[Future[Ended], Group] = {}
+        self.nodes = Nodes(len(jobs), settings.autoscale_gpus)
+        self._unreadable = [read for job in jobs for read in job.reads if read.error]
+        readable = [job.without(read.identity() for read in self._unreadable) for job in jobs]
+        self._queue = [_Waiting(job, self.nodes.demand(job)) for job in readable if job.reads]
+        self._decided = self._changed = 0.0
+        self._looked = time.monotonic()
+        self._looking: Future[None] | None = None
+        if settings.autoscale_gpus:
+            self.nodes.ask_for(waiting.demand for waiting in self._queue)
+
+    def go(self) -> None:
+        """Until every read is a row; what the preflight could not open is one at once, and takes no device."""
+        for read in self._unreadable:
+            self._count(self._outbox.put(failed_read(read, self._run_id, 1, str(read.error))))
+        while self._queue or self._streams or self._ending:
+            self._head.check()
+            self._look()
+            if self._head.answers():
+                self._start_what_fits()
+            for stream in self._ready():
+                if stream in self._streams:  # else its group has ended in this round
+                    self._take_event(stream, self._streams[stream])
+            self._look_for_silence()
+            for future in [each for each in self._ending if each.done()]:
+                self._settle(self._ending.pop(future), future.result())
+            self._count(self._outbox.flush())
+        self._count(self._outbox.drain())
+
+    def stop(self, lost: bool) -> None:
+        """End what runs; with a lost cluster Ray is not asked for anything. What has finished goes to the results."""
+        with suppress(UnwritableError):
+            self._count(self._outbox.drain() if lost else self._outbox.flush())
+        if lost:
+            return
+        for group in self._groups():
+            self._end(group)
+        for future in list(self._ending):
+            future.result()
+        if self._settings.autoscale_gpus:
+            self.nodes.ask_for(())
+
+    def _groups(self) -> list[Group]:
+        return list({id(group): group for group in self._streams.values()}.values())
+
+    def _occupied(self) -> list[Group]:
+        return [*self._groups(), *self._ending.values()]
+
+    def _look(self) -> None:
+        """Every few seconds look at the cluster again; in a thread, because a head that is gone does not answer."""
+        now = time.monotonic()
+        if self._looking is not None and self._looking.done():
+            self._looking.result()
+            self._looking, self._looked, self._decided = None, now, 0.0
+            self._end_on_lost_nodes()
+            self._give_up_the_hopeless(now, idle=not self._occupied())
+        elif self._looking is None and now - self._looked > _LOOK_SECONDS:
+            places = [group.place for group in self._occupied()]
+            self._looking = self._pool.submit(self.nodes.refresh, places, now - self._changed, shared=self._shared)
+
+    def _start_what_fits(self) -> None:
+        now = time.monotonic()
+        occupied = self._occupied()
+        if self._changed < self._decided:
+            return
+        self._decided = now
+        running = [Running(g.place, max(0.0, self._estimate(g) - (now - g.started))) for g in occupied]
+        placing = any(group.placement is not None and not group.is_placed() for group in self._groups())
+        # One placement group at a time: the next one waits until this one stands.
+        queue = [waiting for waiting in self._queue if not (placing and waiting.demand.ganged)]
+        for position, place in decide([waiting.demand for waiting in queue], self.nodes.usable(), running):
+            waiting = queue[position]
+            if waiting.demand.ganged:
+                if placing:
+                    continue
+                placing = True
+            self._queue.remove(waiting)
+            attempt = self._attempts.number(waiting.job.reads[0])
+            group = start(waiting.job, self.nodes, place, self._run_id, attempt)
+            self._streams |= dict.fromkeys(group.streams, group)
+            self._changed = time.monotonic()
+            where = self.nodes.names(group.nodes())
+            for told in (self._reporter.model_started, self._record.placed):
+                told(group.job, attempt, where, waiting.demand.devices)
+            self._metrics.running(len(self._groups()))
+
+    def _estimate(self, group: Group) -> float:
+        return self.nodes.demand(group.job).seconds
+
+    def _ready(self) -> list[Any]:
+        """Streams that have an event, or have ended."""
+        streams = list(self._streams)
+        if not streams:
+            time.sleep(0.05)
+            return []
+        ready, _ = self._ray.wait(streams, num_returns=len(streams), timeout=0, fetch_local=False)
+        if not ready:
+            pause = 0.05 if self._ending else _POLL_SECONDS
+            ready, _ = self._ray.wait(streams, num_returns=1, timeout=pause, fetch_local=False)
+        return list(ready)
+
+    def _take_event(self, stream: Any, group: Group) -> None:
+        first = stream == group.streams[0]
+        try:
+            event: Event = self._ray.get(next(stream))
+        except StopIteration:
+            if not first:
+                del self._streams[stream]
+            else:
+                left = group.job.without(group.done).reads
+                self._end(group, Death("crash", "the actor ended") if left else None)
+            return
+        except self._ray.exceptions.RayError as error:
+            broken = isinstance(error, self._ray.exceptions.RayTaskError) and _BROKEN in type(error.cause).__name__
+            death = Death("broken", "the ranks are out of step") if broken else death_of(self._ray, error)
+            self._end(group, Death(death.kind, group.name(stream) + death.cause))
+            return
+        group.last_event = time.monotonic()
+        if isinstance(event, Progress):
+            if first:
+                self._reporter.progress(group.job.model_id, event)
+                self._metrics.progress(group.job.model_id, event)
+        elif isinstance(event, Remark):
+            self._reporter.say(f"{group.name(stream)}{event.label}: {event.text}")
+        elif event.row["status"] != "ok" and any(word in str(event.row["error"]) for word in _POISONED):
+            self._end(group, Death("crash", str(event.row["error"])))
+        elif event.job.identity() not in group.done:
+            group.done.append(event.job.identity())
+            self._count(self._outbox.put(event))
+
+    def _end(self, group: Group, death: Death | None = None) -> None:
+        """Take `group` down; its place is free when that is done."""
+        group.death = death
+        for stream in group.streams:
+            self._streams.pop(stream, None)
+        self._ending[self._pool.submit(release, group)] = group
+        self._reporter.gone(group.job.model_id)
+        self._metrics.running(len(self._groups()))
+
+    def _settle(self, group: Group, ended: Ended) -> None:
+        """`group` is gone: what it left undone is queued again, or given up."""
+        self._changed = time.monotonic()
+        for survivor in ended.survivors:
+            self._reporter.say(f"{group.job.model_id}: {survivor} would not end; its memory is not free")
+        left = group.job.without(group.done)
+        if group.death is None or not left.reads:
+            return
+        death = group.death.explained(ended)
+        if death.kind in ("node", "unplaced"):
+            for node in group.nodes():
+                self.nodes.suspect(node)
+        attempt = self._attempts.number(left.reads[0])
+        again, given_up = self._attempts.after(death, left)
+        if given_up is not None:
+            self._count(self._outbox.put(failed_read(given_up, self._run_id, attempt, death.cause)))
+        elif death.kind != "broken":
+            changed = "half the batch" if death.kind == "memory" else None
+            self._reporter.retry(left.reads[0], death.cause, self._attempts.number(left.reads[0]), changed)
+        if again.reads:
+            avoid = frozenset() if death.kind == "broken" or given_up is not None else group.nodes()
+            self._queue.append(_Waiting(again, self.nodes.demand(again, avoid)))
+
+    def _look_for_silence(self) -> None:
+        """End groups that have been silent too long, and take back those that found no room."""
+        now = time.monotonic()
+        for group in self._groups():
+            if group.is_placed():
+                if now - group.last_event > self._settings.timeout:
+                    self._end(group, Death("silence", f"no progress for {self._settings.timeout:g} s (--timeout)"))
+            elif now - group.started > _PLACING_SECONDS:
+                self._end(group, Death("unplaced", "its place was taken by others"))
+
+    def _end_on_lost_nodes(self) -> None:
+        alive = {node.id for node in self.nodes.alive()}
+        for group in self._groups():
+            if not group.nodes() <= alive:
+                self._end(group, Death("node", "its node was lost"))
+
+    def _give_up_the_hopeless(self, now: float, *, idle: bool) -> None:
+        """Reads that no node that is left could hold become failed rows, after a while."""
+        patience = self._settings.timeout if self._settings.autoscale_gpus else _HOPELESS_SECONDS
+        nodes = self.nodes.alive()
+        for waiting in list(self._queue):
+            if not idle or can_ever(waiting.demand, nodes):
+                waiting.hopeless_since = None
+            elif waiting.hopeless_since is None:
+                waiting.hopeless_since = now
+            elif now - waiting.hopeless_since > patience:
+                self._queue.remove(waiting)
+                cause = f"needs {waiting.demand.devices:g} devices, and no node that is left has them"
+                for read in waiting.job.reads:
+                    row = failed_read(read, self._run_id, self._attempts.number(read), cause)
+                    self._count(self._outbox.put(row))
+
+    def _count(self, written: list[Finished]) -> None:
+        """Reads that are in the results now."""
+        for event in written:
+            row = event.row
+            if row["status"] == "ok" and event.job.engine is not None:
+                remove_checkpoints(self._store.location, event.job)
+            self.summary.ok += row["status"] == "ok"
+            self.summary.failed += row["status"] != "ok"
+            names = ("model", "revision", "read", "status", "error", "depth")
+            self.summary.reads.append({name: row[name] for name in names})
+            self._record.finished(event)
+            self._metrics.finished(row["status"])
+            self._reporter.finished(event)

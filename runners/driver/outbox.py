@@ -1,0 +1,84 @@
+"""Finished reads on their way to the results: what a full disk or a bucket refuses is kept, and tried again."""
+
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable
+
+from deadbench.runners.jobs.events import Finished
+from deadbench.runners.results.store import ResultStore
+
+_FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 30.0
+
+
+class UnwritableError(RuntimeError):
+    """Results could not be written for too long; one line, exit code 1."""
+
+
+class Outbox:
+    """Writes finished reads in order; while the store refuses, keeps them."""
+
+    def __init__(self, store: ResultStore, say: Callable[[str], None], patience: float):
+        self._store, self._say, self._patience = store, say, patience
+        self._waiting: deque[tuple[str, Finished]] = deque()
+        self._pause, self._again, self._refused_since = 0.0, 0.0, 0.0
+        self._written = 0
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def put(self, event: Finished) -> list[Finished]:
+        """Take one finished read; returns what has been written, this one or more or none."""
+        self._waiting.append((f"{time.time_ns()}-{uuid.uuid4().hex[:12]}", event))
+        return self.flush()
+
+    def flush(self) -> list[Finished]:
+        """Write what waits, if it is time for that; returns what was written.
+
+        Raises:
+            UnwritableError: the store has refused for longer than the patience.
+        """
+        written = []
+        while self._waiting and time.monotonic() >= self._again:
+            stamp, event = self._waiting[0]
+            try:
+                # The stamp stays: a table that a failed attempt has written is replaced, not doubled.
+                self._store.write(event.tables, stamp)
+            except Exception as error:  # stores raise the errors of their own libraries
+                self._refused(error)
+            else:
+                self._waiting.popleft()
+                self._pause, self._again = 0.0, 0.0
+                self._written += 1
+                written.append(event)
+        return written
+
+    def drain(self) -> list[Finished]:
+        """Write all that waits, however long that takes within the patience.
+
+        Raises:
+            UnwritableError: as `flush`.
+        """
+        written = self.flush()
+        while self._waiting:
+            time.sleep(max(0.0, self._again - time.monotonic()))
+            written += self.flush()
+        return written
+
+    def _refused(self, error: Exception) -> None:
+        now = time.monotonic()
+        if not self._pause:
+            self._refused_since = now
+            self._say(f"results in {self._store.location} cannot be written ({_reason(error)}); kept and tried again")
+        self._pause = min(2 * self._pause or _FIRST_PAUSE, _LONGEST_PAUSE)
+        self._again = now + self._pause
+        if now - self._refused_since >= self._patience:
+            raise UnwritableError(
+                f"{self._store.location}: cannot be written for {self._patience:g} s ({_reason(error)}); "
+                f"{self._written} reads are written, {len(self._waiting)} that had finished are not"
+            ) from error
+
+
+def _reason(error: Exception) -> str:
+    text = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+    return text or type(error).__name__

@@ -1,0 +1,1 @@
+"""How a model is loaded and run; one file an engine."""

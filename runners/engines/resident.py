@@ -1,0 +1,221 @@
+"""The torch engine: build or load one model with transformers, run it, and hand the final norm's traffic to the read.
+
+Shapes: B sequences or images, T positions, D hidden size.
+"""
+
+import contextlib
+import inspect
+import re
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from deadbench.runners.engines.base import Blocks, ForwardPass, Swept, mismatch
+from deadbench.suite.architectures.build import build_model, build_published
+from deadbench.suite.architectures.locate import find_final_norm
+from deadbench.suite.architectures.norms import FinalNorm
+from deadbench.suite.errors import CheckpointError
+from deadbench.suite.inputs.batches import Batch
+from deadbench.suite.ranks import Ranks
+
+
+@dataclass
+class TorchEngine:
+    """One model on one device.
+
+    Attributes:
+        tap_by_tap: one pass gives one tap after another (`Swept` between them), not all taps of one batch at a time.
+        device: where the model lives.
+        load_seconds: how long the last load took.
+        detail: what a row says of how the model was run.
+        ranks: the processes that share the model; this one alone, unless an engine says otherwise.
+        part: path of the module of the model that will be read, "" for the whole; set before the model is loaded.
+    """
+
+    tap_by_tap: ClassVar[bool] = False
+
+    device: torch.device
+    load_seconds: float = field(default=0.0)
+    detail: str = field(default="resident on one device")
+    ranks: Ranks = field(default=Ranks())
+    part: str = ""
+
+    def load_random(self, config: Any, seed: int, dtype: torch.dtype, *, published: bool = False) -> nn.Module:
+        """transformers' own initialisation: `set_seed(seed)`, `AutoModel.from_config` in float32, cast to `dtype`.
+
+        With `published` the published class takes AutoModel's place: the same body with its heads.
+        """
+        import transformers
+
+        started = time.perf_counter()
+        transformers.set_seed(seed)
+        model = (build_published if published else build_model)(config).to(self.device, dtype)
+        self.load_seconds = time.perf_counter() - started
+        return model
+
+    def load_trained(self, folder: Path, dtype: torch.dtype, model_class: Any = None) -> nn.Module:
+        """The checkpoint in `folder` as `model_class` (None: AutoModel), safetensors only, no code from the checkpoint.
+
+        Raises:
+            CheckpointError: weights that transformers cannot load, or that miss tensors of the architecture.
+        """
+        started = time.perf_counter()
+        model = self.from_pretrained(folder, dtype, model_class)
+        model = model.to(self.device)
+        self.load_seconds = time.perf_counter() - started
+        return model  # type: ignore[no-any-return]
+
+    def from_pretrained(self, folder: Path, dtype: torch.dtype, model_class: Any = None, **placement: Any) -> Any:
+        """transformers' loading of `folder` with `placement` (device map, offload folder), in evaluation mode.
+
+        Raises:
+            CheckpointError: weights that transformers cannot load, or that miss tensors of the architecture.
+        """
+        import transformers
+
+        try:
+            model, report = (model_class or transformers.AutoModel).from_pretrained(
+                folder,
+                dtype=dtype,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are named below
+                **placement,
+            )
+        except Exception as error:
+            reason = (str(error).strip().splitlines() or [""])[0][:300]
+            raise CheckpointError(f"{folder}: cannot be loaded ({type(error).__name__}: {reason})") from error
+        for name, stored, expected in sorted(report["mismatched_keys"])[:1]:
+            raise CheckpointError(f"{folder}: {mismatch(name, stored, expected)}")
+        # Poolers come after the final norm and are often not stored.
+        missing = sorted(name for name in report["missing_keys"] if "pooler" not in name)
+        if missing:
+            raise CheckpointError(
+                f"{folder}: the weights lack {len(missing)} tensors of {type(model).__name__}, {missing[0]} among them"
+            )
+        if blocks := _further_blocks(report["unexpected_keys"], model):
+            raise CheckpointError(
+                f"{folder}: the checkpoint does not match config.json: {blocks[0]} is of a block that the "
+                "configuration does not have; take both from the same place"
+            )
+        return model.eval()
+
+    def final_norm(self, model: nn.Module) -> FinalNorm:
+        """The final norm of the part that is read of a loaded model."""
+        return find_final_norm(model.get_submodule(self.part))
+
+    def runnable(self, model: nn.Module) -> nn.Module:
+        """What small inputs are tried on: the part that is read, or its like without values where it is in pieces."""
+        return model.get_submodule(self.part)
+
+    def passes(
+        self, model: nn.Module, norm: nn.Module, batches: list[Batch], blocks: Blocks | None = None
+    ) -> Iterator[tuple[Batch, ForwardPass] | Swept]:
+        """Run every batch once, yielding what entered and left `norm` in its last call of each pass.
+
+        `blocks.on_input` is given what enters each block, in call order, while the pass runs: nothing of it is kept
+        here. The seconds of a pass are those of the model alone.
+        """
+        captured: dict[str, Tensor] = {}
+        spent = 0.0
+        calls = 0
+        current: Batch | None = None
+
+        def before_block(module: nn.Module, args: Any, kwargs: Any) -> None:
+            nonlocal spent, calls
+            assert blocks is not None
+            assert current is not None
+            started = time.perf_counter()
+            stream = args[0] if args else kwargs.get("hidden_states")
+            if not isinstance(stream, Tensor):
+                raise ValueError(f"{type(module).__name__} is not called with a stream of hidden states")
+            blocks.on_input(calls, stream.detach(), current)
+            calls += 1
+            spent += time.perf_counter() - started
+
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            captured["input"] = args[0].detach()
+            captured["output"] = (output[0] if isinstance(output, tuple) else output).detach()
+
+        handles = [norm.register_forward_hook(hook)]
+        if blocks is not None:
+            handles += [m.register_forward_pre_hook(before_block, with_kwargs=True) for m in blocks.modules]
+        try:
+            for batch in batches:
+                current, calls, spent = batch, 0, 0.0
+                started = time.perf_counter()
+                with torch.no_grad():
+                    model(**self._on_device(model, batch.model_inputs))
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)
+                seconds = time.perf_counter() - started - spent
+                yield batch, ForwardPass(captured["input"], captured["output"], seconds, spent, calls)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def forward(self, model: nn.Module, batch: Batch) -> Any:
+        """What `model` returns for one batch, without gradients."""
+        with torch.no_grad():
+            return model(**self._on_device(model, batch.model_inputs))
+
+    def peak_device_bytes(self) -> int | None:
+        """Peak accelerator memory of this process; None on CPU."""
+        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
+
+    def device_name(self) -> str:
+        """What the device calls itself."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return "cpu"
+
+    def release(self) -> None:
+        """Give cached accelerator memory back."""
+        with contextlib.suppress(RuntimeError):
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _on_device(self, model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Any]:
+        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+        moved: dict[str, Any] = {
+            name: t.to(self.device, dtype if t.is_floating_point() else None) for name, t in inputs.items()
+        }
+        if "use_cache" in inspect.signature(model.forward).parameters:
+            moved["use_cache"] = False
+        return moved
+
+
+@dataclass
+class PartEngine(TorchEngine):
+    """An engine of which no process ever has the whole model with its values: the final norm is found without them."""
+
+    _final: FinalNorm | None = None
+
+    def final_norm(self, model: nn.Module) -> FinalNorm:
+        """The final norm of the part that is read."""
+        assert self._final is not None, "set when the model is loaded"
+        return self._final
+
+    def runnable(self, model: nn.Module) -> nn.Module:
+        """The part without values: its forward pass moves no weights and needs no other rank."""
+        config: Any = model.config
+        return build_model(config, "meta").get_submodule(self.part)
+
+
+def _further_blocks(unexpected: Iterable[str], model: nn.Module) -> list[str]:
+    """Of the tensors that a model has no place for, those named as another block's would be.
+
+    Heads and towers that are not read are unexpected as well, and transformers itself leaves out what an architecture
+    is known to carry beside its blocks (multi-token prediction).
+    """
+    kinds = {re.sub(r"\d+", "#", name) for name in model.state_dict()}
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    named = {name: re.sub(r"\d+", "#", name) for name in unexpected}
+    return sorted(name for name, kind in named.items() if "#" in kind and {kind, kind.removeprefix(prefix)} & kinds)

@@ -1,0 +1,259 @@
+"""Block streaming: a model that does not fit, run one block at a time over all the tokens.
+
+Every batch has its own forward pass of the model's own code, as a greenlet. At a block's call it stops and hands the
+call over; once all batches stand before that block its weights are loaded, every call is made, the weights are
+dropped, and the passes go on to the next block. Nothing is known of any architecture, and every batch sees the same
+operations in the same order as in a resident model. In memory: one block, what is outside the blocks, and the
+stream of every batch, which goes to disk past a budget.
+"""
+
+import contextlib
+import json
+import shutil
+import tempfile
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from deadbench.runners.engines.base import Blocks, ForwardPass, Swept, mismatch
+from deadbench.runners.engines.deferred_init import deferred_model
+from deadbench.runners.engines.resident import PartEngine
+from deadbench.runners.engines.stepped_pass import Parked, SteppedPass, handed_over, same_block
+from deadbench.suite.architectures.build import build_config, build_model
+from deadbench.suite.architectures.locate import locate_final_norm
+from deadbench.suite.architectures.parts import streamed_paths
+from deadbench.suite.errors import CheckpointError
+from deadbench.suite.inputs.batches import Batch
+
+_PARKED_SHARE = 4  # of the memory that is free, waiting streams take one part in so many before they go to disk
+
+Values = Callable[[str], Tensor]
+
+
+@dataclass(eq=False)
+class StreamingEngine(PartEngine):
+    """One model on one device, of which one block is there at a time.
+
+    Attributes:
+        parked_bytes: how much of the batches' streams may wait in memory; None: a part of what is free.
+    """
+
+    tap_by_tap: ClassVar[bool] = True
+
+    parked_bytes: float | None = None
+    _blocks: dict[nn.Module, "_Block"] = field(default_factory=dict)
+
+    def load_random(self, config: Any, seed: int, dtype: torch.dtype, *, published: bool = False) -> nn.Module:
+        """The weights that `TorchEngine.load_random` draws, bit for bit; those of blocks when they are wanted."""
+        started = time.perf_counter()
+        self._final = locate_final_norm(config, self.part)
+        model, drawn = deferred_model(config, seed)
+        deferred = {name: tensor for name, tensor in _tensors(model) if tensor.is_meta}
+        self._place(model, lambda name: drawn.value(deferred[name]), dtype)
+        self.load_seconds = time.perf_counter() - started
+        self.detail = "blocks streamed; random weights drawn block by block, equal to those of the resident model"
+        return model
+
+    def load_trained(self, folder: Path, dtype: torch.dtype, model_class: Any = None) -> nn.Module:
+        """The checkpoint in `folder`; blocks stay there, only tensors that must be converted are written anew.
+
+        Raises:
+            CheckpointError: weights that transformers cannot load, or that miss tensors of the architecture.
+        """
+        from accelerate.hooks import remove_hook_from_submodules
+
+        started = time.perf_counter()
+        config = build_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        self._final = locate_final_norm(config, self.part)
+        empty = build_model(config, "meta")
+        paths = streamed_paths(empty)
+        inside = tuple(f"{path}." for path in paths)
+        device_map = {name: "cpu" for name, _ in _tensors(empty) if not name.startswith(inside)}
+        converted = tempfile.mkdtemp(prefix="deadbench-")
+        weakref.finalize(self, shutil.rmtree, converted, ignore_errors=True)
+        with warnings.catch_warnings():  # accelerate would have modules, and a root's own parameters are in none
+            warnings.filterwarnings("ignore", message="The following device_map keys")
+            model: nn.Module = self.from_pretrained(
+                folder,
+                dtype,
+                model_class,
+                device_map=device_map | dict.fromkeys(paths, "disk"),
+                offload_folder=converted,
+            )
+        stored = _offloaded(model)
+        remove_hook_from_submodules(model)
+        self._place(model, lambda name: stored[name], None)
+        self.load_seconds = time.perf_counter() - started
+        self.detail = "blocks streamed from the checkpoint"
+        return model
+
+    def passes(
+        self, model: nn.Module, norm: nn.Module, batches: list[Batch], blocks: Blocks | None = None
+    ) -> Iterator[tuple[Batch, ForwardPass] | Swept]:
+        """As `TorchEngine.passes`, in one sweep over the blocks; `Swept` after each, before its batches come out.
+
+        The seconds of the first batch are those of the sweep; `blocks.on_input` is called block by block.
+        """
+        taps = dict.fromkeys(blocks.modules if blocks else ())
+        captured: dict[str, Tensor] = {}
+
+        def capture(module: nn.Module, args: Any, output: Any) -> None:
+            captured["input"] = args[0].detach()
+            captured["output"] = (output[0] if isinstance(output, tuple) else output).detach()
+
+        clock = _Clock()
+        runs = [SteppedPass(batch, model, self._on_device(model, batch.model_inputs)) for batch in batches]
+        with contextlib.ExitStack() as stack:
+            parked = stack.enter_context(Parked(self._parked_budget()))
+            stack.callback(norm.register_forward_hook(capture).remove)
+            stack.enter_context(handed_over(self._blocks))
+            for run in runs:
+                stack.callback(run.kill)
+            calls = 0
+            for run in runs:
+                with torch.no_grad(), clock.model():
+                    run.go_on(None)
+                if run.finished:  # a model without blocks
+                    yield run.batch, clock.forward_pass(captured, 0)
+                else:
+                    parked.put(run)
+            while not all(run.finished for run in runs):
+                module = same_block(runs)
+                tapped = module in taps
+                with self._loaded(module, clock):
+                    for run in runs:
+                        parked.take(run)
+                        call = run.call
+                        assert call is not None
+                        if tapped and blocks is not None:
+                            with clock.taps():
+                                blocks.on_input(calls, call.stream().detach(), run.batch)
+                        with torch.no_grad(), clock.model():
+                            run.go_on(self._blocks[module].forward(*call.args, **call.kwargs))
+                            if self.device.type == "cuda":
+                                torch.cuda.synchronize(self.device)
+                        if run.finished:
+                            yield run.batch, clock.forward_pass(captured, calls + tapped)
+                        else:
+                            parked.put(run)
+                calls += tapped
+                if tapped:
+                    yield Swept(calls, len(taps))
+
+    def _parked_budget(self) -> float:
+        if self.parked_bytes is not None:
+            return self.parked_bytes
+        cuda = self.device.type == "cuda"
+        free = torch.cuda.mem_get_info(self.device)[0] if cuda else psutil.virtual_memory().available
+        return float(free) / _PARKED_SHARE
+
+    def _place(self, model: nn.Module, values: Values, dtype: torch.dtype | None) -> None:
+        """Bring everything outside the blocks to the device, and note what each block lacks."""
+
+        def ready(tensor: Tensor) -> Tensor:
+            return tensor.detach().to(self.device, dtype if tensor.is_floating_point() else None)
+
+        blocks = {path: _Block(model.get_submodule(path), values, ready) for path in streamed_paths(model)}
+        final_norm = self._final.path if self._final else None
+        placed: dict[int, Tensor] = {}
+        for name, tensor in list(_tensors(model)):
+            owner_path, _, attribute = name.rpartition(".")
+            owner = model.get_submodule(owner_path)
+            block = next((blocks[path] for path in blocks if name.startswith(f"{path}.")), None)
+            if block is not None and tensor.is_meta and owner_path != final_norm:
+                block.absent.append((owner, attribute, name))
+                continue
+            if id(tensor) not in placed:
+                placed[id(tensor)] = ready(values(name) if tensor.is_meta else tensor)
+            _put(owner, attribute, placed[id(tensor)])
+        self._blocks = {block.module: block for block in blocks.values()}
+
+    @contextlib.contextmanager
+    def _loaded(self, module: nn.Module, clock: "_Clock") -> Iterator[None]:
+        try:
+            with clock.model():
+                self._blocks[module].load()
+            yield
+        finally:
+            self._blocks[module].drop()
+
+
+class _Block:
+    """A block of which the large tensors come and go."""
+
+    def __init__(self, module: nn.Module, values: Values, ready: Callable[[Tensor], Tensor]):
+        self.module, self.forward = module, module.forward
+        self.absent: list[tuple[nn.Module, str, str]] = []
+        self._values, self._ready = values, ready
+        self._placeholders: list[Tensor] = []
+
+    def load(self) -> None:
+        self._placeholders = [getattr(owner, attribute) for owner, attribute, _ in self.absent]
+        for (owner, attribute, name), placeholder in zip(self.absent, self._placeholders, strict=True):
+            value = self._values(name)
+            if value.shape != placeholder.shape:
+                raise CheckpointError(mismatch(name, value.shape, placeholder.shape))
+            _put(owner, attribute, self._ready(value))
+
+    def drop(self) -> None:
+        for (owner, attribute, _), placeholder in zip(self.absent, self._placeholders, strict=True):
+            _put(owner, attribute, placeholder)
+
+
+class _Clock:
+    """Seconds in the model and in the taps since a batch last came out."""
+
+    def __init__(self) -> None:
+        self._seconds = {"model": 0.0, "taps": 0.0}
+
+    @contextlib.contextmanager
+    def _running(self, what: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[what] += time.perf_counter() - started
+
+    def model(self) -> contextlib.AbstractContextManager[None]:
+        return self._running("model")
+
+    def taps(self) -> contextlib.AbstractContextManager[None]:
+        return self._running("taps")
+
+    def forward_pass(self, captured: dict[str, Tensor], calls: int) -> ForwardPass:
+        """The pass of the batch that has just come out."""
+        model, taps = self._seconds["model"], self._seconds["taps"]
+        self._seconds = {"model": 0.0, "taps": 0.0}
+        return ForwardPass(captured.pop("input"), captured.pop("output"), model, taps, calls)
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers by name, shared ones by each."""
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def _put(owner: nn.Module, attribute: str, tensor: Tensor) -> None:
+    if attribute in owner._parameters:
+        owner._parameters[attribute] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        owner._buffers[attribute] = tensor
+
+
+def _offloaded(model: nn.Module) -> Any:
+    """accelerate's loader of the tensors that stay on disk, by full name."""
+    for module in model.modules():
+        hook: Any = getattr(module, "_hf_hook", None)
+        for each in getattr(hook, "hooks", (hook,)):
+            weights = getattr(each, "weights_map", None)
+            if weights is not None:
+                return getattr(weights, "dataset", weights)
+    return {}

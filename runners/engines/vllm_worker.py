@@ -1,0 +1,304 @@
+"""What runs inside vLLM's workers: hooks that read the stream where it is, and a loader of random weights.
+
+Nothing of size N x D leaves a worker: the accumulators live here, and finished rows come back as Arrow bytes. Methods
+of `StreamReader` join vLLM's own worker class, so their names carry a prefix.
+"""
+
+import json
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from torch import Tensor, nn
+from vllm.distributed.parallel_state import get_tp_group
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.model_loader import register_model_loader
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+from deadbench.runners.engines.deferred_init import deferred_model
+from deadbench.suite.architectures.build import build_config
+from deadbench.suite.architectures.norms import EffectiveNorm, FinalNorm, effective_norm
+from deadbench.suite.architectures.parts import block_list
+from deadbench.suite.ranks import Ranks
+from deadbench.suite.reads.columns import scale_columns
+from deadbench.suite.reads.final_norm import FinalNormRead
+from deadbench.suite.reads.residual import ResidualRead
+from deadbench.suite.schema import Row, to_table
+
+RANDOM_FORMAT = "deadbench_random"
+_REPRODUCED = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 8e-2}  # of the largest value; a wrong input is off by 1
+
+
+class StreamReader:
+    """Reads the final norm and the taps of the model that this worker runs."""
+
+    model_runner: Any
+
+    def deadbench_begin(self, sought: bytes, num_tokens: int, dtype: str) -> None:
+        """Hook the model; the pass that follows is a probe, in which the final norm and the blocks are found.
+
+        `sought` is the final norm and its module as transformers builds it, pickled by the parent process: here vLLM
+        has put its own layers into transformers' classes.
+        """
+        final, replay = pickle.loads(sought)
+        self._reading = _Reading(self.model_runner.get_model(), final, replay, num_tokens, dtype)
+
+    def deadbench_pass(self, first: int, count: int) -> None:
+        """The taps `first` to `first + count - 1` are read in the pass that follows; the final norm in the first."""
+        self._reading.start(first, count)
+
+    def deadbench_end_pass(self) -> bytes:
+        """Decompose the taps of the pass; JSON of how many there are, or of what went wrong."""
+        return json.dumps(self._reading.end()).encode()
+
+    def deadbench_finish(self) -> list[bytes]:
+        """Arrow tables reads, spectra and blocks of rank 0; nothing from other ranks."""
+        return self._reading.finish()
+
+
+class _Reading:
+    """One read, in one worker."""
+
+    def __init__(self, model: nn.Module, final: FinalNorm, replay: nn.Module, num_tokens: int, dtype: str):
+        group = get_tp_group()
+        self.model, self.num_tokens, self.dtype = model, num_tokens, dtype
+        self.ranks = Ranks(group.rank_in_group, group.world_size, lambda mine: _gather(group, mine))
+        self.final, self.replay = final, replay
+        assert self.final.hidden_size is not None
+        self.stream = ResidualRead(
+            self.final.hidden_size, num_tokens, dtype, str(self.final.placement), _device(model), self.ranks
+        )
+        self.measured: FinalNormRead | None = None
+        self.formula: EffectiveNorm | None = None
+        self.norm: nn.Module | None = None
+        self.summed = False
+        self.detail = ""
+        self.first_pass, self.rows, self.calls, self.error = True, 0, 0, ""
+        self._taps: list[nn.Module] = []
+        self._candidates: dict[str, list[Tensor]] = {}
+        self._recorded: list[tuple[str, Any, Any]] = []
+        self.handles = [model.register_forward_hook(self._guarded(self._after_model), with_kwargs=True)]
+        width = self.final.hidden_size
+        for name, module in model.named_modules():
+            if any(True for _ in module.children()) or all(p.shape != (width,) for p in module.parameters()):
+                continue
+            self.handles.append(module.register_forward_pre_hook(self._keep_input(name), with_kwargs=True))
+            self.handles.append(module.register_forward_hook(self._keep_output(name), with_kwargs=True))
+
+    def start(self, first: int, count: int) -> None:
+        self.stream.wanted = range(first, first + count)
+        self.first_pass, self.rows, self.calls, self.error = first == 0, 0, 0, ""
+
+    def end(self) -> dict[str, Any]:
+        try:
+            with self.ranks.together():
+                if self.error:
+                    raise ValueError(self.error)
+                if self.rows != self.num_tokens:
+                    raise ValueError(f"vLLM ran {self.rows} rows for {self.num_tokens} tokens")
+            self.stream.end_pass()
+        except Exception as error:
+            return {"error": f"{error}"}
+        return {"taps": self.calls + 1, "detail": self.detail}
+
+    def finish(self) -> list[bytes]:
+        for handle in self.handles:
+            handle.remove()
+        if self.ranks.rank or self.measured is None:
+            return []
+        columns, final_spectrum = self.measured.finish()
+        stream_columns, blocks, spectra = self.stream.finish()
+        rows: dict[str, list[Row]] = {
+            "reads": [scale_columns(self.measured.norm, self.dtype) | columns | stream_columns],
+            "spectra": [final_spectrum, *spectra],
+            "blocks": blocks,
+        }
+        return [_packed(to_table(name, rows[name])) for name in rows]
+
+    def _guarded(self, hook: Any) -> Any:
+        """An exception inside a pass would end vLLM's engine: it is kept until the pass is over."""
+
+        def call(*args: Any) -> None:
+            if self.error or _num_rows() is None:
+                return
+            try:
+                hook(*args)
+            except Exception as error:
+                self.error = f"{error}" or type(error).__name__
+
+        return call
+
+    def _keep_input(self, name: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if self.norm is None or module is self.norm:  # the fused add may be in place
+                self._candidates[name] = [t.clone() for t in _stream_tensors(args, kwargs, self.stream.hidden_size)]
+
+        return self._guarded(hook)
+
+    def _keep_output(self, name: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if self.norm is None:
+                self._recorded.append((name, module, _first(output)))
+            elif module is self.norm:
+                self._recorded = [(name, module, _first(output))]
+
+        return self._guarded(hook)
+
+    def _after_model(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        top = _first(output)
+        if self.norm is None:
+            self._find_norm(top)
+            return
+        num_rows = _num_rows()
+        name, _, normed = self._recorded[-1]
+        entered = _flat(self._entered(self._candidates[name]))[:num_rows]
+        left = _flat(normed)[:num_rows]
+        self._recorded = []
+        if self.first_pass and self.ranks.rank == 0 and self.measured is not None:
+            # The standard is the replay by transformers' module; vLLM's own kernel is the model as executed.
+            self.measured.update(entered, left.double() if left.dtype == torch.float32 else left)
+        last = left if self.final.placement == "post" else entered
+        self.calls = len(self._taps)
+        self.stream.update(self.calls, last)
+        self.rows += len(left)
+
+    def _entered(self, candidates: list[Tensor]) -> Tensor:
+        return candidates[0] + candidates[1] if self.summed and len(candidates) > 1 else candidates[0]
+
+    def _find_norm(self, top: Tensor) -> None:
+        """The module whose output the model returns; then whether h or h + r is what it normalises."""
+        makers = [entry for entry in self._recorded if entry[2].shape == top.shape and torch.equal(entry[2], top)]
+        makers = makers or [e for e in self._recorded if torch.equal(_flat(e[2]), _flat(top))]
+        if not makers:
+            raise ValueError(f"no module of vLLM's {type(self.model).__name__} makes its last hidden state")
+        name, module, normed = makers[-1]
+        formula, replay = self._formula(module)
+        num_rows = _num_rows()
+        expected = _flat(normed)[:num_rows].cpu().double()
+        candidates = self._candidates[name]
+        errors = {}
+        for summed in (False, True)[: len(candidates)]:
+            self.summed = summed
+            found = formula(_flat(self._entered(candidates))[:num_rows])
+            errors[summed] = float((found - expected).abs().max() / expected.abs().max())
+        self.summed = min(errors, key=lambda summed: errors[summed])
+        if not errors[self.summed] <= _REPRODUCED[self.dtype]:
+            raise ValueError(f"vLLM's {name} ({type(module).__name__}) is not the final norm of the configuration")
+        self.norm, self.formula, self.measured = module, formula, FinalNormRead(replay, formula)
+        self._recorded, self._candidates = [], {}
+        blocks_path, _ = block_list(self.model, name)
+        self._taps = list(self.model.get_submodule(blocks_path).children()) if blocks_path else []
+        for tap, block in enumerate(self._taps):
+            hook = self._guarded(self._before_block(tap))
+            self.handles.append(block.register_forward_pre_hook(hook, with_kwargs=True))
+        self.detail = (
+            f"{type(self.model).__name__}; hooked {name} ({type(module).__name__}) and {len(self._taps)} blocks, "
+            f"stream {'h + r' if self.summed else 'h'}; replayed by transformers' {type(replay).__name__}"
+        )
+
+    def _before_block(self, tap: int) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            entered = self._entered(_stream_tensors(args, kwargs, self.stream.hidden_size))
+            self.stream.update(tap, _flat(entered)[: _num_rows()])
+
+        return hook
+
+    def _formula(self, module: nn.Module) -> tuple[EffectiveNorm, nn.Module]:
+        """The norm as a formula, and transformers' own module, both with vLLM's parameters."""
+        behaviour, D = self.final.behaviour, self.stream.hidden_size
+        replay, values = self.replay, {}
+        for name in (behaviour.scale_parameter, behaviour.shift_parameter):
+            if name is not None:
+                value = getattr(module, name).detach().cpu().reshape(D).double()
+                getattr(replay, name).data.copy_(value)
+                values[name] = value.numpy()
+        scale_D, shift_D = (values.get(str(n)) for n in (behaviour.scale_parameter, behaviour.shift_parameter))
+        return effective_norm(behaviour, scale_D, shift_D, D), replay
+
+
+def _gather(group: Any, mine: Any) -> list[Any]:
+    gathered: list[Any] = [None] * group.world_size
+    torch.distributed.all_gather_object(gathered, mine, group=group.cpu_group)
+    return gathered
+
+
+def _num_rows() -> int | None:
+    """Rows of this pass that are tokens; None in a pass that only warms up."""
+    metadata = get_forward_context().attn_metadata
+    if metadata is None:
+        return None
+    each = next(iter(metadata.values())) if isinstance(metadata, dict) else metadata
+    return int(each.num_actual_tokens)
+
+
+def _stream_tensors(args: Any, kwargs: Any, hidden_size: int) -> list[Tensor]:
+    """h and, where there is one, r."""
+    given = (*args, *kwargs.values())
+    return [t for t in given if isinstance(t, Tensor) and t.is_floating_point() and t.shape[-1] == hidden_size]
+
+
+def _first(output: Any) -> Any:
+    return output[0] if isinstance(output, tuple | list) else output
+
+
+def _flat(acts: Tensor) -> Tensor:
+    return acts.reshape(-1, acts.shape[-1])
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _packed(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    packed: bytes = sink.getvalue().to_pybytes()
+    return packed
+
+
+@register_model_loader(RANDOM_FORMAT)
+class RandomLoader(BaseModelLoader):  # type: ignore[misc,unused-ignore]
+    """transformers' own random initialisation, one weight at a time: the weights of the torch engine, bit for bit.
+
+    vLLM's `dummy` format is no initialisation: every tensor, scales included, is uniform on ±1e-3.
+    """
+
+    def download_model(self, model_config: Any) -> None:
+        """Nothing is downloaded."""
+
+    def load_weights(self, model: nn.Module, model_config: Any) -> None:
+        """Stream full tensors; vLLM's own loaders fuse and shard them."""
+        raw = json.loads((Path(model_config.model) / "config.json").read_text(encoding="utf-8"))
+        seed = int(self.load_config.model_loader_extra_config["seed"])
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)
+        try:
+            with torch.device("cpu"):
+                model.load_weights(random_weights(raw, seed))  # type: ignore[operator]
+        finally:
+            torch.set_default_dtype(before)
+
+
+def random_weights(raw_config: dict[str, Any], seed: int) -> Iterator[tuple[str, Tensor]]:
+    """(name in a checkpoint of the published architecture, value) of every weight that the bare model has.
+
+    A head that is not tied to the embedding is zero: nothing that is read comes after the final norm.
+    """
+    import transformers
+
+    bare, drawn = deferred_model(build_config(raw_config), seed)
+    published: Any = getattr(transformers, raw_config["architectures"][0])
+    config = build_config(raw_config)
+    with torch.device("meta"):
+        whole = published(config)
+    prefix = f"{whole.base_model_prefix}." if hasattr(whole, whole.base_model_prefix) else ""
+    for name, tensor in bare.state_dict().items():
+        yield prefix + name, drawn.value(tensor) if tensor.is_meta else tensor
+    tied = config.get_text_config().tie_word_embeddings
+    for name, tensor in whole.state_dict().items():
+        if not name.startswith(prefix) and not tied:
+            yield name, torch.zeros(tensor.shape)

@@ -1,0 +1,1 @@
+"""Registry and flags become reads with keys."""

@@ -1,0 +1,217 @@
+"""From the registry and the command line to jobs: which reads of which model, under which protocol, with which key.
+
+A `ModelJob` is what one actor does; its `ReadJob`s carry the key under which their rows are stored, so that a finished
+read is recognised before anything is loaded.
+"""
+
+import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from deadbench.runners.engines.registry import INSTALL_VLLM, vllm_is_installed
+from deadbench.runners.jobs.job import JobError, ModelJob, Overrides, ReadJob
+from deadbench.runners.jobs.opening import fingerprint_of, needs_config_alone, open_all, revisions_of
+from deadbench.suite.checkpoints.checkpoint import Checkpoint
+from deadbench.suite.errors import CheckpointError, InputError
+from deadbench.suite.inputs.specs import MODALITIES, check_spec, content_hash
+from deadbench.suite.registry.entries import (
+    DEFAULT_READS,
+    FUNCTIONAL_TOKENS,
+    READS,
+    Model,
+    Protocol,
+    Registry,
+    SuiteEntry,
+)
+from deadbench.suite.schema import READ_VERSION
+from deadbench.suite.secrets import scrubbed
+
+DEFAULT_INPUT = {"text": "text", "image": "image", "audio": "audio:noise"}
+_SOUND_KEYS = ("num_mel_bins", "input_feat_per_channel", "sampling_rate", "feat_extract_norm")
+
+
+_CONCURRENT_MODELS = 16
+
+
+def build_jobs(
+    registry: Registry,
+    registry_path: Path,
+    models: list[str],
+    suite_name: str | None,
+    reads: list[str] | None,
+    overrides: Overrides,
+    *,
+    every_checkpoint: bool = False,
+    assumed: bool = False,
+) -> list[ModelJob]:
+    """Jobs for `models` (registry ids or SOURCEs), or for a whole suite when none are named.
+
+    Models named without a suite run under the protocol `standard`; with one, under the suite's. Of a model with a
+    revision and a series, the series is read with `every_checkpoint`, or in a suite that says `checkpoints: true`.
+    With `assumed` the jobs would run elsewhere, and what is installed here does not matter.
+
+    Raises:
+        JobError: an unknown suite or read, a SOURCE that does not exist, an input that does not fit.
+    """
+    suite_name = suite_name or (None if models else "quick")
+    if suite_name is not None and suite_name not in registry.suites:
+        raise JobError(f"suite {suite_name!r} is unknown; choose {', '.join(registry.suites)}")
+    for read in reads or ():
+        if read not in READS:
+            raise JobError(f"read {read!r} is unknown; choose {', '.join(READS)}")
+    suite = registry.suites[suite_name] if suite_name else None
+    protocol_name = suite.protocol if suite else "standard"
+    if models:
+        suite_entries = {e.model: e for e in suite.entries()} if suite else {}
+        entries = [suite_entries.get(m, SuiteEntry(model=m)) for m in dict.fromkeys(models)]
+    else:
+        assert suite is not None
+        entries = suite.entries()
+
+    def job_of(entry: SuiteEntry) -> ModelJob:
+        model = registry.model(entry.model) or _own_model(entry.model, overrides)
+        wanted = reads or entry.reads or (suite.reads if suite else list(DEFAULT_READS))
+        spec = overrides.input or entry.input or model.input or DEFAULT_INPUT[model.modality]
+        if any(r != "parameters" for r in wanted):
+            try:
+                check_spec(spec, model.modality)
+            except InputError as error:
+                raise JobError(f"{model.id}: {error}") from error
+        protocol = registry.protocols[protocol_name]
+        if overrides.tokens is not None:
+            protocol = protocol.model_copy(update={"tokens": overrides.tokens})
+        name = protocol_name + overrides.label()
+        base = registry_path.resolve().parent
+        if any(read != "parameters" for read in wanted):
+            _check_degree(model, overrides.tensor_parallel or (model.gpus if overrides.replicas == 1 else 1), base)
+        series = every_checkpoint or model.revision is None or (suite is not None and suite.checkpoints)
+        return _model_job(model, series, wanted, spec, name, protocol, overrides, base, assumed)
+
+    with ThreadPoolExecutor(_CONCURRENT_MODELS) as pool:  # each waits for its server
+        return list(pool.map(job_of, entries))
+
+
+def _wished(model: Model, base: Path, assumed: bool) -> str:
+    """The registry's engine, which is a wish: torch where vLLM is not installed or lacks the architecture."""
+    if model.engine != "vllm" or assumed:
+        return "torch" if model.engine == "auto" else model.engine
+    if not vllm_is_installed():
+        return "torch"
+    from deadbench.runners.engines.vllm_support import why_vllm_cannot
+
+    try:
+        config = model.config or Checkpoint(model.source or "", model.main_checkpoint(), base).config()
+    except CheckpointError:
+        return "vllm"  # which the read will say
+    return "torch" if why_vllm_cannot(config) else "vllm"
+
+
+def _check_degree(model: Model, degree: int, base: Path) -> None:
+    """Raise JobError where `degree` devices cannot share the heads of `model`; what cannot be opened fails later."""
+    try:
+        checkpoint = model.main_checkpoint()
+        config = model.config or (Checkpoint(model.source or "", checkpoint, base).config() if degree > 1 else {})
+    except CheckpointError:
+        return
+    config = config.get("text_config") or config
+    heads = config.get("num_attention_heads") or config.get("n_head")
+    for count, what in ((heads, "attention heads"), (config.get("num_key_value_heads"), "key/value heads")):
+        if isinstance(count, int) and count % degree:
+            fitting = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0 and (heads or count) % n == 0)
+            raise JobError(f"{model.id}: {degree} devices do not divide its {count} {what}; choose one of {fitting}")
+
+
+def _own_model(source: str, overrides: Overrides) -> Model:
+    """A model that is in no registry: the SOURCE itself, its modality told by the input or the configuration."""
+    try:
+        checkpoint = Checkpoint(source)
+        config = checkpoint.config()
+    except CheckpointError as error:
+        raise JobError(f"{error} (and no model of that id is in the registry)") from error
+    told = MODALITIES.get(overrides.input.partition(":")[0]) if overrides.input else None
+    modality = told or _main_modality(config)
+    revision = None if "@" in source else checkpoint.revision
+    return Model.model_construct(
+        id=scrubbed(source), source=source, revision=revision if "://" not in source else None, modality=modality
+    )
+
+
+def _main_modality(config: dict[str, Any]) -> str:
+    """What a model without a registry entry takes first, by its configuration: text wherever there is a text tower."""
+    if any(key in config for key in ("text_config", "llm_config", "thinker_config")):
+        return "text"
+    if any(key in config for key in _SOUND_KEYS):
+        return "audio"
+    pictures = any(key in config for key in ("image_size", "num_channels", "patch_size", "backbone_config"))
+    # A vocabulary alone may be that of the visual tokens which a picture is turned into.
+    reads_text = "vocab_size" in config and ("max_position_embeddings" in config or "image_size" not in config)
+    return "image" if pictures and not reads_text else "text"
+
+
+def _model_job(
+    model: Model,
+    series: bool,
+    reads: list[Any],
+    spec: str,
+    protocol_name: str,
+    protocol: Protocol,
+    overrides: Overrides,
+    base: Path,
+    assumed: bool,
+) -> ModelJob:
+    kind, _, rest = spec.partition(":")
+    local_input = rest and kind in ("text", "image", "tokens") and rest != "random"
+    absolute = f"{kind}:{Path(rest).resolve()}" if local_input else spec
+    dtype = overrides.dtype or model.dtype
+    if overrides.engine == "vllm" and not assumed and not vllm_is_installed():
+        raise JobError(INSTALL_VLLM)
+    engine = overrides.engine or _wished(model, base, assumed)
+    revisions, unlisted = revisions_of(model, base) if series else ([model.revision], None)
+    wanted = [] if unlisted is not None or all(needs_config_alone(model, read) for read in reads) else revisions
+    wanted = wanted[:1] if set(reads) == {"random"} else wanted
+    opened = open_all(model.source, wanted, base)
+    jobs: list[ReadJob] = []
+    for revision in revisions:
+        for read in READS:
+            if read not in reads or (read == "random" and revision != revisions[0]):
+                continue
+            # Parameters are read without input, and random weights without a checkpoint.
+            has_forward = read != "parameters"
+            rule, run_dtype = protocol, dtype
+            if read == "functional":  # few tokens, and precision enough to see that nothing moves
+                rule = protocol.model_copy(update={"tokens": overrides.tokens or FUNCTIONAL_TOKENS})
+                run_dtype = overrides.dtype or "float64"
+            fingerprint, error = fingerprint_of(model, revision, read, opened) if unlisted is None else (None, unlisted)
+            facts: dict[str, Any] = {"read": read, "version": READ_VERSION[read]}
+            if has_forward:
+                facts |= {"tokens": rule.tokens, "sequence_length": rule.sequence_length, "dtype": run_dtype}
+                facts |= {"input": content_hash(spec)}
+            digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+            jobs.append(
+                ReadJob(
+                    model=model,
+                    read=read,
+                    revision=None if read == "random" else revision,
+                    seed=overrides.seed,
+                    engine=engine if has_forward else None,
+                    protocol_name=protocol_name,
+                    protocol=rule,
+                    protocol_hash=digest,
+                    input=absolute if has_forward else None,
+                    dtype=run_dtype,
+                    fingerprint=fingerprint,
+                    base=base,
+                    error=error,
+                    accumulator_gb=overrides.accumulator_gb,
+                    replicas=overrides.replicas if has_forward and read != "functional" else 1,
+                )
+            )
+    degree = overrides.tensor_parallel
+    if overrides.replicas > 1:
+        degree = 1  # each has the whole model on one device
+        if (overrides.tensor_parallel or 1) > 1 or engine == "vllm":
+            beside = "--engine vllm" if engine == "vllm" else f"--tensor-parallel {overrides.tensor_parallel}"
+            raise JobError(f"{model.id}: --replicas {overrides.replicas} does not go with {beside}; leave one out")
+    return ModelJob(model.id, tuple(jobs), degree or model.gpus, degree)

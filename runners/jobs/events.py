@@ -1,0 +1,94 @@
+"""What a worker says: progress while a read runs, and its tables when it is over."""
+
+import resource
+import sys
+from collections.abc import Generator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pyarrow as pa
+
+from deadbench.runners.jobs.job import ReadJob, read_step
+from deadbench.runners.results.versions import versions
+from deadbench.suite.schema import Row, to_table
+from deadbench.suite.secrets import scrubbed
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a running model is; `done` of `total` tokens in the phase, zero where it has no count.
+
+    `device_bytes`: what the process has taken of its GPU.
+    """
+
+    label: str
+    phase: str
+    done: int = 0
+    total: int = 0
+    device_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Remark:
+    """Something to say of a running read, in one line."""
+
+    label: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Finished:
+    """One read is over, well or not: its tables, and the traceback of a failure."""
+
+    job: ReadJob
+    tables: dict[str, pa.Table]
+    traceback: str | None = None
+
+    @property
+    def row(self) -> Row:
+        """The row of `reads`."""
+        return self.tables["reads"].to_pylist()[0]  # type: ignore[no-any-return]
+
+
+Event = Progress | Remark | Finished
+Rows = dict[str, list[Row]]
+Reading = Generator[Progress | Remark, None, Rows]
+
+
+def to_tables(rows: Rows, read: ReadJob, run_id: str, attempt: int, started_at: datetime) -> dict[str, pa.Table]:
+    """Arrow tables of a read: the key in every row, and in the row of `reads` what is known without measuring."""
+    key = {"run_id": run_id} | read.key_columns()
+    row = rows["reads"][0] | {
+        "source": scrubbed(read.model.source or "inline config"),
+        "source_fingerprint": read.fingerprint,
+        "checkpoint_step": read_step(read),
+        "modality": read.model.modality,
+        "protocol": read.protocol_name,
+        "family_expected": read.model.family,
+        "versions": versions(),
+        "started_at": started_at,
+        "finished_at": datetime.now(UTC),
+        "attempt": attempt,
+    }
+    row.setdefault("input", read.input)
+    row.setdefault("peak_host_bytes", peak_host_bytes())
+    row.setdefault("tensor_parallel", read.tensor_parallel if read.engine else None)
+    keyed = {name: [key | each for each in (rows[name] if name != "reads" else [row])] for name in rows}
+    return {name: to_table(name, each) for name, each in keyed.items()}
+
+
+def failed_read(read: ReadJob, run_id: str, attempt: int, error: str) -> Finished:
+    """The row of a read that no process tells of: it died before it could speak, or was never started."""
+    rows: Rows = {"reads": [{"status": "failed", "error": error, "peak_host_bytes": None}]}
+    return Finished(read, to_tables(rows, read, run_id, attempt, datetime.now(UTC)))
+
+
+def peak_host_bytes() -> int:
+    """Peak resident memory of this process since it started, in bytes."""
+    try:  # getrusage's maximum is not this process's own: a child starts from its parent's
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return next(1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,131 @@
+"""A job: what one actor does, and the key under which each of its reads is stored."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from deadbench.suite.checkpoints.checkpoint import checkpoint_step
+from deadbench.suite.registry.entries import Model, Protocol
+from deadbench.suite.schema import KEY
+
+
+class JobError(ValueError):
+    """A request that cannot become jobs; one line, exit code 2."""
+
+
+@dataclass(frozen=True)
+class Overrides:
+    """What the command line changes in the protocol; None leaves it.
+
+    `accumulator_gb`, `tensor_parallel` and `replicas` change no number.
+    """
+
+    tokens: int | None = None
+    input: str | None = None
+    dtype: str | None = None
+    engine: str | None = None
+    seed: int = 0
+    accumulator_gb: float | None = None
+    tensor_parallel: int | None = None
+    replicas: int = 1
+
+    def label(self) -> str:
+        """The overrides that change numbers, as they are appended to the protocol's name."""
+        named = {"tokens": self.tokens, "input": self.input, "dtype": self.dtype}
+        changed = [f"{name}={value}" for name, value in named.items() if value is not None]
+        return f"[{','.join(changed)}]" if changed else ""
+
+
+@dataclass(frozen=True)
+class ReadJob:
+    """One read of one checkpoint: everything the worker needs, and the key of its rows."""
+
+    model: Model
+    read: str
+    revision: str | None
+    seed: int
+    engine: str | None
+    protocol_name: str
+    protocol: Protocol
+    protocol_hash: str
+    input: str | None
+    dtype: str
+    fingerprint: str | None
+    base: Path
+    error: str | None = None
+    accumulator_gb: float | None = None
+    tensor_parallel: int = 1  # devices that share the model; the driver sets it
+    half_batch: bool = False  # after an attempt that ran out of memory
+    replicas: int = 1  # processes that run the whole model, each on a part of the tokens
+    checkpoint_interval: float = 0.0  # seconds between two checkpoints; 0: none
+    checkpoint_location: str | None = None  # the result set, absolute; the driver sets both
+
+    def key_columns(self) -> dict[str, Any]:
+        """The key columns of this read's rows."""
+        return {
+            "model": self.model.id,
+            "revision": self.revision,
+            "read": self.read,
+            "seed": self.seed,
+            "protocol_hash": self.protocol_hash,
+            "engine": self.engine,
+        }
+
+    def identity(self) -> tuple[Any, ...]:
+        """Key and fingerprint: what a finished row must match to stand for this read."""
+        columns = self.key_columns()
+        return (*(columns[name] for name in KEY), self.fingerprint)
+
+    def label(self) -> str:
+        """Short name for people: `pythia-160m random`, `twin step16 trained`."""
+        return " ".join(part for part in (self.model.id, self.revision, self.read) if part)
+
+
+@dataclass(frozen=True)
+class ModelJob:
+    """All reads of one model, for one actor, or one actor per rank.
+
+    `tensor_parallel` as asked for; None: `num_gpus`, where there are GPUs. By the plan: `gpu_share`, the part of one
+    GPU that is enough, and `work`, 2 x parameters x tokens of its forward passes.
+    """
+
+    model_id: str
+    reads: tuple[ReadJob, ...]
+    num_gpus: int
+    tensor_parallel: int | None = None
+    gpu_share: float = 1.0
+    work: float = 0.0
+
+    @property
+    def replicas(self) -> int:
+        """How many processes divide the tokens of the reads that can be divided."""
+        return max((read.replicas for read in self.reads), default=1)
+
+    @property
+    def engine(self) -> str | None:
+        """The engine of the reads that run the model; None where none does."""
+        return next((read.engine for read in self.reads if read.engine), None)
+
+    def over(self, devices: int) -> "ModelJob":
+        """The job with its reads told how many devices share the model."""
+        return replace(self, reads=tuple(replace(read, tensor_parallel=devices) for read in self.reads))
+
+    def checkpointed(self, interval: float, location: str) -> "ModelJob":
+        """The job with its reads told how often to save where they are, and in which result set."""
+        return replace(
+            self,
+            reads=tuple(replace(r, checkpoint_interval=interval, checkpoint_location=location) for r in self.reads),
+        )
+
+    def without(self, done: Iterable[tuple[Any, ...]]) -> "ModelJob":
+        """The job less the reads whose identity is in `done`."""
+        finished = set(done)
+        return replace(self, reads=tuple(r for r in self.reads if r.identity() not in finished))
+
+
+def read_step(job: ReadJob) -> int | None:
+    """Training step of the checkpoint that a job reads; None for a random initialisation."""
+    if job.read == "random":
+        return None
+    return checkpoint_step(job.revision or Path(job.model.source or "").name)

@@ -1,0 +1,71 @@
+"""Checkpoints opened once, before anything takes a device: what is there, and what cannot be read and why."""
+
+import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from deadbench.runners.jobs.job import ModelJob
+from deadbench.suite.checkpoints.checkpoint import Checkpoint, list_revisions
+from deadbench.suite.errors import CheckpointError
+from deadbench.suite.registry.entries import CheckpointPattern, Model
+
+_CONCURRENT_CHECKPOINTS = 8
+
+
+def unreachable(jobs: list[ModelJob]) -> list[str]:
+    """What of the jobs cannot be opened (gated, missing, broken), one line each; their reads will be failed rows."""
+    return list(dict.fromkeys(f"{read.model.id}: {read.error}" for job in jobs for read in job.reads if read.error))
+
+
+def revisions_of(model: Model, base: Path) -> tuple[list[str | None], str | None]:
+    """The checkpoints of a model's series in training order, or why they cannot be listed."""
+    series = model.checkpoints
+    if series is None:
+        return [model.revision], None
+    if isinstance(series, CheckpointPattern):
+        return list(series.names()), None
+    if isinstance(series, list):
+        return list(series), None
+    try:
+        found = series.names(list_revisions(model.source or "", base))
+    except CheckpointError as error:
+        return [model.revision], str(error)
+    return (
+        (list(found), None) if found else ([model.revision], f"{model.source}: no checkpoint matches {series.listed!r}")
+    )
+
+
+Opened = tuple[str | None, str | None]  # fingerprint, or why there is none
+
+
+def fingerprint_of(model: Model, revision: str | None, read: str, opened: dict[str | None, Opened]) -> Opened:
+    """What the read will open, hashed; or why it cannot be opened, so that the read fails as a row of its own."""
+    if needs_config_alone(model, read):
+        return hashlib.sha256(json.dumps(model.config, sort_keys=True).encode()).hexdigest()[:16], None
+    if model.source is None:
+        return None, f"the registry gives no source, which the read {read!r} needs"
+    return opened[revision]
+
+
+def needs_config_alone(model: Model, read: str) -> bool:
+    """Whether the registry's own configuration is all that a read opens."""
+    return model.config is not None and (read == "random" or (read == "functional" and model.source is None))
+
+
+def open_all(source: str | None, revisions: list[str | None], base: Path) -> dict[str | None, Opened]:
+    """Checkpoints that some read needs, opened now, side by side, before anything takes a device."""
+    if source is None or not revisions:
+        return {}
+
+    def attempt(revision: str | None) -> Opened:
+        try:
+            checkpoint = Checkpoint(source, revision, base)
+            checkpoint.config()  # of a gated repository everything is listed, and nothing can be read
+            return checkpoint.fingerprint(), None
+        except CheckpointError as error:
+            return None, str(error)
+
+    different = list(dict.fromkeys(revisions))
+    with ThreadPoolExecutor(_CONCURRENT_CHECKPOINTS) as pool:
+        return dict(zip(different, pool.map(attempt, different), strict=True))

@@ -1,0 +1,1 @@
+"""Engine, devices, memory and passes of each read, before anything loads."""

@@ -1,0 +1,57 @@
+"""Jobs with the engine, devices and work that the plan gave them."""
+
+from dataclasses import replace
+
+from deadbench.runners.jobs.job import ModelJob, ReadJob
+from deadbench.runners.planning.hardware import Cluster
+from deadbench.runners.planning.plan import asked_degree, place
+
+
+def place_jobs(jobs: list[ModelJob], cluster: Cluster) -> tuple[list[ModelJob], list[str]]:
+    """`jobs` with the engine that the plan chose, and the problems, one line each; what cannot fit carries its reason.
+
+    Models whose published size leaves no doubt are not measured.
+    """
+    problems: list[str] = []
+    placed = []
+    for job in jobs:
+        reads, degree, share, work, asked = [], None, 0.0, 0.0, asked_degree(job, cluster)
+        for read in job.reads:
+            work += _work(read)
+            if read.engine and not read.error and (asked not in (None, 1) or not _surely_fits(read, cluster)):
+                row = place(read, cluster, asked)
+                share = max(share, row.gpus)
+                if row.tensor_parallel and row.tensor_parallel > 1:
+                    degree = max(degree or 1, row.tensor_parallel)
+                if row.problem:
+                    problems.append(f"{read.label()}: {row.problem}")
+                    read = replace(read, error=row.problem)
+                elif row.engine == "streaming" and read.engine == "torch":
+                    problems.append(f"{read.label()}: {row.note}")
+                    read = replace(read, engine="streaming")
+            elif read.engine:
+                share = 1.0
+            reads.append(read)
+        share = min(share, 1.0) or 1.0
+        degree = job.tensor_parallel or degree
+        placed.append(replace(job, reads=tuple(reads), tensor_parallel=degree, gpu_share=share, work=work))
+    return placed, problems
+
+
+def _work(read: ReadJob) -> float:
+    """2 x parameters x tokens, as far as the registry tells; what it does not tell is small."""
+    config = read.model.config or {}
+    widths = [config[name] for name in ("hidden_size", "d_model", "n_embd") if isinstance(config.get(name), int)]
+    width = widths[0] if widths else 1024
+    rule = read.protocol.tokens
+    tokens = rule if isinstance(rule, int) else int(rule[:-1]) * width
+    return 2.0 * (read.model.parameters or 0) * tokens if read.engine else 0.0
+
+
+def _surely_fits(read: ReadJob, cluster: Cluster) -> bool:
+    """Whether float32 weights by the registry's own figure take less than an eighth of the memory."""
+    node = cluster.largest
+    if node.gpus:
+        return False  # how many fit on one GPU is worth the measurement
+    memory = node.host_bytes
+    return read.model.parameters is not None and memory is not None and 4 * read.model.parameters * 8 <= memory

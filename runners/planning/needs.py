@@ -1,0 +1,80 @@
+"""What a read needs, counted before anything loads: the model on the meta device, one batch through it.
+
+Bytes of weights come from the configuration (or the checkpoint's headers), those of activations from a forward pass
+without arithmetic whose live tensors are counted. Shapes: N tokens, D hidden size.
+"""
+
+import math
+from dataclasses import dataclass
+
+from deadbench.runners.engines.base import BATCH_TOKENS
+from deadbench.runners.planning.sizes import ModelSize
+from deadbench.suite.reads.residual import TAP_BYTES
+
+# In D^2, of one tap while the tokens pass: two halves, each a Gram matrix; with a factor and a whitener where a trained
+# model's small directions ask for them. While it is decomposed a tap needs TAP_BYTES.
+_HELD = {"random": 16, "trained": 48, "functional": 0}
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes that one read needs, part by part.
+
+    `weights` in the run's dtype; `outside` and `block`: of them, those outside the blocks and in the largest block;
+    `resident_load`: what loading the whole model takes in host memory; `drawing`: what loading one tensor takes;
+    `activations` of one batch, with the statistics taken from it; `stream`: every batch's hidden states; `held` and
+    `decomposed`: one tap's accumulators while tokens pass, and at its end.
+    """
+
+    weights: float
+    resident_load: float
+    outside: float
+    block: float
+    drawing: float
+    activations: float
+    stream: float
+    held: float
+    decomposed: float
+    num_taps: int
+    num_tokens: int
+
+    def resident(self, taps_at_once: int) -> float:
+        """Peak of a resident read that accumulates `taps_at_once` taps a pass, once it is loaded."""
+        return self.weights + self.activations + self.held * taps_at_once + self.decomposed
+
+    def sharded(self, ranks: int) -> float:
+        """Peak of one rank of `ranks`, with one tap at a time: what is outside the blocks is on every rank."""
+        return self.outside + (self.weights - self.outside) / ranks + self.activations + self.held + self.decomposed
+
+    def streamed(self, parked: float = math.inf) -> float:
+        """Peak of block streaming, with at most `parked` bytes of waiting streams in memory.
+
+        Two taps are alive when one is compared with the one before; the embedding output of every batch stays.
+        """
+        waiting = self.stream + min(self.stream, parked)
+        return self.outside + self.block + self.activations + waiting + 2 * self.held + self.decomposed
+
+
+def needs(size: ModelSize, read: str, itemsize: int, num_tokens: int) -> Needs:
+    """The bytes of a read by forward pass that runs in a dtype of `itemsize` bytes over `num_tokens` tokens."""
+    D = size.hidden_size
+    batch = min(BATCH_TOKENS, num_tokens)
+    # Beside the activations: the norm's captured input and output, and the float64 rows and products of one update.
+    captured = 2 * batch * D * itemsize
+    statistics = 3 * batch * D * 8
+    weights = size.parameters * itemsize
+    drawn = 4 * size.parameters if read == "random" else weights
+    largest = size.largest_tensor * (4 + itemsize if read == "random" and itemsize < 4 else itemsize)
+    return Needs(
+        weights=weights,
+        resident_load=drawn if itemsize >= 4 or read == "trained" else drawn + size.largest_tensor * itemsize,
+        outside=size.outside_blocks * itemsize,
+        block=size.largest_block * itemsize,
+        drawing=largest,
+        activations=size.activation_bytes * itemsize / 4 * batch / BATCH_TOKENS + captured + statistics,
+        stream=num_tokens * D * itemsize,
+        held=_HELD[read] * D**2,
+        decomposed=TAP_BYTES * D**2,
+        num_taps=size.num_taps,
+        num_tokens=num_tokens,
+    )

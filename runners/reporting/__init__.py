@@ -1,0 +1,1 @@
+"""What a person, a log and Prometheus see of a run."""

@@ -1,0 +1,140 @@
+"""What a person sees while models run: a live table on a terminal, plain lines elsewhere. All on stderr."""
+
+import time
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+from rich import box
+from rich.console import Console, RenderableType
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+
+from deadbench.runners.jobs.events import Finished, Progress
+from deadbench.runners.jobs.job import ModelJob, ReadJob
+
+_HEADERS = ("model", "phase", "tokens", "tokens/s", "GPU memory", "left")
+
+
+@dataclass
+class _Line:
+    progress: Progress
+    since: float = field(default_factory=time.monotonic)
+    phase_since: float = field(default_factory=time.monotonic)
+    phase_done: int = 0
+
+    def moved(self, event: Progress) -> None:
+        if event.phase != self.progress.phase:
+            self.phase_since, self.phase_done = time.monotonic(), event.done
+        self.progress = event
+
+    def tokens_per_second(self) -> float | None:
+        """Of this phase; None where it has no count yet."""
+        seconds, done = time.monotonic() - self.phase_since, self.progress.done - self.phase_done
+        return done / seconds if done > 0 and seconds > 0 else None
+
+    def seconds_left(self) -> float | None:
+        """Of this phase, at this rate."""
+        rate = self.tokens_per_second()
+        return (self.progress.total - self.progress.done) / rate if rate else None
+
+
+class Reporter:
+    """Shows what happens in a run; a context manager. What is said here can be read by people."""
+
+    def __init__(self, total_reads: int, *, debug: bool = False):
+        self._console = Console(stderr=True, highlight=False)
+        self._debug, self._total, self._done = debug, total_reads, 0
+        self._lines: dict[str, _Line] = {}
+        self._live: Live | None = None
+        self._began = time.monotonic()
+
+    def __enter__(self) -> Self:
+        if self._console.is_terminal:
+            self._live = Live(get_renderable=self._render, console=self._console, refresh_per_second=4, transient=True)
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        if self._live:
+            self._live.stop()
+
+    def say(self, text: str) -> None:
+        """One plain line."""
+        self._console.print(escape(text), soft_wrap=True)
+
+    def run_started(self, run_id: str, num_models: int) -> None:
+        """A run begins."""
+
+    def model_started(self, job: ModelJob, attempt: int, nodes: list[str], devices: float) -> None:
+        """A model was given its place: nodes, and how many devices."""
+
+    def progress(self, model_id: str, event: Progress) -> None:
+        """A model moved on."""
+        line = self._lines.get(model_id)
+        if line is None or line.progress.label != event.label:
+            self._lines[model_id] = _Line(event)
+            if self._live is None:
+                self.say(f"{event.label}: {event.phase}")
+        else:
+            line.moved(event)
+
+    def finished(self, event: Finished) -> None:
+        """A read is over, and in the results."""
+        self._done += 1
+        line = self._lines.get(event.job.model.id)
+        seconds = f" in {time.monotonic() - line.since:.1f} s" if line else ""
+        row = event.row
+        outcome = f"failed: {row['error']}" if row["status"] == "failed" else _headline(row)
+        self.say(f"[{self._done}/{self._total}] {event.job.label()}: {outcome}{seconds}")
+        if self._debug and event.traceback:
+            self.say(event.traceback)
+
+    def retry(self, read: ReadJob, cause: str, attempt: int, changed: str | None) -> None:
+        """A read of which a process died is tried again, with what `changed`."""
+        self.say(f"{read.label()}: {cause}; attempt {attempt}{f', with {changed}' if changed else ''}")
+
+    def gone(self, model_id: str) -> None:
+        """A model's actor has ended."""
+        self._lines.pop(model_id, None)
+
+    def run_ended(self, outcome: str, counts: dict[str, int]) -> None:
+        """A run is over: finished, interrupted or stopped."""
+
+    def _render(self) -> RenderableType:
+        table = Table(*_HEADERS, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+        for line in list(self._lines.values()):
+            table.add_row(*(escape(cell) for cell in _cells(line)))
+        seconds = time.monotonic() - self._began
+        left = f", about {_duration(seconds * (self._total - self._done) / self._done)} left" if self._done else ""
+        table.caption = f"{self._done} of {self._total} reads in {_duration(seconds)}{left}"
+        return table
+
+
+def _cells(line: _Line) -> tuple[str, ...]:
+    event, rate, left = line.progress, line.tokens_per_second(), line.seconds_left()
+    return (
+        event.label,
+        event.phase,
+        f"{event.done:,}/{event.total:,}" if event.total else "-",
+        f"{rate:,.0f}" if rate is not None else "-",
+        f"{event.device_bytes / 1e9:.1f} GB" if event.device_bytes is not None else "-",
+        _duration(left) if left is not None else f"({_duration(time.monotonic() - line.since)} so far)",
+    )
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+
+
+def _headline(row: dict[str, Any]) -> str:
+    if row["depth"] is not None:
+        return f"{row['family']}, depth {row['depth']:.2f}, alignment {row['alignment']:.4f}"
+    if row["final_norm"] is None:
+        return f"no final norm ({row['error']})"
+    if row["read"] == "functional":
+        return f"{row['family']}, moved and put back"
+    return f"{row['family']}, {row['num_zero_scales']} zero scales"

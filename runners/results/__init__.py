@@ -1,0 +1,1 @@
+"""Result files, whole or not at all."""

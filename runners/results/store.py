@@ -1,0 +1,164 @@
+"""Result sets: `OUT/<table>/*.parquet`, each file written whole or not at all, by the driver alone.
+
+A local file is written aside, flushed to the disk and renamed into place, and so is one on a remote file system that
+renames (sftp, hdfs); an object store gets one write of the finished buffer, which it publishes when it has all of it.
+Names are unique, so that two runs may write to one place. The row of `reads` goes last: it is what makes a read exist.
+"""
+
+import contextlib
+import io
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from deadbench.suite.schema import KEY, SCHEMA_VERSION, TABLES
+from deadbench.suite.secrets import scrubbed
+from deadbench.suite.storage import is_local, open_place, write_local
+
+_FOOTER_BYTES = 2**17  # as much of a remote file's end as holds its schema
+
+
+class StoreError(ValueError):
+    """A result set that cannot be written or continued; one line, exit code 2."""
+
+
+class ResultStore:
+    """One result set, in a local folder or behind an fsspec URI."""
+
+    def __init__(self, location: str):
+        """Open or create the result set.
+
+        Raises:
+            StoreError: not writable, or written by a newer version.
+        """
+        self.location = scrubbed(location)
+        try:
+            self._fs, self._root = open_place(location)
+        except Exception as error:
+            raise StoreError(f"--out {self.location}: {_reason(error)}") from error
+        self._local = is_local(self._fs)
+        self._renames = self._local or type(self._fs).mv is not fsspec.AbstractFileSystem.mv
+        try:
+            self._probe()
+        except Exception as error:
+            advice = "choose another folder" if self._local else "check bucket, path and credentials"
+            raise StoreError(f"--out {self.location}: cannot be written ({_reason(error)}); {advice}") from error
+        self._check_version()
+
+    def finished(self) -> set[tuple[Any, ...]]:
+        """Identities (key and fingerprint) of the reads that are done and need no second measurement."""
+        columns = [*KEY, "source_fingerprint", "status"]
+        identities = set()
+        for path, source in self._sources("reads"):
+            with self._readable(path):
+                rows = pq.read_table(source, columns=columns, partitioning=None).to_pylist()
+            identities |= {tuple(row[name] for name in columns[:-1]) for row in rows if row["status"] == "ok"}
+        return identities
+
+    def write(self, tables: dict[str, pa.Table], stamp: str | None = None) -> None:
+        """Store the tables of one read, `reads` last. With the same `stamp` again, what is there is replaced.
+
+        Raises:
+            OSError: the disk is full or gone, or the store refuses; nothing half-written is left where readers look.
+        """
+        stamp = stamp or f"{time.time_ns()}-{uuid.uuid4().hex[:12]}"
+        for name in sorted(tables, key=lambda table: table == "reads"):
+            if tables[name].num_rows:
+                buffer = io.BytesIO()
+                pq.write_table(tables[name], buffer)
+                self._write_whole(f"{name}/{stamp}.parquet", buffer.getvalue())
+
+    def write_text(self, path: str, text: str) -> None:
+        """Store a document beside the tables, in place of what was there.
+
+        Raises:
+            OSError: as `write`.
+        """
+        self._write_whole(path, text.encode())
+
+    def _write_whole(self, path: str, contents: bytes) -> None:
+        target, aside = f"{self._root}/{path}", f"{self._root}/_tmp/{uuid.uuid4().hex}"
+        if self._local:
+            write_local(Path(target), Path(aside), contents)
+            return
+        try:
+            if not self._renames:
+                self._fs.pipe_file(target, contents)
+                return
+            for name in (target, aside):
+                self._fs.makedirs(name.rpartition("/")[0], exist_ok=True)
+            self._fs.pipe_file(aside, contents)
+            self._fs.mv(aside, target)
+        except Exception as error:
+            raise OSError(f"{self.location}/{path}: not stored ({_reason(error)}); nothing of it is there") from error
+
+    def _probe(self) -> None:
+        """Fail now, not after the first hour: write a small file and take it away."""
+        if "hf" in (self._fs.protocol, *self._fs.protocol):  # each write would be a commit
+            self._fs.ls("/".join(self._root.split("/")[:3]), detail=False)
+            return
+        if self._renames:
+            self._fs.makedirs(self._root, exist_ok=True)  # elsewhere it would make buckets
+        name = f"{self._root}/.deadbench-{uuid.uuid4().hex[:8]}"
+        self._fs.pipe_file(name, b"")
+        self._fs.rm_file(name)
+
+    def _files(self, table: str) -> list[str]:
+        folder = f"{self._root}/{table}"
+        try:
+            listed = self._fs.ls(folder, detail=False, refresh=True)  # what others wrote meanwhile is there too
+        except FileNotFoundError:
+            return []
+        return sorted(path for path in listed if path.endswith(".parquet"))
+
+    def _sources(self, table: str) -> list[tuple[str, Any]]:
+        """(path, what pyarrow opens) of a table's files; remote ones are fetched together."""
+        files = self._files(table)
+        if self._local or not files:
+            return [(path, path) for path in files]
+        try:
+            return [(path, io.BytesIO(data)) for path, data in self._fs.cat(files).items()]
+        except Exception as error:
+            raise StoreError(f"--out {self.location}: {table} cannot be read ({_reason(error)})") from error
+
+    def _footers(self, table: str) -> list[tuple[str, Any]]:
+        """(path, what pyarrow reads a schema from) of a table's files; of remote ones only the end."""
+        files = self._files(table)
+        if self._local or not files:
+            return [(path, path) for path in files]
+        ends = self._fs.cat_ranges(files, [-_FOOTER_BYTES] * len(files), [None] * len(files), on_error="return")
+        return [(p, io.BytesIO(end if isinstance(end, bytes) else b"")) for p, end in zip(files, ends, strict=True)]
+
+    def _check_version(self) -> None:
+        for table in TABLES:
+            for path, source in self._footers(table):
+                with self._readable(path):
+                    metadata = pq.read_schema(source).metadata or {}
+                version = metadata.get(b"schema_version", b"").decode()
+                if not version.isdigit():
+                    raise StoreError(f"--out {self.location}: {path} is not a deadbench result; choose another folder")
+                if int(version) > SCHEMA_VERSION:
+                    raise StoreError(
+                        f"--out {self.location}: written by a newer deadbench (schema {version}, this one writes "
+                        f"{SCHEMA_VERSION}); upgrade deadbench or choose another folder"
+                    )
+
+    @contextlib.contextmanager
+    def _readable(self, path: str) -> Iterator[None]:
+        try:
+            yield
+        except (pa.ArrowException, OSError) as error:
+            raise StoreError(f"--out {self.location}: {path} cannot be read as parquet; move it away") from error
+
+
+def _reason(error: Exception) -> str:
+    """What a file system says, in a few words and without secrets."""
+    known = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else ""
+    return known or scrubbed(" ".join(str(error).split()))[:200] or type(error).__name__

@@ -1,0 +1,1 @@
+"""What an actor does: the reads of one model."""

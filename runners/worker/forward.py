@@ -1,0 +1,138 @@
+"""A read by forward passes: one model, random or trained, from its weights to the rows of its spectra.
+
+What is run and read meanwhile is in `runners/passes.py`.
+"""
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from deadbench.runners.engines.base import BATCH_TOKENS
+from deadbench.runners.engines.registry import make_engine
+from deadbench.runners.engines.resident import TorchEngine
+from deadbench.runners.jobs.events import Progress, Reading
+from deadbench.runners.jobs.job import ReadJob
+from deadbench.runners.jobs.resolved import dtype_name, num_parameters, wanted_tokens
+from deadbench.runners.worker.passes import Passes
+from deadbench.runners.worker.request import below, make_inputs, tensor_name
+from deadbench.suite.architectures.build import build_config, build_model, objective
+from deadbench.suite.architectures.kernel_test import live_norm
+from deadbench.suite.architectures.norms import departure
+from deadbench.suite.architectures.parts import part_of
+from deadbench.suite.architectures.stored_names import renamings
+from deadbench.suite.checkpoints.tensors import TensorEntry
+from deadbench.suite.inputs.batches import check_count
+from deadbench.suite.reads.columns import architecture_columns, scale_columns
+from deadbench.suite.reads.residual import TAP_BYTES
+from deadbench.suite.schema import Row
+
+
+def read_forward(
+    read: ReadJob,
+    raw_config: dict[str, Any],
+    folder: Path | None,
+    *,
+    trained: bool,
+    entries: dict[str, TensorEntry] | None = None,
+) -> Reading:
+    """The final norm's spectrum and the residual stream's, of a random or a trained model.
+
+    Args:
+        read: what is asked.
+        raw_config: the contents of config.json.
+        folder: a local folder with the tokenizer or processor, and the weights where `trained`.
+        trained: load the weights from `folder`; else initialise at random.
+        entries: the checkpoint's tensors, where there is one.
+
+    Raises:
+        ValueError: what cannot be read, in one line.
+    """
+    config = build_config(raw_config)
+    name = dtype_name(read, config, entries)
+    dtype = getattr(torch, name)
+    engine = make_engine(read.engine, read.replicas)
+    engine.part, _ = part_of(build_model(config, "meta"), read.model.modality, read.model.stack)
+    model = engine.load_trained(folder, dtype) if trained and folder else engine.load_random(config, read.seed, dtype)
+
+    replicas = engine.ranks.replicas
+    final = replace(engine.final_norm(model), renamings=renamings(model))
+    row: Row = architecture_columns(below(engine.part, final)) | {
+        "num_parameters": num_parameters(json.dumps(raw_config, sort_keys=True)),
+        "objective": objective(raw_config),
+        "dtype": name,
+        "device": engine.device_name(),
+        "load_seconds": engine.load_seconds,
+        "engine_detail": engine.detail + (f"; tokens over {engine.ranks.size} replicas" if replicas else ""),
+        "tensor_parallel": 1 if replicas else engine.ranks.size,
+    }
+    if final.path is None:
+        if final.family == "undetermined":
+            raise ValueError(f"the final norm cannot be determined: {final.reason}")
+        return {"reads": [row | {"error": final.reason, "peak_device_bytes": engine.peak_device_bytes()}]}
+
+    part = model.get_submodule(engine.part)
+    module = part.get_submodule(final.path)
+    assert final.hidden_size is not None
+    norm = live_norm(module, final.behaviour, final.hidden_size)
+    unlawful = None if trained else departure(norm, final.path)
+    if unlawful:
+        row["engine_detail"] = f"{row['engine_detail']}; {unlawful}"
+    num_tokens = wanted_tokens(read, final.hidden_size)
+    yield Progress(read.label(), "input", 0, num_tokens)
+    for batch_tokens in (BATCH_TOKENS, BATCH_TOKENS // 2)[read.half_batch :]:
+        inputs = make_inputs(read, engine.runnable(model), folder, num_tokens, batch_tokens)
+        check_count(inputs.num_tokens, final.hidden_size)
+        if engine.tap_by_tap and replicas and len(inputs.batches) < engine.ranks.size:
+            raise ValueError(
+                f"{engine.ranks.size} replicas for {len(inputs.batches)} batches of about {batch_tokens} tokens: block "
+                f"streaming leaves none idle; give --replicas {len(inputs.batches)} at most, or more --tokens"
+            )
+        passes = Passes(read, engine, part, final, inputs, norm, name, batch_tokens)
+        try:
+            measured, stream, position = yield from passes.run()
+            break
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            # Ranks are in step and one cannot go back alone: they do not try again.
+            if batch_tokens < BATCH_TOKENS or engine.ranks.size > 1:
+                raise ValueError(_sizes(engine, model, batch_tokens, final.hidden_size)) from error
+        yield Progress(read.label(), "out of memory: again with half the batch", 0, inputs.num_tokens)
+    if engine.ranks.rank > 0:
+        return {"reads": [row]}  # rank 0 has every row and tells
+    yield Progress(read.label(), "spectrum", inputs.num_tokens, inputs.num_tokens)
+    started = time.perf_counter()
+    columns, final_spectrum = measured.finish()
+    stream_columns, blocks, spectra = stream.finish()
+    position.spectrum_seconds += time.perf_counter() - started
+    row |= scale_columns(norm, name) | columns | stream_columns
+    row |= {
+        "final_norm_tensor": tensor_name(entries, below(engine.part, final)),
+        "input": inputs.description,
+        "num_distinct_inputs": inputs.num_distinct,
+        "forward_seconds": position.forward_seconds,
+        "spectrum_seconds": position.spectrum_seconds,
+        "peak_device_bytes": engine.peak_device_bytes(),
+    }
+    return {"reads": [row], "spectra": [final_spectrum, *spectra], "blocks": blocks}
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _sizes(engine: TorchEngine, model: nn.Module, batch_tokens: int, hidden_size: int) -> str:
+    weights = sum(p.nbytes for p in model.parameters() if not p.is_meta) / engine.ranks.size
+    alone = engine.ranks.size == 1
+    tried = ", with half the batch too" if alone else f" in one of {engine.ranks.size} ranks"
+    first = "--engine streaming" if alone else "a larger --tensor-parallel"
+    return (
+        f"out of memory on {engine.device_name()}{tried}: {weights / 1e9:.1f} GB of weights, batches of {batch_tokens} "
+        f"tokens, accumulators of {TAP_BYTES * hidden_size**2 / 1e9:.1f} GB a tap; give {first}, a smaller "
+        "--accumulator-gb or --dtype bfloat16"
+    )

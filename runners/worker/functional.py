@@ -1,0 +1,140 @@
+"""The functional read: the published model with its head, its linear maps moved along dead directions and controls."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deadbench.runners.engines.base import BATCH_TOKENS, pick_device
+from deadbench.runners.engines.resident import TorchEngine
+from deadbench.runners.jobs.events import Progress, Reading
+from deadbench.runners.jobs.job import ReadJob
+from deadbench.runners.jobs.resolved import num_parameters
+from deadbench.runners.worker.request import make_inputs
+from deadbench.suite.architectures.build import build_config, published_class
+from deadbench.suite.architectures.kernel_test import live_norm
+from deadbench.suite.architectures.locate import find_final_norm
+from deadbench.suite.inputs.batches import Batch
+from deadbench.suite.reads.columns import architecture_columns
+from deadbench.suite.reads.dead_parameters import trace_published
+from deadbench.suite.reads.functional import read_head, read_inner, sites
+from deadbench.suite.schema import Row
+
+_IMAGES = 16  # stand for the tokens of an image classifier, which gives one distribution a picture
+
+
+def read_functional(read: ReadJob, raw_config: dict[str, Any], folder: Path | None, *, trained: bool) -> Reading:
+    """Rows of `functional`: every site, direction and step.
+
+    Args:
+        read: what is asked.
+        raw_config: the contents of config.json.
+        folder: a local folder with the tokenizer or processor, and the weights where `trained`.
+        trained: load the weights from `folder`; else initialise at random.
+
+    Raises:
+        ValueError: what cannot be read, in one line.
+    """
+    config = build_config(raw_config)
+    dtype = getattr(torch, read.dtype)
+    engine = TorchEngine(pick_device())
+    published = published_class(config)
+    if trained and folder:
+        model = engine.load_trained(folder, dtype, published)
+    else:
+        model = engine.load_random(config, read.seed, dtype, published=True)
+    _, wiring = trace_published(config)
+    if wiring is None or not wiring.reads:
+        reason = "cannot be followed on a minimal input" if wiring is None else "has no linear map that a norm feeds"
+        raise ValueError(f"{type(model).__name__} {reason}: nothing to move")
+    rule = read.protocol.tokens
+    assert isinstance(rule, int)
+    yield Progress(read.label(), "input", 0, rule)
+    inputs = make_inputs(read, model, folder, rule, BATCH_TOKENS, _IMAGES)
+
+    modules = dict(model.named_modules())
+    norms = {path: live_norm(modules[path], behaviour, D) for path, (behaviour, D) in wiring.norms.items()}
+    started = time.perf_counter()
+    captured: dict[str, list[Tensor]] = {path: [] for path in set(wiring.reads.values())}
+    handles = [modules[path].register_forward_hook(_keep(captured[path])) for path in captured]
+    try:
+        outputs = [_output(engine.forward(model, batch)) for batch in inputs.batches]
+    finally:
+        for handle in handles:
+            handle.remove()
+    has_logits = all(found for _, found in outputs)
+    before = _rows([tensor for tensor, _ in outputs], inputs.batches)
+
+    def run() -> Tensor:
+        return _rows([_output(engine.forward(model, batch))[0] for batch in inputs.batches], inputs.batches)
+
+    head = _head(model, wiring.reads) if has_logits else None
+    wanted = sites(model, wiring, norms, head)
+    rows: list[Row] = []
+    for number, site in enumerate(wanted):
+        yield Progress(read.label(), "sites", number, len(wanted))
+        seed = [read.seed, number]
+        replayed = None
+        if site.path == head and len(captured[site.norm_path]) == len(inputs.batches):
+            acts = _rows(captured[site.norm_path], inputs.batches)
+            replayed = read_head(site, acts, before, seed)
+        if replayed is None:
+            replayed = []
+            for row in read_inner(site, before, run, seed, has_logits=has_logits):
+                replayed.append(row)
+                yield Progress(read.label(), "sites", number, len(wanted))
+        # A map that the measured output does not depend on (a pooler) says nothing.
+        rows += replayed if any(row["output_change"] for row in replayed) else []
+    weights = "trained" if trained else "random"
+    row = architecture_columns(find_final_norm(getattr(model, "base_model", model))) | {
+        "num_parameters": num_parameters(json.dumps(raw_config, sort_keys=True)),
+        "dtype": read.dtype,
+        "device": engine.device_name(),
+        "load_seconds": engine.load_seconds,
+        "forward_seconds": time.perf_counter() - started,
+        "input": inputs.description,
+        "num_tokens": len(before),
+        "num_distinct_inputs": inputs.num_distinct,
+        "peak_device_bytes": engine.peak_device_bytes(),
+    }
+    return {"reads": [row], "functional": [{"weights": weights} | each for each in rows]}
+
+
+def _keep(into: list[Tensor]) -> Any:
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        into.append(args[0].detach())
+
+    return hook
+
+
+def _output(output: Any) -> tuple[Tensor, bool]:
+    """The model's logits, else its last hidden state; and whether it is logits."""
+    logits = getattr(output, "logits", None)
+    found = logits if isinstance(logits, Tensor) else getattr(output, "last_hidden_state", None)
+    if not isinstance(found, Tensor):
+        raise ValueError(f"{type(output).__name__} has neither logits nor a last hidden state to compare")
+    return found, found is logits
+
+
+def _rows(tensors: list[Tensor], batches: list[Batch]) -> Tensor:
+    """The last axis of each position that counts, as float64 rows on CPU."""
+    parts = []
+    for tensor, batch in zip(tensors, batches, strict=True):
+        mask_ST = batch.mask_ST
+        counted = mask_ST is not None and tensor.shape[:2] == mask_ST.shape
+        kept = tensor[mask_ST.to(tensor.device)] if counted and mask_ST is not None else tensor
+        parts.append(kept.detach().double().cpu().reshape(-1, tensor.shape[-1]))
+    return torch.cat(parts)
+
+
+def _head(model: nn.Module, reads: dict[str, str]) -> str | None:
+    """Path of the map that makes the logits, if a norm feeds it: what the model says, else its last map outside."""
+    embeddings = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    bare: Any = getattr(model, "base_model", model)
+    inside = {id(module) for module in bare.modules()}
+    outside = [path for path in reads if id(model.get_submodule(path)) not in inside]
+    named = [path for path in reads if model.get_submodule(path) is embeddings]
+    return next(iter([*named, *reversed(outside)]), None)

@@ -1,0 +1,213 @@
+"""The passes of a read over its tokens, and where they stand.
+
+The first pass feeds the final norm's read and as many taps of the residual stream as fit in the stated memory; the taps
+that are left are read in further passes over the same tokens. Of replicas each runs its share of the batches, and what
+they saw is merged at the end of a pass. Now and then all is saved, and a read that was cut off goes on from there.
+"""
+
+import contextlib
+import sys
+import time
+from collections.abc import Generator
+from dataclasses import replace
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from deadbench.runners.engines.base import Blocks, ForwardPass, Swept
+from deadbench.runners.engines.resident import TorchEngine
+from deadbench.runners.jobs.events import Progress, Remark
+from deadbench.runners.jobs.job import ReadJob
+from deadbench.runners.worker.saved_state import Checkpoint, Position
+from deadbench.suite.architectures.kernel_test import OnRows
+from deadbench.suite.architectures.norms import EffectiveNorm, FinalNorm
+from deadbench.suite.architectures.parts import block_list
+from deadbench.suite.inputs.batches import Batch, Inputs
+from deadbench.suite.reads.final_norm import FinalNormRead
+from deadbench.suite.reads.residual import ResidualRead
+
+_ACCUMULATOR_SHARE = 4  # of the memory that is free, the accumulators of one pass take one part in so many
+
+Events = Generator[Progress | Remark, None, Any]
+
+
+class Passes:
+    """One read of a loaded model, by the process that runs it, or one of several."""
+
+    def __init__(
+        self,
+        read: ReadJob,
+        engine: TorchEngine,
+        model: nn.Module,
+        final: FinalNorm,
+        inputs: Inputs,
+        norm: EffectiveNorm,
+        dtype: str,
+        batch_tokens: int,
+    ):
+        """`final` was found in `model`, `norm` is its formula; `inputs` came in batches of about `batch_tokens`."""
+        assert final.path is not None
+        assert final.hidden_size is not None
+        self._read, self._engine, self._model, self._final, self._inputs = read, engine, model, final, inputs
+        self._norm, self._dtype, self._ranks = norm, dtype, engine.ranks
+        self._module = model.get_submodule(final.path)
+        self._of_rows = OnRows(self._module, final.behaviour.axes_after) if final.behaviour.axes_after else self._module
+        self._batches, self._first_row = inputs.batches, 0
+        if self._ranks.replicas:
+            self._batches, self._first_row = inputs.share(self._ranks.rank, self._ranks.size)
+        self._num_rows = sum(batch.num_rows for batch in self._batches)
+        blocks_path, _ = block_list(model, final.path)
+        self._blocks = list(model.get_submodule(blocks_path).children()) if blocks_path else []
+        facts = {"dtype": dtype, "device": engine.device_name(), "hidden_size": final.hidden_size}
+        facts |= {"num_tokens": inputs.num_tokens, "num_batches": len(inputs.batches), "batch_tokens": batch_tokens}
+        self._checkpoint = Checkpoint(read, self._ranks, facts, possible=not engine.tap_by_tap)
+
+    def run(self) -> Generator[Progress | Remark, None, tuple[FinalNormRead, ResidualRead, Position]]:
+        """Feed both reads until every tap is read; rank 0's are those of all."""
+        measured, stream, position = yield from self._begin()
+        while position.first < position.num_taps:
+            stream.wanted = range(position.first, position.first + position.per_pass)
+            # Replicas are each in a batch of their own: what fails in one is told at the end of the pass.
+            with self._ranks.together() if self._ranks.replicas else contextlib.nullcontext():
+                yield from self._pass(measured, stream, position)
+                if self._ranks.replicas:
+                    position.num_taps = max(self._ranks.share(position.num_taps))
+                    if position.first == 0:
+                        self._merge(measured)
+                started = time.perf_counter()
+                stream.end_pass()
+                position.spectrum_seconds += time.perf_counter() - started
+            position.first, position.batch = position.first + position.per_pass, 0
+            position.per_pass = self._per_pass
+            if position.first < position.num_taps and self._checkpoint.interval:
+                yield from self._save(position, measured, stream, in_step=True)
+        if self._ranks.replicas:
+            times = self._ranks.share((position.forward_seconds, position.spectrum_seconds))
+            position.forward_seconds, position.spectrum_seconds = (max(each) for each in zip(*times, strict=True))
+        return measured, stream, position
+
+    def _begin(self) -> Generator[Remark, None, tuple[FinalNormRead, ResidualRead, Position]]:
+        """Empty reads, or those of the checkpoint, where all ranks have one of the same place."""
+        measured, stream = self._empty()
+        self._per_pass = self._taps_a_pass(stream)
+        position = self._checkpoint.load(measured, stream)
+        if self._checkpoint.remark:
+            yield Remark(self._read.label(), self._checkpoint.remark)
+        found = self._ranks.share(position)
+        passes = {(each.first, each.per_pass) for each in found if each is not None}
+        batches = {each and each.batch for each in found}
+        if self._ranks.replicas:  # each at a batch of its own, but in the same pass; in the first, those without begin
+            usable = len(passes) == 1 and (None not in found or passes.pop()[0] == 0)
+        else:
+            usable = len(passes) == 1 and len(batches) == 1
+        if not usable:
+            if position is not None:
+                yield Remark(self._read.label(), "the ranks' checkpoints are of different places: all begin anew")
+            measured, stream = self._empty()
+            return measured, stream, Position(per_pass=self._per_pass)
+        if position is None:
+            measured, stream = self._empty()
+            return measured, stream, Position(per_pass=next(each.per_pass for each in found if each is not None))
+        done = sum(batch.num_rows for batch in self._batches[: position.batch])
+        where = f"{done} of {self._num_rows} tokens" + (f", taps from {position.first}" if position.first else "")
+        yield Remark(self._read.label(), f"goes on from its checkpoint, at {where}")
+        return measured, stream, position
+
+    def _empty(self) -> tuple[FinalNormRead, ResidualRead]:
+        assert self._final.hidden_size is not None
+        stream = ResidualRead(
+            self._final.hidden_size,
+            self._inputs.num_tokens,
+            self._dtype,
+            str(self._final.placement),
+            self._engine.device,
+            self._ranks,
+            self._first_row,
+        )
+        return FinalNormRead(self._of_rows, self._norm, self._first_row), stream
+
+    def _taps_a_pass(self, stream: ResidualRead) -> int:
+        """How many taps are read at once, by all ranks together where they divide them."""
+        if self._engine.tap_by_tap:
+            return sys.maxsize
+        budget = min(self._ranks.share(accumulator_bytes(self._read, self._engine.device)))
+        if self._ranks.replicas and self._engine.device.type == "cpu":
+            budget /= self._ranks.size  # they may be on one node
+        taps = stream.taps_within(budget, stream.hidden_size)
+        return taps if self._ranks.replicas else self._ranks.size * taps
+
+    def _pass(self, measured: FinalNormRead, stream: ResidualRead, position: Position) -> Events:
+        """The batches of this pass that are not done."""
+        blocks = Blocks(self._blocks, lambda tap, acts, batch: stream.update(tap, acts, batch.mask_ST))
+        label, first = self._read.label(), position.first
+        done = sum(batch.num_rows for batch in self._batches[: position.batch])
+        for step in self._engine.passes(self._model, self._module, self._batches[position.batch :], blocks):
+            started = time.perf_counter()
+            if isinstance(step, Swept):  # all of this tap's rows are there, and nothing of the next tap's
+                stream.end_pass()
+                position.spectrum_seconds += time.perf_counter() - started
+                yield Progress(label, "blocks", step.num_done, step.num_blocks)
+                continue
+            batch, traffic = step
+            with contextlib.nullcontext() if self._ranks.replicas else self._ranks.together():
+                self._take(batch, traffic, measured, stream, position)
+            position.batch += 1
+            position.forward_seconds += traffic.seconds
+            position.spectrum_seconds += traffic.tap_seconds + time.perf_counter() - started
+            done += batch.num_rows
+            several = position.num_taps > position.per_pass
+            phase = f"taps {first} to {min(first + position.per_pass, position.num_taps) - 1}" if several else "forward"
+            yield Progress(label, phase, done, self._num_rows)
+            if position.batch < len(self._batches) and self._checkpoint.is_due():
+                yield from self._save(position, measured, stream, in_step=not self._ranks.replicas)
+        yield Progress(label, "spectrum", done, self._num_rows)
+
+    def _take(
+        self,
+        batch: Batch,
+        traffic: ForwardPass,
+        measured: FinalNormRead,
+        stream: ResidualRead,
+        position: Position,
+    ) -> None:
+        """What left the blocks in one batch, to both reads."""
+        if self._final.behaviour.axes_after:
+            before, after = (maps.movedim(1, -1) for maps in (traffic.input_BTD, traffic.output_BTD))
+            traffic = replace(traffic, input_BTD=before, output_BTD=after)
+        rows = traffic.output_BTD.numel() // traffic.output_BTD.shape[-1]
+        if self._ranks.replicas and batch.mask_ST is None and rows != batch.num_rows:
+            raise ValueError(f"{rows} rows came of a batch of {batch.num_rows}: give --replicas 1")
+        if position.first == 0 and (self._ranks.replicas or self._ranks.rank == 0):
+            measured.update(traffic.input_BTD, traffic.output_BTD, batch.mask_ST)
+        if self._blocks:
+            # A post-LN model's stream leaves its last block through the final norm.
+            last = traffic.output_BTD if self._final.placement == "post" else traffic.input_BTD
+            stream.update(traffic.num_block_calls, last, batch.mask_ST)
+            position.num_taps = traffic.num_block_calls + 1
+
+    def _merge(self, measured: FinalNormRead) -> None:
+        """What the other replicas read of the final norm, to the first, in the order of the tokens."""
+        with self._ranks.together():
+            mine = measured.to_arrow()
+        for state in self._ranks.collect(mine, 0)[1:]:
+            other = FinalNormRead(self._of_rows, self._norm)
+            assert state is not None
+            other.restore(state)
+            measured.merge(other)
+
+    def _save(self, position: Position, measured: FinalNormRead, stream: ResidualRead, *, in_step: bool) -> Events:
+        label = self._read.label()
+        yield Progress(label, "checkpoint")
+        self._checkpoint.save(position, measured, stream, in_step=in_step)
+        if self._checkpoint.remark:
+            yield Remark(label, self._checkpoint.remark)
+
+
+def accumulator_bytes(read: ReadJob, device: torch.device) -> float:
+    """What the taps of one pass may take, where the model lives: as asked, else a part of what is free."""
+    if read.accumulator_gb is not None:
+        return read.accumulator_gb * 1e9
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return float(free) / _ACCUMULATOR_SHARE

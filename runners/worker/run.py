@@ -1,0 +1,144 @@
+"""What one actor does: the reads of one model, one after another, as a stream of events. Plain code, no Ray.
+
+A read that fails is a finished row with its error; only the death of the process is not told from here.
+"""
+
+import json
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from datetime import UTC, datetime
+
+from deadbench.runners.jobs.events import Event, Finished, Progress, Reading, to_tables
+from deadbench.runners.jobs.job import ModelJob, ReadJob
+from deadbench.suite.errors import one_line
+
+
+def run_model(job: ModelJob, run_id: str, attempt: int) -> Iterator[Event]:
+    """Run the reads of `job`; yields progress, and a `Finished` for every read in order.
+
+    `attempt` is the first read's: it is the one that an earlier process died of, and the others were not begun.
+    """
+    _quieten()
+    for read in job.reads:
+        started_at = datetime.now(UTC)
+        yield Progress(read.label(), "loading")
+        failure = None
+        try:
+            if read.error:
+                raise ValueError(read.error)
+            rows = yield from READ_FUNCTIONS[read.read](read)
+            rows["reads"][0]["status"] = "ok"
+        except Exception as error:
+            failure = traceback.format_exc()
+            rows = {"reads": [{"status": "failed", "error": one_line(error)}]}
+        yield Finished(read, to_tables(rows, read, run_id, attempt, started_at), failure)
+        attempt = 1
+
+
+def _read_parameters(read: ReadJob) -> Reading:
+    from deadbench.runners.jobs.resolved import num_parameters
+    from deadbench.suite.architectures.build import objective
+    from deadbench.suite.checkpoints.checkpoint import Checkpoint
+    from deadbench.suite.reads.norms_table import list_norms
+    from deadbench.suite.reads.parameters import read_parameters
+
+    checkpoint = Checkpoint(read.model.source or "", read.revision, read.base)
+    result = read_parameters(checkpoint)
+    if result.final.family == "undetermined":
+        raise ValueError(f"the final norm cannot be determined: {result.reason}")
+    yield Progress(read.label(), "norms")
+    row = result.columns() | {"error": result.reason, "dtype": result.stored_dtype}
+    row["objective"] = objective(checkpoint.config())
+    row["num_parameters"] = num_parameters(json.dumps(checkpoint.config(), sort_keys=True))
+    norms = list_norms(checkpoint, result)
+    counted = [each["dead_parameters"] for each in norms if each["dead_parameters"] is not None]
+    row["dead_parameters"] = sum(counted) if counted else None
+    row["dead_parameters_share"] = sum(counted) / row["num_parameters"] if counted else None
+    return {"reads": [row], "norms": norms}
+
+
+def _read_random(read: ReadJob) -> Reading:
+    from deadbench.suite.architectures.build import build_config
+    from deadbench.suite.checkpoints.checkpoint import Checkpoint
+    from deadbench.suite.errors import CheckpointError
+    from deadbench.suite.reads.dead_parameters import dead_at_initialisation
+
+    with ExitStack() as stack:
+        config, folder = read.model.config, None
+        if config is None:
+            checkpoint = Checkpoint(read.model.source or "", read.model.main_checkpoint(), read.base)
+            config = checkpoint.config()
+        if read.input is not None and read.input.partition(":")[0] in ("text", "hf"):
+            if read.model.source is None:
+                raise ValueError("text needs a tokenizer and the registry gives no source; use tokens:random")
+            checkpoint = Checkpoint(read.model.source, read.model.main_checkpoint(), read.base)
+            try:
+                folder = stack.enter_context(checkpoint.local_copy(weights=False))
+            except CheckpointError as error:
+                raise CheckpointError(f"{error} (for its tokenizer; --input tokens:random needs none)") from error
+        dead = dead_at_initialisation(build_config(config))  # before the read: vLLM rewrites transformers' classes
+        rows = yield from _model_reader(read)(read, config, folder, trained=False)
+        row = rows["reads"][0]
+        row["dead_parameters"] = dead
+        row["dead_parameters_share"] = None if dead is None else dead / row["num_parameters"]
+        return rows
+
+
+def _read_trained(read: ReadJob) -> Reading:
+    from deadbench.suite.checkpoints.checkpoint import Checkpoint
+    from deadbench.suite.checkpoints.tensors import read_headers
+
+    checkpoint = Checkpoint(read.model.source or "", read.revision, read.base)
+    config = checkpoint.config()
+    entries = read_headers(checkpoint)  # refuses pickles and broken files before anything is loaded
+    with checkpoint.local_copy() as folder:
+        return (yield from _model_reader(read)(read, config, folder, trained=True, entries=entries))
+
+
+def _model_reader(read: ReadJob) -> Callable[..., Reading]:
+    """The function that runs a model and reads it: of vLLM, or of the torch engines."""
+    if read.engine == "vllm":
+        from deadbench.runners.worker.vllm import read_vllm
+
+        return read_vllm
+    from deadbench.runners.worker.forward import read_forward
+
+    return read_forward
+
+
+def _read_functional(read: ReadJob) -> Reading:
+    from deadbench.runners.worker.functional import read_functional
+    from deadbench.suite.checkpoints.checkpoint import Checkpoint
+    from deadbench.suite.checkpoints.tensors import PICKLED_SUFFIXES, read_headers
+
+    if read.model.source is None:
+        assert read.model.config is not None
+        return (yield from read_functional(read, read.model.config, None, trained=False))
+    checkpoint = Checkpoint(read.model.source, read.revision, read.base)
+    # A configuration alone is an architecture at random initialisation; weights that are there are never passed over.
+    trained = any(name.endswith((".safetensors", *PICKLED_SUFFIXES)) for name in checkpoint.names())
+    if trained:
+        read_headers(checkpoint)
+    config = checkpoint.config()
+    with checkpoint.local_copy() as folder:
+        return (yield from read_functional(read, config, folder, trained=trained))
+
+
+# One read is one function and one line here; the runner does not change.
+READ_FUNCTIONS: dict[str, Callable[[ReadJob], Reading]] = {
+    "parameters": _read_parameters,
+    "random": _read_random,
+    "trained": _read_trained,
+    "functional": _read_functional,
+}
+
+
+def _quieten() -> None:
+    """The libraries' own bars and load reports say nothing that a row does not."""
+    import transformers
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    disable_progress_bars()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()

@@ -1,0 +1,192 @@
+"""Checkpoints of a running read: the accumulators and the position, so that a read that was cut off goes on from there.
+
+`OUT/_progress/<identity>.arrow`, one for each rank, written by the process that reads: what it holds may be gigabytes,
+and nothing of that passes through the driver, which only removes it when the row is stored. A file is whole or not
+there, and says what it is of; what does not fit is never used.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+
+from deadbench.runners.jobs.job import ReadJob
+from deadbench.runners.results.versions import versions
+from deadbench.suite.ranks import Ranks
+from deadbench.suite.reads.final_norm import STATE as FINAL_NORM_STATE
+from deadbench.suite.reads.final_norm import FinalNormRead
+from deadbench.suite.reads.residual import STREAM_STATE, ResidualRead
+from deadbench.suite.spectra.arrow_state import StateError, struct
+
+FOLDER = "_progress"
+_VERSION = 1  # of the states: raised when what is in them changes its meaning
+_WRITING_SHARE = 20  # the time between two checkpoints is at least so many times what the last took to write
+_DISK_SHARE = 2  # of what is free on a local disk, a checkpoint takes at most one part in so many
+_FILE = pa.schema(
+    {
+        "facts": pa.string(),
+        "position": pa.string(),
+        "final_norm": pa.struct(FINAL_NORM_STATE),
+        "stream": pa.struct(STREAM_STATE),
+    }
+)
+
+
+@dataclass
+class Position:
+    """Where a read is: in which pass (by its first tap), how many of its batches are done, and the seconds so far."""
+
+    first: int = 0
+    per_pass: int = 0
+    batch: int = 0
+    num_taps: int = 1
+    forward_seconds: float = 0.0
+    spectrum_seconds: float = 0.0
+
+
+class Checkpoint:
+    """The checkpoint of one rank's part of one read."""
+
+    def __init__(self, read: ReadJob, ranks: Ranks, facts: dict[str, Any], *, possible: bool):
+        """`facts` are what must be equal for the state to be of use, beside the read's identity and the versions.
+
+        Nothing is saved where it is not `possible`.
+        """
+        self.interval, self._ranks = read.checkpoint_interval if possible else 0.0, ranks
+        self._facts = json.dumps(
+            {"state": _VERSION, "identity": read.identity(), "versions": json.loads(versions()), **facts}
+            | {"rank": ranks.rank, "ranks": ranks.size, "divided": ranks.divided},
+            sort_keys=True,
+        )
+        self._due, self.remark = time.monotonic() + self.interval, ""
+        self._target: str | None = None
+        if self.interval and read.checkpoint_location is not None:
+            part = f"-{ranks.rank}of{ranks.size}" if ranks.size > 1 else ""
+            self._target = f"{read.checkpoint_location}/{FOLDER}/{_name(read)}{part}.arrow"
+            if "://" not in self._target and not Path(read.checkpoint_location).is_dir():
+                self.remark = f"no checkpoints: {read.checkpoint_location} is no folder of this node"
+                self._target = None
+
+    def is_due(self) -> bool:
+        """Whether it is time to save; ranks that are in step say so together, by the clock of the first."""
+        if not self.interval:
+            return False
+        due = self._target is not None and time.monotonic() >= self._due
+        return due if self._ranks.replicas else bool(self._ranks.share(due)[0])
+
+    def save(self, position: Position, measured: FinalNormRead, stream: ResidualRead, *, in_step: bool) -> None:
+        """Write the state in the place of the last one; with `in_step` all ranks do, or none.
+
+        What cannot be written is said in `remark`: the read goes on.
+        """
+        started = time.monotonic()
+        aside, failure = None, None
+        if self._target is not None:
+            try:
+                aside = self._write(self._batches(position, measured, stream))
+            except Exception as error:  # whatever a disk, a bucket or its library comes up with
+                failure = f"no checkpoint: {' '.join(str(error).split())[:200] or type(error).__name__}"
+        written = [bool(aside)] if not in_step else self._ranks.share(bool(aside))
+        if aside is not None and self._target is not None:
+            with contextlib.suppress(OSError):  # what is left of it goes when the read is stored
+                _fs(aside).mv(aside, self._target) if all(written) else _fs(aside).rm_file(aside)
+        self.remark = failure or ""
+        now = time.monotonic()
+        self._due = now + max(self.interval, _WRITING_SHARE * (now - started))
+
+    def load(self, measured: FinalNormRead, stream: ResidualRead) -> Position | None:
+        """Fill `measured` and `stream` from the last checkpoint; None where there is none of use.
+
+        They may be half filled then; why is in `remark`.
+        """
+        if self._target is None:
+            return None
+        try:
+            if not _fs(self._target).exists(self._target):
+                return None
+        except Exception as error:  # a place that the driver can write to and this process cannot
+            self.remark = f"no checkpoints: {' '.join(str(error).split())[:200] or type(error).__name__}"
+            self._target = None
+            return None
+        try:
+            with _fs(self._target).open(self._target, "rb") as file:
+                reader = pa.ipc.open_file(file)
+                head = reader.get_batch(0)
+                if reader.schema != _FILE or head.column("facts")[0].as_py() != self._facts:
+                    raise StateError("it is of another version, input, device or number of ranks")
+                position = Position(**json.loads(head.column("position")[0].as_py()))
+                measured.restore(reader.get_batch(1).column("final_norm")[0])
+                rest = (reader.get_batch(i).column("stream") for i in range(2, reader.num_record_batches))
+                stream.restore(pa.RecordBatch.from_struct_array(column) for column in rest)
+                return position
+        except Exception as error:  # a torn file can break a parser anywhere
+            self.remark = f"its checkpoint is ignored: {' '.join(str(error).split())[:200]}"
+            return None
+
+    def _batches(self, position: Position, measured: FinalNormRead, stream: ResidualRead) -> Iterator[pa.RecordBatch]:
+        yield _row(facts=self._facts, position=json.dumps(asdict(position)))
+        yield _row(final_norm=measured.to_arrow())
+        for state in stream.to_arrow():
+            yield _row(stream=state)
+
+    def _write(self, batches: Iterable[pa.RecordBatch]) -> str:
+        """The file beside its target; whole, and on a local disk for good."""
+        assert self._target is not None
+        aside = f"{self._target}.{uuid.uuid4().hex}"
+        fs, local = _fs(aside), "://" not in aside
+        room = float("inf")
+        if local:
+            Path(aside).parent.mkdir(exist_ok=True)
+            room = shutil.disk_usage(Path(aside).parent).free / _DISK_SHARE
+        try:
+            with fs.open(aside, "wb") as file:
+                with pa.ipc.new_file(file, _FILE) as writer:
+                    for batch in batches:
+                        writer.write_batch(batch)
+                        if file.tell() > room:
+                            raise OSError(f"it would take more than half of the {2 * room / 1e9:.1f} GB that are free")
+                file.flush()
+                if local:
+                    os.fsync(file.fileno())
+        except BaseException:
+            with contextlib.suppress(Exception):
+                fs.rm_file(aside)
+            raise
+        return aside
+
+
+def remove_checkpoints(location: str, read: ReadJob) -> None:
+    """Take away what is left of `read` in the result set at `location`."""
+    folder = f"{absolute(location)}/{FOLDER}"
+    fs = _fs(folder)
+    with contextlib.suppress(Exception):  # whatever the place's library comes up with: the read itself is stored
+        for path in fs.ls(folder, detail=False) if fs.exists(folder) else ():
+            if path.rsplit("/", 1)[-1].startswith(_name(read)):
+                fs.rm_file(path)
+
+
+def absolute(location: str) -> str:
+    """A result set's place as every process of this machine understands it."""
+    return location.rstrip("/") if "://" in location else str(Path(location).absolute())
+
+
+def _name(read: ReadJob) -> str:
+    return hashlib.sha256(json.dumps(read.identity()).encode()).hexdigest()[:24]
+
+
+def _fs(path: str) -> Any:
+    return fsspec.core.url_to_fs(path)[0]
+
+
+def _row(**columns: Any) -> pa.RecordBatch:
+    return struct({name: columns.get(name) for name in _FILE.names}, _FILE)

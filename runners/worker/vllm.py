@@ -1,0 +1,187 @@
+"""The vLLM engine: vLLM runs the model, its workers read it (`runners/vllm_worker.py`), rows come back.
+
+vLLM is imported only here and in the workers, and only when a read asks for it.
+"""
+
+import contextlib
+import copy
+import gc
+import json
+import os
+import pickle
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from deadbench.runners.engines.base import BATCH_TOKENS, pick_device
+from deadbench.runners.engines.registry import INSTALL_VLLM, vllm_is_installed
+from deadbench.runners.engines.vllm_support import ENVIRONMENT, refusal, vllm_architecture
+from deadbench.runners.jobs.events import Progress, Reading
+from deadbench.runners.jobs.job import ReadJob
+from deadbench.runners.jobs.resolved import dtype_name, num_parameters, wanted_tokens
+from deadbench.runners.worker.passes import accumulator_bytes
+from deadbench.runners.worker.request import make_inputs, tensor_name
+from deadbench.suite.architectures.build import build_config, build_model
+from deadbench.suite.architectures.locate import locate_final_norm
+from deadbench.suite.checkpoints.tensors import TensorEntry
+from deadbench.suite.inputs.batches import Inputs, check_count
+from deadbench.suite.reads.columns import architecture_columns
+from deadbench.suite.reads.residual import ResidualRead
+from deadbench.suite.schema import Row
+
+_EXTENSION = "deadbench.runners.engines.vllm_worker.StreamReader"
+
+
+def read_vllm(
+    read: ReadJob,
+    raw_config: dict[str, Any],
+    folder: Path | None,
+    *,
+    trained: bool,
+    entries: dict[str, TensorEntry] | None = None,
+) -> Reading:
+    """As `read_forward`, by vLLM.
+
+    Raises:
+        ValueError: what cannot be read, in one line.
+    """
+    if not vllm_is_installed():
+        raise ValueError(INSTALL_VLLM)
+    if read.model.modality != "text":
+        raise ValueError(f"the vLLM engine reads text models, not {read.model.modality}; give --engine torch")
+    config = build_config(raw_config)
+    dtype = dtype_name(read, config, entries)
+    final = locate_final_norm(config)
+    if final.path is None or final.hidden_size is None:
+        raise ValueError(f"the final norm cannot be determined: {final.reason}; give --engine torch")
+    whole = build_model(config, "meta")
+    module = copy.deepcopy(whole.get_submodule(final.path)).to_empty(device="cpu")
+    sought = pickle.dumps((final, module))
+    raw_config = raw_config | {"architectures": [vllm_architecture(raw_config)]}
+    num_tokens = wanted_tokens(read, final.hidden_size)
+    yield Progress(read.label(), "input", 0, num_tokens)
+    inputs = make_inputs(read, whole, folder, num_tokens, BATCH_TOKENS)
+    check_count(inputs.num_tokens, final.hidden_size)
+    prompts = list(_prompts(inputs))
+    row: Row = architecture_columns(final) | {"num_parameters": num_parameters(json.dumps(raw_config, sort_keys=True))}
+
+    yield Progress(read.label(), "loading")
+    started = time.perf_counter()
+    with _loaded(read, raw_config, folder if trained else None, dtype, max(map(len, prompts))) as llm:
+        load_seconds = time.perf_counter() - started
+        llm.collective_rpc("deadbench_begin", args=(sought, inputs.num_tokens, dtype))
+        _run(llm, prompts[:1])
+        device = pick_device()
+        budget = accumulator_bytes(read, device) / (1 if device.type == "cuda" else read.tensor_parallel)
+        per_pass = read.tensor_parallel * ResidualRead.taps_within(budget, final.hidden_size)
+        first, num_taps, detail = 0, 1, ""
+        forward = spectrum = 0.0
+        while first < num_taps:
+            yield Progress(read.label(), "forward", first, num_taps)
+            started = time.perf_counter()
+            llm.collective_rpc("deadbench_pass", args=(first, per_pass))
+            _run(llm, prompts)
+            forward += time.perf_counter() - started
+            started = time.perf_counter()
+            told = json.loads(llm.collective_rpc("deadbench_end_pass")[0])
+            spectrum += time.perf_counter() - started
+            if "error" in told:
+                raise ValueError(told["error"])
+            num_taps, detail = told["taps"], told["detail"]
+            first += per_pass
+        yield Progress(read.label(), "spectrum", inputs.num_tokens, inputs.num_tokens)
+        started = time.perf_counter()
+        tables = [pa.ipc.open_stream(part).read_all() for part in llm.collective_rpc("deadbench_finish")[0]]
+        spectrum += time.perf_counter() - started
+    reads, spectra, blocks = (_rows(table) for table in tables)
+    row |= reads[0] | {
+        "final_norm_tensor": tensor_name(entries, final),
+        "input": inputs.description,
+        "num_distinct_inputs": inputs.num_distinct,
+        "dtype": dtype,
+        "device": _device_name(device),
+        "load_seconds": load_seconds,
+        "forward_seconds": forward,  # with what the hooks do meanwhile
+        "spectrum_seconds": spectrum,
+        "tensor_parallel": read.tensor_parallel,
+        "engine_detail": f"vLLM {_version()}, {detail}",
+    }
+    return {"reads": [row], "spectra": spectra, "blocks": blocks}
+
+
+@contextlib.contextmanager
+def _loaded(read: ReadJob, raw_config: dict[str, Any], folder: Path | None, dtype: str, longest: int) -> Iterator[Any]:
+    """A running vLLM with the checkpoint in `folder`, or with random weights; everything of it is gone afterwards."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import vllm
+
+    from deadbench.runners.engines.vllm_worker import RANDOM_FORMAT
+
+    with tempfile.TemporaryDirectory(prefix="deadbench-") as empty:
+        (Path(empty) / "config.json").write_text(json.dumps(raw_config), encoding="utf-8")
+        source: dict[str, Any] = {"model": str(folder), "load_format": "safetensors"}
+        if folder is None:
+            extra = {"seed": read.seed}
+            source = {"model": empty, "load_format": RANDOM_FORMAT, "model_loader_extra_config": extra}
+        try:
+            llm = vllm.LLM(
+                **source,
+                hf_overrides={"architectures": raw_config["architectures"]},
+                dtype=dtype,
+                tensor_parallel_size=read.tensor_parallel,
+                distributed_executor_backend="mp" if read.tensor_parallel > 1 else None,
+                worker_extension_cls=_EXTENSION,
+                enforce_eager=True,
+                enable_prefix_caching=False,
+                skip_tokenizer_init=True,
+                trust_remote_code=False,
+                max_model_len=longest + 1,
+                max_num_batched_tokens=max(BATCH_TOKENS, longest + 1),
+                disable_log_stats=True,
+                seed=read.seed,
+            )
+        except Exception as error:
+            raise ValueError(f"vLLM cannot load it ({refusal(error)}); give --engine torch") from error
+        try:
+            yield llm
+        finally:
+            llm.llm_engine.engine_core.shutdown()
+            del llm
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+
+def _run(llm: Any, prompts: list[list[int]]) -> None:
+    from vllm import SamplingParams
+
+    once = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
+    llm.generate([{"prompt_token_ids": ids} for ids in prompts], once, use_tqdm=False)
+
+
+def _prompts(inputs: Inputs) -> Iterator[list[int]]:
+    """The sequences without their padding."""
+    for batch in inputs.batches:
+        ids_ST = batch.model_inputs["input_ids"]
+        for row, ids_T in enumerate(ids_ST):
+            yield ids_T.tolist() if batch.mask_ST is None else ids_T[batch.mask_ST[row]].tolist()
+
+
+def _rows(table: pa.Table) -> list[Row]:
+    return [{name: value for name, value in row.items() if value is not None} for row in table.to_pylist()]
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def _version() -> str:
+    import vllm
+
+    return str(vllm.__version__)

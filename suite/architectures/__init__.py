@@ -1,0 +1,1 @@
+"""The final norm, the blocks and the wiring of an architecture, found by behaviour."""

@@ -1,0 +1,120 @@
+"""A configuration becomes a model: bare or as published, with values or on the meta device."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from deadbench.suite.errors import ArchitectureError, RemoteCodeError
+
+SMALL_MODEL = 500_000_000  # parameters: 2 GB in float32, a few seconds to draw
+
+OBJECTIVES = {
+    "ForCausalLM": "causal",
+    "LMHeadModel": "causal",
+    "ForMaskedLM": "masked",
+    "ForPreTraining": "pretraining",
+    "ForConditionalGeneration": "conditional",
+    "ForImageClassification": "classification",
+    "ForSequenceClassification": "classification",
+    "ForMaskedImageModeling": "masked",
+    "ForCTC": "ctc",
+    "SentenceTransformer": "contrastive",
+    "CLIPModel": "contrastive",
+}
+
+
+def build_config(config: Mapping[str, Any]) -> Any:
+    """transformers' configuration object from the contents of a config.json.
+
+    Raises:
+        ArchitectureError: no model_type, one that the installed transformers does not know, or remote code.
+    """
+    import transformers
+
+    known = dict(config)
+    model_type = known.pop("model_type", None)
+    if not isinstance(model_type, str):
+        raise ArchitectureError("the configuration has no model_type")
+    if model_type not in transformers.CONFIG_MAPPING:
+        if known.get("auto_map"):
+            raise RemoteCodeError(f"model_type {model_type!r} needs code from the checkpoint, which is never run")
+        raise ArchitectureError(f"model_type {model_type!r} is unknown to transformers {transformers.__version__}")
+    known.pop("auto_map", None)
+    known.pop("return_dict", None)  # outputs are read by name, however the checkpoint's author had them
+    known.pop("quantization_config", None)  # weights are not loaded by this object; norms are stored plain
+    try:
+        return transformers.AutoConfig.for_model(model_type, **known)
+    except Exception as error:
+        raise ArchitectureError(f"transformers refuses the configuration: {reason_of(error)}") from error
+
+
+def build_model(config: Any, device: str = "cpu") -> nn.Module:
+    """The bare model (`AutoModel`) of `config` in float32, randomly initialised by transformers; on `meta`, empty.
+
+    The published architecture takes its place where `AutoModel` cannot build one.
+
+    Raises:
+        ArchitectureError: transformers has no model for it or refuses to build it.
+    """
+    import transformers
+
+    try:
+        with torch.device(device):
+            # eager experts: the grouped kernels refuse meta tensors and half of all dtypes
+            model: nn.Module = transformers.AutoModel.from_config(
+                config, dtype=torch.float32, experts_implementation="eager"
+            )
+    except Exception as error:
+        if published_class(config) is not None:
+            return build_published(config, device)
+        raise ArchitectureError(f"transformers cannot build {config.model_type!r}: {reason_of(error)}") from error
+    return model.eval()
+
+
+def published_class(config: Any) -> Any:
+    """transformers' class of the published architecture (`config.architectures[0]`), heads included, or None."""
+    import transformers
+
+    names = (name for name in config.architectures or () if isinstance(name, str))
+    return next((found for name in names if (found := getattr(transformers, name, None)) is not None), None)
+
+
+def build_published(config: Any, device: str = "cpu") -> nn.Module:
+    """The published architecture of `config` with its heads, as `build_model` builds; the bare model if it has none.
+
+    Raises:
+        ArchitectureError: transformers refuses to build it.
+    """
+    published = published_class(config)
+    if published is None:
+        return build_model(config, device)
+    try:
+        with torch.device(device):
+            model: nn.Module = published._from_config(config, dtype=torch.float32, experts_implementation="eager")
+    except Exception as error:
+        raise ArchitectureError(f"transformers cannot build {published.__name__}: {reason_of(error)}") from error
+    return model.eval()
+
+
+def count_parameters(config: Any) -> int:
+    """Unique parameters of the published architecture (`config.architectures[0]`), heads included, ties once."""
+    return sum(p.numel() for p in build_published(config, "meta").parameters())
+
+
+def objective(config: Mapping[str, Any]) -> str | None:
+    """What the published model class is trained for, as its name in config.json's `architectures` says; else None."""
+    for name in config.get("architectures") or ():
+        for ending, meaning in OBJECTIVES.items():
+            if str(name).endswith(ending):
+                return meaning
+    return None
+
+
+def reason_of(error: BaseException) -> str:
+    """The class of an error of transformers and its first line, which says why."""
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [""]
+    # A heading says nothing without the line below it.
+    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return f"{type(error).__name__}: {text}"[:300]

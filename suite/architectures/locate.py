@@ -1,0 +1,215 @@
+"""Where the final norm of an architecture is: built from its configuration, found by what flows out of the model.
+
+The model is built on the meta device and run once on a token or two: no weights, no arithmetic. The final norm is the
+module whose output *is* the model's last hidden state (the same storage, seen through reshapes and cuts), provided the
+kernel test says that it normalises. Names decide nothing.
+"""
+
+import itertools
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deadbench.suite.architectures.build import SMALL_MODEL, build_model, reason_of
+from deadbench.suite.architectures.kernel_test import is_norm_of_maps, normalises, own_vectors, probe
+from deadbench.suite.architectures.norms import FinalNorm, NormBehaviour
+from deadbench.suite.architectures.parts import block_list
+from deadbench.suite.architectures.stored_names import renamings
+from deadbench.suite.tracing.flow import (
+    Call,
+    cuts,
+    hears,
+    recorded_calls,
+    same_storage,
+    stream_of,
+    streams_held,
+    without_zeros,
+)
+from deadbench.suite.tracing.meta_passes import attempts
+from deadbench.suite.tracing.minimal_inputs import minimal_inputs
+
+_CUT_CANDIDATES = 40  # modules, last called first, among which a norm behind a projection is looked for
+
+
+def locate_final_norm(config: Any, part: str = "") -> FinalNorm:
+    """The final norm of the architecture that `config` describes, or of its module `part`, without any weights.
+
+    First on the meta device. Some forward passes look at values, which meta tensors have not, and some norms are told
+    only by values; those models are built on CPU where they are small.
+    """
+    model = build_model(config, "meta")
+    found = find_final_norm(model.get_submodule(part))
+    if found.path is None and sum(p.numel() for p in model.parameters()) <= SMALL_MODEL:
+        found = find_final_norm(build_model(config).get_submodule(part))
+    elif found.family == "none":
+        # On meta only identity is seen; a norm behind a copy or a projection would be missed.
+        found = _nothing("undetermined", f"{found.reason}, and the model is too large to be tried", model)
+    return replace(found, renamings=renamings(model))
+
+
+def find_final_norm(model: nn.Module, inputs: Mapping[str, Tensor] | None = None) -> FinalNorm:
+    """Run `model` once and find the norm that makes its last hidden state.
+
+    Args:
+        model: what `build_model` returns, on any device.
+        inputs: keyword arguments of the forward pass; minimal dummy inputs, tried in turn, for None.
+    """
+    failure, deaf = "", False
+    candidates = minimal_inputs(model) if inputs is None else [inputs]
+    for candidate, attempt in itertools.product(candidates, attempts(model)):
+        try:
+            with torch.no_grad(), attempt(), recorded_calls(model) as calls:
+                output = model(**candidate)
+        except Exception as error:
+            failure = failure or reason_of(error)
+            continue
+        stream = stream_of(output)
+        if stream is None and hasattr(output, "last_hidden_state"):  # it has one, but not of these inputs
+            failure = failure or f"{type(model).__name__} returns no last hidden state of them"
+            continue
+        if stream is None:
+            return _without_stream(model, calls)
+        if not stream.numel():  # a decoder that was given nothing to decode
+            failure = failure or "the last hidden state is empty"
+            continue
+        found = _by_identity(model, calls, stream)
+        if found is not None:
+            return found
+        if stream.device.type == "meta" or hears(model, candidate, stream):
+            return _by_cutting(model, calls, candidate, stream)
+        failure, deaf = failure or "the last hidden state does not depend on them", True
+    drawn = without_zeros(model) if deaf else None
+    if drawn is not None:
+        return find_final_norm(drawn, inputs)
+    return _nothing("undetermined", f"no minimal input was of use: {failure}", model)
+
+
+def _without_stream(model: nn.Module, calls: list[Call]) -> FinalNorm:
+    """What is known of a model that says nowhere what its last hidden state is."""
+    name = type(model).__name__
+    modules = [(model.get_submodule(call.path), call.given) for call in calls]
+    if not any(_may_be_a_norm(module) and normalises(module, given) for module, given in modules):
+        return _nothing("none", f"no module of {name} normalises", model)
+    return _nothing("undetermined", f"{name} returns no last hidden state", model)
+
+
+def _by_identity(model: nn.Module, calls: list[Call], stream: Tensor) -> FinalNorm | None:
+    """The norm whose output is the stream itself, seen through reshapes and cuts."""
+    modules = dict(model.named_modules())
+    for call in calls:
+        module = modules[call.path]
+        if not same_storage(call.output, stream) or not _may_be_a_norm(module):
+            continue
+        behaviour = _behaviour(module, call.output)
+        if behaviour.known:
+            text = f"the output of {call.path} ({type(module).__name__}) is the model's last hidden state"
+            return _found(model, call, calls, behaviour, text)
+    return None
+
+
+def _may_be_a_norm(module: nn.Module) -> bool:
+    """Whether it is worth a probe: it holds no other modules, or vectors of its own beside them."""
+    return bool(own_vectors(module)) or not any(True for _ in module.children())
+
+
+def _behaviour(module: nn.Module, output: Tensor) -> NormBehaviour:
+    """What `module`, which returned `output`, does along its last axis, or along channels ahead of positions."""
+    behaviour = probe(module, output.shape[-1])
+    if behaviour.family == "other" and output.ndim > 2 and own_vectors(module):
+        mapped = probe(module, output.shape[1], axes_after=output.ndim - 2)
+        return mapped if mapped.family != "other" else behaviour
+    return behaviour
+
+
+def _by_cutting(model: nn.Module, calls: list[Call], inputs: Mapping[str, Any], stream: Tensor) -> FinalNorm:
+    """The last norm through which everything flows: with its output held fixed, the stream no longer hears the input.
+
+    It must come after the last block, or end it: before the blocks everything flows through the embedding's norm too.
+    """
+    makers = [call.path for call in calls if same_storage(call.output, stream)]
+    modules = dict(model.named_modules())
+    maker = f"{makers[-1]} ({type(modules[makers[-1]]).__name__})" if makers else "an unnamed operation"
+    nothing = _nothing("none", f"the last hidden state comes from {maker}, which is no normalisation", model)
+    if stream.device.type == "meta":
+        return nothing
+    blocks_path, _num_blocks = block_list(model, makers[-1] if makers else None)
+    last_block = max((i for i, call in enumerate(calls) if _is_block(call.path, blocks_path)), default=-1)
+    inside_last = [call.path for call in calls if _is_block(call.path, blocks_path)][-1:]
+    last_calls = {call.path: i for i, call in enumerate(calls)}
+    for path in sorted(last_calls, key=lambda path: -last_calls[path])[:_CUT_CANDIDATES]:
+        module, call = modules[path], calls[last_calls[path]]
+        ends_block = any(path.startswith(f"{block}.") for block in inside_last)
+        if not _may_be_a_norm(module) or (last_calls[path] < last_block and not ends_block):
+            continue
+        behaviour = _behaviour(module, call.output)
+        # A norm of maps inside a convolutional block is a convolution's own; one after the blocks is the stream's.
+        of_another_kind = (
+            not (ends_block and is_norm_of_maps(module)) and not behaviour.known and normalises(module, call.given)
+        )
+        if not (behaviour.known or of_another_kind) or not cuts(model, module, inputs, stream):
+            continue
+        if _normalised_again(model, calls[last_calls[path] + 1 :], path, inputs, stream):
+            break
+        through = f"the last hidden state depends on the input through {path} ({type(module).__name__})"
+        if behaviour.known:
+            return _found(model, call, calls, behaviour, f"{through} alone")
+        reason = f"{through}, a normalisation that is neither LayerNorm nor RMSNorm"
+        return _nothing("undetermined", reason, model)
+    return nothing
+
+
+def _normalised_again(
+    model: nn.Module, later: list[Call], path: str, inputs: Mapping[str, Any], stream: Tensor
+) -> bool:
+    """Whether the stream passes a normalisation of any kind after the last call of `path`, which is then not final."""
+    modules = dict(model.named_modules())
+    for call in {call.path: call for call in later if not path.startswith(f"{call.path}.")}.values():
+        module = modules[call.path]
+        if not _may_be_a_norm(module):
+            continue
+        if not is_norm_of_maps(module) and not _behaviour(module, call.output).known:
+            continue
+        held = streams_held(model, module, [inputs])
+        if held and (held[0] is None or held[0].shape != stream.shape or not torch.equal(held[0], stream)):
+            return True
+    return False
+
+
+def _is_block(path: str, blocks_path: str | None) -> bool:
+    return blocks_path is not None and path.rpartition(".")[0] == blocks_path
+
+
+def _found(model: nn.Module, call: Call, calls: list[Call], behaviour: NormBehaviour, evidence: str) -> FinalNorm:
+    _, num_blocks = block_list(model, call.path)
+    width = call.output.shape[1 if behaviour.axes_after else -1]
+    rows = call.output[0].numel() // width if call.output.ndim > 2 else len(call.output)
+    placement = "post" if _ends_a_block(call, calls) else "pre"
+    return FinalNorm(call.path, behaviour, placement, width, num_blocks, rows, None, (evidence, *behaviour.evidence))
+
+
+def _ends_a_block(call: Call, calls: list[Call]) -> bool:
+    """Whether the norm is part of a block: inside an item of a list, and not what follows the blocks of a stage.
+
+    After the blocks of a stage, what the norm is given is what the last of them returned; inside a block it is a sum.
+    A norm that is an item itself (`norms.3`) belongs to the block of that number, by the same test.
+    """
+    if re.search(r"\.\d+$", call.path):
+        return not any(re.search(r"\.\d+$", other.path) and same_storage(other.output, call.given) for other in calls)
+    item = re.match(r"(.+\.)?\d+(?=\.)", call.path)
+    if item is None:
+        return False
+    within = re.compile(re.escape(item[0]) + r"\..*\.\d+$")
+    return not any(within.match(other.path) and same_storage(other.output, call.given) for other in calls)
+
+
+def _nothing(family: str, reason: str, model: nn.Module) -> FinalNorm:
+    _, num_blocks = block_list(model, None)
+    config: Any = model.config
+    hidden = getattr(config, "hidden_size", None)
+    return FinalNorm(
+        None, NormBehaviour(family), None, hidden if isinstance(hidden, int) else None, num_blocks, reason=reason
+    )

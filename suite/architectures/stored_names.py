@@ -1,0 +1,93 @@
+"""What transformers calls a tensor that a checkpoint stores under another name.
+
+transformers renames on loading (its `conversion_mapping.py`): the names of published checkpoints stay, its modules
+move. The rules are plain patterns, so that the atlas holds them too and no torch is needed to follow them.
+"""
+
+import functools
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from deadbench.suite.checkpoints.tensors import TensorEntry
+
+
+@dataclass(frozen=True)
+class Renaming:
+    """One rule: where a name holds `source`, a regular expression, `target` takes its place.
+
+    Attributes:
+        source: pattern of a stored name; `*.` stands for any part of a path.
+        target: what it becomes; a backslash and a digit stand for what that group of the pattern holds.
+        scope: only names below this path are renamed, their rest alone; with `base` before it or not.
+        base: prefix of the bare model in a model with heads.
+    """
+
+    source: str
+    target: str
+    scope: str = ""
+    base: str = ""
+
+    def __call__(self, name: str) -> str:
+        """The name after this rule; the name itself where the rule does not apply."""
+        scope = f"{self.scope}." if self.scope else ""
+        based = f"{self.base}.{scope}" if self.base else scope
+        prefix = based if name.startswith(based) else scope
+        if not name.startswith(prefix):
+            return name
+        below = name.removeprefix(prefix)
+        match = _compiled(self.source).search(below)
+        if match is None:
+            return name
+        replacement = re.sub(r"\\(\d+)", lambda digit: match[int(digit[1])] or "", self.target)
+        return prefix + below.replace(match[0], replacement, 1)
+
+
+def renamed(name: str, rules: Iterable[Renaming]) -> str:
+    """What transformers calls a stored tensor."""
+    for rule in rules:
+        name = rule(name)
+    return name
+
+
+def renamings(model: Any) -> tuple[Renaming, ...]:
+    """The rules by which transformers loads a checkpoint into `model`, in their order.
+
+    Rules that merge or split tensors are left out: no norm is stored in parts. So are those of groups that hold only
+    together; of transformers 5.19's models one has such a group, inside its vision tower's blocks.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import GroupWeightRename, WeightRenaming
+
+    return tuple(
+        Renaming(
+            each.source_patterns[0], each.target_patterns[0], each.scope_prefix or "", each.base_model_prefix or ""
+        )
+        for each in get_model_conversion_mapping(model, add_legacy=False)
+        if isinstance(each, WeightRenaming) and not isinstance(each, GroupWeightRename)
+    )
+
+
+@functools.cache
+def _compiled(source: str) -> re.Pattern[str]:
+    return re.compile(source.replace("*.", r".*\."))
+
+
+_LEGACY_NAMES = {"weight": "gamma", "bias": "beta"}  # tensor names of checkpoints from before 2019
+
+
+def stored_tensor(
+    entries: dict[str, TensorEntry], path: str, parameter: str | None, rules: Sequence[Renaming] = ()
+) -> TensorEntry | None:
+    """The tensor of a module's parameter: as transformers names it, or the only one that adds a prefix to it."""
+    if parameter is None:
+        return None
+    for name in (parameter, _LEGACY_NAMES.get(parameter, parameter)):
+        wanted = f"{path}.{name}"
+        own = {stored: renamed(stored, rules) for stored, e in entries.items() if len(e.shape) < 2 or stored == wanted}
+        for fits in (str.__eq__, lambda called, ending: called.endswith(f".{ending}")):
+            found = [entries[stored] for stored, called in own.items() if fits(called, wanted)]
+            if len(found) == 1 or (found and fits is str.__eq__):
+                return found[0]
+    return None

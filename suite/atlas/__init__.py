@@ -1,0 +1,1 @@
+"""What behaviour established once about an architecture, read without torch."""

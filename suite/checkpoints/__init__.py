@@ -1,0 +1,1 @@
+"""Bytes become named tensors, wherever a checkpoint lies; nothing in it is executed."""

@@ -1,0 +1,248 @@
+"""A SOURCE becomes a checkpoint: a local folder, a Hub repository at a revision, or a folder behind a URL.
+
+Everything is read through fsspec, by byte ranges, and counted. Nothing is executed from a checkpoint.
+"""
+
+import contextlib
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from deadbench.suite.checkpoints.download_cache import fetch_once, lease
+from deadbench.suite.checkpoints.fsspec_folder import FsspecFolder, one_line_errors
+from deadbench.suite.checkpoints.http_folder import HttpFolder
+from deadbench.suite.checkpoints.hub_folder import HubFolder
+from deadbench.suite.checkpoints.strict_json import MAX_JSON_BYTES, parse_object
+from deadbench.suite.errors import CheckpointError
+from deadbench.suite.secrets import scrubbed
+from deadbench.suite.storage import open_place
+
+# Numbers in a configuration that make transformers build so many objects, whatever the device.
+_COUNTS = re.compile(r"^(n_layers?|num_.*layers|.*_layers|depths?|num_labels|(n|num)_.*experts)$")
+_MAX_COUNT = 100_000
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?$")
+_STEP = re.compile(r"step[-_]?(\d+)", re.IGNORECASE)
+LOADED_PATTERNS = [
+    "*.json",
+    "*.safetensors",
+    "*.txt",
+    "*.model",
+]  # what a forward pass needs; never code, never pickles
+
+
+class Checkpoint:
+    """One checkpoint folder, wherever it is; counts the bytes it reads.
+
+    Attributes:
+        source: as the user gave it.
+        revision: Hub revision, or the checkpoint folder below a series' source; None where there is only one.
+    """
+
+    def __init__(self, source: str, revision: str | None = None, base: Path | None = None):
+        """Open `source`; a relative local path is looked up below `base` too (the registry's folder).
+
+        Raises:
+            CheckpointError: no such folder, or nothing that could be a Hub id or URL.
+        """
+        self.source, self.revision = scrubbed(source), revision
+        self._called = f"{source}@{revision}"
+        self._names: list[str] | None = None
+        self._local: Path | None = _local_folder(source, base)
+        self._hub_id: str | None = None
+        self._folder: HttpFolder | FsspecFolder
+        hub_id = source.removeprefix("hf://")
+        if self._local is not None:
+            series, self._local = self._local, self._local / revision if revision else self._local
+            if not self._local.is_dir():
+                raise CheckpointError(f"{self._local}: no such directory; the checkpoints are {_listing(series)}")
+            self._folder = FsspecFolder(source, str(self._local))
+        elif _HUB_ID.match(hub_id):
+            self._hub_id, _, own_revision = hub_id.partition("@")
+            self.revision = own_revision or revision or "main"
+            self._local = _cached(self._hub_id, self.revision)
+            if self._local is None:
+                self._folder = HubFolder(source, self._hub_id, self.revision)
+            else:
+                self._folder = FsspecFolder(source, str(self._local))
+        elif source.startswith(("http://", "https://")):
+            address, mark, query = source.partition("?")
+            below = address.rstrip("/") + (f"/{revision}" if revision else "")
+            self._folder = HttpFolder(source, below + mark + query)
+        elif "://" in source:
+            self._folder = FsspecFolder(source, source.rstrip("/") + (f"/{revision}" if revision else ""))
+        elif Path(source).exists():
+            raise CheckpointError(f"{source}: not a directory; give the folder that holds config.json")
+        else:
+            raise CheckpointError(
+                f"{source}: no such directory, and neither a Hub id (org/name[@revision]) nor a URL (s3://…)"
+            )
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of file content read so far."""
+        return self._folder.bytes_read
+
+    def names(self) -> list[str]:
+        """File names in the folder (not below it)."""
+        if self._names is None:
+            with one_line_errors(self.source):
+                self._names = self._folder.names()
+        return self._names
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a file; a server without listings is asked for this one alone."""
+        if self._names is None and isinstance(self._folder, HttpFolder) and not self._folder.lists:
+            with one_line_errors(f"{self.source}: {name}"):
+                return self._folder.has(name)
+        return name in self.names()
+
+    def size(self, name: str) -> int:
+        """Bytes of a file."""
+        with one_line_errors(f"{self.source}: {name}"):
+            return self._folder.size(name)
+
+    def read(self, name: str, start: int = 0, end: int | None = None) -> bytes:
+        """Bytes `start` to `end` (the whole file for None) of a file."""
+        with one_line_errors(f"{self.source}: {name}"):
+            return self._folder.read(name, start, end)
+
+    def bytes_total(self) -> int:
+        """Bytes of all weight files."""
+        return sum(self.size(name) for name in self.names() if name.endswith(".safetensors"))
+
+    def config(self) -> dict[str, Any]:
+        """The contents of config.json.
+
+        Raises:
+            CheckpointError: missing, not JSON, or not an object.
+        """
+        if not self.has("config.json"):
+            raise CheckpointError(f"{self.source}: no config.json; not a transformers checkpoint")
+        if self.size("config.json") > MAX_JSON_BYTES:
+            raise CheckpointError(f"{self.source}: config.json is larger than {MAX_JSON_BYTES} bytes")
+        config = parse_object(self.read("config.json"), f"{self.source}: config.json")
+        _check_counts(config, self.source)
+        return {key: _plain_floats(value) for key, value in config.items()}
+
+    def fingerprint(self, names: Iterable[str] | None = None) -> str:
+        """Hash that changes when the checkpoint does: the Hub's commit, else sizes and times of its files.
+
+        Args:
+            names: only these; None for all that hold configuration or weights.
+        """
+        with one_line_errors(self.source):
+            there = self.names() if names is None else sorted(names)
+            commit = getattr(self._folder, "commit", None)
+            if commit:
+                return str(commit)
+            chosen = [name for name in there if name.endswith((".safetensors", ".json"))]
+            facts = [[name, self._folder.size(name), self._folder.stamp(name)] for name in chosen]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+    @contextlib.contextmanager
+    def local_copy(self, *, weights: bool = True) -> Iterator[Path]:
+        """A local folder with the configuration, weights and tokenizer: downloaded once for all processes of a node.
+
+        Without `weights`, what is not here already comes without them.
+
+        What comes from the Hub is in the Hub's cache, everything else below `suite.node_cache.cache_folder`.
+        """
+        if self._local is not None:
+            yield self._local
+            return
+        patterns = [p for p in LOADED_PATTERNS if weights or p != "*.safetensors"]
+        with one_line_errors(self.source):
+            names = [name for name in self.names() if any(Path(name).match(p) for p in patterns)]
+            if self._hub_id and getattr(self._folder, "commit", None):
+                folder = self._snapshot(self._hub_id, patterns)
+            else:
+                folder = fetch_once(self._folder, self._called, self.fingerprint(), names)
+        yield folder
+
+    def _snapshot(self, hub_id: str, patterns: list[str]) -> Path:
+        """The folder in the Hub's cache, completed by one process at a time: its own locks are flock's."""
+        from huggingface_hub import constants, snapshot_download
+
+        name = f"{hub_id}@{self.revision}".replace("/", "--")
+        with lease(Path(constants.HF_HUB_CACHE) / ".locks" / f"deadbench-{name}.lock"):
+            return Path(snapshot_download(hub_id, revision=self.revision, allow_patterns=patterns))
+
+
+def identify(source: str, base: Path | None = None) -> tuple[str, str | None]:
+    """(model, revision) of a SOURCE, as rows name it: spellings of one checkpoint are one, and secrets are left out.
+
+    Nothing is opened.
+    """
+    hub_id = source.removeprefix("hf://")
+    if _local_folder(source, base) is None and _HUB_ID.match(hub_id):
+        name, _, revision = hub_id.partition("@")
+        return name, revision or "main"
+    return scrubbed(source).rstrip("/"), None
+
+
+def list_revisions(source: str, base: Path | None = None) -> list[str]:
+    """Names of the checkpoints of `source`: branches and tags of a Hub repository, else the folders below it.
+
+    Raises:
+        CheckpointError: it cannot be listed.
+    """
+    local, hub_id = _local_folder(source, base), source.removeprefix("hf://")
+    if local is not None:
+        return sorted(p.name for p in local.iterdir() if p.is_dir())
+    with one_line_errors(source):
+        if _HUB_ID.match(hub_id):
+            from huggingface_hub import HfApi
+
+            refs = HfApi().list_repo_refs(hub_id)
+            return sorted({ref.name for ref in (*refs.branches, *refs.tags)})
+        fs, root = open_place(source)
+        return sorted(f["name"].rsplit("/", 1)[-1] for f in fs.ls(root, detail=True) if f["type"] == "directory")
+
+
+def _cached(hub_id: str, revision: str) -> Path | None:
+    """The folder in the Hub's cache, where HF_HUB_OFFLINE says that there is nothing else."""
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    if constants.HF_HUB_OFFLINE:
+        with contextlib.suppress(LocalEntryNotFoundError):
+            return Path(snapshot_download(hub_id, revision=revision, local_files_only=True))
+    return None
+
+
+def checkpoint_step(name: str | None) -> int | None:
+    """Training step that a revision or folder name tells: 7 for `step7`, `global_step7` and `stage1-step7-…`."""
+    match = _STEP.search(name or "")
+    return int(match[1]) if match else None
+
+
+def _check_counts(config: dict[str, Any], source: str) -> None:
+    for key, value in config.items():
+        values = value if isinstance(value, list) else [value]
+        if isinstance(value, dict):
+            _check_counts(value, source)
+        elif _COUNTS.match(key) and any(isinstance(v, (int, float)) and v > _MAX_COUNT for v in values):
+            raise CheckpointError(f"{source}: config.json: {key} is {value!r}; no model has more than {_MAX_COUNT}")
+
+
+def _plain_floats(value: Any) -> Any:
+    """`value` with transformers' spelling of what JSON has no number for, `{"__float__": "Infinity"}`, as floats."""
+    if isinstance(value, dict):
+        if set(value) == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
+            return float(value["__float__"])
+        return {key: _plain_floats(each) for key, each in value.items()}
+    return [_plain_floats(each) for each in value] if isinstance(value, list) else value
+
+
+def _local_folder(source: str, base: Path | None) -> Path | None:
+    for candidate in (Path(source).expanduser(), *([base / source] if base else [])):
+        if candidate.is_dir():
+            return candidate.resolve()
+    return None
+
+
+def _listing(folder: Path) -> str:
+    return ", ".join(sorted(p.name for p in folder.iterdir() if p.is_dir())[:8]) or "none"

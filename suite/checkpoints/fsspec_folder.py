@@ -1,0 +1,99 @@
+"""A checkpoint folder that fsspec opens: this machine's, S3, and others."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from deadbench.suite.errors import CheckpointError
+from deadbench.suite.secrets import scrubbed
+from deadbench.suite.storage import open_place
+
+_PIECE_BYTES, _PIECES = 32 * 2**20, 4  # of a download from an object store: as many at once
+
+
+class FsspecFolder:
+    """The files of a folder that fsspec opens: local, s3://, gs://, memory:// and what else is installed.
+
+    Attributes:
+        bytes_read: bytes of file content read so far.
+    """
+
+    def __init__(self, source: str, location: str):
+        """Open the folder at `location`; `source` is what the user called it."""
+        self.bytes_read = 0
+        with one_line_errors(source):
+            self._fs, self._root = open_place(location)
+        self._infos: dict[str, dict[str, Any]] = {}
+
+    def names(self) -> list[str]:
+        """File names in the folder (not below it)."""
+        listed = self._fs.ls(self._root, detail=True)
+        found = {f["name"].rsplit("/", 1)[-1]: f for f in listed}
+        links = [name for name, info in found.items() if info.get("islink") and Path(self._root, name).is_file()]
+        for name in links:
+            _check_link(Path(self._root), name)
+        self._infos = {name: info for name, info in found.items() if info["type"] == "file" and name not in links}
+        return sorted([*self._infos, *links])
+
+    def size(self, name: str) -> int:
+        """Bytes of a file."""
+        known = self._infos.get(name, {}).get("size")
+        return int(known if known is not None else self._fs.size(f"{self._root}/{name}"))
+
+    def stamp(self, name: str) -> str:
+        """What changes when the file does: its ETag or the time of its last change."""
+        info = self._fs.info(f"{self._root}/{name}")
+        return str(info.get("ETag") or info.get("mtime") or info.get("LastModified"))
+
+    def read(self, name: str, start: int = 0, end: int | None = None) -> bytes:
+        """Bytes `start` to `end` (the end of the file for None)."""
+        data: bytes = self._fs.cat_file(f"{self._root}/{name}", start=start, end=end)
+        self.bytes_read += len(data)
+        return data
+
+    def download(self, name: str, target: Path) -> None:
+        """Complete `target` to the whole file: what is there of it is not read again."""
+        path, size = f"{self._root}/{name}", self.size(name)
+        with target.open("ab") as file:
+            while (start := file.tell()) < size:
+                starts = range(start, min(start + _PIECES * _PIECE_BYTES, size), _PIECE_BYTES)
+                ends = [min(each + _PIECE_BYTES, size) for each in starts]
+                for piece in self._fs.cat_ranges([path] * len(ends), list(starts), ends, on_error="raise"):
+                    file.write(piece)
+
+
+def _check_link(folder: Path, name: str) -> None:
+    """Refuse a link that leaves the folder for something that is no such file, unless it is the Hub's cache."""
+    target = (folder / name).resolve()
+    inside = target.is_relative_to(folder.resolve())
+    if not (inside or target.suffix == Path(name).suffix or target.parent.name == "blobs"):
+        raise CheckpointError(f"{folder / name}: a link to {target}, outside the checkpoint; put the file itself there")
+
+
+@contextlib.contextmanager
+def one_line_errors(what: str) -> Iterator[None]:
+    """Turn what fsspec, its backends and the Hub raise into one line that says what to do."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        what, name = scrubbed(what), type(error).__name__
+        advice = {
+            "GatedRepoError": "the model is gated: accept its terms on the Hub and set HF_TOKEN",
+            "RepositoryNotFoundError": "no such repository on the Hub, or it is private and HF_TOKEN is not set",
+            "RevisionNotFoundError": "the repository has no such revision",
+            "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set and the file is not in the cache",
+            "LocalEntryNotFoundError": "the Hub cannot be reached and the file is not in the cache",
+            "FileNotFoundError": "no such file or directory",
+            "PermissionError": "permission denied; set the store's credentials where it is a remote one",
+            "NoCredentialsError": "no credentials for this store; set AWS_ACCESS_KEY_ID or AWS_PROFILE",
+        }.get(name)
+        if isinstance(error, ImportError):
+            advice = str(error)
+        if advice is None and isinstance(error, (OSError, ImportError, ValueError)):
+            advice = f"cannot be read ({name}: {scrubbed((str(error).strip().splitlines() or [''])[0])[:200]})"
+        if advice is None and not isinstance(error, (OSError, RuntimeError)):
+            advice = f"cannot be read ({name})"
+        raise CheckpointError(f"{what}: {advice or scrubbed(str(error).splitlines()[0])}") from error

@@ -1,0 +1,270 @@
+"""One read's input for one model: which part of the model is read, in what form it takes its input, and how much.
+
+The form is found by trying (`suite.dummy_inputs`): the arguments on which the model runs, with their shapes. They are
+then filled: tokens, photographs, sound. What else the forward pass needs is made up, and the description says so.
+Shapes: B items, T positions.
+"""
+
+import inspect
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deadbench.suite.architectures.locate import find_final_norm
+from deadbench.suite.architectures.parts import PICTURE_NAMES, SOUND_NAMES
+from deadbench.suite.errors import InputError
+from deadbench.suite.inputs.batches import Batch, Inputs
+from deadbench.suite.inputs.signals import (
+    distinct_patches,
+    noise_like,
+    own_pictures,
+    own_sound,
+    photo_crops,
+    plain_pictures,
+)
+from deadbench.suite.inputs.tokens import token_batches
+from deadbench.suite.tracing.meta_passes import attempts
+from deadbench.suite.tracing.minimal_inputs import minimal_inputs
+
+_LENGTH_KEYS = ("max_position_embeddings", "max_encoder_position_embeddings", "max_sequence_length", "max_seq_len")
+_DECODED = 32  # tokens a decoder is given beside pictures or sound
+_RANDOM_IDS = ("input_ids", "decoder_input_ids")
+
+
+def feed(
+    part: nn.Module,
+    spec: str,
+    *,
+    modality: str,
+    num_tokens: int,
+    sequence_length: int,
+    seed: int,
+    folder: Path | None,
+    batch_tokens: int,
+    least_items: int = 1,
+) -> Inputs:
+    """Batches for `part` that give at least `num_tokens` rows of its final norm's output.
+
+    Args:
+        part: what `part_of` returns, on any device.
+        spec: what `--input` says.
+        modality: text, image or audio.
+        num_tokens: rows wanted; exactly so many come of tokens, whole items of pictures and sound.
+        sequence_length: of tokens, at most what the model has positions for.
+        seed: of random tokens, crops and noise.
+        folder: the checkpoint's, with its tokenizer or processor.
+        batch_tokens: rows of one forward pass, about.
+        least_items: pictures or sounds there must be, however many rows each gives.
+
+    Raises:
+        InputError: an input that cannot be had, or a form that nothing here makes.
+    """
+    form = working_form(part)
+    if modality == "text":
+        return _feed_tokens(part, spec, form, num_tokens, sequence_length, seed, folder, batch_tokens)
+    crops_of = spec.partition(":")[2]
+    names = PICTURE_NAMES if modality == "image" else SOUND_NAMES
+    main = next((name for name in names if name in form), None)
+    if main is None:
+        raise InputError(f"the model takes {', '.join(sorted(form))}, no {modality}; its modality is another")
+    accepted = set(inspect.signature(part.forward).parameters)
+
+    def made(count: int) -> tuple[dict[str, Tensor], bool]:
+        if modality == "image":
+            crops = photo_crops(crops_of, count, seed)
+            own = own_pictures(crops, folder, accepted)
+            main_only = {} if own else {main: _pictures(crops, form[main])}
+        else:
+            own = own_sound(count, seed, folder, accepted)
+            main_only = {} if own else {main: noise_like(form[main], count, seed)}
+        filled = own or main_only
+        others = {n: _filled(n, t, count, None, seed, part) for n, t in form.items() if n not in filled}
+        return filled | others, bool(own)
+
+    sample, own = made(1)
+    rows = _rows(part, _one(sample, 0))
+    count = max(least_items, -(-num_tokens // rows))
+    everything, _ = made(count)
+    packed = everything[main].shape[0] != count if main in everything else False
+    per_batch = 1 if packed or (form[main].ndim == 2 and main == "hidden_states") else max(1, batch_tokens // rows)
+    batches = [
+        Batch(_slice(everything, i, per_batch, count), rows=rows * min(per_batch, count - i))
+        for i in range(0, count, per_batch)
+    ]
+    pixels = everything.get("pixel_values")
+    patch = getattr(part.config, "patch_size", None)
+    distinct = distinct_patches(pixels, patch) if pixels is not None and isinstance(patch, int) else None
+    how = "the model's own processor" if own else "scaled to [-1, 1]" if modality == "image" else "unit variance"
+    return Inputs(batches, count * rows, distinct, spec if own else f"{spec} ({how})")
+
+
+def _feed_tokens(
+    part: nn.Module,
+    spec: str,
+    form: dict[str, Tensor],
+    num_tokens: int,
+    sequence_length: int,
+    seed: int,
+    folder: Path | None,
+    batch_tokens: int,
+) -> Inputs:
+    if "input_ids" not in form:
+        raise InputError(f"the model takes {', '.join(sorted(form))}, no text; its modality is another")
+    config: Any = part.config
+    text_config = config.get_text_config()
+    others = {name: tensor for name, tensor in form.items() if name != "input_ids"}
+    length = form["input_ids"].shape[1]
+    whole_rows = not others or _rows(part, form) == length
+    sequence_length = min(sequence_length, num_tokens, _longest(part))
+
+    def tokens(count: int) -> Inputs:
+        return token_batches(
+            spec,
+            vocab_size=text_config.vocab_size,
+            num_tokens=count,
+            sequence_length=sequence_length,
+            seed=seed,
+            tokenizer_folder=folder,
+            batch_tokens=batch_tokens,
+            avoided_ids=_special_ids(config),
+        )
+
+    if not whole_rows:  # rows of pictures and text together: whole sequences only, and as many as give the rows
+        sample = Batch({"input_ids": torch.full((1, sequence_length), 5)})
+        rows = _rows(part, _accompanied(sample, others, seed, part, length).model_inputs)
+        made = tokens(-(-num_tokens // rows) * sequence_length)
+        count = rows * (made.num_tokens // sequence_length)
+        made = replace(made, batches=[replace(b, rows=rows * len(b.model_inputs["input_ids"])) for b in made.batches])
+    else:
+        made = tokens(num_tokens)
+        count = made.num_tokens
+    batches = [_accompanied(batch, others, seed + i, part, length) for i, batch in enumerate(made.batches)]
+    known = [name for name in others if name != "decoder_input_ids"]
+    beside = f" (with {', '.join(known)} made up)" if known else ""
+    return Inputs(batches, count, made.num_distinct, made.description + beside)
+
+
+def _accompanied(batch: Batch, others: dict[str, Tensor], seed: int, part: nn.Module, length: int) -> Batch:
+    """`batch` with the other arguments, of its batch size and, where the form had one entry a token, of its length."""
+    ids = batch.model_inputs["input_ids"]
+    added = {n: _filled(n, t, len(ids), (length, ids.shape[1]), seed, part) for n, t in others.items()}
+    if "decoder_input_ids" in added:
+        added["decoder_input_ids"] = ids
+    return replace(batch, model_inputs=added | batch.model_inputs)
+
+
+def _filled(name: str, form: Tensor, count: int, lengths: tuple[int, int] | None, seed: int, part: nn.Module) -> Tensor:
+    if name in _RANDOM_IDS and lengths is None:
+        generator = torch.Generator().manual_seed(seed)
+        config: Any = part.config
+        return torch.randint(3, config.get_text_config().vocab_size, (count, _DECODED), generator=generator)
+    if name in PICTURE_NAMES[:2] and form.ndim in (4, 5):
+        return _pictures(photo_crops("", count, seed), form)
+    if name in SOUND_NAMES:
+        return noise_like(form, count, seed)
+    if lengths is not None and form.ndim > 1 and form.shape[1] == lengths[0]:
+        form = form[:, :1].expand(-1, lengths[1], *form.shape[2:])
+    return form.expand(count, *form.shape[1:]).clone() if form.shape[0] == 1 else form
+
+
+def _pictures(crops: list[Any], form: Tensor) -> Tensor:
+    """As `plain_pictures`; where the form has no batch dimension, the patches of all pictures in one row."""
+    if form.ndim == 2:
+        return plain_pictures(crops, form[None]).flatten(0, 1)
+    return plain_pictures(crops, form)
+
+
+class _Described:
+    """What `minimal_inputs` asks of a model, with its tensors on the CPU: those of a meta model have no values."""
+
+    def __init__(self, model: nn.Module):
+        self.config, self.forward = model.config, model.forward
+        self.main_input_name = getattr(model, "main_input_name", "input_ids")
+
+    def parameters(self) -> Iterator[Tensor]:
+        yield torch.empty(0)
+
+
+def working_form(part: nn.Module) -> dict[str, Tensor]:
+    """The first minimal input on which `part` runs, on the CPU.
+
+    Raises:
+        InputError: it runs on none.
+    """
+    device, dtype = _place(part)
+    failure = "no input is known for its arguments"
+    for candidate, attempt in itertools.product(minimal_inputs(_Described(part)), attempts(part)):  # type: ignore[arg-type]
+        try:
+            with torch.no_grad(), attempt():
+                part(**{n: _moved(v, device, dtype) for n, v in candidate.items()})
+        except Exception as error:
+            failure = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            continue
+        return {name: value for name, value in candidate.items() if isinstance(value, Tensor)}
+    if device.type == "meta":  # values are asked for, and there are none: the likeliest form
+        candidate = next(minimal_inputs(_Described(part)))  # type: ignore[arg-type]
+        return {name: value for name, value in candidate.items() if isinstance(value, Tensor)}
+    raise InputError(f"{type(part).__name__} runs on no input that is known here ({failure[:200]})")
+
+
+def _rows(part: nn.Module, inputs: dict[str, Tensor]) -> int:
+    """Rows of the final norm's output that one item gives."""
+    device, dtype = _place(part)
+    found = find_final_norm(part, {n: _moved(t, device, dtype) for n, t in inputs.items()})
+    if found.path is None:
+        raise InputError(f"the final norm is not reached by this input: {found.reason}")
+    return found.rows_per_item
+
+
+def _place(part: nn.Module) -> tuple[torch.device, torch.dtype]:
+    floating = next(p for p in part.parameters() if p.is_floating_point())
+    return floating.device, floating.dtype
+
+
+def _moved(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(device, dtype if value.is_floating_point() else None)
+
+
+def _one(inputs: dict[str, Tensor], item: int) -> dict[str, Tensor]:
+    return _slice(inputs, item, 1, 1)
+
+
+def _slice(inputs: dict[str, Tensor], start: int, per_batch: int, count: int) -> dict[str, Tensor]:
+    """Items `start` to `start + per_batch`; of a row of all items' patches, its share."""
+    part = {}
+    for name, tensor in inputs.items():
+        share = max(1, tensor.shape[0] // count)
+        part[name] = tensor[start * share : (start + per_batch) * share] if tensor.shape[0] >= count else tensor
+    return part
+
+
+def _longest(part: nn.Module) -> int:
+    """How many positions the model knows: what its configuration says, and what its position tables hold."""
+    config: Any = part.config
+    said = [getattr(c, key, None) for c in (config, config.get_text_config()) for key in _LENGTH_KEYS]
+    limits = [n for n in said if isinstance(n, int) and n > 0]
+    for name, module in part.named_modules():
+        # x_, y_, h_ and w_position_embeddings of document models are of the page, not of the text.
+        leaf = name.rpartition(".")[2]
+        if isinstance(module, nn.Embedding) and leaf in ("position_embeddings", "embed_positions", "wpe"):
+            taken = getattr(module, "offset", 0) or (module.padding_idx + 1 if module.padding_idx is not None else 0)
+            limits.append(module.num_embeddings - int(taken))
+    return min(limits, default=1 << 30)
+
+
+def _special_ids(config: Any) -> Sequence[int]:
+    """Ids that stand for padding, whose embedding is often zero, or for a picture or sound to be put in their place."""
+    ids = []
+    for each in (config, config.get_text_config()):
+        for name, value in vars(each).items():
+            other = any(word in name for word in ("image", "video", "audio", "vision", "boi", "eoi"))
+            if name == "pad_token_id" or (other and name.endswith(("token_id", "token_index"))):
+                ids += [value] if isinstance(value, int) and value >= 0 else []
+    return sorted(set(ids))

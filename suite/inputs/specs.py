@@ -1,0 +1,67 @@
+"""What may stand in `--input SPEC`, checked and hashed without torch: before anything is loaded, or a device is taken.
+
+`suite.inputs` says what each of them becomes.
+"""
+
+import hashlib
+from importlib import resources
+from pathlib import Path
+
+from deadbench.suite.errors import InputError
+
+MODALITIES = {"text": "text", "tokens": "text", "hf": "text", "image": "image", "audio": "audio"}
+PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+
+
+def check_spec(spec: str, modality: str) -> None:
+    """Raise InputError where `spec` is no input specification, names a missing file, or is not for `modality`."""
+    kind, _, rest = spec.partition(":")
+    if (
+        kind not in MODALITIES
+        or (kind in ("tokens", "hf", "audio") and not rest)
+        or (kind == "audio" and rest != "noise")
+    ):
+        raise InputError(
+            f"input {spec!r} is unknown; choose text, text:FILE, image, image:DIR, tokens:random, tokens:FILE.npy, "
+            "hf:DATASET[:CONFIG][:SPLIT] or audio:noise"
+        )
+    if MODALITIES[kind] != modality:
+        raise InputError(f"input {spec!r} does not fit a model that reads {modality}")
+    if kind == "text" and rest and not Path(rest).is_file():
+        raise InputError(f"input {spec!r}: no such file")
+    if kind == "image" and rest and not Path(rest).is_dir():
+        raise InputError(f"input {spec!r}: no such directory")
+    if kind == "tokens" and rest != "random" and not Path(rest).is_file():
+        raise InputError(f"input {spec!r}: no such file; give tokens:random or a .npy file")
+
+
+def content_hash(spec: str) -> str:
+    """What `spec` stands for, by content: two files of one name are two inputs."""
+    kind, _, rest = spec.partition(":")
+    digest = hashlib.sha256(kind.encode())
+    if (kind == "tokens" and rest == "random") or kind in ("hf", "audio"):
+        digest.update(rest.encode())
+    elif kind == "image":
+        for photo in photo_files(rest):
+            digest.update(photo.read_bytes())
+    else:
+        digest.update(text_path(rest).read_bytes() if kind == "text" else Path(rest).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def photo_files(folder: str) -> list[Path]:
+    """The photographs in `folder`, the bundled ones for "".
+
+    Raises:
+        InputError: there are none.
+    """
+    root = Path(folder) if folder else Path(str(resources.files("deadbench.suite").joinpath("data/photos")))
+    photos = sorted(p for p in root.iterdir() if p.suffix.lower() in PHOTO_SUFFIXES)
+    if not photos:
+        raise InputError(f"{root}: no photographs ({', '.join(PHOTO_SUFFIXES)})")
+    return photos
+
+
+def text_path(rest: str) -> Path:
+    """The text file that `text:REST` names, the bundled corpus for ""."""
+    return Path(rest) if rest else Path(str(resources.files("deadbench.suite").joinpath("data/corpus.txt")))

@@ -1,0 +1,166 @@
+"""What a model is fed: `--input SPEC` becomes batches of model inputs, with padding marked once and for all.
+
+    text                     the bundled corpus            text:FILE    a UTF-8 text file
+    image                    the bundled photographs       image:DIR    a folder of photographs
+    tokens:random            seeded uniform token ids      tokens:FILE.npy   ids exactly as given, in order
+    hf:DATASET[:CONFIG][:SPLIT]    a Hub dataset's text column
+    audio:noise              seeded Gaussian noise
+
+Nothing falls back to something else: a model without a tokenizer cannot read text, and says so.
+Shapes: S sequences, T positions, N tokens, B images.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from deadbench.suite.errors import InputError
+from deadbench.suite.inputs.batches import Batch, Inputs
+from deadbench.suite.inputs.hub_text import read_hub_text
+from deadbench.suite.inputs.specs import text_path
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model",
+)  # fmt: skip
+_CHARACTERS_PER_PIECE = 100_000
+
+
+def token_batches(
+    spec: str,
+    *,
+    vocab_size: int,
+    num_tokens: int,
+    sequence_length: int,
+    seed: int,
+    tokenizer_folder: Path | None,
+    batch_tokens: int,
+    avoided_ids: Sequence[int] = (),
+) -> Inputs:
+    """Batches of token ids: `num_tokens` of them (all of a `tokens:FILE.npy`), in sequences of `sequence_length`.
+
+    Random ids are none of `avoided_ids`. Text is cut into windows, each with the special tokens that the tokenizer puts
+    around a text. The last sequence is shorter and padded; padding is masked out of attention and of the statistics.
+
+    Raises:
+        InputError: no tokenizer, too little text, ids outside the vocabulary, a file that is no integer array.
+    """
+    kind, _, rest = spec.partition(":")
+    if kind == "tokens" and rest != "random":
+        sequences = list(_load_ids(Path(rest), vocab_size))
+        sequence_length = len(sequences[0])
+    elif kind == "tokens":
+        ids_N = np.random.default_rng(seed).integers(0, vocab_size, num_tokens)
+        for avoided in (a for a in avoided_ids if len(avoided_ids) < vocab_size):
+            other = next(i % vocab_size for i in itertools.count(avoided + 1) if i % vocab_size not in avoided_ids)
+            ids_N[ids_N == avoided] = other
+        sequences = _cut(ids_N, sequence_length)
+    else:
+        sequences = _tokenised(spec, num_tokens, sequence_length, tokenizer_folder)
+        highest = max(int(s.max()) for s in sequences)
+        if highest >= vocab_size:
+            raise InputError(
+                f"the tokenizer gives id {highest}, the model knows {vocab_size}: not this model's tokenizer"
+            )
+    distinct = len(np.unique(np.concatenate(sequences)))
+    per_batch = max(1, batch_tokens // sequence_length)
+    batches = [_pad(sequences[i : i + per_batch]) for i in range(0, len(sequences), per_batch)]
+    return Inputs(batches, sum(len(s) for s in sequences), distinct, spec)
+
+
+def _load_ids(path: Path, vocab_size: int) -> NDArray[np.int64]:
+    try:
+        ids = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{path}: not a .npy array ({error})") from error
+    if not isinstance(ids, np.ndarray) or ids.ndim != 2 or ids.dtype.kind not in "iu" or ids.size == 0:
+        found = f"{ids.dtype} of shape {ids.shape}" if isinstance(ids, np.ndarray) else "an archive"
+        raise InputError(f"{path}: expected an integer array (sequences x length), found {found}")
+    if ids.min() < 0 or ids.max() >= vocab_size:
+        raise InputError(f"{path}: token ids {ids.min()} to {ids.max()}, the model knows 0 to {vocab_size - 1}")
+    return ids.astype(np.int64)
+
+
+def _cut(ids_N: NDArray[np.int64], length: int) -> list[NDArray[np.int64]]:
+    return [ids_N[i : i + length] for i in range(0, len(ids_N), length)]
+
+
+def _tokenised(spec: str, num_tokens: int, length: int, folder: Path | None) -> list[NDArray[np.int64]]:
+    tokenizer = _load_tokenizer(spec, folder)
+    prefix, suffix = _special_tokens(tokenizer)
+    content = length - len(prefix) - len(suffix)
+    if content < 1:
+        raise InputError(
+            f"sequences of {length} tokens leave no room beside {len(prefix) + len(suffix)} special tokens"
+        )
+    ids: list[int] = []
+    wanted = -(-num_tokens // length) * content
+    for piece in _pieces(spec):
+        ids += tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+        if len(ids) >= wanted:
+            break
+    windows = [np.array([*prefix, *ids[i : i + content], *suffix]) for i in range(0, min(len(ids), wanted), content)]
+    total = sum(len(w) for w in windows)
+    if total < num_tokens:
+        raise InputError(
+            f"input {spec!r} has only {total} of the {num_tokens} tokens asked for; give --tokens or a longer text"
+        )
+    if total > num_tokens:  # the last window loses its end, never its beginning
+        windows[-1] = windows[-1][: len(windows[-1]) - (total - num_tokens)]
+    return [w for w in windows if len(w)]
+
+
+def _load_tokenizer(spec: str, folder: Path | None) -> Any:
+    from transformers import AutoTokenizer
+
+    # transformers 5 builds an empty tokenizer where there are no files; that would be a silent fallback.
+    if folder is None or not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise InputError(
+            f"input {spec!r} needs the model's tokenizer, and there is none"
+            f"{f' in {folder}' if folder else ''}; give --input tokens:random or tokens:FILE.npy"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0][:200]
+        raise InputError(f"the tokenizer in {folder} cannot be loaded ({type(error).__name__}: {reason})") from error
+
+
+def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts before and after a text."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    for start in range(len(full) - len(bare) + 1):
+        if full[start : start + len(bare)] == bare:
+            return full[:start], full[start + len(bare) :]
+    return [], []
+
+
+def _pieces(spec: str) -> Iterator[str]:
+    kind, _, rest = spec.partition(":")
+    if kind == "hf":
+        yield from read_hub_text(rest)
+        return
+    with text_path(rest).open(encoding="utf-8", errors="strict") as file:
+        try:
+            while piece := file.readlines(_CHARACTERS_PER_PIECE):
+                yield "".join(piece)
+        except UnicodeDecodeError as error:
+            raise InputError(f"{rest}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+
+
+def _pad(sequences: list[NDArray[np.int64]]) -> Batch:
+    lengths = [len(s) for s in sequences]
+    if len(set(lengths)) == 1:
+        # No mask: the attention kernels differ with one, and there is nothing to hide.
+        return Batch({"input_ids": torch.from_numpy(np.stack(sequences))})
+    ids_ST = torch.zeros(len(sequences), max(lengths), dtype=torch.long)
+    mask_ST = torch.zeros(len(sequences), max(lengths), dtype=torch.bool)
+    for row, sequence in enumerate(sequences):
+        ids_ST[row, : len(sequence)] = torch.from_numpy(sequence)
+        mask_ST[row, : len(sequence)] = True
+    return Batch({"input_ids": ids_ST, "attention_mask": mask_ST.long()}, mask_ST)

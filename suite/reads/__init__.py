@@ -1,0 +1,1 @@
+"""The reads: what one checkpoint or one forward pass comes to, as columns."""

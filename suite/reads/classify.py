@@ -1,0 +1,43 @@
+"""What `deadbench classify` says of one source."""
+
+import time
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deadbench.suite.checkpoints.checkpoint import Checkpoint
+from deadbench.suite.errors import CheckpointError
+from deadbench.suite.reads.parameters import read_parameters
+
+
+def classify(source: str, verify: bool = False) -> tuple[dict[str, Any], NDArray[np.float64] | None]:
+    """The object that `deadbench classify --json` prints for one source, and its inverse-scale direction.
+
+    Never raises for a bad checkpoint: `error` then holds the one line and the fields are null.
+    """
+    started = time.perf_counter()
+    result: dict[str, Any] = dict.fromkeys(CLASSIFY_FIELDS)
+    result |= {"source": source, "evidence": []}
+    direction_D = None
+    checkpoint = None
+    try:
+        checkpoint = Checkpoint(source)
+        read = read_parameters(checkpoint, verify)
+        columns = read.columns()
+        result |= {name: columns[name] for name in CLASSIFY_FIELDS if name in columns}
+        result |= {"revision": checkpoint.revision, "evidence": read.evidence, "bytes_total": checkpoint.bytes_total()}
+        result["error"] = f"{source}: {read.reason}" if read.needs_remote_code else None
+        direction_D = read.direction_D
+    except CheckpointError as error:
+        result |= {"error": str(error)}
+    result["bytes_read"] = checkpoint.bytes_read if checkpoint else 0
+    result["seconds"] = time.perf_counter() - started
+    return result, direction_D
+
+
+CLASSIFY_FIELDS = (
+    "source", "revision", "family", "final_norm", "final_norm_tensor", "placement", "scale", "has_bias", "eps",
+    "hidden_size", "num_zero_scales", "scale_harmonic", "predicted_dim", "depth_predicted", "evidence", "bytes_read",
+    "bytes_total", "seconds", "error",
+)  # fmt: skip

@@ -1,0 +1,122 @@
+"""How many parameter directions the norms make dead: counted from parameters and configuration, nothing is run.
+
+Let a norm's kernel be `{w : w . (y - beta) = 0 for every output y}`, of dimension m: 1 for a LayerNorm, or its exactly
+zero scales, whichever is more than none; an RMSNorm has only the zero scales.
+
+- Read side: a linear map W (out x D) that only this norm feeds. `W + u w^T, b - u (w . beta)` is the same function for
+  any u, so `out x m` directions. Without a bias only w with `w . beta = 0` count.
+- Write side: a parameter whose output reaches, through sums, nothing but LayerNorms. A constant along 1, added to it,
+  is taken out by the mean: `W + 1 w^T, b + c 1` for any w and c, so `in + 1` directions; an embedding has one a row.
+
+They are linearly independent, and along each the output does not change at all: their number is a lower bound on the
+nullity of the Fisher information at these parameters, for any data. A matrix that two modules share counts nothing.
+"""
+
+import contextlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from deadbench.suite.architectures.build import SMALL_MODEL, build_published
+from deadbench.suite.architectures.norms import EffectiveNorm
+from deadbench.suite.architectures.wiring import Wiring, is_linear, private_parameters, trace, weight_out_in
+
+
+def trace_published(config: Any) -> tuple[nn.Module, Wiring | None]:
+    """The published architecture without weights, and its wiring by module path in that model.
+
+    The wiring is None where the forward pass runs neither on the meta device nor, for a small model, on CPU.
+
+    Raises:
+        ArchitectureError: transformers cannot build it.
+    """
+    empty = build_published(config, "meta")
+    with contextlib.suppress(Exception):  # a pass that looks at values, or wants other inputs: it may raise anything
+        return empty, trace(empty)
+    if sum(p.numel() for p in empty.parameters()) <= SMALL_MODEL:
+        model = build_published(config)
+        with contextlib.suppress(Exception):
+            return model, trace(model)
+    return empty, None
+
+
+def dead_at_initialisation(config: Any) -> int | None:
+    """Dead parameter directions of a random initialisation, whose scales are one and shifts zero; None if not followed.
+
+    A map without a bias counts here, and no more once the shift has moved.
+    """
+    model, wiring = trace_published(config)
+    if wiring is None:
+        return None
+    norms = {
+        path: EffectiveNorm(b.family, np.ones(D), np.zeros(D) if b.shift_parameter else None, b.eps or 0.0)
+        for path, (b, D) in wiring.norms.items()
+    }
+    return sum(map(sum, count_dead_parameters(model, wiring, norms).values()))
+
+
+def count_dead_parameters(
+    model: nn.Module, wiring: Wiring, norms: Mapping[str, EffectiveNorm]
+) -> dict[str, tuple[int, int]]:
+    """Dead parameter directions by norm: (read side, write side).
+
+    Args:
+        model: the traced model; only shapes and which parameters are shared are used.
+        wiring: what `trace` found in it.
+        norms: the real parameters of its norms, by module path; a norm that is left out counts nothing.
+
+    Returns:
+        A pair for every norm in `norms` that was called. What is written belongs to the first norm that reads it.
+    """
+    private = private_parameters(model)
+    modules = dict(model.named_modules())
+    parameters = dict(model.named_parameters())
+    counts = {path: (0, 0) for path in wiring.norms if path in norms}
+    compensated: dict[str, int] = {}
+    for path, norm in wiring.reads.items():
+        module = modules[path]
+        if norm not in counts or not _all_private(module, private):
+            continue
+        compensated[path] = _kernel_dim(norms[norm], has_bias=module.bias is not None)
+        read, write = counts[norm]
+        counts[norm] = read + len(weight_out_in(module)) * compensated[path], write
+    for path, norm in wiring.writes.items():
+        if norm not in counts:
+            continue
+        read, write = counts[norm]
+        if path not in modules:
+            parameter = parameters[path]
+            write += parameter.numel() // parameter.shape[-1] if id(parameter) in private else 0
+        elif is_linear(modules[path]):
+            if _all_private(modules[path], private):
+                # `1 w^T` with w in the kernel was counted on the read side already.
+                inputs = weight_out_in(modules[path]).shape[1] - compensated.get(path, 0)
+                write += inputs + (modules[path].bias is not None)
+        elif isinstance(modules[path], nn.Embedding):
+            write += modules[path].num_embeddings if _all_private(modules[path], private) else 0
+        else:
+            write += _shift_is_private(modules[path], wiring.norms[path][0].shift_parameter, private)
+        counts[norm] = read, write
+    return counts
+
+
+def _kernel_dim(norm: EffectiveNorm, *, has_bias: bool) -> int:
+    """Dimension of the kernel that a map with or without a bias can be moved along."""
+    zeros = np.flatnonzero(norm.scale_D == 0)
+    dim = len(zeros) or int(norm.family == "layernorm")
+    shift_D: NDArray[np.float64] | None = norm.shift_D
+    if has_bias or shift_D is None or dim == 0:
+        return dim
+    seen_D = shift_D[zeros] if len(zeros) else shift_D
+    return dim - bool(np.any(seen_D != 0))
+
+
+def _all_private(module: nn.Module, private: set[int]) -> bool:
+    return all(id(p) in private for p in module.parameters(recurse=False))
+
+
+def _shift_is_private(module: nn.Module, name: str | None, private: set[int]) -> int:
+    return int(name is not None and id(getattr(module, name)) in private)

@@ -1,0 +1,172 @@
+"""The parameters-only read: family, final norm, direction and predicted depth, from the configuration and one norm.
+
+No forward pass of the checkpoint, no eigensolve: the architecture is looked up in the atlas, or built empty and its
+final norm found and tested by itself; then only the headers and that norm's tensors are opened.
+"""
+
+import re
+import threading
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deadbench.suite.architectures.norms import EffectiveNorm, FinalNorm, NormBehaviour, effective_norm
+from deadbench.suite.architectures.stored_names import stored_tensor
+from deadbench.suite.atlas.lookup import lookup
+from deadbench.suite.checkpoints.checkpoint import Checkpoint
+from deadbench.suite.checkpoints.tensors import DTYPE_NAMES, TensorEntry, read_headers, read_vector
+from deadbench.suite.errors import ArchitectureError, CheckpointError, RemoteCodeError
+from deadbench.suite.reads.columns import architecture_columns, scale_columns
+from deadbench.suite.schema import Row
+from deadbench.suite.spectra.directions import inverse_scale_direction
+
+_BUILDING = threading.Lock()  # transformers sets torch's default dtype while it builds
+
+
+@dataclass
+class ParametersRead:
+    """What the parameters alone say. `norm` and `direction_D` are None where there is no final norm to read."""
+
+    final: FinalNorm
+    norm: EffectiveNorm | None
+    final_norm_tensor: str | None
+    direction_D: NDArray[np.float64] | None
+    reason: str | None
+    evidence: list[str] = field(default_factory=list)
+    entries: dict[str, TensorEntry] = field(default_factory=dict)
+    needs_remote_code: bool = False
+
+    @property
+    def stored_dtype(self) -> str | None:
+        """dtype that the final norm's scale is stored in."""
+        return DTYPE_NAMES[self.entries[self.final_norm_tensor].dtype] if self.final_norm_tensor else None
+
+    def columns(self) -> Row:
+        """The architecture and scale columns of a row of `reads`."""
+        return (
+            architecture_columns(self.final)
+            | scale_columns(self.norm, self.stored_dtype)
+            | {"final_norm_tensor": self.final_norm_tensor}
+        )
+
+
+def read_parameters(checkpoint: Checkpoint, verify: bool = False) -> ParametersRead:
+    """Read the final norm of `checkpoint` from its parameters alone.
+
+    Args:
+        checkpoint: what to read.
+        verify: resolve the architecture by behaviour although the atlas has it; behaviour then overrules it.
+
+    Raises:
+        CheckpointError: the files cannot be read. A configuration that transformers cannot build raises nothing: the
+            read is then undetermined, with the reason.
+    """
+    raw_config = checkpoint.config()
+    entries = read_headers(checkpoint)
+    refused = False
+    try:
+        final = _resolve(raw_config, verify)
+    except ArchitectureError as error:
+        refused = isinstance(error, RemoteCodeError)
+        final = FinalNorm(None, NormBehaviour("undetermined"), None, _hidden_size(raw_config), None, reason=str(error))
+    if final.path is None:
+        seen = [
+            final.reason or "",
+            *(_candidates(entries, final.hidden_size) if final.family == "undetermined" else []),
+        ]
+        return ParametersRead(final, None, None, None, final.reason, seen, entries, refused)
+
+    behaviour = final.behaviour
+    scale_entry, shift_entry = (
+        stored_tensor(entries, final.path, parameter, final.renamings)
+        for parameter in (behaviour.scale_parameter, behaviour.shift_parameter)
+    )
+    wanted = [(behaviour.scale_parameter, scale_entry), (behaviour.shift_parameter, shift_entry)]
+    missing = [f"{final.path}.{name}" for name, entry in wanted if name and entry is None]
+    known = (behaviour.scale_parameter, behaviour.shift_parameter)
+    beside = scale_entry.name.removesuffix(str(behaviour.scale_parameter)) if scale_entry else f"{final.path}."
+    unexplained = [
+        f"{beside}{name}" for name in ("weight", "bias") if name not in known and f"{beside}{name}" in entries
+    ]
+    further = _in_a_further_block(scale_entry.name, final) if scale_entry else None
+    if further in entries:
+        unexplained.append(str(further))
+    if missing or unexplained:
+        reason = (
+            f"the checkpoint has no tensor for {', '.join(missing)}"
+            if missing
+            else f"the checkpoint stores {', '.join(unexplained)}, which the architecture does not have"
+        )
+        undetermined = FinalNorm(
+            None, NormBehaviour("undetermined"), None, final.hidden_size, final.num_blocks, reason=reason
+        )
+        return ParametersRead(undetermined, None, None, None, reason, [*final.evidence, reason], entries)
+
+    weight_D, shift_D = (read_vector(checkpoint, e) if e else None for e in (scale_entry, shift_entry))
+    if final.hidden_size is None and weight_D is not None:  # no key of the configuration says it
+        final = replace(final, hidden_size=len(weight_D))
+    assert final.hidden_size is not None
+    for vector, entry in ((weight_D, scale_entry), (shift_D, shift_entry)):
+        if vector is not None and entry is not None and len(vector) != final.hidden_size:
+            raise CheckpointError(
+                f"{entry.file}: tensor {entry.name} has {len(vector)} values; "
+                f"the configuration says {final.hidden_size}"
+            )
+    norm = effective_norm(behaviour, weight_D, shift_D, final.hidden_size)
+    evidence = [*final.evidence, *(f"tensor {e.name} of shape {list(e.shape)}, {e.dtype}" for _, e in wanted if e)]
+    return ParametersRead(
+        final,
+        norm,
+        scale_entry.name if scale_entry else None,
+        inverse_scale_direction(norm.scale_D),
+        None,
+        evidence,
+        entries,
+    )
+
+
+def _in_a_further_block(tensor: str, final: FinalNorm) -> str | None:
+    """The name that the final norm's tensor, if it is part of the last block, would have in one more block."""
+    if final.placement != "post" or not final.num_blocks:
+        return None
+    before, number, after = tensor.rpartition(f".{final.num_blocks - 1}.")
+    return f"{before}.{final.num_blocks}.{after}" if number else None
+
+
+def _resolve(raw_config: dict[str, Any], verify: bool) -> FinalNorm:
+    """By the atlas where it covers the configuration; by behaviour, which imports torch and transformers, elsewhere."""
+    known = lookup(raw_config)
+    if known is not None and not verify:
+        return known
+    from deadbench.suite.architectures.build import build_config
+    from deadbench.suite.architectures.locate import locate_final_norm
+
+    with _BUILDING:
+        live = locate_final_norm(build_config(raw_config))
+    if known is None:
+        return live
+    agrees = (known.path, known.behaviour, known.placement) == (
+        live.path,
+        replace(live.behaviour, evidence=known.behaviour.evidence),
+        live.placement,
+    )
+    verdict = "the atlas agrees" if agrees else f"the atlas says {known.path}, {known.family}, and is overruled"
+    return replace(live, evidence=(*live.evidence, verdict))
+
+
+def _candidates(entries: dict[str, TensorEntry], hidden_size: int | None) -> list[str]:
+    """What the tensors alone say where the architecture is unknown: vectors of the hidden size outside any block."""
+    found = [
+        f"tensor {e.name} of shape {list(e.shape)} could be a final norm's"
+        for e in entries.values()
+        if e.shape == (hidden_size,) and re.search(r"norm|ln_f|layernorm", e.name, re.IGNORECASE)
+        and not re.search(r"\.\d+\.", e.name)
+    ]  # fmt: skip
+    return found[:8]
+
+
+def _hidden_size(raw_config: dict[str, Any]) -> int | None:
+    hidden = raw_config.get("hidden_size")
+    return hidden if isinstance(hidden, int) else None

@@ -1,0 +1,288 @@
+"""The residual stream, block to block: does its smallest singular value survive?
+
+Taps are l = 0 (the embedding output) to L (the stream before the final norm; in a post-LN model, after it). At each tap
+the singular values of the centred stream over sqrt(N) are compared with those of the tap before. Shapes: N tokens, D
+hidden size, k dead directions.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from jaxtyping import Bool
+from numpy.typing import NDArray
+from torch import Tensor
+
+from deadbench.suite.ranks import Ranks
+from deadbench.suite.reads.rows import check_rows, token_rows
+from deadbench.suite.reads.tap import TAP_STATE, Tap
+from deadbench.suite.schema import Row
+from deadbench.suite.spectra.arrow_state import StateError, fields, struct
+from deadbench.suite.spectra.directions import UNIT_ROUNDOFF, leading_coordinates
+
+COLLAPSE_RATIO = 0.8  # at random initialisation the ratio is 1.0 to 1.9, spread 0.045 over samples of 4D tokens
+SAME_DEAD = 0.9  # containment above which dead directions of two taps are the same
+MIN_DISTINCT = 4  # in D: fewer distinct rows, and the rank is that of the input
+_FLOORS = {"bfloat16": 8.0, "float16": 8.0, "float32": 32.0, "float64": 32.0}
+STREAM_STATE = pa.schema(
+    {"results": pa.string(), "tap": pa.int64(), "of_pass_before": pa.bool_(), "state": pa.struct(TAP_STATE)}
+)
+TAP_BYTES = 40  # in D^2: two halves of at most a Gram matrix, a factor and a whitener each, with room to decompose
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """What is compared of one tap: small, and it travels between ranks."""
+
+    eigenvalues_D: NDArray[np.float64]
+    bottom_D: NDArray[np.float64]
+    floor: float
+    dead_kD: NDArray[np.float64]
+    rank_limited: bool
+
+    @property
+    def sigma_min(self) -> float:
+        return float(np.sqrt(self.eigenvalues_D[-1]))
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON holds it, to the last digit."""
+        return {
+            "eigenvalues": self.eigenvalues_D.tolist(),
+            "bottom": self.bottom_D.tolist(),
+            "floor": self.floor,
+            "dead": self.dead_kD.tolist(),
+            "rank_limited": self.rank_limited,
+        }
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any]) -> "_Reading":
+        eigenvalues_D, dead_kD = np.array(plain["eigenvalues"]), np.array(plain["dead"])
+        dead_kD = dead_kD.reshape(-1, len(eigenvalues_D))
+        return cls(eigenvalues_D, np.array(plain["bottom"]), plain["floor"], dead_kD, plain["rank_limited"])
+
+    def fell_from(self, before: "_Reading") -> bool:
+        """Whether the bottom is lower than it was, neither being dead: the halves must then say by how much."""
+        comparable = not (before.rank_limited or len(self.dead_kD) or len(before.dead_kD))
+        return comparable and self.sigma_min < before.sigma_min
+
+
+class ResidualRead:
+    """Accumulates the taps of one model and says block by block what became of the bottom.
+
+    Accumulators of all taps of a large model do not fit beside it. The taps are then read in several passes over the
+    same tokens: `wanted` says which are read now, `end_pass` ends a pass. The rows do not depend on the cut.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_tokens: int,
+        dtype: str,
+        placement: str,
+        device: torch.device | str = "cpu",
+        ranks: Ranks | None = None,
+        first_row: int = 0,
+    ):
+        """Read taps of a model that runs in `dtype` over `num_tokens` tokens; `placement` as in `reads`.
+
+        With `ranks`, every rank gives its taps and all end their passes together; each has all the rows then.
+        `first_row` is how many rows of each tap come before the first that is given here, to another rank.
+        """
+        self.hidden_size, self.num_tokens, self.dtype, self.placement = hidden_size, num_tokens, dtype, placement
+        self._half_tokens = max(0, num_tokens // 2 - first_row)
+        self.device, self.ranks = device, ranks or Ranks()
+        self.wanted = range(0)
+        self._taps: dict[int, Tap] = {}
+        self._last_tap: dict[int, Tap] = {}  # of the pass before: its halves may yet be asked for
+        self._before: tuple[int, _Reading] | None = None
+        self._blocks: list[Row] = []
+        self._spectra: list[Row] = []
+
+    @staticmethod
+    def taps_within(budget_bytes: float, hidden_size: int) -> int:
+        """How many taps of this width fit in `budget_bytes`, at least one."""
+        return max(1, int(budget_bytes // (TAP_BYTES * hidden_size**2)))
+
+    def update(self, tap: int, acts: Tensor, mask: Bool[Tensor, "B T"] | None = None) -> None:
+        """Add one forward pass's stream at `tap`; a stream of another width (a merger's, a pyramid's) is left out.
+
+        Raises:
+            ValueError: values that are not finite, or rows of zeros after the first block.
+        """
+        mine = self.ranks.replicas or tap % self.ranks.size == self.ranks.rank
+        if tap not in self.wanted or not mine or acts.shape[-1] != self.hidden_size:
+            return
+        rows = token_rows(acts, mask)
+        if tap:
+            check_rows(rows, f"after block {tap}")
+        if tap not in self._taps:
+            self._taps[tap] = Tap(self.hidden_size, self._half_tokens, self.device)
+        self._taps[tap].update(rows)
+
+    def merge(self, other: "ResidualRead") -> None:
+        """Add what another worker accumulated in this pass: of the same taps on other tokens, or of other taps."""
+        for index, tap in other._taps.items():
+            if index in self._taps:
+                self._taps[index].merge(tap)
+            else:
+                self._taps[index] = tap
+
+    def end_pass(self) -> None:
+        """Decompose the taps of this pass; their accumulators are given back."""
+        if self.ranks.replicas:
+            self._merge_replicas()
+        now = self._shared({index: self._reading(tap) for index, tap in self._taps.items()})
+        known = dict([self._before] if self._before else []) | {index: now[index] for index in sorted(now)}
+        pairs = list(zip(known, list(known)[1:], strict=False))
+        asked = {tap for ahead, tap in pairs if known[tap].fell_from(known[ahead])}
+        asked |= {ahead for ahead, tap in pairs if tap in asked}
+        taps = self._last_tap | self._taps
+        halves = self._shared({index: taps[index].halves() for index in asked if index in taps})
+        for index, reading in ((i, known[i]) for i in sorted(now)):
+            before = next((ahead for ahead, tap in pairs if tap == index), None)
+            self._blocks.append(self._row(index, reading, before, known, halves))
+            self._spectra.append({"site": f"tap {index}", "eigenvalues": reading.eigenvalues_D.tolist()})
+        if now:
+            last = max(now)
+            self._before = last, now[last]
+            self._last_tap = {last: self._taps[last]} if last in self._taps else {}
+        self._taps = {}
+
+    def _merge_replicas(self) -> None:
+        """What the ranks saw of tap t is brought to rank t mod size and merged there, in the order of the tokens."""
+        for index in sorted({index for part in self.ranks.share(list(self._taps)) for index in part}):
+            owner, state = index % self.ranks.size, None
+            with self.ranks.together():
+                if index in self._taps:
+                    state = self._taps.pop(index).to_arrow()
+            states = self.ranks.collect(state, owner)
+            if owner == self.ranks.rank:
+                merged, *others = (Tap.from_arrow(state, self.device) for state in states if state is not None)
+                for other in others:
+                    merged.merge(other)
+                self._taps[index] = merged
+
+    def _shared(self, mine: dict[int, Any]) -> dict[int, Any]:
+        """What all ranks have, by tap."""
+        return {index: value for part in self.ranks.share(mine) for index, value in part.items()}
+
+    def to_arrow(self) -> Iterator[pa.RecordBatch]:
+        """The exact state in the middle of a pass, one tap a batch: no more than one is packed at a time."""
+        before = None if self._before is None else (self._before[0], self._before[1].plain())
+        results = {"blocks": self._blocks, "spectra": self._spectra, "before": before}
+        yield struct({"results": json.dumps(results), "tap": None, "of_pass_before": None, "state": None}, STREAM_STATE)
+        for of_pass_before, taps in ((True, self._last_tap), (False, self._taps)):
+            for index, tap in taps.items():
+                columns = {"results": None, "tap": index, "of_pass_before": of_pass_before, "state": tap.to_arrow()}
+                yield struct(columns, STREAM_STATE)
+
+    def restore(self, states: Iterable[pa.RecordBatch]) -> None:
+        """Take the state that `to_arrow` packed in the place of one's own; `wanted` is the caller's to set.
+
+        Raises:
+            StateError: it is not whole, or of another width.
+        """
+        for batch in states:
+            row = fields(batch, STREAM_STATE)
+            if row["results"].is_valid:
+                results = json.loads(row["results"].as_py())
+                self._blocks, self._spectra = results["blocks"], results["spectra"]
+                if results["before"] is not None:
+                    index, plain = results["before"]
+                    self._before = index, _Reading.from_plain(plain)
+                continue
+            tap = Tap.from_arrow(row["state"], self.device)
+            if tap.first.hidden_size != self.hidden_size:
+                raise StateError(f"a state of width {tap.first.hidden_size}; the stream's is {self.hidden_size}")
+            taps = self._last_tap if row["of_pass_before"].as_py() else self._taps
+            taps[row["tap"].as_py()] = tap
+
+    def finish(self) -> tuple[Row, list[Row], list[Row]]:
+        """(columns of `reads`, rows of `blocks`, rows of `spectra`)."""
+        judged = [row for row in self._blocks if row["state"] is not None]
+        rated = [row for row in judged if row["ratio"] is not None]
+        worst = min(rated, key=lambda row: (row["state"] != "collapsed", float(row["ratio"])), default=None)
+        columns: Row = {
+            "blocks_preserved": all(row["state"] != "collapsed" for row in judged) if judged else None,
+            "worst_block": worst["block"] if worst else None,
+            "worst_block_ratio": worst["ratio"] if worst else None,
+        }
+        return columns, self._blocks, self._spectra
+
+    def _reading(self, tap: Tap) -> _Reading:
+        spectrum = tap.finish()
+        sigma_D = np.sqrt(spectrum.eigenvalues_D)
+        # Rounding of each coordinate, seen along every eigenvector: 0.42 u sqrt(sum w_i^2 E x_i^2).
+        floors_D = 0.42 * UNIT_ROUNDOFF[self.dtype] * np.sqrt(spectrum.eigenvectors_DD**2 @ spectrum.mean_square_D)
+        resolution = float(np.sqrt(spectrum.resolution))  # what the accumulator itself can tell from zero
+        dead_D = sigma_D <= np.maximum(_FLOORS[self.dtype] * floors_D, resolution)
+        return _Reading(
+            spectrum.eigenvalues_D,
+            spectrum.eigenvectors_DD[-1].copy(),
+            max(float(floors_D[-1]), resolution),
+            spectrum.eigenvectors_DD[dead_D],
+            tap.num_distinct() < MIN_DISTINCT * self.hidden_size,
+        )
+
+    def _row(
+        self,
+        index: int,
+        now: _Reading,
+        ahead: int | None,
+        known: dict[int, _Reading],
+        halves: dict[int, tuple[float, float]],
+    ) -> Row:
+        sigma_D = np.sqrt(now.eigenvalues_D)
+        coordinates, weights = leading_coordinates(now.bottom_D)
+        before = None if ahead is None or known[ahead].rank_limited else known[ahead]
+        ratio = now.sigma_min / before.sigma_min if before is not None and before.sigma_min > 0 else None
+        state = None
+        if before is not None and ahead is not None:
+            state = self._state(now, before, halves.get(index), halves.get(ahead))
+        return {
+            "block": index,
+            "sigma_min": now.sigma_min,
+            "sigma_median": float(np.median(sigma_D)),
+            "sigma_max": float(sigma_D[0]),
+            "ratio": ratio,
+            "floor": now.floor,
+            "state": state,
+            "rank_limited": now.rank_limited,
+            "preserved": None if state is None else state in ("preserved", "preserved-dead"),
+            "bottom_coordinates": coordinates,
+            "bottom_weights": weights,
+            "participation": float(1 / np.sum(now.bottom_D**4)),
+            "bottom_direction": now.bottom_D.tolist() if state == "collapsed" else None,
+        }
+
+    def _state(
+        self,
+        now: _Reading,
+        before: _Reading,
+        halves_now: tuple[float, float] | None,
+        halves_before: tuple[float, float] | None,
+    ) -> str:
+        """preserved, collapsed, preserved-dead or revived, from one tap to the next."""
+        if len(now.dead_kD):
+            # In a post-LN model every tap is a norm's output and carries that norm's own kernel.
+            return "preserved-dead" if self.placement == "post" or _same_dead(now, before) else "collapsed"
+        if len(before.dead_kD):
+            return "revived"
+        if not now.fell_from(before):
+            return "preserved"
+        assert halves_now is not None
+        assert halves_before is not None
+        pairs = zip(halves_now, halves_before, strict=True)
+        return "collapsed" if all(after < COLLAPSE_RATIO * earlier for after, earlier in pairs) else "preserved"
+
+
+def _same_dead(now: _Reading, before: _Reading) -> bool:
+    """Whether every direction dead now was dead before: smallest singular value of `U_before U_now^T`."""
+    if len(now.dead_kD) > len(before.dead_kD):
+        return False
+    overlaps = np.linalg.svd(before.dead_kD @ now.dead_kD.T, compute_uv=False)
+    return bool(overlaps.min() >= SAME_DEAD)

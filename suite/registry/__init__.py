@@ -1,0 +1,1 @@
+"""models.yaml, validated: which models, suites and protocols there are."""

@@ -1,0 +1,104 @@
+"""models.yaml read: found, validated, every mistake as one line."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from deadbench.suite.registry.entries import (
+    CheckpointPattern,
+    ListedCheckpoints,
+    Model,
+    Protocol,
+    Registry,
+    RegistryError,
+    Seen,
+    Strict,
+    Suite,
+    SuiteEntry,
+    choices,
+)
+from deadbench.suite.yaml_file import UniqueKeyLoader
+
+DEFAULT_REGISTRY = "models.yaml"
+
+
+def find_registry(path: Path | None = None) -> Path:
+    """The registry file: as named, else ./models.yaml, else the one that came with deadbench.
+
+    Raises:
+        RegistryError: no such file.
+    """
+    if path is not None:
+        if not path.is_file():
+            raise RegistryError(f"{path}: no such registry file")
+        return path
+    suite = Path(__file__).resolve().parents[1]
+    for candidate in (Path(DEFAULT_REGISTRY), suite.parent / DEFAULT_REGISTRY, suite / "data" / DEFAULT_REGISTRY):
+        if candidate.is_file():
+            return candidate
+    raise RegistryError(f"{DEFAULT_REGISTRY}: not found here nor beside deadbench; name one with --registry FILE")
+
+
+def load_registry(path: Path) -> Registry:
+    """Read and validate a registry.
+
+    Raises:
+        RegistryError: unreadable, not YAML, or invalid; the first mistake as one line.
+    """
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeyLoader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise RegistryError(f"{path}: cannot be read ({error})") from error
+    except yaml.YAMLError as error:
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        mark = getattr(error, "problem_mark", None)
+        raise RegistryError(f"{path}{f', line {mark.line + 1}' if mark else ''}: {problem}") from error
+    if not isinstance(raw, dict):
+        raise RegistryError(f"{path}: expected the keys protocols, suites and models")
+    try:
+        return Registry.model_validate(raw)
+    except ValidationError as error:
+        raise RegistryError(f"{path}: {_first_mistake(error, raw)}") from error
+
+
+def _first_mistake(error: ValidationError, raw: dict[str, Any]) -> str:
+    """`entry: key value is …; choose …` of the first error."""
+    # A union reports a mistake once per member; the member that the user meant complains of more than the type.
+    details = min(error.errors(), key=lambda e: e["type"] in ("string_type", "list_type", "int_parsing", "int_type"))
+    location, entry = list(details["loc"]), ""
+    if len(location) > 1 and location[0] == "models" and isinstance(location[1], int):
+        item = raw["models"][location[1]]
+        entry = f"{item['id']}: " if isinstance(item, dict) and "id" in item else f"models[{location[1]}]: "
+        location = location[2:]
+    elif len(location) > 1 and location[0] in ("suites", "protocols"):
+        entry, location = f"{str(location[0])[:-1]} {location[1]}: ", location[2:]
+    # Members of a union show up as class names and `str` between the keys; a user never wrote those.
+    keys = [
+        str(part) for part in location if not re.match(r"^([A-Z]\w+|str|int|list\[|function-|constrained-)", str(part))
+    ]
+    key, value = ".".join(keys), details.get("input")
+    kind = details["type"]
+    if kind == "extra_forbidden":
+        return f"{entry}unknown key {key!r}; allowed: {choices(_allowed_keys(list(details['loc'])))}"
+    if kind == "literal_error":
+        return f"{entry}{key} {value!r} is unknown; choose {details['ctx']['expected']}"
+    if kind == "missing":
+        return f"{entry}{key!r} is missing"
+    if kind == "value_error":
+        return f"{entry}{details['ctx']['error']}"
+    if key == "tokens":
+        return f"{entry}tokens {value!r} is neither a positive number nor a multiple of the hidden size such as 8D"
+    return f"{entry}{key} {value!r}: {details['msg'][0].lower()}{details['msg'][1:]}"
+
+
+def _allowed_keys(location: list[Any]) -> list[str]:
+    named: dict[str, type[Strict]] = {"protocols": Protocol, "models": Model, "suites": Suite}
+    classes = {c.__name__: c for c in (SuiteEntry, CheckpointPattern, ListedCheckpoints, Seen)}
+    for part in reversed(location):
+        if part in classes:
+            return sorted(classes[part].model_fields)
+    owner = named.get(str(location[0])) if len(location) > 1 else None
+    return sorted((owner or Registry).model_fields)

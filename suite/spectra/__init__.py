@@ -1,0 +1,1 @@
+"""Spectra of centred covariances, and what the scales alone say of them."""

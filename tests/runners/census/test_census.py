@@ -1,0 +1,223 @@
+"""The census: one row a source whatever it holds, nothing lost and nothing twice, and servers' limits kept."""
+
+import asyncio
+import json
+import subprocess
+import sys
+import threading
+import time
+
+import polars as pl
+import psutil
+import pytest
+
+from deadbench.runners.census.census import CensusError, list_sources
+from deadbench.runners.census.worker import PauseBoard, census_row
+from deadbench.suite.checkpoints import rate_limits as host_limits
+from deadbench.suite.checkpoints.rate_limits import HostLimits, named_wait
+from deadbench.suite.reads.classify import classify
+from tests.conftest import ROOT, TINY_NEOX, TWINS, save_tiny
+from tests.runners.many_checkpoints import serving, sparse_checkpoint
+
+# Ray Data copies its own context, deprecated settings and all.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.*", "ignore:.use_:DeprecationWarning")
+NEOX = TINY_NEOX | {"hidden_size": 64}
+LLAMA = NEOX | {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "rms_norm_eps": 1e-6}
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory):
+    """Two checkpoints that a server multiplies."""
+    root = tmp_path_factory.mktemp("kinds")
+    final = "gpt_neox.final_layer_norm"
+    sparse_checkpoint(root / "neox", NEOX, f"{final}.weight", f"{final}.bias", blocks=2)
+    sparse_checkpoint(root / "llama", LLAMA, "model.norm.weight", None, blocks=2)
+    return root
+
+
+def listed(folder, sources):
+    path = folder / "sources.txt"
+    path.write_text("\n".join(sources) + "\n", encoding="utf-8")
+    return path
+
+
+def reads(out):
+    return pl.scan_parquet(out / "reads" / "*.parquet").collect()
+
+
+def test_the_file_of_sources(tmp_path):
+    path = tmp_path / "s.txt"
+    path.write_text("\n# ours\norg/a\n\n  org/a@main  # again\nhf://org/a\norg/a@step7\nhttps://x/y/\nhttps://x/y\n")
+    assert list_sources(str(path)) == ["org/a", "org/a@step7", "https://x/y/"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"none.txt: cannot be read \(no such file\)"),
+        (b"\n# nothing\n", "names no sources"),
+        (b"\xff\xfe\x00", "not UTF-8 text"),
+        (b"org/a\norg/\x00b\n", "none.txt:2: not printable text"),
+    ],
+)
+def test_a_bad_file_of_sources_is_one_line(content, message, tmp_path, deadbench):
+    path = tmp_path / "none.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(CensusError, match=message):
+        list_sources(str(path))
+    code, _, err = deadbench("census", path, "--out", tmp_path / "out")
+    assert (code, err.count("\n")) == (2, 1)
+
+
+def test_a_row_says_what_classify_says(tmp_path):
+    folder = save_tiny(tmp_path / "step7")
+    row, known = census_row(str(folder), tmp_path, "run"), classify(str(folder))[0]
+    shared = [name for name in known if name in row and name not in ("source", "error")]
+    assert {name: row[name] for name in shared} == {name: known[name] for name in shared}
+    assert (row["status"], row["error"], row["checkpoint_step"], row["family"]) == ("ok", None, 7, "layernorm")
+    assert len(row["source_fingerprint"]) == 16
+
+
+def test_no_worker_imports_torch(kinds):
+    code = (
+        "import sys; from pathlib import Path; from runners.census_worker import census_row\n"
+        f"row = census_row('neox', Path({str(kinds)!r}), 'run')\n"
+        "print(row['status'], row['family'], sorted({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "ok layernorm []\n"
+
+
+@pytest.mark.ray
+def test_one_row_a_source_whatever_it_holds(ray_session, deadbench, tmp_path, kinds):
+    save_tiny(tmp_path / "mine")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{")
+    here = [str(tmp_path / "mine"), str(tmp_path / "broken"), str(TWINS / "rmsnorm" / "step0")]
+    with serving(kinds) as url:
+        there = [f"{url}/{kind}-{i}" for i in range(30) for kind in ("neox", "llama")] + [f"{url}/none-1"]
+        path = listed(tmp_path, [*here, *there])
+        code, printed, err = deadbench("census", path, "--out", tmp_path / "out", "--json")
+    assert (code, bool(printed)) == (1, True), err
+    told = json.loads(printed)
+    assert (told["sources"], told["ok"], told["failed"], told["skipped"]) == (64, 62, 2, 0)
+    assert told["families"] == {"layernorm": 31, "rmsnorm": 31}
+    assert sorted(each["source"] for each in told["errors"]) == sorted([here[1], there[-1]])
+    rows = reads(tmp_path / "out")
+    assert sorted(rows["model"]) == sorted([*here, *there])
+    errors = rows.filter(status="failed")["error"].to_list()
+    assert any("config.json is not JSON" in error for error in errors)
+    assert any("no config.json" in error for error in errors)
+    code, printed, _ = deadbench("leaderboard", tmp_path / "out", "--json")
+    assert (code, len(json.loads(printed)["leaderboard"])) == (0, 64)
+    # Again, with the broken one mended and a new one: only these and the missing one are read.
+    save_tiny(tmp_path / "broken")
+    path = listed(tmp_path, [*here, *there, str(TWINS / "layernorm" / "step0")])
+    code, printed, _ = deadbench("census", path, "--out", tmp_path / "out", "--json")
+    told = json.loads(printed)
+    assert (told["ok"], told["failed"], told["skipped"]) == (2, 1, 62)
+    assert reads(tmp_path / "out").height == 67
+
+
+@pytest.mark.ray
+def test_a_worker_that_is_killed_costs_no_source(ray_session, deadbench, tmp_path, kinds):
+    killed = []
+
+    def kill():
+        deadline = time.monotonic() + 60
+        while not killed and time.monotonic() < deadline:
+            for process in psutil.Process().children(recursive=True):
+                if "CensusWorker" in " ".join(process.cmdline()) and (tmp_path / "out").exists():
+                    time.sleep(1.0)
+                    process.kill()
+                    killed.append(process.pid)
+                    break
+            time.sleep(0.05)
+
+    with serving(kinds, limit=100) as url:  # so slow that the worker is at work when it dies
+        path = listed(tmp_path, [f"{url}/neox-{i}" for i in range(120)])
+        killer = threading.Thread(target=kill)
+        killer.start()
+        code, printed, err = deadbench("census", path, "--out", tmp_path / "out", "--json")
+        killer.join()
+    assert killed, "nobody was killed"
+    assert code == 0, err
+    assert "A worker died" not in printed
+    assert json.loads(printed)["ok"] == 120
+    assert reads(tmp_path / "out")["model"].n_unique() == reads(tmp_path / "out").height == 120
+
+
+@pytest.mark.ray
+def test_a_driver_killed_at_any_instant_is_resumed(ray_session, deadbench, tmp_path, kinds):
+    """In a process of its own; what was written is whole, and the next run reads the rest."""
+    sources = 180  # of which the server lets some ten a second through: far more than one flush of the results
+    out, address = tmp_path / "out", ray_session.get_runtime_context().gcs_address
+    with serving(kinds, limit=60) as url:
+        path = listed(tmp_path, [f"{url}/neox-{i}" for i in range(sources)])
+        command = [sys.executable, "-m", "deadbench", "census", str(path), "--out", str(out), "--address", address]
+        first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        deadline = time.monotonic() + 120
+        while not list(out.glob("reads/*.parquet")) and time.monotonic() < deadline and first.poll() is None:
+            time.sleep(0.05)
+        first.kill()
+        _, told = first.communicate(timeout=30)
+        assert list(out.glob("reads/*.parquet")), told.decode()
+        before = reads(out).height
+        code, printed, err = deadbench("census", path, "--out", out, "--json")
+    assert code == 0, err
+    told = json.loads(printed)
+    assert (told["ok"], told["failed"], told["skipped"]) == (sources - before, 0, before)
+    assert 0 < before < sources
+    assert reads(out)["model"].n_unique() == reads(out).height == sources
+
+
+def test_a_pause_holds_for_all_who_ask_the_host(monkeypatch):
+    slept, told = [], []
+    monkeypatch.setattr(
+        host_limits.time, "sleep", lambda seconds: (slept.append(seconds), now.__setitem__(0, now[0] + seconds))
+    )
+    now = [100.0]
+    monkeypatch.setattr(host_limits.time, "monotonic", lambda: now[0])
+    limits = HostLimits()
+    limits.on_pause = lambda host, seconds: told.append((host, seconds))
+    limits.pause("a", 5.0)
+    limits.pause("a", 2.0)  # shorter than what is known: no news
+    limits.pause("b", 1.0, heard=False)
+    assert told == [("a", 5.0)]
+    limits.wait("c")
+    assert slept == []
+    limits.wait("a")
+    assert 5.0 <= sum(slept) <= 5.5
+    assert limits.left("a") == 0
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({"Retry-After": "7"}, 7.0),
+        ({"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}, 0.0),
+        ({"Retry-After": "soon"}, None),
+        ({"RateLimit": '"api";r=0;t=55'}, 55.0),
+        ({"RateLimit": '"api";r=12;t=55'}, None),
+        ({}, None),
+    ],
+)
+def test_the_wait_that_a_server_names(headers, seconds):
+    assert named_wait(headers) == seconds
+
+
+def test_workers_hear_of_each_others_pauses():
+    async def told_and_heard():
+        board = PauseBoard()
+        waiting = asyncio.create_task(board.hear(0))
+        await asyncio.sleep(0)
+        await board.tell("a", 5.0)
+        first = await waiting
+        await board.tell("b", 1.0)
+        return first, await board.hear(1)
+
+    first, second = asyncio.run(told_and_heard())
+    assert first[0][0] == "a"
+    assert first[0][1] == pytest.approx(5.0, abs=0.5)
+    assert [host for host, _ in second] == ["b"]

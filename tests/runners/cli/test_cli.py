@@ -1,0 +1,276 @@
+"""The command line as a user meets it: exit codes, one line for an error, one document for --json."""
+
+import csv
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import polars as pl
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
+from deadbench.runners.cli import main as cli
+from deadbench.runners.driver import driver
+from tests.conftest import ROOT, TWINS, save_tiny
+
+COMMANDS = ("classify", "export", "run", "leaderboard", "families", "compare", "trend", "report", "publish")
+TWIN = str(TWINS / "layernorm" / "step4096")
+
+
+@pytest.fixture(scope="module")
+def results(ray_session, tmp_path_factory):
+    """A small result set: one twin checkpoint, one model without a final norm, one that failed."""
+    base = tmp_path_factory.mktemp("cli")
+    save_tiny(base / "tiny")
+    save_tiny(base / "broken")
+    (base / "broken" / "model.safetensors").write_bytes(b"broken")
+    code = run_in_process(TWIN, base / "tiny", base / "broken", "--input", "tokens:random", "--out", base / "out")
+    assert code == 1
+    return base / "out"
+
+
+def run_in_process(*arguments):
+    argv = sys.argv
+    sys.argv = ["deadbench", "run", *map(str, arguments)]
+    try:
+        with pytest.raises(SystemExit) as done:
+            cli.main()
+    finally:
+        sys.argv = argv
+    return done.value.code
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example(deadbench, command):
+    code, out, _ = deadbench(command, "--help")
+    assert code == 0
+    assert f"Example: deadbench {command}" in " ".join(out.split())
+
+
+def test_the_root_lists_the_commands(deadbench):
+    for arguments in ([], ["--help"]):
+        code, out, _ = deadbench(*arguments)
+        assert code == 0
+        assert all(command in out for command in COMMANDS)
+    assert deadbench("--version")[1].strip() == "0.1.0"
+
+
+@pytest.mark.parametrize("page", ["README.md", "CHANGELOG.md"])
+def test_the_pages_name_every_command(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for command in COMMANDS:
+        assert command in text, f"{page} does not name {command}"
+
+
+def test_readme_shows_every_source_file():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for package in ("suite", "runners", "analysis"):
+        for path in (ROOT / package).glob("*.py"):
+            if not path.name.startswith("__"):
+                assert path.name in text, f"README's tree lacks {package}/{path.name}"
+
+
+def test_runs_flags_are_the_contracts(deadbench):
+    _, out, _ = deadbench("run", "--help")
+    contract = (
+        "--suite --registry --reads --address --out --resume --fresh --engine --tensor-parallel --tokens --input "
+        "--seed --dtype --timeout --max-retries --json --debug"
+    )
+    assert [flag for flag in contract.split() if flag not in out] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nonsense"], "No such command 'nonsense'"),
+        (["run", "--nonsense"], "No such option: --nonsense"),
+        (["run", "--tokens", "many"], "Invalid value for '--tokens'"),
+        (["run", "--tokens", "0"], "greater than or equal to 1"),
+        (["run", "--engine", "vlm"], "'vlm' cannot be run by this version; choose auto, torch, vllm, streaming"),
+        (["run", "--tensor-parallel", "2"], "2 devices do not divide its 9 attention heads; choose one of 1, 3, 9"),
+        (["run", "--dtype", "int8"], "--dtype 'int8' is unknown; choose auto, float32"),
+        (["run", "--suite", "none"], "suite 'none' is unknown; choose quick"),
+        (["run", "--reads", "guess"], "read 'guess' is unknown"),
+        (["run", "--registry", "none.yaml"], "none.yaml: no such registry file"),
+        (["run", "/no/such/model"], "no such directory"),
+        (["run", "gpt2", "--input", "tokens:none.npy"], "no such file"),
+        (["run", "gpt2", "--input", "tokens:x.npy", "--tokens", "5"], "leave one out"),
+        (["run", "gpt2", "--out", "/proc/nope"], "cannot be written"),
+        (["leaderboard", "/no/such/results"], "/no/such/results"),
+        (["leaderboard", "RESULTS", "--format", "xml"], "choose table, json, csv, md, html"),
+        (["leaderboard", "RESULTS", "--sort", "colour"], "colour"),
+        (["leaderboard", "RESULTS", "--family", "batchnorm"], "batchnorm"),
+        (["families", "/no/such/results"], "/no/such/results"),
+        (["report", "RESULTS", "-o", "/no/such/folder/r.html"], "no such directory"),
+        (["compare", "RESULTS", "/no/such/results"], "/no/such/results"),
+        (["compare", "RESULTS", "RESULTS@step9"], "no checkpoint 'step9'"),
+        (["compare", "RESULTS", "RESULTS", "--gate", "none.yaml"], "none.yaml: no such gate file"),
+        (["compare", "RESULTS", "RESULTS", "--junit", "x.xml"], "give one with --gate"),
+        (["trend", "RESULTS", "--model", "none"], "--model 'none' has no finished read here"),
+        (["trend", "RESULTS", "--model", TWIN, "--metric", "colour"], "'colour' is no numeric column"),
+        (["trend", "RESULTS", "--model", TWIN, "--plot", "x.pdf"], "x.pdf: a plot is written as svg or png"),
+        (["trend", "RESULTS", "--model", "none", "--bisect", "depth"], "is not in"),
+        (["trend", "RESULTS", "--model", "gpt2", "--bisect", "depth"], "has no series of checkpoints"),
+        (["trend", "RESULTS", "--model", "gpt2", "--bisect", "colour"], "the default gate has no rule for it"),
+        (["report", "RESULTS", "--plot-format", "gif"], "choose svg, png"),
+        (["publish", "RESULTS", "--to", "."], "is there already"),
+        (["publish", "RESULTS", "--to", "hf://datasets/x"], "expected hf://datasets/OWNER/NAME"),
+        (["classify"], "Missing argument"),
+        (["classify", TWIN, "--save-direction", "/no/such/v.safetensors"], "no such directory"),
+    ],
+)
+def test_bad_usage_is_one_line_and_exit_2(deadbench, results, arguments, message):
+    code, out, err = deadbench(*(argument.replace("RESULTS", str(results)) for argument in arguments))
+    assert (code, out) == (2, "")
+    assert message in err
+    assert err.startswith("deadbench: ")
+    assert err.count("\n") == 1
+
+
+def test_a_broken_registry_names_the_entry(deadbench, tmp_path):
+    (tmp_path / "r.yaml").write_text(
+        "protocols: {standard: {}}\nsuites: {}\nmodels: [{id: x, source: a/b, engine: vlm}]\n"
+    )
+    code, _, err = deadbench("run", "x", "--registry", tmp_path / "r.yaml")
+    assert (code, err) == (
+        2,
+        f"deadbench: {tmp_path}/r.yaml: x: engine 'vlm' is unknown; choose 'auto', 'torch', 'streaming' or 'vllm'\n",
+    )
+
+
+def test_classify_prints_one_document(deadbench, minilm, tmp_path):
+    code, out, _ = deadbench("classify", minilm, "/no/such", TWIN, "--json")
+    sources = json.loads(out)["sources"]
+    assert code == 1, "one source could not be read"
+    assert [s["family"] for s in sources] == ["layernorm", None, "layernorm"]
+    assert "no such directory" in sources[1]["error"]
+    contract = (
+        "source revision family final_norm final_norm_tensor placement scale has_bias eps hidden_size num_zero_scales "
+        "scale_harmonic predicted_dim depth_predicted evidence bytes_read bytes_total seconds error"
+    )
+    assert all(set(contract.split()) <= set(s) for s in sources)
+
+
+def test_classify_for_people(deadbench, minilm):
+    code, out, _ = deadbench("classify", minilm)
+    assert code == 0
+    assert "layernorm" in out
+    assert "encoder.layer.5.output" in out
+
+
+def test_directions_are_saved_with_their_facts(deadbench, tmp_path):
+    file = tmp_path / "v.safetensors"
+    code, _, _ = deadbench("classify", TWIN, "--save-direction", file)
+    assert code == 0
+    saved = load_file(file)[TWIN]
+    gamma = load_file(f"{TWIN}/model.safetensors")["gpt_neox.final_layer_norm.weight"].astype(float)
+    assert saved.dtype == np.float64
+    assert saved == pytest.approx((1 / gamma) / np.linalg.norm(1 / gamma), rel=1e-12)
+    with safe_open(file, "np") as opened:
+        assert opened.metadata()[f"{TWIN}.family"] == "layernorm"
+    code, _, err = deadbench("classify", "/no/such", "--save-direction", tmp_path / "w.safetensors")
+    assert code == 2
+    assert "nothing written" in err
+    assert os.listdir(tmp_path) == ["v.safetensors"]
+
+
+def test_run_reports_failures_and_keeps_the_rest(results):
+    frame = pl.scan_parquet(results / "reads" / "*.parquet").collect()
+    assert frame.height == 9
+    failed = frame.filter(pl.col("status") == "failed")
+    assert set(failed["read"]) == {"parameters", "trained"}
+    assert all("broken" in model for model in failed["model"])
+
+
+def test_a_second_run_starts_nothing(deadbench, results, monkeypatch):
+    def forbidden(*args):
+        raise AssertionError("Ray was started though every read is finished")
+
+    monkeypatch.setattr(driver, "connect", forbidden)
+    arguments = ["run", TWIN, results.parent / "tiny", "--input", "tokens:random", "--out", results]
+    code, out, _ = deadbench(*arguments, "--json")
+    document = json.loads(out)
+    assert code == 0
+    assert (document["ok"], document["failed"], document["skipped"]) == (0, 0, 6)
+    code, out, err = deadbench(*arguments, "--fresh")
+    assert "Ray was started" in err, "--fresh reads again"
+
+
+@pytest.mark.parametrize("command", ["leaderboard", "families"])
+def test_every_format(deadbench, results, command):
+    rendered = {}
+    for format in ("table", "json", "csv", "md", "html"):
+        code, rendered[format], _ = deadbench(command, results, "--format", format)
+        assert code == 0
+    rows = json.loads(rendered["json"])[command]
+    assert json.loads(deadbench(command, results, "--json")[1])[command] == rows
+    assert len(list(csv.DictReader(io.StringIO(rendered["csv"])))) == len(rows)
+    assert rendered["md"].splitlines()[1].startswith("|")
+    assert rendered["html"].lstrip().lower().startswith("<!doctype html>")
+    first = rows[0]["model" if command == "leaderboard" else "claim"]
+    assert all(first in text.replace("\\", "") for name, text in rendered.items() if name != "table")
+
+
+def test_the_report_is_written_whole(deadbench, results, tmp_path):
+    code, _, _ = deadbench("report", results, "-o", tmp_path / "r.html")
+    assert code == 0
+    assert "</html>" in (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert os.listdir(tmp_path) == ["r.html"]
+
+
+def test_a_newer_result_set_is_refused_everywhere(deadbench, results, tmp_path):
+    import shutil
+
+    import pyarrow.parquet as pq
+
+    newer = tmp_path / "newer"
+    shutil.copytree(results, newer)
+    path = next((newer / "reads").iterdir())
+    pq.write_table(pq.read_table(path).replace_schema_metadata({"schema_version": "99"}), path)
+    for arguments in (["run", TWIN, "--out", newer], ["leaderboard", newer], ["families", newer]):
+        code, _, err = deadbench(*arguments)
+        assert code == 2
+        assert "newer deadbench" in err
+
+
+def test_debug_shows_the_traceback(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["deadbench", "leaderboard", "/no/such", "--debug"])
+    with pytest.raises(ValueError, match="/no/such"):
+        cli.main()
+
+
+def test_ctrl_c_in_the_middle_is_exit_130_and_loses_nothing(tmp_path):
+    """A whole process with its own Ray, interrupted after its first finished read."""
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "deadbench", "run", "--suite", "quick", "--out", str(out)],
+        cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 600  # a busy machine
+    while not list(out.glob("reads/*.parquet")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=300)
+    assert process.returncode == 130, stderr
+    assert stdout == ""
+    assert stderr.splitlines()[-1] == "deadbench: interrupted; what finished is kept"
+    assert "Traceback" not in stderr
+    frame = pl.scan_parquet(out / "reads" / "*.parquet").collect()
+    assert 1 <= frame.height < 30
+    assert frame["status"].unique().to_list() == ["ok"]
+    assert list((out / "_tmp").iterdir()) == []
+
+
+def test_what_cannot_be_watched_or_added_is_refused_before_anything_starts(deadbench, monkeypatch):
+    monkeypatch.setattr(driver, "connect", lambda address: pytest.fail("Ray was started"))
+    code, _, err = deadbench("run", TWINS, "--log-format", "xml")
+    assert (code, err) == (2, "deadbench: --log-format 'xml' is unknown; choose text, json\n")
+    code, _, err = deadbench("run", "gpt2", "--reads", "random", "--autoscale", "8")
+    assert code == 2
+    assert err.startswith("deadbench: --autoscale '8': give GPUs x memory")

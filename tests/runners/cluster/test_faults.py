@@ -1,0 +1,90 @@
+"""Causes of death in words, and what another attempt changes; no process has to die for it."""
+
+import pytest
+import ray
+
+from deadbench.runners.cluster.faults import Attempts, Death, death_of
+from deadbench.runners.cluster.processes import Ended, _read_box
+from tests.runners.sleepers import sleeping_jobs
+
+
+@pytest.fixture
+def job(tmp_path):
+    (job,) = sleeping_jobs(tmp_path, 1)
+    return job
+
+
+def died(message):
+    """Ray's own error, with what it would say."""
+    error = ray.exceptions.ActorDiedError()
+    error.error_msg = message
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        (ray.exceptions.OutOfMemoryError("x"), "memory", "the machine ran out of memory"),
+        (ray.exceptions.NodeDiedError("x"), "node", "its node was lost"),
+        (ray.exceptions.ActorUnavailableError("Socket closed", bytes(16)), "node", "its node was lost"),
+        (ray.exceptions.ActorUnschedulableError("no such node"), "unplaced", "before it began"),
+        (died("The actor died because its node has died. Node Id: 1"), "node", "its node was lost"),
+        (died("its node has died. The actor never ran - it was cancelled"), "unplaced", "before it began"),
+        (died("Worker exits with an exit code 3. More"), "crash", "it ended with exit code 3"),
+        (died("connection error code 2. End of file"), "crash", "killed, or crashed"),
+    ],
+)
+def test_what_ray_says_in_one_line(error, kind, words):
+    death = death_of(ray, error)
+    assert death.kind == kind
+    assert words in death.cause
+    assert "\n" not in death.cause
+
+
+def test_what_was_found_where_it_died_is_told():
+    crash = Death("crash", "the process of this model died: killed, or crashed")
+    assert crash.explained(Ended(signal="segmentation fault")).cause.endswith("(segmentation fault)")
+    killed = crash.explained(Ended(out_of_memory=True))
+    assert (killed.kind, killed.cause[-34:]) == ("memory", "(the kernel's out-of-memory killer)"[-34:])
+    assert crash.explained(Ended()) == crash
+    assert Death("node", "x").explained(Ended(signal="aborted")) == Death("node", "x")
+
+
+def test_the_black_box_is_read_for_a_signal_and_for_the_kernels_killer(monkeypatch):
+    monkeypatch.setattr("deadbench.runners.cluster.processes._oom_kills", lambda: 4)
+    assert _read_box("oom kills before: 4\n") == (None, False)
+    assert _read_box("oom kills before: 3\n") == (None, True)
+    assert _read_box("oom kills before: None\n") == (None, False)
+    dump = "oom kills before: 4\nFatal Python error: Segmentation fault\n\nCurrent thread"
+    assert _read_box(dump) == ("segmentation fault", False)
+
+
+def test_the_read_that_it_was_at_is_charged_and_the_others_go_on(job):
+    attempts = Attempts(max_retries=1)
+    first, second = job.reads
+    again, given_up = attempts.after(Death("crash", "x"), job)
+    assert (again.reads, given_up, attempts.number(first), attempts.number(second)) == (job.reads, None, 2, 1)
+    again, given_up = attempts.after(Death("silence", "x"), again)
+    assert (again.reads, given_up) == ((second,), first)
+    assert attempts.number(second) == 1
+
+
+def test_after_want_of_memory_the_next_attempt_takes_half_the_batch(job):
+    again, _ = Attempts(max_retries=1).after(Death("memory", "x"), job)
+    assert [read.half_batch for read in again.reads] == [True, False]
+    assert again.reads[0].identity() == job.reads[0].identity(), "it is the same read"
+
+
+def test_a_lost_node_uses_up_no_retry_but_there_is_an_end(job):
+    attempts = Attempts(max_retries=0)
+    for number in range(2, 7):
+        again, given_up = attempts.after(Death("node", "x"), job)
+        assert (again, given_up, attempts.number(job.reads[0])) == (job, None, number)
+    assert attempts.after(Death("node", "x"), job)[1] == job.reads[0]
+
+
+def test_what_never_began_is_no_attempt(job):
+    attempts = Attempts(max_retries=0)
+    assert attempts.after(Death("unplaced", "x"), job) == (job, None)
+    assert attempts.after(Death("broken", "x"), job) == (job, None)
+    assert attempts.number(job.reads[0]) == 1

@@ -1,0 +1,134 @@
+"""What the driver makes of the nodes that Ray tells of: devices, refusals, others' use, versions."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import ray
+
+from deadbench.runners.cluster import nodes
+from deadbench.runners.cluster.head import HeadWatch, LostClusterError
+from deadbench.runners.cluster.node_versions import differences
+from deadbench.runners.cluster.nodes import Nodes, PlacementError
+from deadbench.runners.cluster.schedule import Piece
+from tests.runners.sleepers import sized, sleeping_jobs
+
+
+def node(name, **resources):
+    return {"NodeID": name, "Alive": True, "NodeManagerHostname": f"host-{name}", "Resources": resources}
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """What Ray tells of its nodes; a test may change it."""
+    found = [node("a", CPU=4.0), node("b", CPU=16.0, GPU=8.0), node("c", CPU=16.0, GPU=4.0)]
+    monkeypatch.setattr(ray, "nodes", lambda: list(found))
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "a"))
+    return found
+
+
+@pytest.fixture
+def job(tmp_path):
+    return sleeping_jobs(tmp_path, 1, (1.0,))[0]
+
+
+def test_devices_are_gpus_where_there_are_any(told, job):
+    seen = Nodes(5)
+    assert {each.id: each.devices for each in seen.alive()} == {"a": 0, "b": 8, "c": 4}
+    assert (seen.demand(sized(job, 0.25)).devices, seen.demand(sized(job, 4)).devices) == (0.25, 4)
+    assert seen.options("b", 0.25, 0.25) == {"num_cpus": 0.25, "num_gpus": 0.25}
+    assert seen.options("b", 4.0, 4.0) == {"num_cpus": 4, "num_gpus": 4}
+    parameters = replace(job, reads=tuple(replace(read, engine=None) for read in job.reads))
+    assert seen.demand(parameters).devices == 0, "headers and norms need no GPU"
+
+
+def test_without_gpus_a_node_is_cut_into_slots(told, job):
+    told[:] = [node("a", CPU=4.0), node("b", CPU=1.0), node("c", CPU=0.0)]
+    seen = Nodes(5)
+    assert {each.id: each.devices for each in seen.alive()} == {"a": 2, "b": 1, "c": 0}
+    assert seen.options("a", 1.0, 0.0) == {"num_cpus": 2}
+    assert seen.options("b", 1.0, 0.0) == {"num_cpus": 1}
+    assert Nodes(1).options("a", 1.0, 0.0) == {"num_cpus": 4}, "one model has the machine"
+
+
+def test_what_no_node_can_hold_is_refused(told, job):
+    with pytest.raises(PlacementError, match="m000: needs 16 GPUs on one node; the largest has 8"):
+        Nodes(1).demand(sized(job, 16))
+    ranks = replace(job, tensor_parallel=13)
+    with pytest.raises(PlacementError, match="m000: needs 13 GPUs; the cluster has 12"):
+        Nodes(1).demand(ranks)
+    assert Nodes(1, assumed_gpus=16).demand(sized(job, 16)).devices == 16, "an autoscaler may add such a node"
+
+
+def test_an_autoscaler_is_asked_for_all_at_once(told, job, monkeypatch):
+    asked = []
+    monkeypatch.setattr("ray.autoscaler.sdk.request_resources", lambda bundles: asked.append(bundles))
+    seen = Nodes(2, assumed_gpus=8)
+    seen.ask_for([seen.demand(sized(job, 0.5)), seen.demand(sized(job, 8))])
+    seen.ask_for(())
+    assert asked == [[{"GPU": 0.5}, {"GPU": 8.0}], []]
+
+
+def test_what_others_use_is_not_ours_to_give(told, monkeypatch):
+    free = {"a": {"CPU": 4.0}, "b": {"CPU": 13.0, "GPU": 5.0}, "c": {"CPU": 16.0, "GPU": 4.0}}
+    monkeypatch.setattr("ray._private.state.available_resources_per_node", lambda: free)
+    seen = Nodes(3)
+    ours = [(Piece("b", (0, 1), 1.0, 2.0),)]
+    seen.refresh(ours, seconds_unchanged=10.0, shared=True)
+    assert {n.id: (n.foreign_devices, n.foreign_cpus) for n in seen.alive()} == {"a": (0, 0), "b": (1, 1), "c": (0, 0)}
+    free["b"] = {"CPU": 8.0, "GPU": 0.0}
+    seen.refresh(ours, seconds_unchanged=1.0, shared=True)
+    assert seen.alive()[1].foreign_devices == 1, "what has just changed is not yet told apart"
+
+
+def test_a_node_that_lost_something_is_left_alone_for_a_while(told, monkeypatch):
+    seen, now = Nodes(3), [1000.0]
+    monkeypatch.setattr(nodes.time, "monotonic", lambda: now[0])
+    seen.suspect("b")
+    assert [each.id for each in seen.usable()] == ["a", "c"]
+    now[0] += 31
+    assert [each.id for each in seen.usable()] == ["a", "b", "c"]
+
+
+def test_without_its_own_node_the_driver_cannot_go_on(told):
+    seen = Nodes(3)
+    told[0]["Alive"] = False
+    with pytest.raises(LostClusterError, match="the node of this driver"):
+        seen.refresh([], 0.0, shared=False)
+
+
+def test_versions_that_differ_are_refused_or_told():
+    here = {"python": "3.11", "ray": "2.60.0", "deadbench": "0.1.0", "torch": "2.13.0", "transformers": "5.19.0"}
+    assert differences("h", here, here) == ([], [])
+    assert differences("h", here, here | {"torch": "2.12.0"}) == ([], ["node h has torch 2.12.0 (here 2.13.0)"])
+    refused, told = differences("h", here, here | {"python": "3.12", "torch": "2.12.0"})
+    assert refused == ["node h has python 3.12 (here 3.11)"]
+    assert told == ["node h has torch 2.12.0 (here 2.13.0)"]
+    assert differences("h", here, here | {"torch": None})[0] == ["node h has torch missing (here 2.13.0)"]
+
+
+def test_a_head_that_is_silent_for_a_while_is_lost_and_one_that_pauses_is_not(monkeypatch):
+    import socket
+
+    now = [1000.0]
+    monkeypatch.setattr(nodes.time, "monotonic", lambda: now[0])
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address=address))
+        with HeadWatch() as watch:
+            now[0] += 3600  # as after a laptop's sleep
+            watch.check()
+            assert watch.answers()
+            server.close()
+            assert wait_for(lambda: not watch.answers())
+            watch.check()
+            now[0] += 21
+            with pytest.raises(LostClusterError, match=f"the head of the cluster .{address}. answers no more"):
+                watch.check()
+
+
+def wait_for(condition, seconds=30.0):
+    import threading
+
+    pause = threading.Event()
+    return any(condition() or pause.wait(0.05) for _ in range(int(seconds / 0.05)))

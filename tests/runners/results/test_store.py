@@ -1,0 +1,138 @@
+"""Result sets: whole files or none, opened by plain polars and pyarrow, never continued across a newer schema."""
+
+import json
+from datetime import UTC, datetime
+
+import polars as pl
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+import pytest
+
+from deadbench.runners.results.store import ResultStore, StoreError
+from deadbench.suite.schema import READS, SCHEMA_VERSION, TABLES, arrow_schema, to_table
+
+ROW = {
+    "model": "m", "revision": None, "read": "trained", "seed": 0, "protocol_hash": "p", "engine": "torch",
+    "source_fingerprint": "f", "status": "ok", "depth": 13.5, "num_dead_1e6": 1, "kernel_exact": True,
+    "started_at": datetime(2026, 1, 2, tzinfo=UTC),
+}  # fmt: skip
+
+
+def tables(**changes):
+    key = {name: ROW[name] for name in ("model", "revision", "read", "seed", "protocol_hash", "engine")}
+    spectrum = key | {"site": "final_norm", "eigenvalues": [2.0, 1.0, 1e-14]}
+    return {"spectra": to_table("spectra", [spectrum]), "reads": to_table("reads", [ROW | changes])}
+
+
+def test_rows_come_back_by_value_through_polars_and_pyarrow(tmp_path):
+    ResultStore(str(tmp_path / "out")).write(tables())
+    reads = pl.scan_parquet(tmp_path / "out" / "reads" / "*.parquet").collect()
+    assert reads.columns == [c.name for c in READS]
+    row = reads.to_dicts()[0]
+    assert {name: row[name] for name in ROW} == ROW
+    assert row["alignment"] is None
+    spectra = ds.dataset(tmp_path / "out" / "spectra").to_table().to_pylist()
+    assert spectra[0]["eigenvalues"] == [2.0, 1.0, 1e-14]
+
+
+def test_every_field_carries_unit_and_meaning(tmp_path):
+    ResultStore(str(tmp_path)).write(tables())
+    schema = pq.read_schema(next((tmp_path / "reads").iterdir()))
+    assert schema.metadata[b"schema_version"] == str(SCHEMA_VERSION).encode()
+    assert schema.field("depth").metadata == {
+        b"unit": b"decades",
+        b"meaning": schema.field("depth").metadata[b"meaning"],
+    }
+    for table in TABLES:
+        for field in arrow_schema(table):
+            assert field.metadata[b"meaning"], f"{table}.{field.name} has no meaning"
+
+
+def test_undeclared_columns_are_refused():
+    with pytest.raises(ValueError, match="no column \\['dept'\\]"):
+        to_table("reads", [{"dept": 1.0}])
+
+
+def test_only_ok_reads_are_finished(tmp_path):
+    store = ResultStore(str(tmp_path))
+    assert store.finished() == set()
+    store.write(tables())
+    store.write(tables(model="n", status="failed"))
+    assert store.finished() == {("m", None, "trained", 0, "p", "torch", "f")}
+
+
+@pytest.mark.parametrize("place", ["write", "rename"])
+def test_a_full_disk_leaves_nothing_half_written(place, tmp_path, monkeypatch):
+    store = ResultStore(str(tmp_path))
+    store.write(tables())
+    before = sorted(p for p in tmp_path.rglob("*") if p.is_file())
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    target = {"write": "deadbench.suite.storage.os.fsync", "rename": "pathlib.Path.rename"}[place]
+    with monkeypatch.context() as patch:
+        patch.setattr(target, full)
+        with pytest.raises(OSError, match="No space left"):
+            store.write(tables(model="n"))
+    assert sorted(p for p in tmp_path.rglob("*") if p.is_file()) == before
+    store.write(tables(model="n"))
+    assert len(ResultStore(str(tmp_path)).finished()) == 2
+
+
+def test_reads_are_written_last(tmp_path, monkeypatch):
+    """A crash between the tables of one read must not leave a row without its spectrum."""
+    store = ResultStore(str(tmp_path))
+    written = []
+    monkeypatch.setattr(store, "_write_whole", lambda path, table: written.append(path.split("/")[0]))
+    store.write(
+        {"reads": tables()["reads"], "norms": to_table("norms", [{"norm": "a"}]), "spectra": tables()["spectra"]}
+    )
+    assert written == ["norms", "spectra", "reads"]
+
+
+def rewrite_version(folder, version):
+    path = next((folder / "reads").iterdir())
+    table = pq.read_table(path)
+    pq.write_table(table.replace_schema_metadata({"schema_version": version} if version else None), path)
+
+
+@pytest.mark.parametrize(
+    ("version", "message"), [(str(SCHEMA_VERSION + 1), "newer deadbench"), (None, "is not a deadbench result")]
+)
+def test_foreign_and_newer_results_are_not_continued(version, message, tmp_path):
+    ResultStore(str(tmp_path)).write(tables())
+    rewrite_version(tmp_path, version)
+    with pytest.raises(StoreError, match=message):
+        ResultStore(str(tmp_path))
+
+
+def test_torn_files_and_unwritable_places_are_one_line(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(StoreError, match="cannot be written"):
+        ResultStore(str(tmp_path / "file" / "out"))
+    with pytest.raises(StoreError, match="cannot be written"):
+        ResultStore("/proc/deadbench")
+    with pytest.raises(StoreError, match="--out nosuch://x"):
+        ResultStore("nosuch://x")
+    ResultStore(str(tmp_path / "out")).write(tables())
+    path = next((tmp_path / "out" / "reads").iterdir())
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(StoreError, match="cannot be read as parquet"):
+        ResultStore(str(tmp_path / "out"))
+
+
+def test_the_contracts_columns_are_all_there():
+    """The outside contract, frozen: names may be added, none may go."""
+    contract = json.loads(CONTRACT)
+    for table, names in contract.items():
+        missing = set(names.split()) - {c.name for c in TABLES[table]}
+        assert not missing, f"{table} lacks {missing}"
+
+
+CONTRACT = """{
+"reads": "run_id model source revision checkpoint_step read seed modality input num_tokens num_distinct_inputs protocol_hash family family_expected final_norm final_norm_tensor placement scale has_bias eps hidden_size num_blocks num_parameters num_zero_scales scale_harmonic predicted_dim depth_predicted alignment containment lambda_v lambda_min lambda_second lambda_mean lambda_max depth depth_bottom num_dead_1e4 num_dead_1e6 num_dead_1e8 num_dead_1e10 spectrum_method spectrum_floor depth_as_executed depth_exact precision_slope kernel_exact blocks_preserved worst_block worst_block_ratio engine tensor_parallel device dtype load_seconds forward_seconds spectrum_seconds peak_device_bytes peak_host_bytes versions started_at finished_at attempt status error",
+"spectra": "site eigenvalues",
+"blocks": "block sigma_min sigma_median sigma_max ratio floor state rank_limited preserved bottom_coordinates bottom_weights participation",
+"norms": "norm family role scale_min scale_median scale_max scale_harmonic num_zero_scales dead_parameters"
+}"""  # noqa: E501

@@ -1,0 +1,207 @@
+"""The final norm of real architectures, tiny: found by what flows out, not by its name."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from deadbench.suite.architectures.build import build_config, build_model, count_parameters
+from deadbench.suite.architectures.locate import find_final_norm
+from deadbench.suite.architectures.locate import locate_final_norm as locate
+from deadbench.suite.architectures.parts import block_list
+from deadbench.suite.errors import ArchitectureError, RemoteCodeError
+
+TEXT = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
+OPT = {"vocab_size": 99, "hidden_size": 32, "word_embed_proj_dim": 32, "num_hidden_layers": 2, "ffn_dim": 64}
+VISION = TEXT | {"image_size": 32, "patch_size": 8}
+SEQ2SEQ = {"vocab_size": 99, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2}
+T5 = {"vocab_size": 99, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+
+# (model_type, configuration, path, family, scale, shift, placement)
+CASES = [
+    ("gpt2", {"vocab_size": 99, "n_embd": 32, "n_layer": 3, "n_head": 4}, "ln_f", "layernorm", "weight", True, "pre"),
+    ("gpt_neox", TEXT, "final_layer_norm", "layernorm", "weight", True, "pre"),
+    ("llama", TEXT, "norm", "rmsnorm", "weight", False, "pre"),
+    ("mixtral", TEXT | {"num_local_experts": 4, "num_key_value_heads": 2}, "norm", "rmsnorm", "weight", False, "pre"),
+    ("gemma2", TEXT | {"head_dim": 8, "num_key_value_heads": 2}, "norm", "rmsnorm", "1+weight", False, "pre"),
+    ("cohere", TEXT | {"pad_token_id": 0}, "norm", "layernorm", "weight", False, "pre"),
+    ("starcoder2", TEXT | {"num_key_value_heads": 2}, "norm", "layernorm", "weight", True, "pre"),
+    ("stablelm", TEXT | {"num_key_value_heads": 2}, "norm", "layernorm", "weight", True, "pre"),
+    ("nemotron", TEXT | {"num_key_value_heads": 2}, "norm", "layernorm", "1+weight", True, "pre"),
+    ("olmo", TEXT, "norm", "layernorm", "implicit-one", False, "pre"),
+    ("opt", OPT | {"num_attention_heads": 4}, "decoder.final_layer_norm", "layernorm", "weight", True, "pre"),
+    ("bert", TEXT, "encoder.layer.2.output.LayerNorm", "layernorm", "weight", True, "post"),
+    (
+        "roberta",
+        TEXT | {"num_hidden_layers": 11},
+        "encoder.layer.10.output.LayerNorm",
+        "layernorm",
+        "weight",
+        True,
+        "post",
+    ),
+    ("t5", T5, "decoder.final_layer_norm", "rmsnorm", "weight", False, "pre"),
+    ("bart", SEQ2SEQ, "decoder.layers.1.final_layer_norm", "layernorm", "weight", True, "post"),
+    ("vit", VISION, "layernorm", "layernorm", "weight", True, "pre"),
+    ("dinov2", VISION, "layernorm", "layernorm", "weight", True, "pre"),
+]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "config", "path", "family", "scale", "shift", "placement"), CASES, ids=[c[0] for c in CASES]
+)
+def test_final_norm_is_found(model_type, config, path, family, scale, shift, placement):
+    found = locate(build_config({"model_type": model_type, **config}))
+    assert (found.path, found.family, found.behaviour.scale) == (path, family, scale), found.reason
+    assert (found.behaviour.shift_parameter is not None, found.placement) == (shift, placement)
+    assert found.hidden_size == 32
+    assert found.num_blocks == config.get("num_hidden_layers", config.get("n_layer", 2))
+    assert found.evidence
+
+
+def test_a_model_without_a_final_norm_gets_a_reason_and_no_direction():
+    found = locate(build_config({"model_type": "vitdet", "hidden_size": 32, "num_hidden_layers": 2, "image_size": 32,
+                                 "num_attention_heads": 4, "patch_size": 8}))  # fmt: skip
+    assert (found.path, found.family) == (None, "none")
+    assert "no normalisation" in found.reason
+
+
+def test_a_norm_of_the_pooled_token_is_not_the_final_one():
+    found = locate(build_config({"model_type": "clip_vision_model", **VISION}))
+    assert (found.path, found.family) == (None, "none")
+
+
+def test_a_norm_that_another_follows_is_not_final():
+    # Hiera's last stage here is one block that projects its normalised input: all flows through layernorm_before.
+    hiera = {"embed_dim": 32, "depths": [1, 1], "num_heads": [1, 2], "query_stride": [2, 2], "masked_unit_size": [2, 2]}
+    stages = {"num_query_pool": 1, "image_size": [32, 32], "patch_size": [7, 7], "patch_stride": [4, 4]}
+    found = locate(build_config({"model_type": "hiera", **hiera, **stages}))
+    assert (found.path, found.family) == (None, "none"), found.evidence
+
+
+NETS = {
+    "bit": {"embedding_size": 16, "hidden_sizes": [32, 32, 32, 64], "depths": [1, 1, 1, 1], "num_groups": 4},
+    "efficientnet": {"width_coefficient": 1.0, "depth_coefficient": 1.0, "kernel_sizes": [3, 3], "strides": [1, 2],
+                     "in_channels": [32, 16], "out_channels": [16, 24], "num_block_repeats": [1, 1],
+                     "expand_ratios": [1, 6], "hidden_dim": 1280, "image_size": 32},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", NETS)
+def test_a_stream_that_ends_in_a_norm_of_maps_is_neither_a_family_nor_none(model_type):
+    found = locate(build_config({"model_type": model_type, **NETS[model_type]}))
+    assert (found.path, found.family) == (None, "undetermined")
+    assert "neither LayerNorm nor RMSNorm" in found.reason
+
+
+def test_a_norm_in_a_list_of_norms_belongs_to_the_block_of_its_number():
+    found = locate(
+        build_config({"model_type": "flaubert", "vocab_size": 99, "emb_dim": 32, "n_layers": 3, "n_heads": 4})
+    )
+    assert (found.path, found.placement) == ("layer_norm2.2", "post")
+
+
+def test_norms_of_maps_inside_blocks_are_no_final_norm():
+    stages = {"embedding_size": 8, "hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1], "layer_type": "basic"}
+    assert locate(build_config({"model_type": "resnet", **stages})).family == "none"
+
+
+def test_a_q_former_is_given_what_it_attends_to():
+    found = locate(build_config({"model_type": "blip_2_qformer", **TEXT, "encoder_hidden_size": 48}))
+    assert found.path == "encoder.layer.2.output_query.LayerNorm", found.reason
+
+
+def test_a_vision_tower_takes_its_patches_in_a_row():
+    config = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    found = locate(build_config({"model_type": "cosmos3_edge_vision", **config}))
+    assert found.family == "layernorm", found.reason
+
+
+def test_a_neck_that_normalises_the_channels_of_maps_is_final():
+    sam = {"hidden_size": 32, "output_channels": 12, "num_hidden_layers": 2, "num_attention_heads": 4, "mlp_dim": 64}
+    grid = {"image_size": 32, "patch_size": 8, "window_size": 2, "global_attn_indexes": [1], "initializer_range": 0.02}
+    found = locate(build_config({"model_type": "sam_hq_vision_model", **sam, **grid}))
+    assert (found.path, found.family) == ("vision_encoder.neck.layer_norm2", "layernorm")
+    assert (found.hidden_size, found.behaviour.axes_after, found.rows_per_item) == (12, 2, 16)
+
+
+def test_a_block_that_normalises_channels_before_positions_ends_in_its_norm():
+    found = locate(build_config({"model_type": "squeezebert", **TEXT, "embedding_size": 32}))
+    assert (found.path, found.family) == ("encoder.layers.2.output.layernorm", "layernorm"), found.reason
+    assert (found.placement, found.hidden_size, found.behaviour.axes_after) == ("post", 32, 1)
+
+
+def test_a_codec_without_norms_has_no_final_one():
+    dac = {"encoder_hidden_size": 8, "downsampling_ratios": [2, 4], "decoder_hidden_size": 32, "n_codebooks": 2,
+           "codebook_size": 32, "codebook_dim": 8}  # fmt: skip
+    found = locate(build_config({"model_type": "dac", **dac}))
+    assert (found.path, found.family) == (None, "none"), found.reason
+
+
+class Codec(nn.Module):
+    """Its codebook is drawn as zeros: whatever it is given, the same comes out."""
+
+    def __init__(self, last):
+        super().__init__()
+        self.config, self.last = SimpleNamespace(), last
+        self.codebook = nn.Parameter(torch.zeros(7, 8))
+
+    def forward(self, input_values):
+        distance = (input_values[:, :5, None, None] - self.codebook).square().sum(-1)
+        return (self.last(self.codebook[distance.argmin(-1)]),)
+
+
+@pytest.mark.parametrize(("first", "family"), [(nn.Tanh(), "none"), (nn.LayerNorm(8), "layernorm")])
+def test_a_codec_with_an_empty_codebook_is_heard_with_a_full_one(first, family):
+    torch.manual_seed(0)
+    codec = Codec(nn.Sequential(first, nn.Linear(8, 8)))
+    found = find_final_norm(codec)
+    assert found.family == family, found.reason
+    assert not codec.codebook.any()  # it was filled in a copy
+
+
+def test_a_picture_below_its_prompt_is_half_as_high_as_their_sum():
+    seggpt = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "mlp_dim": 64, "merge_index": 0}
+    grid = {"image_size": [64, 32], "patch_size": 8, "pretrain_image_size": 32, "decoder_hidden_size": 16}
+    states = {"intermediate_hidden_state_indices": [0, 1]}
+    assert locate(build_config({"model_type": "seggpt", **seggpt, **grid, **states})).family == "none"
+
+
+def test_how_outputs_are_packed_does_not_matter():
+    towers = {"text_config": TEXT, "vision_config": VISION}
+    found = locate(build_config({"model_type": "siglip", **towers, "return_dict": False}))
+    assert found.path == "text_model.final_layer_norm", found.reason
+
+
+def test_opt_without_its_final_norm_is_none():
+    config = OPT | {"model_type": "opt", "num_attention_heads": 4, "_remove_final_layer_norm": True}
+    assert locate(build_config(config)).path is None
+
+
+@pytest.mark.parametrize(
+    ("config", "error", "message"),
+    [
+        ({}, ArchitectureError, "no model_type"),
+        ({"model_type": "nonesuch"}, ArchitectureError, "'nonesuch' is unknown to transformers"),
+        ({"model_type": "mine", "auto_map": {"AutoModel": "m.M"}}, RemoteCodeError, "never run"),
+        ({"model_type": "llama", "hidden_size": "wide"}, ArchitectureError, "refuses the configuration"),
+    ],
+)
+def test_bad_configurations(config, error, message):
+    with pytest.raises(error, match=message):
+        build_config(config)
+
+
+def test_blocks_are_those_of_the_final_norms_own_tower():
+    model = build_model(build_config({"model_type": "bart", **SEQ2SEQ, "encoder_layers": 5}), "meta")
+    assert block_list(model, "decoder.layers.1.final_layer_norm") == ("decoder.layers", 2)
+    assert block_list(model, None)[1] == 5
+
+
+def test_parameters_are_those_of_the_published_architecture_with_ties_once():
+    config = {"model_type": "gpt2", "vocab_size": 99, "n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 16}
+    base = count_parameters(build_config(config))
+    assert count_parameters(build_config(config | {"architectures": ["GPT2LMHeadModel"]})) == base
+    untied = config | {"architectures": ["GPT2LMHeadModel"], "tie_word_embeddings": False}
+    assert count_parameters(build_config(untied)) == base + 99 * 32

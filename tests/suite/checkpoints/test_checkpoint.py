@@ -1,0 +1,125 @@
+"""What a SOURCE may be, and that a changed checkpoint does not look like the old one."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from deadbench.suite.checkpoints.checkpoint import Checkpoint, checkpoint_step, list_revisions
+from deadbench.suite.errors import CheckpointError
+from tests.conftest import ROOT, save_tiny
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("/no/such/folder", "no such directory"),
+        ("no-slash", "no such directory, and neither a Hub id"),
+        ("../up/one", "no such directory"),
+        ("nosuchprotocol://x", "cannot be read"),
+    ],
+)
+def test_sources_that_are_none(source, message):
+    with pytest.raises(CheckpointError, match=message):
+        Checkpoint(source)
+
+
+def test_a_file_is_not_a_checkpoint(tmp_path):
+    (tmp_path / "f").write_text("x")
+    with pytest.raises(CheckpointError, match="not a directory"):
+        Checkpoint(str(tmp_path / "f"))
+
+
+def test_a_missing_step_lists_what_there_is(tmp_path):
+    (tmp_path / "step1").mkdir()
+    with pytest.raises(CheckpointError, match="the checkpoints are step1"):
+        Checkpoint(str(tmp_path), "step2")
+
+
+def test_hub_ids_carry_their_revision_and_offline_is_one_line():
+    checkpoint = Checkpoint("org/name@refs/pr/1")
+    assert checkpoint.revision == "refs/pr/1"
+    assert Checkpoint("org/name").revision == "main"
+    with pytest.raises(CheckpointError, match=r"^org/name") as caught:
+        checkpoint.config()
+    assert "\n" not in str(caught.value)
+
+
+def test_relative_folders_are_found_beside_the_registry(tmp_path, monkeypatch):
+    save_tiny(tmp_path / "models" / "m")
+    monkeypatch.chdir("/")
+    assert Checkpoint("models/m", base=tmp_path).config()["model_type"] == "gpt_neox"
+
+
+def test_the_fingerprint_follows_the_files(tmp_path):
+    folder = save_tiny(tmp_path / "m")
+    before = Checkpoint(str(folder)).fingerprint()
+    assert Checkpoint(str(folder)).fingerprint() == before
+    save_tiny(folder, seed=1)
+    os.utime(folder / "model.safetensors", ns=(1, 1))
+    assert Checkpoint(str(folder)).fingerprint() != before
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "config.json is not JSON"),
+        ("[" * 100_000, "config.json is not JSON .nested too deeply"),
+        ("[1]", "config.json is not a JSON object"),
+        ('{"a": 1, "a": 2}', "the key 'a' is given twice"),
+        ('{"model_type": "gpt2", "n_layer": 1000000000}', "n_layer is 1000000000; no model has more"),
+        ('{"vision_config": {"depths": [2, 1e300]}}', "depths is .*; no model has more"),
+        ('{"num_labels": 1000000000}', "num_labels is 1000000000; no model"),
+    ],
+)
+def test_configurations_that_are_none(content, message, tmp_path):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        Checkpoint(str(tmp_path)).config()
+    assert "\n" not in str(caught.value)
+
+
+def test_links_may_stay_or_lead_into_a_cache_and_nowhere_else(tmp_path):
+    folder = save_tiny(tmp_path / "m")
+    for cache in (tmp_path / "blobs", tmp_path / "elsewhere"):
+        cache.mkdir()
+    (tmp_path / "m" / "config.json").rename(tmp_path / "blobs" / "1a2b")
+    (folder / "config.json").symlink_to("../blobs/1a2b")
+    (folder / "model.safetensors").rename(tmp_path / "elsewhere" / "model.safetensors")
+    (folder / "model.safetensors").symlink_to(tmp_path / "elsewhere" / "model.safetensors")
+    assert "model.safetensors" in Checkpoint(str(folder)).names()
+    (folder / "secret.json").symlink_to("/etc/passwd")
+    with pytest.raises(CheckpointError, match="secret.json: a link to /etc/passwd, outside the checkpoint"):
+        Checkpoint(str(folder)).names()
+
+
+def test_a_series_is_listed_where_it_is(tmp_path):
+    for name in ("step1", "step20", "other"):
+        (tmp_path / "series" / name).mkdir(parents=True)
+    assert list_revisions(str(tmp_path / "series")) == ["other", "step1", "step20"]
+
+
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [("step1000", 1000), ("global_step20", 20), ("stage1-step150-tokens1B", 150), ("main", None), (None, None)],
+)
+def test_steps_are_read_from_names(name, step):
+    assert checkpoint_step(name) == step
+
+
+@pytest.mark.parametrize("package", ["suite", "analysis"])
+def test_imports_flow_one_way(package):
+    forbidden = {"suite": ("runners", "analysis"), "analysis": ("runners",)}[package]
+    for path in (ROOT / package).rglob("*.py"):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            words = line.split()
+            if words[:1] in (["import"], ["from"]):
+                assert words[1].split(".")[0] not in forbidden, f"{path}: {line}"
+
+
+def test_the_command_line_starts_without_heavy_imports():
+    heavy = "{'torch', 'transformers', 'ray', 'polars', 'pydantic', 'altair'}"
+    code = f"import sys, runners.cli; sys.exit(str({heavy} & set(sys.modules)) if {heavy} & set(sys.modules) else 0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

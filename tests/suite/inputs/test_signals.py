@@ -1,0 +1,89 @@
+"""Pictures and sound: real ones, of the form asked for, by the model's own processor where there is one."""
+
+import json
+
+import pytest
+import torch
+
+from deadbench.suite.errors import InputError
+from deadbench.suite.inputs.signals import (
+    distinct_patches,
+    noise_like,
+    own_pictures,
+    own_sound,
+    photo_crops,
+    plain_pictures,
+)
+
+
+def test_photographs_are_real_and_distinct():
+    pixels = plain_pictures(photo_crops("", 8, 0), torch.empty(1, 3, 32, 48))
+    assert pixels.shape == (8, 3, 32, 48)
+    assert -1 <= pixels.min() < -0.8
+    assert 0.8 < pixels.max() <= 1
+    assert distinct_patches(pixels, 16) == 8 * 2 * 3
+    assert torch.equal(pixels, plain_pictures(photo_crops("", 8, 0), torch.empty(1, 3, 32, 48)))
+    assert not torch.equal(pixels, plain_pictures(photo_crops("", 8, 1), torch.empty(1, 3, 32, 48)))
+
+
+def test_a_folder_of_photographs(tmp_path):
+    from PIL import Image
+
+    with pytest.raises(InputError, match="no photographs"):
+        photo_crops(str(tmp_path), 1, 0)
+    Image.new("L", (60, 40), 255).save(tmp_path / "white.png")
+    assert torch.equal(
+        plain_pictures(photo_crops(str(tmp_path), 2, 0), torch.empty(1, 3, 32, 48)), torch.ones(2, 3, 32, 48)
+    )
+    (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    with pytest.raises(InputError, match="broken.jpg: not a photograph"):
+        photo_crops(str(tmp_path), 2, 0)
+
+
+def test_other_forms_of_the_same_photographs():
+    crops = photo_crops("", 2, 0)
+    still = plain_pictures(crops, torch.empty(1, 3, 32, 32))
+    grey = plain_pictures(crops, torch.empty(1, 1, 32, 32))
+    torch.testing.assert_close(grey[:, 0], still.mean(1))
+    patches = plain_pictures(crops, torch.empty(1, 16, 3 * 8 * 8))
+    torch.testing.assert_close(patches[0, 1].reshape(8, 8, 3).permute(2, 0, 1), still[0, :, :8, 8:16])
+    film = plain_pictures(crops, torch.empty(1, 4, 3, 32, 32))
+    assert film.shape == (2, 4, 3, 32, 32)
+    assert all(not torch.equal(film[0, 0], film[0, frame]) for frame in range(1, 4))
+    with pytest.raises(InputError, match=r"pictures of shape \[1, 7, 5\]"):
+        plain_pictures(crops, torch.empty(1, 7, 5))
+
+
+def test_noise_is_of_the_form_and_the_seed():
+    noise = noise_like(torch.empty(1, 4000), 3, 0)
+    assert noise.shape == (3, 4000)
+    assert noise.std() == pytest.approx(1, abs=0.02)
+    assert torch.equal(noise, noise_like(torch.empty(1, 4000), 3, 0))
+    assert not torch.equal(noise, noise_like(torch.empty(1, 4000), 3, 1))
+
+
+def test_the_checkpoints_own_processors_come_first(tmp_path):
+    assert own_pictures(photo_crops("", 1, 0), tmp_path, {"pixel_values"}) is None
+    assert own_sound(1, 0, None, {"input_features"}) is None
+    processor = {
+        "image_processor_type": "ViTImageProcessor",
+        "size": {"height": 24, "width": 24},
+        "do_normalize": False,
+    }
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
+    made = own_pictures(photo_crops("", 3, 0), tmp_path, {"pixel_values"})
+    assert made["pixel_values"].shape == (3, 3, 24, 24)
+    assert 0 <= made["pixel_values"].min() <= made["pixel_values"].max() <= 1
+    assert own_pictures(photo_crops("", 3, 0), tmp_path, {"something_else"}) == {}
+    extractor = {"feature_extractor_type": "Wav2Vec2FeatureExtractor", "sampling_rate": 8000}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(extractor))
+    made = own_sound(2, 0, tmp_path, {"input_values"})
+    assert made["input_values"].shape == (2, 80000)
+    (tmp_path / "preprocessor_config.json").write_text("{}")
+    for failing in (
+        lambda: own_pictures(photo_crops("", 1, 0), tmp_path, set()),
+        lambda: own_sound(1, 0, tmp_path, set()),
+    ):
+        with pytest.raises(InputError, match=r"in .* fails") as caught:
+            failing()
+        assert "\n" not in str(caught.value)

@@ -1,0 +1,205 @@
+"""Inputs: exactly what was asked for, padding marked, nothing silently replaced."""
+
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from fsspec.implementations.dirfs import DirFileSystem
+
+from deadbench.suite.errors import InputError
+from deadbench.suite.inputs.batches import check_count
+from deadbench.suite.inputs.hub_text import DatasetError, read_hub_text
+from deadbench.suite.inputs.specs import check_spec, content_hash
+from deadbench.suite.inputs.tokens import token_batches
+from tests.conftest import TWINS
+
+TWIN = TWINS / "layernorm" / "step0"
+SETTINGS = {"vocab_size": 512, "num_tokens": 300, "sequence_length": 64, "seed": 0, "tokenizer_folder": TWIN}
+
+
+def tokens(spec, **changes):
+    return token_batches(spec, **(SETTINGS | {"batch_tokens": 128} | changes))
+
+
+def counted(inputs):
+    return sum(
+        int(b.model_inputs["input_ids"].numel() if b.mask_ST is None else b.mask_ST.sum()) for b in inputs.batches
+    )
+
+
+@pytest.mark.parametrize("spec", ["text", "tokens:random"])
+@pytest.mark.parametrize("num_tokens", [64, 300, 512])
+def test_exactly_so_many_tokens(spec, num_tokens):
+    inputs = tokens(spec, num_tokens=num_tokens)
+    assert inputs.num_tokens == counted(inputs) == num_tokens
+    for batch in inputs.batches:
+        ids = batch.model_inputs["input_ids"]
+        assert ids.shape[1] <= 64
+        if batch.mask_ST is not None:
+            assert torch.equal(batch.model_inputs["attention_mask"].bool(), batch.mask_ST)
+
+
+def test_the_bundled_corpus_is_large_english_and_accounted_for():
+    data = resources.files("deadbench.suite").joinpath("data")
+    corpus = data.joinpath("corpus.txt").read_text(encoding="utf-8")
+    assert len(corpus.encode()) > 1_000_000
+    assert corpus.startswith("In the beginning God created the heaven and the earth.")
+    readme = data.joinpath("README.md").read_text(encoding="utf-8")
+    assert "bible-kjv-text" in readme
+    for photo in data.joinpath("photos").iterdir():
+        assert f"photos/{photo.name}" in readme
+
+
+def test_text_is_the_corpus_tokenised():
+    from transformers import AutoTokenizer
+
+    ids = torch.cat([b.model_inputs["input_ids"].flatten() for b in tokens("text", num_tokens=128).batches])
+    text = AutoTokenizer.from_pretrained(TWIN).decode(ids)
+    assert text.startswith("In the beginning God created")
+
+
+def test_special_tokens_go_around_every_window(minilm):
+    inputs = tokens("text", tokenizer_folder=minilm, vocab_size=30522, num_tokens=128)
+    ids = inputs.batches[0].model_inputs["input_ids"]
+    assert (ids[:, 0] == 101).all()
+    assert (ids[:, -1] == 102).all()
+
+
+def test_a_token_file_is_used_exactly_as_given(tmp_path):
+    array = np.random.default_rng(0).integers(0, 512, (5, 40), dtype=np.int32)
+    np.save(tmp_path / "t.npy", array)
+    inputs = tokens(f"tokens:{tmp_path / 't.npy'}", num_tokens=1)
+    read = torch.cat([b.model_inputs["input_ids"] for b in inputs.batches])
+    assert torch.equal(read, torch.from_numpy(array).long())
+    assert all(b.mask_ST is None and set(b.model_inputs) == {"input_ids"} for b in inputs.batches)
+    assert (inputs.num_tokens, inputs.num_distinct) == (200, len(np.unique(array)))
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros((2, 3)), "expected an integer array"),
+        (np.zeros(6, int), "expected an integer array"),
+        (np.zeros((0, 3), int), "expected an integer array"),
+        (np.full((2, 3), 512), "0 to 511"),
+        (np.full((2, 3), -1), "0 to 511"),
+    ],
+)
+def test_token_files_that_do_not_fit(array, message, tmp_path):
+    np.save(tmp_path / "t.npy", array)
+    with pytest.raises(InputError, match=message):
+        tokens(f"tokens:{tmp_path / 't.npy'}")
+
+
+def test_pickled_token_files_are_refused(tmp_path):
+    np.save(tmp_path / "t.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(InputError, match="not a .npy array"):
+        tokens(f"tokens:{tmp_path / 't.npy'}")
+
+
+def test_without_a_tokenizer_text_is_refused_and_nothing_replaces_it(tmp_path):
+    with pytest.raises(InputError, match="needs the model's tokenizer.*tokens:random"):
+        tokens("text", tokenizer_folder=tmp_path)
+    with pytest.raises(InputError, match="needs the model's tokenizer"):
+        tokens("text", tokenizer_folder=None)
+
+
+def test_another_models_tokenizer_is_noticed(minilm):
+    with pytest.raises(InputError, match="not this model's tokenizer"):
+        tokens("text", tokenizer_folder=minilm, vocab_size=100)
+
+
+def test_too_little_text(tmp_path):
+    (tmp_path / "short.txt").write_text("In the beginning\n")
+    with pytest.raises(InputError, match="has only .* of the 300 tokens asked for"):
+        tokens(f"text:{tmp_path / 'short.txt'}")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
+    with pytest.raises(InputError, match="not UTF-8"):
+        tokens(f"text:{tmp_path / 'latin.txt'}")
+
+
+@pytest.mark.parametrize("avoided", [(), (3,), (3, 4, 511), tuple(range(511))])
+def test_random_tokens_avoid_ids_that_stand_for_something_else(avoided):
+    inputs = tokens("tokens:random", num_tokens=5120, avoided_ids=avoided)
+    ids = torch.cat([b.model_inputs["input_ids"].flatten() for b in inputs.batches])
+    assert not np.isin(ids.numpy(), avoided).any()
+    assert (ids >= 0).all()
+    assert (ids < 512).all()
+
+
+def test_random_tokens_follow_the_seed():
+    first, again, other = (tokens("tokens:random", seed=s).batches[0].model_inputs["input_ids"] for s in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize(
+    ("spec", "modality", "message"),
+    [
+        ("txt", "text", "is unknown; choose text, text:FILE"),
+        ("tokens", "text", "is unknown"),
+        ("tokens:none.npy", "text", "no such file"),
+        ("text:none.txt", "text", "no such file"),
+        ("image:none", "image", "no such directory"),
+        ("image", "text", "does not fit a model that reads text"),
+        ("text", "image", "does not fit a model that reads image"),
+        ("audio", "audio", "is unknown"),
+        ("audio:x.wav", "audio", "is unknown; .* or audio:noise"),
+        ("text", "audio", "does not fit a model that reads audio"),
+    ],
+)
+def test_specifications_are_checked_before_anything_runs(spec, modality, message):
+    with pytest.raises(InputError, match=message):
+        check_spec(spec, modality)
+
+
+def test_too_few_tokens_are_refused():
+    check_count(65, 64)
+    with pytest.raises(InputError, match="64 tokens for hidden size 64.*at least 256"):
+        check_count(64, 64)
+
+
+def test_content_counts_not_names(tmp_path):
+    a, b = tmp_path / "a.txt", tmp_path / "b.txt"
+    a.write_text("one")
+    b.write_text("one")
+    assert content_hash(f"text:{a}") == content_hash(f"text:{b}")
+    before = content_hash(f"text:{a}")
+    a.write_text("two")
+    assert content_hash(f"text:{a}") != before
+    assert content_hash("text") != content_hash("image") != content_hash("tokens:random")
+
+
+def hub(tmp_path: Path) -> DirFileSystem:
+    for name, texts in (("en/train", ["one", "two"]), ("en/test", ["three"]), ("de/train", ["vier"])):
+        path = tmp_path / "datasets/org/data" / f"{name}-0.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table({"id": list(range(len(texts))), "text": texts}), path)
+    pq.write_table(pa.table({"id": [1]}), tmp_path / "datasets/org/data/numbers-train.parquet")
+    return DirFileSystem(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("spec", "text"),
+    [("org/data:en", "one\ntwo\n"), ("org/data:en:test", "three\n"), ("org/data:de", "vier\n")],
+)
+def test_hub_datasets_by_configuration_and_split(spec, text, tmp_path):
+    assert "".join(read_hub_text(spec, hub(tmp_path))) == text
+
+
+def test_hub_datasets_that_cannot_be_read(tmp_path):
+    with pytest.raises(DatasetError, match="no parquet files"):
+        list(read_hub_text("org/data:fr", hub(tmp_path)))
+    with pytest.raises(DatasetError, match="no text column; its columns: id"):
+        list(read_hub_text("org/data", hub_numbers(tmp_path)))
+
+
+def hub_numbers(tmp_path):
+    folder = tmp_path / "only/datasets/org/data"
+    folder.mkdir(parents=True)
+    pq.write_table(pa.table({"id": [1]}), folder / "train.parquet")
+    return DirFileSystem(str(tmp_path / "only"))

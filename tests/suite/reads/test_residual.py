@@ -1,0 +1,192 @@
+"""Planted faults in synthetic residual streams: what fell, at which block, along which direction."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from deadbench.suite.reads.residual import ResidualRead
+
+D, N, TAPS = 24, 24 * 16, 6
+
+
+def stream(seed=0, dtype=torch.float32, tokens=N):
+    """A random walk over taps, as blocks write to it: its smallest singular value grows slowly."""
+    generator = torch.Generator().manual_seed(seed)
+    taps = [torch.randn(tokens, D, generator=generator)]
+    taps += [0.4 * torch.randn(tokens, D, generator=generator) for _ in range(TAPS - 1)]
+    return [t.to(dtype) for t in torch.stack(taps).cumsum(0)]
+
+
+def read(taps, *, dtype="float32", placement="pre", batch=50, per_pass=TAPS):
+    measured = ResidualRead(D, len(taps[0]), dtype, placement)
+    for first in range(0, len(taps), per_pass):
+        measured.wanted = range(first, first + per_pass)
+        for start in range(0, len(taps[0]), batch):
+            for index, acts in enumerate(taps):
+                measured.update(index, acts[start : start + batch])
+        measured.end_pass()
+    return measured.finish()
+
+
+def direction(seed=1):
+    q = torch.randn(D, generator=torch.Generator().manual_seed(seed))
+    return q / q.norm()
+
+
+def test_a_healthy_stream_is_preserved_and_agrees_with_direct_svd():
+    taps = stream()
+    columns, blocks, spectra = read(taps)
+    assert columns["blocks_preserved"] is True
+    assert [row["block"] for row in blocks] == list(range(TAPS))
+    assert [row["state"] for row in blocks] == [None] + ["preserved"] * (TAPS - 1)
+    for acts, row, spectrum in zip(taps, blocks, spectra, strict=True):
+        centred = acts.double() - acts.double().mean(0)
+        _, sigma, right = torch.linalg.svd(centred, full_matrices=False)
+        sigma = sigma / N**0.5
+        assert row["sigma_min"] == pytest.approx(float(sigma[-1]), rel=1e-6)
+        assert row["sigma_max"] == pytest.approx(float(sigma[0]), rel=1e-6)
+        assert row["sigma_median"] == pytest.approx(float(np.median(sigma)), rel=1e-6)
+        assert spectrum["eigenvalues"] == pytest.approx((sigma**2).tolist(), rel=1e-6)
+        assert row["participation"] == pytest.approx(1 / float((right[-1] ** 4).sum()), rel=1e-4)
+        assert row["bottom_coordinates"][0] == int(right[-1].abs().argmax())
+        assert row["bottom_weights"][0] == pytest.approx(float(right[-1].square().max()), rel=1e-4)
+    ratios = [row["sigma_min"] / before["sigma_min"] for before, row in itertools.pairwise(blocks)]
+    assert [row["ratio"] for row in blocks[1:]] == pytest.approx(ratios)
+    assert columns["worst_block_ratio"] == pytest.approx(min(ratios))
+
+
+@pytest.mark.parametrize("left", [0.0, 1e-4], ids=["gone", "1e-4"])
+@pytest.mark.parametrize("at", [1, 3, TAPS - 1])
+def test_a_planted_collapse_is_reported_there_with_its_direction(at, left):
+    taps, q = stream(), direction()
+    for index in range(at, TAPS):  # nothing writes along q again
+        taps[index] = taps[index] - (1 - left) * torch.outer(taps[index] @ q, q)
+    columns, blocks, _ = read(taps)
+    assert [row["block"] for row in blocks if row["state"] == "collapsed"] == [at]
+    assert (columns["blocks_preserved"], columns["worst_block"]) == (False, at)
+    assert abs(np.dot(blocks[at]["bottom_direction"], q.numpy())) > 0.999
+    later = {row["state"] for row in blocks[at + 1 :]}
+    assert later <= ({"preserved-dead"} if left == 0 else {"preserved"})
+    assert all(row["bottom_direction"] is None for row in blocks if row["block"] != at)
+
+
+def test_a_direction_that_comes_back_is_revived():
+    taps, q = stream(), direction()
+    taps[2] = taps[2] - torch.outer(taps[2] @ q, q)
+    _, blocks, _ = read(taps)
+    assert [row["state"] for row in blocks[2:4]] == ["collapsed", "revived"]
+    assert [row["preserved"] for row in blocks[1:4]] == [True, False, False]
+
+
+def test_another_direction_dying_is_a_collapse_although_one_was_dead_before():
+    taps, q, p = stream(), direction(1), direction(2)
+    p = p - (p @ q) * q
+    p = p / p.norm()
+    for index in range(1, TAPS):
+        taps[index] = taps[index] - torch.outer(taps[index] @ q, q)
+        if index >= 4:
+            taps[index] = taps[index] - torch.outer(taps[index] @ p, p)
+    _, blocks, _ = read(taps)
+    assert [row["block"] for row in blocks if row["state"] == "collapsed"] == [1, 4]
+
+
+def test_bfloat16_rounding_is_not_taken_for_a_living_direction():
+    taps, q = stream(), direction()
+    for index in range(2, TAPS):
+        taps[index] = taps[index] - torch.outer(taps[index] @ q, q)
+    _, blocks, _ = read([t.bfloat16() for t in taps], dtype="bfloat16")
+    assert [row["state"] for row in blocks[1:]] == ["preserved", "collapsed"] + ["preserved-dead"] * 3
+
+
+def test_post_norm_streams_carry_their_kernel_by_construction():
+    gains = [0.5 + torch.rand(D, generator=torch.Generator().manual_seed(k)) for k in range(TAPS)]
+    taps = [torch.nn.functional.layer_norm(t, (D,), g) for t, g in zip(stream(), gains, strict=True)]
+    columns, blocks, _ = read(taps, placement="post")
+    assert {row["state"] for row in blocks[1:]} == {"preserved-dead"}
+    assert columns["blocks_preserved"] is True
+
+
+def test_massive_coordinates_do_not_hide_a_collapse():
+    taps, q = stream(), direction()
+    for index in range(TAPS):
+        if index >= 3:
+            taps[index] = taps[index] - (1 - 1e-4) * torch.outer(taps[index] @ q, q)
+        taps[index][:, 0] += 1e4
+        taps[index][::40, 0] += 3e3
+    _, blocks, _ = read([t.double() for t in taps], dtype="float64")
+    assert [row["block"] for row in blocks if row["state"] == "collapsed"] == [3]
+
+
+def test_few_distinct_inputs_are_said_and_judge_nothing():
+    taps = stream()
+    taps[0] = taps[0][: 3 * D].repeat(6, 1)[:N]
+    _, blocks, _ = read(taps)
+    assert [row["rank_limited"] for row in blocks] == [True] + [False] * (TAPS - 1)
+    assert blocks[1]["state"] is None
+    assert blocks[1]["ratio"] is None
+    assert blocks[2]["state"] == "preserved"
+
+
+@pytest.mark.parametrize("per_pass", [1, 2, 4])
+def test_any_number_of_passes_gives_the_same_rows(per_pass):
+    taps, q = stream(), direction()
+    taps[3] = taps[3] - torch.outer(taps[3] @ q, q)
+    assert read(taps, per_pass=per_pass) == read(taps)
+
+
+def test_taps_within_a_budget():
+    assert ResidualRead.taps_within(10 * 40 * 100**2, 100) == 10
+    assert ResidualRead.taps_within(0, 100) == 1, "one tap is always read"
+
+
+def test_broken_shards_and_other_widths():
+    measured = ResidualRead(D, N, "float32", "pre")
+    measured.wanted = range(3)
+    measured.update(1, torch.randn(5, D + 1))  # a merger's output: not this stream
+    rows = torch.randn(5, D)
+    rows[2] = 0
+    with pytest.raises(ValueError, match="1 of 5 rows after block 1 are all zeros"):
+        measured.update(1, rows)
+    rows[2, 0] = torch.nan
+    with pytest.raises(ValueError, match="after block 2 is not finite in 1 of 5 rows"):
+        measured.update(2, rows)
+    assert measured.finish()[1] == []
+
+
+def test_workers_with_parts_of_the_tokens_or_of_the_taps_merge():
+    taps, q = stream(), direction()
+    taps[3] = taps[3] - torch.outer(taps[3] @ q, q)
+    whole, *parts = (ResidualRead(D, N, "float32", "pre") for _ in range(4))
+    for measured, rows, wanted in zip(
+        [whole, *parts],
+        [slice(0, N), slice(0, N // 2), slice(N // 2, N), slice(0, N)],
+        [range(TAPS), range(4), range(4), range(4, TAPS)],
+        strict=True,
+    ):
+        measured.wanted, measured.num_tokens = wanted, len(range(N)[rows])
+        for index, acts in enumerate(taps):
+            measured.update(index, acts[rows])
+    parts[0].merge(parts[1])
+    parts[0].merge(parts[2])
+    for measured in (whole, parts[0]):
+        measured.end_pass()
+    for row, expected in zip(parts[0].finish()[1], whole.finish()[1], strict=True):
+        assert (row["block"], row["state"]) == (expected["block"], expected["state"])
+        if row["state"] != "collapsed":
+            assert row["sigma_min"] == pytest.approx(expected["sigma_min"], rel=1e-6)
+
+
+def test_padding_is_left_out():
+    taps = [t.reshape(8, -1, D) for t in stream()]
+    mask = torch.ones(8, N // 8, dtype=torch.bool)
+    mask[7, 20:] = False
+    measured, chosen = (ResidualRead(D, int(mask.sum()), "float32", "pre") for _ in range(2))
+    measured.wanted = chosen.wanted = range(TAPS)
+    for index, acts in enumerate(taps):
+        measured.update(index, torch.where(mask[..., None], acts, 1e6), mask)
+        chosen.update(index, acts[mask])
+    measured.end_pass()
+    chosen.end_pass()
+    assert measured.finish() == chosen.finish()

@@ -1,0 +1,66 @@
+"""What flows out of a model, chosen by hand-made outputs; and through which module, in models of a line or two."""
+
+import pytest
+import torch
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils import ModelOutput
+
+from deadbench.suite.tracing.flow import cuts, hears, recorded_calls, same_storage, stream_of
+
+STATE, OTHER, MAPS = torch.ones(1, 4, 6), torch.zeros(1, 7, 6), torch.ones(1, 8, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("output", "heard"),
+    [
+        ((None, STATE, OTHER), STATE),
+        (BaseModelOutput(last_hidden_state=STATE, hidden_states=(OTHER,)), STATE),
+        # What an encoder gave is the model's own only where nothing came of it.
+        (ModelOutput(spectrogram=STATE, encoder_last_hidden_state=OTHER), STATE),
+        (ModelOutput(logits=STATE, encoder_last_hidden_state=OTHER), STATE),
+        (ModelOutput(encoder_last_hidden_state=STATE, loss=torch.ones(())), STATE),
+        # Words before pictures.
+        (ModelOutput(vision_model_output=BaseModelOutput(OTHER), text_model_output=BaseModelOutput(STATE)), STATE),
+        (ModelOutput(vision_outputs=BaseModelOutput(OTHER), language_model_outputs=ModelOutput(logits=STATE)), STATE),
+        (ModelOutput(image_embeds=OTHER, text_embeds=STATE), STATE),
+        # The last stage of a backbone; where nothing tells them apart, none.
+        (ModelOutput(feature_maps=(OTHER, MAPS)), MAPS),
+        (ModelOutput(masks=MAPS, scores=STATE), None),
+    ],
+)
+def test_what_a_model_is_read_at(output, heard):
+    assert stream_of(output) is heard
+
+
+class Two(nn.Module):
+    """A norm whose output is projected, and beside it a map that nothing reads."""
+
+    def __init__(self, beside=0.0):
+        super().__init__()
+        self.norm, self.head, self.aside, self.beside = nn.LayerNorm(6), nn.Linear(6, 6), nn.Linear(6, 6), beside
+
+    def forward(self, hidden):
+        return (self.head(self.norm(hidden)) + self.beside * self.aside(hidden),)
+
+
+@pytest.mark.parametrize(("beside", "alone"), [(0.0, True), (1.0, False)])
+def test_a_module_cuts_what_flows_through_it_alone(beside, alone):
+    torch.manual_seed(0)
+    model, given = Two(beside), {"hidden": torch.randn(1, 4, 6)}
+    (stream,) = model(**given)
+    assert hears(model, given, stream)
+    assert cuts(model, model.norm, given, stream) is alone
+    assert not cuts(model, model.aside, given, stream)
+
+
+def test_calls_are_recorded_with_what_went_in_and_came_out():
+    model = Two()
+    hidden = torch.randn(1, 4, 6)
+    with recorded_calls(model) as calls:
+        model(hidden)
+    assert [call.path for call in calls] == ["norm", "head", "aside"]
+    assert same_storage(calls[0].given, hidden)
+    assert same_storage(calls[1].given, calls[0].output.view(4, 6))
+    assert not same_storage(calls[1].output, calls[0].output)
+    assert not model.norm._forward_hooks
