@@ -1,6 +1,6 @@
 """A read by forward passes: one model, random or trained, from its weights to the rows of its spectra.
 
-What is run and read meanwhile is in `runners/passes.py`.
+What is run and read meanwhile is in `runners/worker/passes.py`.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The vLLM engine: vLLM runs the model, its workers read it (`runners/vllm_worker.py`), rows come back.
+"""The vLLM engine: vLLM runs the model, its workers read it (`runners/engines/vllm_worker.py`), rows come back.
 
 vLLM is imported only here and in the workers, and only when a read asks for it.
 """

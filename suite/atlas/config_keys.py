@@ -11,7 +11,7 @@ PER_LAYER = ("layer_types", "layers_block_type", "stage_names", "out_features", 
 
 
 def nest(flat: dict[str, Any]) -> dict[str, Any]:
-    """Keys joined by dots, nested again; the inverse of `suite.atlas.flatten`."""
+    """Keys joined by dots, nested again; the inverse of `suite/atlas/lookup.py:flatten`."""
     nested: dict[str, Any] = {}
     for key, value in flat.items():
         *parents, name = key.split(".")

@@ -1,6 +1,6 @@
 """Writes the atlas: every architecture of the installed transformers, resolved by behaviour, key by key.
 
-    python -m suite.survey [--out FILE] [--processes N] [MODEL_TYPE…]
+    python -m deadbench.suite.atlas [--out FILE] [--processes N] [MODEL_TYPE…]
 
 Each model type is built small and resolved; then its configuration keys are changed one at a time, and it is resolved
 again. A key that moves the width, the depth or the eps becomes the key of that; one that changes anything else is

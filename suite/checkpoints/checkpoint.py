@@ -148,7 +148,7 @@ class Checkpoint:
 
         Without `weights`, what is not here already comes without them.
 
-        What comes from the Hub is in the Hub's cache, everything else below `suite.node_cache.cache_folder`.
+        What comes from the Hub is in the Hub's cache, everything else below `cache_folder`.
         """
         if self._local is not None:
             yield self._local

@@ -21,7 +21,7 @@ _POLL_SECONDS = 0.2
 
 
 class Source(Protocol):
-    """Where files come from; implemented by the folders of `suite.sources`."""
+    """Where files come from; implemented by the folders of `suite/checkpoints/checkpoint.py`."""
 
     def size(self, name: str) -> int:
         """Bytes of a file."""

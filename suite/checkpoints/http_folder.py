@@ -24,6 +24,7 @@ from deadbench.suite.checkpoints.http_requests import (
     CutOffError,
     LimitedError,
     T,
+    body_of,
     client,
     total,
 )
@@ -154,7 +155,7 @@ class HttpFolder:
             else:
                 size, first = self._unranged(answer, name, end), 0
             wanted = max(0, min(end, size) - first)
-            data = take(answer, wanted)
+            data = body_of(answer, wanted)
             self._count(len(data))
             if len(data) < wanted:
                 raise CutOffError(f"{len(data)} of {wanted} bytes")

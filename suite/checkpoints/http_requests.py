@@ -24,7 +24,7 @@ class LimitedError(Exception):
     """The server asks to wait; asked again after that."""
 
 
-def take(answer: httpx2.Response, count: int) -> bytes:
+def body_of(answer: httpx2.Response, count: int) -> bytes:
     """The first `count` bytes of an answer, which may be longer; fewer where it ends."""
     pieces, received, deadline = [], 0, time.monotonic() + _REQUEST_SECONDS
     for piece in answer.iter_raw():

@@ -6,7 +6,7 @@ import urllib.parse
 import httpx2
 
 from deadbench.suite.checkpoints.http_folder import HttpFolder
-from deadbench.suite.checkpoints.http_requests import take
+from deadbench.suite.checkpoints.http_requests import body_of
 from deadbench.suite.errors import CheckpointError
 
 _MAX_API_BYTES = 64_000_000
@@ -32,7 +32,7 @@ class HubFolder(HttpFolder):
     def names(self) -> list[str]:
         """Names of the files, as the Hub lists them; a mirror without the Hub's API is asked for known names."""
         try:
-            listing = json.loads(self._ask("", dict, lambda answer: take(answer, _MAX_API_BYTES)))
+            listing = json.loads(self._ask("", dict, lambda answer: body_of(answer, _MAX_API_BYTES)))
             self.commit = listing.get("sha")
             return sorted(f["rfilename"] for f in listing["siblings"] if "/" not in f["rfilename"])
         except FileNotFoundError as error:

@@ -32,7 +32,7 @@ DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bf
 
 
 class Files(Protocol):
-    """Where a checkpoint's files are; implemented by `suite.sources.Checkpoint`."""
+    """Where a checkpoint's files are; implemented by `suite/checkpoints/checkpoint.py:Checkpoint`."""
 
     def names(self) -> list[str]:
         """File names in the checkpoint folder."""

@@ -1,6 +1,6 @@
 """What may stand in `--input SPEC`, checked and hashed without torch: before anything is loaded, or a device is taken.
 
-`suite.inputs` says what each of them becomes.
+`suite/inputs/tokens.py` says what each of them becomes.
 """
 
 import hashlib

@@ -74,7 +74,7 @@ class SequenceSums:
 
 
 def sequence_lengths(acts: Tensor, mask_BT: Tensor | None) -> list[int]:
-    """Rows that `suite.residual.token_rows` gives of each sequence; packed rows without a batch count as one."""
+    """Rows that `token_rows` gives of each sequence; packed rows without a batch count as one."""
     if mask_BT is not None and acts.ndim >= 3:
         return [int(n) for n in mask_BT.sum(1)]
     rows = acts.numel() // acts.shape[-1]

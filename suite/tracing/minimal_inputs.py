@@ -1,7 +1,7 @@
 """Minimal inputs for the forward pass of any transformers model, from its signature and its configuration.
 
-The likely values of its arguments (`suite.offers`) are put together and tried in turn; the first that the model runs on
-will do, since only the flow through it is looked at.
+The likely values of its arguments (`suite/tracing/argument_values.py`) are put together and tried in turn; the first
+that the model runs on will do, since only the flow through it is looked at.
 """
 
 import inspect

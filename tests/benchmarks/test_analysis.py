@@ -101,11 +101,11 @@ def peak_bytes(body, location):
     """Peak resident memory of a process that opens the result set and does only `body`."""
     script = f"""
 import polars as pl
-from runners.events import peak_host_bytes
-from analysis.results import collected, scan
-from analysis.compare import compare
-from analysis.families import families
-from analysis.leaderboard import leaderboard
+from deadbench.runners.jobs.events import peak_host_bytes
+from deadbench.analysis.results import collected, scan
+from deadbench.analysis.compare import compare
+from deadbench.analysis.families import families
+from deadbench.analysis.leaderboard import leaderboard
 reads = scan({location!r})
 {body}
 print(peak_host_bytes())

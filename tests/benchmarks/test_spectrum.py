@@ -110,8 +110,8 @@ def test_beside_the_direct_route(benchmark, route):
 
 MEMORY = """
 import sys, torch
-from runners.events import peak_host_bytes
-from suite.spectrum import CovarianceFactor
+from deadbench.runners.jobs.events import peak_host_bytes
+from deadbench.suite.spectra.covariance import CovarianceFactor
 torch.linalg.svd(torch.randn(64, 64, dtype=torch.float64))
 before = peak_host_bytes()
 batches = (torch.randn(4096, 768, generator=torch.Generator().manual_seed(k)) for k in range(16))

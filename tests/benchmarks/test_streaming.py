@@ -14,11 +14,12 @@ from tests.conftest import ROOT
 
 ONE_PASS = """
 import json, sys, time, torch, warnings
-from runners.events import peak_host_bytes
-from runners.forward import make_engine
-from runners.torch_engine import Swept
-from suite.architecture import build_config, build_model, find_final_norm
-from suite.inputs import token_batches
+from deadbench.runners.jobs.events import peak_host_bytes
+from deadbench.runners.engines.registry import make_engine
+from deadbench.runners.engines.base import Swept
+from deadbench.suite.architectures.build import build_config, build_model
+from deadbench.suite.architectures.locate import find_final_norm
+from deadbench.suite.inputs.tokens import token_batches
 engine, config = make_engine(sys.argv[1]), build_config(json.loads(sys.argv[2]))
 tiny = build_config(json.loads(sys.argv[2]) | {"num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 1})
 find_final_norm(build_model(tiny))

@@ -1,4 +1,4 @@
-"""A cluster without processes: `runners.schedule` decides, time jumps from end to end."""
+"""A cluster without processes: `runners/cluster/schedule.py` decides, time jumps from end to end."""
 
 import random
 

@@ -24,7 +24,7 @@ def test_they_stay_under_six_megabytes_and_hold_every_step():
 def test_training_is_bit_reproducible(twin, tmp_path):
     """Two fresh processes, the first sixteen steps: the same bytes."""
     code = (
-        "import suite.twins as t, sys; from pathlib import Path; from importlib import resources\n"
+        "import deadbench.suite.twins as t, sys; from pathlib import Path; from importlib import resources\n"
         "t.CHECKPOINT_STEPS = (0, 16)\n"
         "corpus = resources.files('deadbench.suite').joinpath('data/corpus.txt').read_text(encoding='utf-8')\n"
         f"t.train_twin({twin!r}, Path(sys.argv[1]), corpus)\n"

@@ -81,7 +81,7 @@ def test_a_row_says_what_classify_says(tmp_path):
 
 def test_no_worker_imports_torch(kinds):
     code = (
-        "import sys; from pathlib import Path; from runners.census_worker import census_row\n"
+        "import sys; from pathlib import Path; from deadbench.runners.census.worker import census_row\n"
         f"row = census_row('neox', Path({str(kinds)!r}), 'run')\n"
         "print(row['status'], row['family'], sorted({'torch', 'transformers'} & set(sys.modules)))"
     )

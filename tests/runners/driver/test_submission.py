@@ -24,7 +24,14 @@ def test_what_is_uploaded_is_small_and_enough(tmp_path):
     assert package.stat().st_size < MAX_UPLOAD_BYTES
     with zipfile.ZipFile(package) as opened:
         names = set(opened.namelist())
-    needed = {"models.yaml", "pyproject.toml", "runners/cli.py", "suite/data/atlas.json", "analysis/results.py"}
+    needed = {
+        "models.yaml",
+        "pyproject.toml",
+        "deadbench/__init__.py",
+        "runners/cli/main.py",
+        "suite/data/atlas.json",
+        "analysis/results.py",
+    }
     assert needed <= names
     assert [name for name in names if name.startswith((".git/", ".venv/", "tests/", "docs/", "results/"))] == []
 
@@ -70,7 +77,7 @@ def test_ray_up_and_ray_submit_leave_a_whole_result_set(tmp_path):
     with launched_cluster() as cluster:
         run = ["run", f"~/deadbench/{TWIN}/step16", "--registry", "~/deadbench/models.yaml", "--address", "auto"]
         arguments = [*run, "--tokens", "256", "--input", "tokens:random", "--out", str(tmp_path / "out")]
-        submitted = cluster.ray("submit", "--no-config-cache", "runners/__main__.py", "--", *arguments)
+        submitted = cluster.ray("submit", "--no-config-cache", "deadbench/__main__.py", "--", *arguments)
         told = submitted.stdout + submitted.stderr
         assert submitted.returncode == 0, told
     assert "3 ok, 0 failed, 0 already there" in told

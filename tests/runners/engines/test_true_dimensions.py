@@ -14,10 +14,11 @@ from tests.conftest import ROOT
 
 READ = """
 import json, sys
-from runners.events import Finished
-from runners.jobs import Overrides, build_jobs
-from runners.worker import run_model
-from suite.registry import find_registry, load_registry
+from deadbench.runners.jobs.events import Finished
+from deadbench.runners.jobs.job import Overrides
+from deadbench.runners.jobs.build import build_jobs
+from deadbench.runners.worker.run import run_model
+from deadbench.suite.registry.loading import find_registry, load_registry
 model, tokens, dtype = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 path = find_registry(None)
 overrides = Overrides(tokens=tokens, input="tokens:random", dtype=dtype, engine="streaming")

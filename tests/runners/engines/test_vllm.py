@@ -53,11 +53,12 @@ RANDOM = ("llama", "gpt2", "nemotron")
 READ_ALL = """
 import sys
 from pathlib import Path
-from runners.events import Finished
-from runners.jobs import Overrides, build_jobs
-from runners.store import ResultStore
-from runners.worker import run_model
-from suite.registry import load_registry
+from deadbench.runners.jobs.events import Finished
+from deadbench.runners.jobs.job import Overrides
+from deadbench.runners.jobs.build import build_jobs
+from deadbench.runners.results.store import ResultStore
+from deadbench.runners.worker.run import run_model
+from deadbench.suite.registry.loading import load_registry
 registry, out = Path(sys.argv[1]), Path(sys.argv[2])
 for engine in ("torch", "vllm"):
     store = ResultStore(str(out / engine))

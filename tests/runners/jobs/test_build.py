@@ -8,7 +8,7 @@ import threading
 import numpy as np
 import pytest
 
-from deadbench.runners.jobs import build as jobs_module
+from deadbench.runners.jobs import opening
 from deadbench.runners.jobs.build import build_jobs
 from deadbench.runners.jobs.job import JobError, Overrides
 from deadbench.runners.jobs.opening import unreachable
@@ -175,7 +175,7 @@ def test_models_are_opened_side_by_side(tmp_path, monkeypatch):
             together.wait()
             raise CheckpointError(f"{self.source}: seen")
 
-    monkeypatch.setattr(jobs_module, "Checkpoint", Slow)
+    monkeypatch.setattr(opening, "Checkpoint", Slow)
     registry, path = registry_of(tmp_path, {name: f"org/{name}" for name in "abcd"})
     built = build_jobs(registry, path, [], "all", ["parameters"], Overrides())
     assert unreachable(built) == [f"{name}: org/{name}: seen" for name in "abcd"]
@@ -196,6 +196,7 @@ def test_a_source_with_a_password_is_named_without_it(tmp_path, monkeypatch):
 
 
 def test_jobs_are_made_without_torch_and_transformers():
-    code = "import sys, runners.jobs\nprint([name for name in ('torch', 'transformers', 'ray') if name in sys.modules])"
+    code = """import sys, deadbench.runners.jobs.build
+print([name for name in ("torch", "transformers", "ray") if name in sys.modules])"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

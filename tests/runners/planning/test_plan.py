@@ -260,15 +260,18 @@ def test_a_cluster_that_is_none(shape):
 MEASURED = """
 import json, sys, transformers, warnings
 from pathlib import Path
-from runners.jobs import Overrides, build_jobs
-from runners.events import peak_host_bytes
-from runners.plan import place
-from runners.cluster import this_machine
-from runners.worker import Finished, run_model
-from suite.registry import load_registry
+from deadbench.runners.jobs.job import Overrides
+from deadbench.runners.jobs.build import build_jobs
+from deadbench.runners.jobs.events import peak_host_bytes
+from deadbench.runners.planning.plan import place
+from deadbench.runners.planning.hardware import this_machine
+from deadbench.runners.jobs.events import Finished
+from deadbench.runners.worker.run import run_model
+from deadbench.suite.registry.loading import load_registry
 from tests.runners.planning.test_plan import neox
-from suite.architecture import build_config, find_final_norm, build_model
-import runners.forward, torch
+from deadbench.suite.architectures.build import build_config, build_model
+from deadbench.suite.architectures.locate import find_final_norm
+import deadbench.runners.worker.forward, torch
 path = Path(sys.argv[1])
 overrides = Overrides(tokens=1100, engine=sys.argv[2])
 (job,) = build_jobs(load_registry(path), path, ["m"], None, ["random"], overrides)

@@ -117,7 +117,7 @@ def test_stale_keys_and_aliases_of_published_configurations_are_understood():
 
 def test_classify_by_the_atlas_imports_neither_torch_nor_transformers():
     code = (
-        "import json, sys\nfrom runners.cli import main\n"
+        "import json, sys\nfrom deadbench.runners.cli.main import main\n"
         "sys.argv = ['deadbench', 'classify', sys.argv[1], '--json']\n"
         "try: main()\n"
         "except SystemExit: pass\n"

@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 
 from deadbench.suite.checkpoints import download_cache as node_cache
-from deadbench.suite.checkpoints import http_folder as http_files
+from deadbench.suite.checkpoints import http_folder
 from deadbench.suite.checkpoints.checkpoint import Checkpoint
 from deadbench.suite.checkpoints.download_cache import cache_folder, lease
 from deadbench.suite.errors import CheckpointError
@@ -19,11 +19,11 @@ from tests.suite.checkpoints.servers import misbehaving
 # As on a file system whose flock does nothing.
 NO_FLOCK = "import fcntl; fcntl.flock = lambda *_: None\n"
 COPY = (
-    NO_FLOCK + "import sys; from suite.sources import Checkpoint\n"
+    NO_FLOCK + "import sys; from deadbench.suite.checkpoints.checkpoint import Checkpoint\n"
     "with Checkpoint(sys.argv[1]).local_copy() as folder: print(folder)"
 )
 HOLD = NO_FLOCK + (
-    "import sys, time; from pathlib import Path; from suite.node_cache import lease\n"
+    "import sys, time; from pathlib import Path; from deadbench.suite.checkpoints.download_cache import lease\n"
     "with lease(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
 )
 
@@ -36,7 +36,7 @@ def whole(tmp_path_factory):
 @pytest.fixture
 def server(whole, tmp_path, monkeypatch):
     monkeypatch.setenv("DEADBENCH_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(http_files, "_FIRST_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(http_folder, "FIRST_WAIT_SECONDS", 0.01)
     folder = tmp_path / "served"
     shutil.copytree(whole, folder)
     with misbehaving(folder) as running:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deadbench.suite.checkpoints import http_folder as http_files
+from deadbench.suite.checkpoints import http_folder
 from deadbench.suite.checkpoints.checkpoint import Checkpoint, list_revisions
 from deadbench.suite.checkpoints.tensors import read_headers
 from deadbench.suite.errors import CheckpointError
@@ -52,7 +52,7 @@ def online(monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(http_files, "_FIRST_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(http_folder, "FIRST_WAIT_SECONDS", 0.01)
     return lambda url: monkeypatch.setattr(constants, "ENDPOINT", url)
 
 
@@ -78,7 +78,7 @@ def test_the_command_line_reads_a_hub_on_loopback(hub, tmp_path):
     url, folder = hub
     environment = os.environ | {"HF_ENDPOINT": url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
     code = (
-        "from suite.sources import Checkpoint\n"
+        "from deadbench.suite.checkpoints.checkpoint import Checkpoint\n"
         "with Checkpoint('org/model').local_copy() as folder: print(*sorted(p.name for p in folder.iterdir()))"
     )
     done = subprocess.run(
@@ -174,7 +174,7 @@ def test_what_passes_is_tried_again(server, faults):
     ],
 )
 def test_what_does_not_pass_is_one_line(server, fault, message, requests, monkeypatch):
-    monkeypatch.setattr(http_files, "_SMALL_BYTES", 10_000)
+    monkeypatch.setattr(http_folder, "_SMALL_BYTES", 10_000)
     server.faults["config.json"] = [fault]
     with pytest.raises(CheckpointError, match=message) as caught:
         Checkpoint(server.url).config()
@@ -193,7 +193,7 @@ def test_a_server_without_ranges_is_read_while_files_are_small_and_never_far(ser
     for path in server.folder.iterdir():
         server.faults[path.name] = ["no ranges"]
     assert classify(server.url)[0]["error"] is None
-    monkeypatch.setattr(http_files, "_SMALL_BYTES", 10_000)
+    monkeypatch.setattr(http_folder, "_SMALL_BYTES", 10_000)
     server.sent = 0
     error = classify(server.url)[0]["error"]
     assert "the server ignores Range requests" in error
