@@ -1,7 +1,8 @@
 """One read's input for one model: which part of the model is read, in what form it takes its input, and how much.
 
 The form is found by trying (`suite/tracing/minimal_inputs.py`): the arguments on which the model runs, with their
-shapes. They are then filled: tokens, photographs, sound. What else the forward pass needs is made up, and the description says so.
+shapes. They are then filled: tokens, photographs, sound. What else the forward pass needs is made up, and the
+description says so.
 Shapes: B items, T positions.
 """
 
