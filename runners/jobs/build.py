@@ -210,9 +210,9 @@ def _model_job(
                     replicas=overrides.replicas if has_forward and read != "functional" else 1,
                 )
             )
-    degree = overrides.tensor_parallel
+    tensor_parallel = overrides.tensor_parallel
     if overrides.replicas > 1:
-        degree = 1  # each has the whole model on one device
+        tensor_parallel = 1  # each has the whole model on one device
         if refused := refused_together(engine, overrides.tensor_parallel, overrides.replicas):
             raise JobError(f"{model.id}: {refused}")
-    return ModelJob(model.id, tuple(jobs), degree or model.gpus, degree)
+    return ModelJob(model.id, tuple(jobs), tensor_parallel)
