@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deadbench.runners.engines.registry import INSTALL_VLLM, vllm_is_installed
+from deadbench.runners.engines.registry import DEFAULT, ENGINES, refused_together
 from deadbench.runners.jobs.job import JobError, ModelJob, Overrides, ReadJob
 from deadbench.runners.jobs.opening import Opened, fingerprint_of, needs_config_alone, open_all, revisions_of
 from deadbench.suite.checkpoints.checkpoint import Checkpoint
@@ -96,18 +96,19 @@ def build_jobs(
 
 
 def _wished(model: Model, base: Path, assumed: bool) -> str:
-    """The registry's engine, which is a wish: torch where vLLM is not installed or lacks the architecture."""
-    if model.engine != "vllm" or assumed:
-        return "torch" if model.engine == "auto" else model.engine
-    if not vllm_is_installed():
-        return "torch"
-    from deadbench.runners.engines.vllm_support import why_vllm_cannot
-
+    """The registry's engine, which is a wish: torch where it is not installed or lacks the architecture."""
+    if model.engine == "auto":
+        return DEFAULT
+    spec = ENGINES[model.engine]
+    if assumed or spec.refuses is None:
+        return model.engine
+    if spec.missing():
+        return DEFAULT
     try:
         config = model.config or Checkpoint(model.source or "", model.main_checkpoint(), base).config()
     except CheckpointError:
-        return "vllm"  # which the read will say
-    return "torch" if why_vllm_cannot(config) else "vllm"
+        return model.engine  # which the read will say
+    return DEFAULT if spec.why_not(config) else model.engine
 
 
 def _check_degree(model: Model, degree: int, base: Path) -> None:
@@ -224,21 +225,20 @@ def _absolute(spec: str) -> str:
 
 def _engine(asked: _Asked) -> str:
     """The engine as asked for, else as the registry wishes it."""
-    if asked.overrides.engine == "vllm" and not asked.assumed and not vllm_is_installed():
-        raise JobError(INSTALL_VLLM)
-    return asked.overrides.engine or _wished(asked.model, asked.base, asked.assumed)
+    wanted = asked.overrides.engine
+    missing = ENGINES[wanted].missing() if wanted and not asked.assumed else None
+    if missing:
+        raise JobError(missing)
+    return wanted or _wished(asked.model, asked.base, asked.assumed)
 
 
 def _engine_of(read: str, engine: str) -> str:
-    """The engine that runs a read where `engine` is asked for: only the resident one moves a model's own parameters."""
-    return "torch" if read == "functional" else engine
+    """The engine that runs a read where `engine` is asked for."""
+    return engine if read in ENGINES[engine].reads else DEFAULT
 
 
 def _degree(model: Model, overrides: Overrides, engine: str) -> int | None:
     """How many devices share the model, as asked for; None: the plan says."""
-    if overrides.replicas == 1:
-        return overrides.tensor_parallel
-    if (overrides.tensor_parallel or 1) > 1 or engine == "vllm":
-        beside = "--engine vllm" if engine == "vllm" else f"--tensor-parallel {overrides.tensor_parallel}"
-        raise JobError(f"{model.id}: --replicas {overrides.replicas} does not go with {beside}; leave one out")
-    return 1  # each has the whole model on one device
+    if refused := refused_together(engine, overrides.tensor_parallel, overrides.replicas):
+        raise JobError(f"{model.id}: {refused}")
+    return overrides.tensor_parallel if overrides.replicas == 1 else 1  # each has the whole model on one device
