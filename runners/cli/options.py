@@ -10,8 +10,8 @@ def check_options(engine: str, dtype: str | None, tokens: int | None, input_spec
     from deadbench.suite.registry.entries import Dtype
 
     one_of("--dtype", dtype, Dtype.__args__)  # type: ignore[attr-defined]
-    if engine not in ENGINES:
-        raise UserError(f"--engine {engine!r} cannot be run by this version; choose {', '.join(ENGINES)}")
+    if engine not in ("auto", *ENGINES):
+        raise UserError(f"--engine {engine!r} cannot be run by this version; choose auto, {', '.join(ENGINES)}")
     if tokens is not None and input_spec is not None and input_spec.endswith(".npy"):
         raise UserError("--tokens does nothing with tokens:FILE.npy, which is used exactly as given; leave one out")
 

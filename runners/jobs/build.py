@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from deadbench.runners.engines.registry import INSTALL_VLLM, vllm_is_installed
+from deadbench.runners.engines.registry import DEFAULT, ENGINES, refused_together
 from deadbench.runners.jobs.job import JobError, ModelJob, Overrides, ReadJob
 from deadbench.runners.jobs.opening import fingerprint_of, needs_config_alone, open_all, revisions_of
 from deadbench.suite.checkpoints.checkpoint import Checkpoint
@@ -94,18 +94,19 @@ def build_jobs(
 
 
 def _wished(model: Model, base: Path, assumed: bool) -> str:
-    """The registry's engine, which is a wish: torch where vLLM is not installed or lacks the architecture."""
-    if model.engine != "vllm" or assumed:
-        return "torch" if model.engine == "auto" else model.engine
-    if not vllm_is_installed():
-        return "torch"
-    from deadbench.runners.engines.vllm_support import why_vllm_cannot
-
+    """The registry's engine, which is a wish: torch where it is not installed or lacks the architecture."""
+    if model.engine == "auto":
+        return DEFAULT
+    spec = ENGINES[model.engine]
+    if assumed or spec.refuses is None:
+        return model.engine
+    if spec.missing():
+        return DEFAULT
     try:
         config = model.config or Checkpoint(model.source or "", model.main_checkpoint(), base).config()
     except CheckpointError:
-        return "vllm"  # which the read will say
-    return "torch" if why_vllm_cannot(config) else "vllm"
+        return model.engine  # which the read will say
+    return DEFAULT if spec.why_not(config) else model.engine
 
 
 def _check_degree(model: Model, degree: int, base: Path) -> None:
@@ -165,8 +166,9 @@ def _model_job(
     local_input = rest and kind in ("text", "image", "tokens") and rest != "random"
     absolute = f"{kind}:{Path(rest).resolve()}" if local_input else spec
     dtype = overrides.dtype or model.dtype
-    if overrides.engine == "vllm" and not assumed and not vllm_is_installed():
-        raise JobError(INSTALL_VLLM)
+    missing = ENGINES[overrides.engine].missing() if overrides.engine and not assumed else None
+    if missing:
+        raise JobError(missing)
     engine = overrides.engine or _wished(model, base, assumed)
     revisions, unlisted = revisions_of(model, base) if series else ([model.revision], None)
     wanted = [] if unlisted is not None or all(needs_config_alone(model, read) for read in reads) else revisions
@@ -211,7 +213,6 @@ def _model_job(
     degree = overrides.tensor_parallel
     if overrides.replicas > 1:
         degree = 1  # each has the whole model on one device
-        if (overrides.tensor_parallel or 1) > 1 or engine == "vllm":
-            beside = "--engine vllm" if engine == "vllm" else f"--tensor-parallel {overrides.tensor_parallel}"
-            raise JobError(f"{model.id}: --replicas {overrides.replicas} does not go with {beside}; leave one out")
+        if refused := refused_together(engine, overrides.tensor_parallel, overrides.replicas):
+            raise JobError(f"{model.id}: {refused}")
     return ModelJob(model.id, tuple(jobs), degree or model.gpus, degree)

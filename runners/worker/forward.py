@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from deadbench.runners.engines.base import BATCH_TOKENS
+from deadbench.runners.engines.base import BATCH_TOKENS, Engine
 from deadbench.runners.engines.registry import make_engine
-from deadbench.runners.engines.resident import TorchEngine
 from deadbench.runners.jobs.events import Progress, Reading
 from deadbench.runners.jobs.job import ReadJob
 from deadbench.runners.jobs.resolved import dtype_name, num_parameters, wanted_tokens
@@ -126,7 +125,7 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def _sizes(engine: TorchEngine, model: nn.Module, batch_tokens: int, hidden_size: int) -> str:
+def _sizes(engine: Engine, model: nn.Module, batch_tokens: int, hidden_size: int) -> str:
     weights = sum(p.nbytes for p in model.parameters() if not p.is_meta) / engine.ranks.size
     alone = engine.ranks.size == 1
     tried = ", with half the batch too" if alone else f" in one of {engine.ranks.size} ranks"

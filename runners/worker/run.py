@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from datetime import UTC, datetime
 
+from deadbench.runners.engines.registry import ENGINES
 from deadbench.runners.jobs.events import Event, Finished, Progress, Reading, to_tables
 from deadbench.runners.jobs.job import ModelJob, ReadJob
 from deadbench.suite.errors import one_line
@@ -97,14 +98,15 @@ def _read_trained(read: ReadJob) -> Reading:
 
 
 def _model_reader(read: ReadJob) -> Callable[..., Reading]:
-    """The function that runs a model and reads it: of vLLM, or of the torch engines."""
-    if read.engine == "vllm":
-        from deadbench.runners.worker.vllm import read_vllm
+    """The function that runs a model and reads it: in this process, or in vLLM's."""
+    assert read.engine is not None
+    if ENGINES[read.engine].in_process:
+        from deadbench.runners.worker.forward import read_forward
 
-        return read_vllm
-    from deadbench.runners.worker.forward import read_forward
+        return read_forward
+    from deadbench.runners.worker.vllm import read_vllm
 
-    return read_forward
+    return read_vllm
 
 
 def _read_functional(read: ReadJob) -> Reading:

@@ -19,7 +19,7 @@ import pyarrow as pa
 import torch
 
 from deadbench.runners.engines.base import BATCH_TOKENS, pick_device
-from deadbench.runners.engines.registry import INSTALL_VLLM, vllm_is_installed
+from deadbench.runners.engines.registry import ENGINES
 from deadbench.runners.engines.vllm_support import ENVIRONMENT, refusal, vllm_architecture
 from deadbench.runners.jobs.events import Progress, Reading
 from deadbench.runners.jobs.job import ReadJob
@@ -34,7 +34,7 @@ from deadbench.suite.reads.columns import architecture_columns
 from deadbench.suite.reads.residual import ResidualRead
 from deadbench.suite.schema import Row
 
-_EXTENSION = "deadbench.runners.engines.vllm_worker.StreamReader"
+_SPEC = ENGINES["vllm"]
 
 
 def read_vllm(
@@ -50,8 +50,8 @@ def read_vllm(
     Raises:
         ValueError: what cannot be read, in one line.
     """
-    if not vllm_is_installed():
-        raise ValueError(INSTALL_VLLM)
+    if missing := _SPEC.missing():
+        raise ValueError(missing)
     if read.model.modality != "text":
         raise ValueError(f"the vLLM engine reads text models, not {read.model.modality}; give --engine torch")
     config = build_config(raw_config)
@@ -121,7 +121,7 @@ def _loaded(read: ReadJob, raw_config: dict[str, Any], folder: Path | None, dtyp
         os.environ.setdefault(name, value)
     import vllm
 
-    from deadbench.runners.engines.vllm_worker import RANDOM_FORMAT
+    from deadbench.runners.engines.vllm_random_weights import RANDOM_FORMAT
 
     with tempfile.TemporaryDirectory(prefix="deadbench-") as empty:
         (Path(empty) / "config.json").write_text(json.dumps(raw_config), encoding="utf-8")
@@ -136,7 +136,7 @@ def _loaded(read: ReadJob, raw_config: dict[str, Any], folder: Path | None, dtyp
                 dtype=dtype,
                 tensor_parallel_size=read.tensor_parallel,
                 distributed_executor_backend="mp" if read.tensor_parallel > 1 else None,
-                worker_extension_cls=_EXTENSION,
+                worker_extension_cls=_SPEC.path.replace(":", "."),
                 enforce_eager=True,
                 enable_prefix_caching=False,
                 skip_tokenizer_init=True,
