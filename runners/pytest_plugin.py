@@ -69,7 +69,7 @@ class Registry(pytest.File):
                 measurement = _Measurement(job, read)
                 name = "-".join(part for part in (read.revision, read.read) if part)
                 yield self._item(f"{job.model_id}[{name}]", _timed(measurement))
-                if read.read != "parameters":
+                if read.engine is not None:
                     yield self._item(f"{job.model_id}[{name}-depth]", _depth(measurement))
 
     def _item(self, name: str, function: Any) -> pytest.Item:

@@ -19,13 +19,14 @@ import pyarrow as pa
 from deadbench.runners.results.versions import versions
 from deadbench.suite.checkpoints.checkpoint import Checkpoint, checkpoint_step, identify
 from deadbench.suite.checkpoints.rate_limits import LIMITS
+from deadbench.suite.read_specs import READ_SPECS
 from deadbench.suite.reads.parameters import ParametersRead, read_parameters
-from deadbench.suite.schema import READ_VERSION, Row, to_table
+from deadbench.suite.schema import Row, to_table
 from deadbench.suite.secrets import scrubbed
 
 PROTOCOL = "census"  # less than `run --reads parameters` stores: no norms but the final one, no count of parameters
 PROTOCOL_HASH = hashlib.sha256(
-    json.dumps({"read": "parameters", "protocol": PROTOCOL, "version": READ_VERSION["parameters"]}).encode()
+    json.dumps({"read": "parameters", "protocol": PROTOCOL, "version": READ_SPECS["parameters"].version}).encode()
 ).hexdigest()[:12]
 _LONGEST_WAIT_SECONDS, _REFUSALS = 900.0, 1000  # a census has time: a limit is waited for, not reported
 

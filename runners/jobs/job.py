@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from deadbench.suite.checkpoints.checkpoint import checkpoint_step
+from deadbench.suite.read_specs import READ_SPECS
 from deadbench.suite.registry.entries import Model, Protocol
 from deadbench.suite.schema import KEY
 
@@ -104,8 +105,9 @@ class ModelJob:
 
     @property
     def engine(self) -> str | None:
-        """The engine of the reads that run the model; None where none does."""
-        return next((read.engine for read in self.reads if read.engine), None)
+        """The engine of the reads that run the model, of those first that can be divided; None where none runs it."""
+        ordered = sorted(self.reads, key=lambda read: not READ_SPECS[read.read].divides)
+        return next((read.engine for read in ordered if read.engine), None)
 
     def over(self, devices: int) -> "ModelJob":
         """The job with its reads told how many devices share the model."""
@@ -126,6 +128,6 @@ class ModelJob:
 
 def read_step(job: ReadJob) -> int | None:
     """Training step of the checkpoint that a job reads; None for a random initialisation."""
-    if job.read == "random":
+    if not READ_SPECS[job.read].per_checkpoint:
         return None
     return checkpoint_step(job.revision or Path(job.model.source or "").name)

@@ -8,6 +8,7 @@ from pathlib import Path
 from deadbench.runners.jobs.job import ModelJob
 from deadbench.suite.checkpoints.checkpoint import Checkpoint, list_revisions
 from deadbench.suite.errors import CheckpointError
+from deadbench.suite.read_specs import READ_SPECS
 from deadbench.suite.registry.entries import CheckpointPattern, Model
 
 _CONCURRENT_CHECKPOINTS = 8
@@ -50,7 +51,8 @@ def fingerprint_of(model: Model, revision: str | None, read: str, opened: dict[s
 
 def needs_config_alone(model: Model, read: str) -> bool:
     """Whether the registry's own configuration is all that a read opens."""
-    return model.config is not None and (read == "random" or (read == "functional" and model.source is None))
+    opens = READ_SPECS[read].opens
+    return model.config is not None and (opens == "config" or (opens == "either" and model.source is None))
 
 
 def open_all(source: str | None, revisions: list[str | None], base: Path) -> dict[str | None, Opened]:
