@@ -6,6 +6,8 @@ from typing import Any
 
 import fsspec
 
+from deadbench.suite.errors import message
+
 # The extra that brings the library for a protocol.
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "abfs": "azure", "abfss": "azure", "az": "azure"}
 
@@ -29,6 +31,12 @@ def open_place(location: str) -> tuple[Any, str]:
 def is_local(fs: Any) -> bool:
     """Whether a file system is this machine's own."""
     return "file" in (fs.protocol, *fs.protocol)
+
+
+def refusal(error: BaseException) -> str:
+    """What a file system says, in a few words and without secrets."""
+    known = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else ""
+    return known or message(error)
 
 
 def write_local(final: Path, aside: Path, data: bytes) -> None:

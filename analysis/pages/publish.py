@@ -20,6 +20,7 @@ from deadbench.analysis.formats import environment, render
 from deadbench.analysis.leaderboard import leaderboard
 from deadbench.analysis.pages.report import provenance, write_report
 from deadbench.analysis.results import ResultsError, collected, scan
+from deadbench.suite.errors import message
 from deadbench.suite.schema import TABLES, arrow_schema
 
 HUB = "hf://datasets/"
@@ -106,6 +107,6 @@ def _upload(folder: Path, repository: str, private: bool) -> str:
             repo_id=repository, repo_type="dataset", folder_path=folder, commit_message="deadbench results"
         )
     except (HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        reason = one_line(str(error))[:200]
+        reason = message(error)
         raise ResultsError(f"{HUB}{repository}: the Hub refused ({reason}); `hf auth login` signs in") from error
     return str(commit.commit_url)

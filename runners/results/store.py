@@ -7,7 +7,6 @@ Names are unique, so that two runs may write to one place. The row of `reads` go
 
 import contextlib
 import io
-import os
 import time
 import uuid
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ import pyarrow.parquet as pq
 
 from deadbench.suite.schema import KEY, SCHEMA_VERSION, TABLES
 from deadbench.suite.secrets import scrubbed
-from deadbench.suite.storage import is_local, open_place, write_local
+from deadbench.suite.storage import is_local, open_place, refusal, write_local
 
 _FOOTER_BYTES = 2**17  # as much of a remote file's end as holds its schema
 
@@ -42,14 +41,14 @@ class ResultStore:
         try:
             self._fs, self._root = open_place(location)
         except Exception as error:
-            raise StoreError(f"--out {self.location}: {_reason(error)}") from error
+            raise StoreError(f"--out {self.location}: {refusal(error)}") from error
         self._local = is_local(self._fs)
         self._renames = self._local or type(self._fs).mv is not fsspec.AbstractFileSystem.mv
         try:
             self._probe()
         except Exception as error:
             advice = "choose another folder" if self._local else "check bucket, path and credentials"
-            raise StoreError(f"--out {self.location}: cannot be written ({_reason(error)}); {advice}") from error
+            raise StoreError(f"--out {self.location}: cannot be written ({refusal(error)}); {advice}") from error
         self._check_version()
 
     def finished(self) -> set[tuple[Any, ...]]:
@@ -97,7 +96,7 @@ class ResultStore:
             self._fs.pipe_file(aside, contents)
             self._fs.mv(aside, target)
         except Exception as error:
-            raise OSError(f"{self.location}/{path}: not stored ({_reason(error)}); nothing of it is there") from error
+            raise OSError(f"{self.location}/{path}: not stored ({refusal(error)}); nothing of it is there") from error
 
     def _probe(self) -> None:
         """Fail now, not after the first hour: write a small file and take it away."""
@@ -126,7 +125,7 @@ class ResultStore:
         try:
             return [(path, io.BytesIO(data)) for path, data in self._fs.cat(files).items()]
         except Exception as error:
-            raise StoreError(f"--out {self.location}: {table} cannot be read ({_reason(error)})") from error
+            raise StoreError(f"--out {self.location}: {table} cannot be read ({refusal(error)})") from error
 
     def _footers(self, table: str) -> list[tuple[str, Any]]:
         """(path, what pyarrow reads a schema from) of a table's files; of remote ones only the end."""
@@ -156,9 +155,3 @@ class ResultStore:
             yield
         except (pa.ArrowException, OSError) as error:
             raise StoreError(f"--out {self.location}: {path} cannot be read as parquet; move it away") from error
-
-
-def _reason(error: Exception) -> str:
-    """What a file system says, in a few words and without secrets."""
-    known = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else ""
-    return known or scrubbed(" ".join(str(error).split()))[:200] or type(error).__name__

@@ -22,6 +22,7 @@ import pyarrow as pa
 
 from deadbench.runners.jobs.job import ReadJob
 from deadbench.runners.results.versions import versions
+from deadbench.suite.errors import message
 from deadbench.suite.ranks import Ranks
 from deadbench.suite.reads.final_norm import STATE as FINAL_NORM_STATE
 from deadbench.suite.reads.final_norm import FinalNormRead
@@ -95,7 +96,7 @@ class Checkpoint:
             try:
                 aside = self._write(self._batches(position, measured, stream))
             except Exception as error:  # whatever a disk, a bucket or its library comes up with
-                failure = f"no checkpoint: {' '.join(str(error).split())[:200] or type(error).__name__}"
+                failure = f"no checkpoint: {message(error)}"
         written = [bool(aside)] if not in_step else self._ranks.share(bool(aside))
         if aside is not None and self._target is not None:
             with contextlib.suppress(OSError):  # what is left of it goes when the read is stored
@@ -115,7 +116,7 @@ class Checkpoint:
             if not _fs(self._target).exists(self._target):
                 return None
         except Exception as error:  # a place that the driver can write to and this process cannot
-            self.remark = f"no checkpoints: {' '.join(str(error).split())[:200] or type(error).__name__}"
+            self.remark = f"no checkpoints: {message(error)}"
             self._target = None
             return None
         try:
@@ -130,7 +131,7 @@ class Checkpoint:
                 stream.restore(pa.RecordBatch.from_struct_array(column) for column in rest)
                 return position
         except Exception as error:  # a torn file can break a parser anywhere
-            self.remark = f"its checkpoint is ignored: {' '.join(str(error).split())[:200]}"
+            self.remark = f"its checkpoint is ignored: {message(error)}"
             return None
 
     def _batches(self, position: Position, measured: FinalNormRead, stream: ResidualRead) -> Iterator[pa.RecordBatch]:

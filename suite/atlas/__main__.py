@@ -18,6 +18,7 @@ import torch
 import transformers
 
 from deadbench.suite.atlas.survey import survey
+from deadbench.suite.errors import reason_of
 
 _SECONDS = 120  # for one model type
 
@@ -37,7 +38,7 @@ def _surveyed(model_type: str) -> tuple[str, list[dict[str, Any]], str]:
     try:
         entries = survey(model_type)
     except (Exception, _TooLongError) as error:  # one architecture that cannot be surveyed must not stop the survey
-        return model_type, [], f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:160]
+        return model_type, [], reason_of(error)[:160]
     finally:
         signal.alarm(0)
     return model_type, entries, "; ".join(f"{entry['path']} {entry['family']}" for entry in entries)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from deadbench.suite.errors import CheckpointError
+from deadbench.suite.errors import CheckpointError, first_line, reason_of
 from deadbench.suite.secrets import scrubbed
 from deadbench.suite.storage import open_place
 
@@ -93,7 +93,7 @@ def one_line_errors(what: str) -> Iterator[None]:
         if isinstance(error, ImportError):
             advice = str(error)
         if advice is None and isinstance(error, (OSError, ImportError, ValueError)):
-            advice = f"cannot be read ({name}: {scrubbed((str(error).strip().splitlines() or [''])[0])[:200]})"
+            advice = f"cannot be read ({reason_of(error)})"
         if advice is None and not isinstance(error, (OSError, RuntimeError)):
             advice = f"cannot be read ({name})"
-        raise CheckpointError(f"{what}: {advice or scrubbed(str(error).splitlines()[0])}") from error
+        raise CheckpointError(f"{what}: {advice or first_line(error)}") from error

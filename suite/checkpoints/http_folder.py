@@ -29,7 +29,7 @@ from deadbench.suite.checkpoints.http_requests import (
     total,
 )
 from deadbench.suite.checkpoints.rate_limits import LIMITS, named_wait
-from deadbench.suite.errors import CheckpointError
+from deadbench.suite.errors import CheckpointError, first_line
 from deadbench.suite.secrets import scrubbed
 
 # What a web server without listings is asked for.
@@ -252,7 +252,7 @@ class HttpFolder:
             # Nobody answers at that address: asking again helps no more than a look at the address.
             hopeless = isinstance(error, (httpx2.ConnectError, httpx2.UnsupportedProtocol))
             if hopeless or attempt + 1 == ATTEMPTS:
-                reason = scrubbed((str(error).splitlines() or [""])[0]) or type(error).__name__
+                reason = first_line(error)
                 what = f"the answer is cut off ({reason})" if broken else f"cannot be reached ({reason})"
                 tried = "" if hopeless else f" in {ATTEMPTS} attempts"
                 advice = "check the address and the network"
