@@ -10,16 +10,14 @@ import io
 import time
 import uuid
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from deadbench.suite.schema import KEY, SCHEMA_VERSION, TABLES
 from deadbench.suite.secrets import scrubbed
-from deadbench.suite.storage import is_local, open_place, refusal, write_local
+from deadbench.suite.storage import is_local, open_place, refusal, renames, write_whole
 
 _FOOTER_BYTES = 2**17  # as much of a remote file's end as holds its schema
 
@@ -43,7 +41,7 @@ class ResultStore:
         except Exception as error:
             raise StoreError(f"--out {self.location}: {refusal(error)}") from error
         self._local = is_local(self._fs)
-        self._renames = self._local or type(self._fs).mv is not fsspec.AbstractFileSystem.mv
+        self._renames = renames(self._fs)
         try:
             self._probe()
         except Exception as error:
@@ -84,18 +82,14 @@ class ResultStore:
 
     def _write_whole(self, path: str, contents: bytes) -> None:
         target, aside = f"{self._root}/{path}", f"{self._root}/_tmp/{uuid.uuid4().hex}"
-        if self._local:
-            write_local(Path(target), Path(aside), contents)
-            return
         try:
-            if not self._renames:
-                self._fs.pipe_file(target, contents)
-                return
-            for name in (target, aside):
-                self._fs.makedirs(name.rpartition("/")[0], exist_ok=True)
-            self._fs.pipe_file(aside, contents)
-            self._fs.mv(aside, target)
+            if self._renames:
+                for name in (target, aside):
+                    self._fs.makedirs(name.rpartition("/")[0], exist_ok=True)
+            write_whole(target, contents, self._fs, aside)
         except Exception as error:
+            if self._local:
+                raise
             raise OSError(f"{self.location}/{path}: not stored ({refusal(error)}); nothing of it is there") from error
 
     def _probe(self) -> None:

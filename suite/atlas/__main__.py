@@ -19,6 +19,7 @@ import transformers
 
 from deadbench.suite.atlas.survey import survey
 from deadbench.suite.errors import reason_of
+from deadbench.suite.storage import write_whole
 
 _SECONDS = 120  # for one model type
 
@@ -78,9 +79,8 @@ def main() -> None:
 def _write(path: Path, entries: dict[str, Any]) -> None:
     """The atlas file: a line for each model type."""
     lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(entries[name])}" for name in sorted(entries))
-    path.write_text(
-        f'{{"transformers": "{transformers.__version__}", "model_types": {{\n{lines}\n}}}}\n', encoding="utf-8"
-    )
+    text = f'{{"transformers": "{transformers.__version__}", "model_types": {{\n{lines}\n}}}}\n'
+    write_whole(path, text.encode())
 
 
 if __name__ == "__main__":
