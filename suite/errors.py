@@ -7,6 +7,10 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be read; the message names the file, what is wrong and what to do."""
 
 
+class UnreachableError(CheckpointError):
+    """A checkpoint whose server cannot be reached, or must not be: of the checkpoint itself it says nothing."""
+
+
 class ArchitectureError(ValueError):
     """A configuration that transformers cannot build."""
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from deadbench.runners.cluster.processes import Ended
+from deadbench.runners.jobs.events import GroupBrokenError
 from deadbench.runners.jobs.job import ModelJob, ReadJob
 from deadbench.suite.errors import message, one_line
 
@@ -43,6 +44,8 @@ def death_of(ray: Any, error: Exception) -> Death:
     if isinstance(error, errors.OutOfMemoryError):
         return Death("memory", "the process was killed: the machine ran out of memory")
     if isinstance(error, errors.RayTaskError):
+        if isinstance(error.cause, GroupBrokenError):
+            return Death("broken", "the ranks are out of step")
         return Death("crash", f"the worker failed: {message(error.cause, 300)}")
     if isinstance(error, errors.ActorUnschedulableError) or "never ran" in text:
         return Death("unplaced", "its node was gone before it began")
