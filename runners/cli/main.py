@@ -17,6 +17,7 @@ from deadbench.runners.cli.console import EXIT_FALSE, EXIT_INTERRUPTED, EXIT_USA
 from deadbench.runners.cli.plan import plan
 from deadbench.runners.cli.results import dead, families, leaderboard, publish, report
 from deadbench.runners.cli.run import run
+from deadbench.suite.errors import message
 
 app = typer.Typer(
     add_completion=False,
@@ -68,7 +69,7 @@ def _explain(error: Exception) -> int:
     if isinstance(error, TyperException):
         text = error.format_message()
     else:
-        text = " ".join(str(error).split()) or type(error).__name__
+        text = message(error, None)
         if not isinstance(error, (UserError, ValueError)):
             text = f"{type(error).__name__}: {text}"
     print(f"deadbench: {text}", file=sys.stderr)

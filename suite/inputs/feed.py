@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from deadbench.suite.architectures.locate import find_final_norm
 from deadbench.suite.architectures.parts import PICTURE_NAMES, SOUND_NAMES
-from deadbench.suite.errors import InputError
+from deadbench.suite.errors import InputError, first_line
 from deadbench.suite.inputs.batches import Batch, Inputs
 from deadbench.suite.inputs.signals import (
     distinct_patches,
@@ -204,7 +204,7 @@ def working_form(part: nn.Module) -> dict[str, Tensor]:
             with torch.no_grad(), attempt():
                 part(**{n: _moved(v, device, dtype) for n, v in candidate.items()})
         except Exception as error:
-            failure = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            failure = first_line(error)
             continue
         return {name: value for name, value in candidate.items() if isinstance(value, Tensor)}
     if device.type == "meta":  # values are asked for, and there are none: the likeliest form
