@@ -12,11 +12,12 @@ import typer
 
 from deadbench.runners.cli.census import census
 from deadbench.runners.cli.classify import classify, export
-from deadbench.runners.cli.compare import compare, trend
+from deadbench.runners.cli.compare import compare
 from deadbench.runners.cli.console import EXIT_FALSE, EXIT_INTERRUPTED, EXIT_USAGE, UserError
 from deadbench.runners.cli.plan import plan
 from deadbench.runners.cli.results import dead, families, leaderboard, publish, report
 from deadbench.runners.cli.run import run
+from deadbench.runners.cli.trend import trend
 from deadbench.suite.errors import message
 
 app = typer.Typer(

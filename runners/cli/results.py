@@ -1,4 +1,4 @@
-"""The commands that read result sets: leaderboard, families, compare, trend, report, publish."""
+"""The commands that read result sets: leaderboard, families, dead, report, publish."""
 
 from pathlib import Path
 from typing import Annotated
