@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from deadbench.analysis.cells import cells, header, one_line, text
+from deadbench.analysis.footnotes import footnotes
 from deadbench.analysis.layouts import LAYOUTS
 from deadbench.analysis.results import ResultsError
 from deadbench.analysis.terminal import Column, Layout, table
@@ -64,6 +65,7 @@ def rich_table(frame: pl.DataFrame, title: str, *, width: int, keep: Sequence[st
     if {"model", "error"} <= set(frame.columns):
         errors = frame.select("model", "error").drop_nulls("error").iter_rows()
         notes += [one_line(f"{model}: {error}") for model, error in errors]
+    notes += footnotes(frame)
     rows = list(cells(frame))
     columns = [
         Column(
@@ -149,13 +151,19 @@ def _md(frames: Mapping[str, pl.DataFrame]) -> str:
     tables = []
     for frame in frames.values():
         lines = [[header(name) for name in frame.columns], ["---:" if t.is_numeric() else "---" for t in frame.dtypes]]
-        lines += [[cell.translate(_MARKDOWN) for cell in row] for row in cells(frame)]
+        lines += [[escaped(cell) for cell in row] for row in cells(frame)]
         tables.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+        tables += [escaped(line) for line in footnotes(frame)]
     return "\n\n".join(tables)
 
 
+def escaped(words: str) -> str:
+    """`words` as plain text in Markdown."""
+    return words.translate(_MARKDOWN)
+
+
 def _html(frames: Mapping[str, pl.DataFrame]) -> str:
-    tables = {title: _great_table(frame, title) for title, frame in frames.items()}
+    tables = {title: (_great_table(frame, title), footnotes(frame)) for title, frame in frames.items()}
     return str(environment().get_template("page.html.j2").module.document(tables))
 
 

@@ -30,12 +30,16 @@ def classify(
         typer.Option(metavar="PACKAGE:CLASS", help="Your own norm class, imported and put to the kernel test."),
     ] = None,
     width: Annotated[int, typer.Option(min=2, help="Width that the class of --module is built with.")] = 64,
+    allow_undetermined: Annotated[
+        bool, typer.Option("--allow-undetermined", help="Exit with 0 although a family is undetermined.")
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Normalisation family, final norm and dead direction of checkpoints, from their parameters alone.
 
-    Opens only headers, the configuration and the final norm's tensors.
+    Opens only headers, the configuration and the final norm's tensors. Exit code 1 when a source could not be read, or
+    its family stayed undetermined.
 
     Example: [bold]deadbench classify openai-community/gpt2 ./my-checkpoint --save-direction v.safetensors[/bold]
     """
@@ -65,7 +69,10 @@ def classify(
         print(json.dumps({"sources": results}, indent=2))
     else:
         _print_classified(results)
-    if any(result["error"] for result in results):
+    undetermined = [result["source"] for result in results if result["family"] == "undetermined"]
+    if undetermined and not allow_undetermined:
+        print(f"deadbench: undetermined: {', '.join(undetermined)}; --allow-undetermined exits with 0", file=sys.stderr)
+    if any(result["error"] for result in results) or (undetermined and not allow_undetermined):
         raise typer.Exit(EXIT_FALSE)
 
 
