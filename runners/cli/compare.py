@@ -39,10 +39,10 @@ def compare(
 
     Example: [bold]deadbench compare results/quick@step16 results/quick@step4096[/bold]
     """
-    from deadbench.analysis.compare import METRICS, open_side
+    from deadbench.analysis.compare import METRICS, num_reads, open_side
     from deadbench.analysis.compare import compare as differences
     from deadbench.analysis.gate import broken, judge, load_gate, unjudged
-    from deadbench.analysis.pages.gate_report import github_summary, headline
+    from deadbench.analysis.pages.gate_report import github_summary, headline, sides
     from deadbench.analysis.pages.gate_report import junit as junit_xml
 
     format = "json" if as_json else format
@@ -54,7 +54,11 @@ def compare(
     asked = rules.scales() if rules else METRICS
     rows = differences(open_side(baseline), open_side(candidate), asked)
     if rules is None:
-        print_frames({"compare": rows if show_all else rows.filter(rows["verdict"] != "same")}, format)
+        shown = rows if show_all else rows.filter(rows["verdict"] != "same")
+        if shown.is_empty():
+            say(f"no differences: {num_reads(rows)} reads, {rows['metric'].n_unique()} metrics compared")
+        if format != "table" or len(shown):
+            print_frames({"compare": shown}, format)
         return
     judged = judge(rows, rules)
     failures = broken(judged)
@@ -62,10 +66,10 @@ def compare(
         junit.write_text(junit_xml(judged), encoding="utf-8")
     if page := os.environ.get("GITHUB_STEP_SUMMARY"):
         with open(page, "a", encoding="utf-8") as file:
-            file.write(github_summary(judged))
+            file.write(github_summary(judged, baseline, candidate))
     shown = judged if show_all else failures
     if format == "github":
-        print(github_summary(judged), end="")
+        print(github_summary(judged, baseline, candidate), end="")
     elif format == "json":
         from deadbench.analysis.formats import plain_rows
 
@@ -73,7 +77,8 @@ def compare(
         print(json.dumps({"compare": plain_rows(shown), "gate": verdict}, indent=2))
     elif format != "table" or len(shown):
         print_frames({"compare": shown}, format)
-    say(headline(judged))
+    for line in (headline(judged), *sides(judged, baseline, candidate)):
+        say(line)
     for metric in unjudged(judged, rules):
         say(f"{gate}: no read of the baseline has {metric}; it judged nothing")
     if len(failures):

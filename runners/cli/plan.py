@@ -65,29 +65,36 @@ def _finished(out: str) -> set[tuple[Any, ...]]:
 
 
 def _print(rows: list[dict[str, Any]], label: str) -> None:
-    from rich import box
-    from rich.markup import escape
-    from rich.table import Column, Table
+    from deadbench.analysis.terminal import NOTHING, Column, Layout, table
 
-    numbers = [
-        Column(name, justify="right") for name in ("GPUs", "passes", "weights", "activ.", "accum.", "peak", "host")
+    def column(name: str, header: str, cells: list[str], *, is_text: bool = False) -> Column:
+        return Column(name, header, cells, is_text, is_number=not is_text and name not in ("order", "read"))
+
+    def gigabytes(name: str) -> list[str]:
+        return [NOTHING if row[name] is None else f"{row[name] / 1e9:.1f}" for row in rows]
+
+    names = [" ".join(part for part in (row["model"], row["revision"]) if part) for row in rows]
+    notes = [f"cannot run: {row['problem']}" if row["problem"] else row["note"] or "" for row in rows]
+    columns = [
+        column("order", "#", [str(row["order"]) for row in rows]),
+        column("model", "model", names, is_text=True),
+        column("read", "read", [row["read"] for row in rows]),
+        column("engine", "engine", [row["engine"] or NOTHING for row in rows], is_text=True),
+        column("dtype", "dtype", [row["dtype"] or NOTHING for row in rows], is_text=True),
+        column("gpus", "GPUs", [f"{row['gpus']:g}" for row in rows]),
+        column("passes", "passes", [str(row["passes"] or NOTHING) for row in rows]),
+        column("weight_bytes", "weights", gigabytes("weight_bytes")),
+        column("activation_bytes", "activ.", gigabytes("activation_bytes")),
+        column("accumulator_bytes", "accum.", gigabytes("accumulator_bytes")),
+        column("peak_bytes", "peak", gigabytes("peak_bytes")),
+        column("peak_host_bytes", "host", gigabytes("peak_host_bytes")),
+        column("note", "note", notes, is_text=True),
     ]
-    note = Column("note", overflow="fold", min_width=24)
-    table = Table(
-        "#", Column("model", overflow="fold"), "read", "engine", "dtype", *numbers, note,
-        title=f"plan for {escape(label)}, GB", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True,
-    )  # fmt: skip
-    for row in rows:
-        sizes = ("weight_bytes", "activation_bytes", "accumulator_bytes", "peak_bytes", "peak_host_bytes")
-        table.add_row(
-            str(row["order"]),
-            escape(" ".join(part for part in (row["model"], row["revision"]) if part)),
-            row["read"],
-            row["engine"] or "-",
-            row["dtype"] or "-",
-            f"{row['gpus']:g}",
-            str(row["passes"] or "-"),
-            *("-" if row[name] is None else f"{row[name] / 1e9:.1f}" for name in sizes),
-            escape(f"cannot run: {row['problem']}" if row["problem"] else row["note"] or ""),
-        )
-    console().print(table)
+    layout = Layout(
+        [each.name for each in columns],
+        keys=["order", "model", "read", "peak_bytes", "note"],
+        dropped=["passes", "activation_bytes", "accumulator_bytes", "weight_bytes", "dtype", "peak_host_bytes", "gpus"],
+    )
+    terminal = console()
+    title = f"plan for {label}, GB"
+    terminal.print(table(columns, layout, width=terminal.width, title=title, elsewhere="--json"))

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 from deadbench.runners.cli import main as cli
 from deadbench.runners.driver import driver
-from tests.conftest import ROOT, TWINS, save_tiny
+from tests.conftest import ROOT, TWINS, save_tiny, write_checkpoint
 
 # Every option of every command, as --help lists them: what scripts out there rely on.
 FLAGS = {
@@ -175,6 +175,16 @@ def test_classify_for_people(deadbench, minilm):
     assert code == 0
     assert "layernorm" in out
     assert "encoder.layer.5.output" in out
+
+
+def test_what_stays_undetermined_is_exit_1_unless_it_is_allowed(deadbench, tmp_path):
+    unknown = write_checkpoint(tmp_path / "unknown", {"model_type": "unheard-of", "hidden_size": 8}, {"w": np.ones(8)})
+    code, out, err = deadbench("classify", unknown, TWIN, "--json")
+    assert [source["family"] for source in json.loads(out)["sources"]] == ["undetermined", "layernorm"]
+    assert code == 1
+    assert err == f"deadbench: undetermined: {unknown}; --allow-undetermined exits with 0\n"
+    assert deadbench("classify", unknown, TWIN, "--allow-undetermined")[::2] == (0, "")
+    assert deadbench("classify", unknown, "/no/such", "--allow-undetermined")[0] == 1
 
 
 def test_directions_are_saved_with_their_facts(deadbench, tmp_path):
