@@ -1,10 +1,9 @@
-# Two commands: `make run` and `make test`; for every save `make test-fast`. They set up .venv first, from nothing but
-# Python >= 3.11 and a package index.
+# Two commands: `make run` and `make test`. Both set up .venv first, from nothing but Python >= 3.11 and a package index.
 
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?= results/quick
-FAST ?= -m 'not ray and not slow and not full'
+WORKERS ?= -n logical --maxprocesses 4
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 CPU_INDEX := https://download.pytorch.org/whl/cpu
@@ -24,11 +23,11 @@ run: $(VENV)/installed
 
 test: $(VENV)/installed check
 	@$(MAKE) --no-print-directory vllm || echo "vLLM cannot be installed here: its tests are skipped, which pytest says"
-	$(BIN)/pytest
+	$(BIN)/pytest $(WORKERS)
 
-# What needs no Ray, no vLLM and no process of its own.
+# For every save: what starts no Ray, no vLLM and no other process.
 test-fast: $(VENV)/installed
-	$(BIN)/pytest $(FAST)
+	$(BIN)/pytest $(WORKERS) -m 'not ray and not vllm and not subprocess and not full'
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -38,7 +37,7 @@ check: $(VENV)/installed
 
 coverage: $(VENV)/installed
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage run -m pytest $(WORKERS)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 

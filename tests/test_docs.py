@@ -116,6 +116,7 @@ def test_every_command_has_an_example_in_the_documents():
     assert [name for name in commands if f"$ deadbench {name}" not in text] == []
 
 
+@pytest.mark.subprocess
 def test_every_module_has_a_page_of_its_interface(tmp_path):
     """As `make docs` makes them; a module that does not import alone, or a broken docstring, fails here."""
     (recipe,) = re.findall(r"\$\(BIN\)/pdoc (.*) -o site", (ROOT / "Makefile").read_text(encoding="utf-8"))

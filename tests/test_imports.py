@@ -33,12 +33,14 @@ def lint(folder):
     )
 
 
+@pytest.mark.subprocess
 def test_the_contracts_hold(copy):
     done = lint(copy)
     assert done.returncode == 0, done.stdout
     assert "0 broken" in done.stdout
 
 
+@pytest.mark.subprocess
 @pytest.mark.parametrize(
     ("file", "imported"),
     [

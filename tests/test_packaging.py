@@ -87,6 +87,7 @@ def repository(request, tmp_path):
     return tmp_path
 
 
+@pytest.mark.subprocess
 def test_a_wheel_holds_one_package_whole(wheels):
     with zipfile.ZipFile(wheels[0]) as wheel:
         names = wheel.namelist()
@@ -99,6 +100,7 @@ def test_a_wheel_holds_one_package_whole(wheels):
     assert {"deadbench/suite/data/models.yaml", "deadbench/suite/data/atlas.json"} <= expected
 
 
+@pytest.mark.subprocess
 def test_an_sdist_builds_the_same_wheel(wheels, sdist):
     contents = []
     for path in wheels:
@@ -109,6 +111,7 @@ def test_an_sdist_builds_the_same_wheel(wheels, sdist):
         assert [member.name for member in opened if not member.isfile()] == [], "links would not survive everywhere"
 
 
+@pytest.mark.subprocess
 def test_it_works_beside_folders_of_the_same_names(installed, repository):
     where = "import deadbench.suite; print(deadbench.suite.__file__)"
     assert run("-c", where, cwd=repository, path=installed).strip() == str(installed / "deadbench/suite/__init__.py")
@@ -121,6 +124,7 @@ def test_it_works_beside_folders_of_the_same_names(installed, repository):
     assert run("-c", script, cwd=repository, path=installed) == "0.1.0\n"
 
 
+@pytest.mark.subprocess
 def test_a_pytest_that_does_not_ask_for_us_is_left_alone(installed, repository):
     """With warnings as errors, from the command line and from a program that uses deadbench."""
     (repository / "conftest.py").write_text(
@@ -131,6 +135,7 @@ def test_a_pytest_that_does_not_ask_for_us_is_left_alone(installed, repository):
     assert "1 passed" in run("-c", script, cwd=repository, path=installed)
 
 
+@pytest.mark.subprocess
 @pytest.mark.parametrize("repository", ["folders"], indirect=True)
 def test_the_plugin_beside_folders_of_the_same_names(installed, repository):
     """Loaded by its entry point, in a repository whose warnings are errors."""
@@ -140,6 +145,7 @@ def test_the_plugin_beside_folders_of_the_same_names(installed, repository):
 
 
 @pytest.mark.ray
+@pytest.mark.subprocess
 @pytest.mark.parametrize("repository", ["folders"], indirect=True)
 def test_ray_workers_whose_folder_has_the_same_names(installed, repository):
     """Ray puts the working directory in front of a worker's path."""
@@ -156,6 +162,7 @@ def test_ray_workers_whose_folder_has_the_same_names(installed, repository):
     assert (row["family"], row["status"]) == ("layernorm", "ok")
 
 
+@pytest.mark.subprocess
 def test_a_clone_without_links_runs(tmp_path):
     """As an archive or Windows leaves it: each link is a file that says where it led."""
     clone = tmp_path / "clone"
@@ -237,6 +244,7 @@ def test_a_release_is_uploaded_without_a_token():
     assert "secrets" not in json.dumps(jobs)
 
 
+@pytest.mark.subprocess
 def test_hooks_run_before_a_commit_what_make_check_runs():
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"][0]["hooks"]
     recipe = re.search(r"^check:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)[1]

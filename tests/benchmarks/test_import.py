@@ -8,6 +8,7 @@ import pytest
 from tests.conftest import ROOT
 
 
+@pytest.mark.subprocess
 @pytest.mark.benchmark(group="import deadbench")
 @pytest.mark.parametrize("statement", ["import deadbench", "pass"])
 def test_import(benchmark, statement):
