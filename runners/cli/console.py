@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,17 +43,19 @@ def console() -> Any:
     return Console() if sys.stdout.isatty() else Console(width=PLAIN_WIDTH)
 
 
-def print_frames(frames: dict[str, Any], format: str) -> None:
+def print_frames(frames: dict[str, Any], format: str, keep: Sequence[str] = ()) -> None:
     """Data frames by title, on stdout: tables, one JSON document, or text one after another.
 
-    csv has no place for a second table and prints the first one only.
+    A terminal shows the columns that fit it, those in `keep` always. csv has no place for a second table and prints the
+    first one only.
     """
     from deadbench.analysis.formats import render, rich_table
 
     one_of("--format", format, FORMATS)
     if format == "table":
+        terminal = console()
         for title, frame in frames.items():
-            console().print(rich_table(frame, title))
+            terminal.print(rich_table(frame, title, width=terminal.width, keep=keep))
     else:
         print(render(frames, format))
 

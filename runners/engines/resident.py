@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from deadbench.runners.engines.base import Blocks, ForwardPass, Swept, mismatch
 from deadbench.suite.architectures.build import build_model, build_published
 from deadbench.suite.architectures.resolve import Resolved, resolve_without_weights
-from deadbench.suite.errors import CheckpointError
+from deadbench.suite.errors import CheckpointError, reason_of
 from deadbench.suite.inputs.batches import Batch
 from deadbench.suite.ranks import Ranks
 
@@ -90,8 +90,7 @@ class TorchEngine:
                 **placement,
             )
         except Exception as error:
-            reason = (str(error).strip().splitlines() or [""])[0][:300]
-            raise CheckpointError(f"{folder}: cannot be loaded ({type(error).__name__}: {reason})") from error
+            raise CheckpointError(f"{folder}: cannot be loaded ({reason_of(error)})") from error
         for name, stored, expected in sorted(report["mismatched_keys"])[:1]:
             raise CheckpointError(f"{folder}: {mismatch(name, stored, expected)}")
         # Poolers come after the final norm and are often not stored.

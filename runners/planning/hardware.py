@@ -4,6 +4,8 @@ import math
 import re
 from dataclasses import dataclass
 
+from deadbench.suite.errors import one_line
+
 
 class PlanError(ValueError):
     """A cluster that cannot be understood or reached; one line."""
@@ -74,8 +76,7 @@ def ray_cluster(address: str) -> Cluster:
         if not ray.is_initialized():
             ray.init(address=address, logging_level="ERROR", log_to_driver=False)
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise PlanError(f"Ray at {address!r} cannot be joined ({type(error).__name__}: {reason})") from error
+        raise PlanError(f"Ray at {address!r} cannot be joined ({one_line(error, 300)})") from error
     ask = ray.remote(num_cpus=0)(_smallest_gpu_bytes)
     found = []
     for node in (each for each in ray.nodes() if each["Alive"]):

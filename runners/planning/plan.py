@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Any
 
-from deadbench.runners.jobs.job import ModelJob, ReadJob
+from deadbench.runners.jobs.job import ModelJob, ReadJob, Unreached
 from deadbench.runners.planning.degree import shared_by
 from deadbench.runners.planning.hardware import PROCESS_BYTES, SHARES, Cluster, Room, gigabytes
 from deadbench.runners.planning.needs import Needs, needs
@@ -24,7 +24,6 @@ from deadbench.suite.errors import CheckpointError
 
 _CONTEXT_BYTES = 0.7e9  # of a GPU, that each process on it takes beside its tensors
 _ACCUMULATOR_SHARE = 4  # as the passes take it: one part in so many of what is free
-_UNREACHED = ("cannot be reached", "HF_HUB_OFFLINE is set")
 _COUNTED = {"num_attention_heads": "heads", "num_key_value_heads": "KV heads"}
 _ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -80,9 +79,7 @@ def place(read: ReadJob, cluster: Cluster, asked: int | None = None) -> Placemen
     """How one read would run, over `asked` devices where a number is given."""
     row = Placement(0, read.model.id, read.revision, read.read, None, 0, *[None] * 8)
     problem, remark = read.error, None
-    if (
-        problem and cluster.assumed and any(why in problem for why in _UNREACHED)
-    ):  # which says nothing of the cluster that is assumed
+    if isinstance(problem, Unreached) and cluster.assumed:  # which says nothing of the cluster that is assumed
         problem, remark = None, "its source cannot be reached from here"
     if read.read == "parameters":
         return replace(row, note=_joined("headers and norms only", remark), problem=problem)

@@ -23,17 +23,25 @@ def run_model(job: ModelJob, run_id: str, attempt: int) -> Iterator[Event]:
     for read in job.reads:
         started_at = datetime.now(UTC)
         yield Progress(read.label(), "loading")
-        failure = None
+        failure, poisoned = None, False
         try:
             if read.error:
                 raise ValueError(read.error)
             rows = yield from READ_FUNCTIONS[read.read](read)
             rows["reads"][0]["status"] = "ok"
         except Exception as error:
-            failure = traceback.format_exc()
+            failure, poisoned = traceback.format_exc(), is_poisoned(error)
             rows = {"reads": [{"status": "failed", "error": one_line(error)}]}
-        yield Finished(read, to_tables(rows, read, run_id, attempt, started_at), failure)
+        yield Finished(read, to_tables(rows, read, run_id, attempt, started_at), failure, poisoned)
         attempt = 1
+
+
+def is_poisoned(error: BaseException) -> bool:
+    """Whether this process can do nothing more on its GPU after `error`.
+
+    By its text: torch's own classes are gone where another rank, vLLM's process or a message of ours passes it on.
+    """
+    return any(word in str(error) for word in ("CUDA error", "CUDA driver error", "NCCL error"))
 
 
 def _read_parameters(read: ReadJob) -> Reading:

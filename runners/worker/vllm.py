@@ -117,7 +117,7 @@ def _loaded(read: ReadJob, raw_config: dict[str, Any], weights: Weights, dtype: 
         os.environ.setdefault(name, value)
     import vllm
 
-    from deadbench.runners.engines.vllm_worker import RANDOM_FORMAT
+    from deadbench.runners.engines.vllm_random_weights import RANDOM_FORMAT
 
     with tempfile.TemporaryDirectory(prefix="deadbench-") as empty:
         (Path(empty) / "config.json").write_text(json.dumps(raw_config), encoding="utf-8")

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deadbench.suite.architectures.build import SMALL_MODEL, build_model, reason_of
+from deadbench.suite.architectures.build import SMALL_MODEL, build_model
 from deadbench.suite.architectures.kernel_test import is_norm_of_maps, normalises, own_vectors, probe
 from deadbench.suite.architectures.norms import FinalNorm, NormBehaviour
 from deadbench.suite.architectures.parts import block_list
 from deadbench.suite.architectures.stored_names import renamings
+from deadbench.suite.errors import reason_of
 from deadbench.suite.tracing.flow import (
     Call,
     cuts,

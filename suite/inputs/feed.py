@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deadbench.suite.architectures.build import reason_of
 from deadbench.suite.architectures.locate import find_final_norm, width_and_rows
 from deadbench.suite.architectures.norms import FinalNorm
 from deadbench.suite.architectures.parts import PICTURE_NAMES, SOUND_NAMES
-from deadbench.suite.errors import InputError
+from deadbench.suite.errors import InputError, first_line, reason_of
 from deadbench.suite.inputs.batches import Batch, Inputs
 from deadbench.suite.inputs.signals import (
     distinct_patches,
@@ -198,7 +197,7 @@ def working_form(part: nn.Module) -> dict[str, Tensor]:
             with torch.no_grad():
                 part(**placed(candidate, part))
         except Exception as error:
-            failure = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            failure = first_line(error)
             continue
         return {name: value for name, value in candidate.items() if isinstance(value, Tensor)}
     raise InputError(f"{type(part).__name__} runs on no input that is known here ({failure[:200]})")

@@ -52,9 +52,9 @@ def pass_seconds(rank, meeting, config, rounds, answers):
     """On one rank: best seconds of a forward pass over 4D tokens, bare and with every tap read."""
     import torch
 
-    from deadbench.runners.cluster.group import join_group
     from deadbench.runners.engines.base import Blocks
     from deadbench.runners.engines.tensor_parallel import ParallelEngine
+    from deadbench.runners.worker.group import join_group
     from deadbench.suite.architectures.build import build_config
     from deadbench.suite.architectures.parts import block_list
     from deadbench.suite.inputs.tokens import token_batches
