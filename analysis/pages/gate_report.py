@@ -26,19 +26,7 @@ def github_summary(judged: pl.DataFrame) -> str:
     mark = "❌" if len(failures) else "✅"
     lines = [f"### {mark} {headline(judged)}"]
     if len(failures):
-        columns = [
-            "verdict",
-            "model",
-            "revision",
-            "read",
-            "metric",
-            "baseline",
-            "candidate",
-            "change",
-            "allowed",
-            "detail",
-        ]
-        lines += ["", render({"compare": failures.select(columns)}, "md")]
+        lines += ["", render({"compare": failures.select(_SUMMARY_COLUMNS)}, "md")]
     return "\n".join(lines) + "\n"
 
 

@@ -123,14 +123,6 @@ class ResidualRead:
             self._taps[tap] = Tap(self.hidden_size, self._half_tokens, self.device)
         self._taps[tap].update(rows)
 
-    def merge(self, other: "ResidualRead") -> None:
-        """Add what another worker accumulated in this pass: of the same taps on other tokens, or of other taps."""
-        for index, tap in other._taps.items():
-            if index in self._taps:
-                self._taps[index].merge(tap)
-            else:
-                self._taps[index] = tap
-
     def end_pass(self) -> None:
         """Decompose the taps of this pass; their accumulators are given back."""
         if self.ranks.replicas:
