@@ -6,6 +6,10 @@ from dataclasses import dataclass
 
 from deadbench.suite.errors import one_line
 
+PROCESS_BYTES = 0.6e9  # what an actor holds with torch and transformers imported and no model
+SHARES = (0.125, 0.25, 0.5)  # of one device that a small model may ask for
+_USABLE = 0.9  # of a device's memory; the rest is the allocator's, the driver's and other processes'
+
 
 class PlanError(ValueError):
     """A cluster that cannot be understood or reached; one line."""
@@ -36,6 +40,33 @@ class Cluster:
     def largest(self) -> Machine:
         """The node with the most GPU memory; without GPUs, with the most host memory."""
         return max(self.nodes, key=lambda node: (node.gpus * node.gpu_bytes, node.host_bytes or 0))
+
+
+@dataclass(frozen=True)
+class Room:
+    """What there is on the largest node: bytes of the device that runs the model, and of the host that loads it."""
+
+    node: Machine
+    device: float
+    host: float
+
+    @classmethod
+    def of(cls, cluster: Cluster) -> "Room":
+        """That of the largest node."""
+        node = cluster.largest
+        host = (node.host_bytes or math.inf) - PROCESS_BYTES
+        return cls(node, _USABLE * (node.gpu_bytes if node.gpus else host), _USABLE * host)
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether models run on GPUs."""
+        return self.node.gpus > 0
+
+    def label(self, loadable: bool) -> str:
+        """The memory that is too small, in words: the host's where the model cannot even be loaded."""
+        if self.on_gpu and loadable:
+            return f"a GPU of {gigabytes(self.node.gpu_bytes)}"
+        return f"{gigabytes(self.node.host_bytes or 0)} of memory"
 
 
 def parse_cluster(text: str, option: str = "--assume") -> Cluster:
@@ -96,40 +127,6 @@ def _smallest_gpu_bytes() -> float:
     return min(float(each) for each in listed) * 2**20
 
 
-PROCESS_BYTES = 0.6e9  # what an actor holds with torch and transformers imported and no model
-_USABLE = 0.9  # of a device's memory; the rest is the allocator's, the driver's and other processes'
-
-
-@dataclass(frozen=True)
-class Room:
-    """What there is on the largest node: bytes of the device that runs the model, and of the host that loads it."""
-
-    node: Machine
-    device: float
-    host: float
-
-    @classmethod
-    def of(cls, cluster: Cluster) -> "Room":
-        """That of the largest node."""
-        node = cluster.largest
-        host = (node.host_bytes or math.inf) - PROCESS_BYTES
-        return cls(node, _USABLE * (node.gpu_bytes if node.gpus else host), _USABLE * host)
-
-    @property
-    def on_gpu(self) -> bool:
-        """Whether models run on GPUs."""
-        return self.node.gpus > 0
-
-    def label(self, loadable: bool) -> str:
-        """The memory that is too small, in words: the host's where the model cannot even be loaded."""
-        if self.on_gpu and loadable:
-            return f"a GPU of {gigabytes(self.node.gpu_bytes)}"
-        return f"{gigabytes(self.node.host_bytes or 0)} of memory"
-
-
 def gigabytes(value: float) -> str:
     """`1.5 GB`."""
     return f"{value / 1e9:.1f} GB"
-
-
-SHARES = (0.125, 0.25, 0.5)  # of one device that a small model may ask for
