@@ -20,9 +20,9 @@ def _zero_scales(frame: pl.DataFrame) -> list[str]:
     if rows.is_empty():
         return []
     name = "model" if "model" in frame.columns else "revision"
-    counts = rows.select(pl.format("{} ({})", pl.col(name).fill_null("here"), "num_zero_scales"))
+    counts = rows.select(pl.format("{} ({})", pl.col(name).fill_null("here"), "num_zero_scales")).to_series().to_list()
     note = (
-        f"zero scales: {_named(counts.to_series().to_list())}. Each is a dead direction that training closed (learned); "
+        f"zero scales: {_named(counts)}. Each is a dead direction that training closed (learned); "
         "v lies on the smallest, its depth is that of a scale, and no kernel is left (algebraic 0)"
     )
     if "rank" in frame.columns:
