@@ -176,6 +176,7 @@ def test_classify_for_people(deadbench, minilm):
     assert code == 0
     assert "layernorm" in out
     assert "encoder.layer.5.output" in out
+    assert "3 zero scales: the depth is of learned directions, not of a kernel" in " ".join(out.split())
 
 
 def test_what_stays_undetermined_is_exit_1_unless_it_is_allowed(deadbench, tmp_path):
