@@ -119,7 +119,7 @@ def actor_class(options: dict[str, Any]) -> Any:
 
                 events = run_model(job, run_id, attempt)
             else:
-                from deadbench.runners.cluster.group import join_group, run_rank
+                from deadbench.runners.worker.group import join_group, run_rank
 
                 events = run_rank(join_group(*place, meeting), job, run_id, attempt)
             for event in events:  # no `yield from`: Ray sends its own statistics into the generator

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from deadbench.suite.architectures.norms import FinalNorm
+from deadbench.suite.architectures.resolve import Resolved
 from deadbench.suite.inputs.batches import Batch
 from deadbench.suite.ranks import Ranks
 
@@ -46,23 +46,18 @@ class Engine(Protocol):
     """What a read asks of an engine whose forward passes come to its process; `TorchEngine` says what each is."""
 
     tap_by_tap: ClassVar[bool]
+    in_pieces: ClassVar[bool]
     device: torch.device
     load_seconds: float
     detail: str
     ranks: Ranks
-    part: str
+    resolved: Resolved | None
 
     def load_random(self, config: Any, seed: int, dtype: torch.dtype) -> nn.Module:
         """The model that `config` describes, as transformers initialises it."""
 
     def load_trained(self, folder: Path, dtype: torch.dtype) -> nn.Module:
         """The checkpoint in `folder`."""
-
-    def final_norm(self, model: nn.Module) -> FinalNorm:
-        """The final norm of the part that is read of a loaded model."""
-
-    def runnable(self, model: nn.Module) -> nn.Module:
-        """What small inputs are tried on."""
 
     def passes(
         self, model: nn.Module, norm: nn.Module, batches: list[Batch], blocks: Blocks | None = None

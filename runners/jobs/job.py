@@ -15,6 +15,10 @@ class JobError(ValueError):
     """A request that cannot become jobs; one line, exit code 2."""
 
 
+class Unreached(str):
+    """The error of a read whose source cannot be reached from here: where the read runs it may be."""
+
+
 @dataclass(frozen=True)
 class Overrides:
     """What the command line changes in the protocol; None leaves it.

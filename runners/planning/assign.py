@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from deadbench.runners.engines.registry import DEFAULT
 from deadbench.runners.jobs.job import ModelJob, ReadJob
-from deadbench.runners.jobs.resolved import wanted_tokens
+from deadbench.runners.jobs.resolved import num_tokens
 from deadbench.runners.planning.hardware import Cluster
 from deadbench.runners.planning.plan import asked_tensor_parallel, place
 
@@ -45,7 +45,7 @@ def _work(read: ReadJob) -> float:
     config = read.model.config or {}
     widths = [config[name] for name in ("hidden_size", "d_model", "n_embd") if isinstance(config.get(name), int)]
     width = widths[0] if widths else 1024
-    return 2.0 * (read.model.parameters or 0) * wanted_tokens(read, width) if read.engine else 0.0
+    return 2.0 * (read.model.parameters or 0) * num_tokens(read.protocol.tokens, width) if read.engine else 0.0
 
 
 def _surely_fits(read: ReadJob, cluster: Cluster) -> bool:

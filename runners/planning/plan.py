@@ -4,25 +4,22 @@ Nothing is loaded. Resident on one device comes first (on a part of one where a 
 parallel (a degree that divides attention heads and KV heads), then block streaming.
 """
 
-import json
 from collections.abc import Collection
 from dataclasses import asdict, replace
 from functools import cache
 from typing import Any
 
-from deadbench.runners.jobs.job import ModelJob, ReadJob
-from deadbench.runners.jobs.resolved import dtype_name, wanted_tokens
+from deadbench.runners.jobs.job import ModelJob, ReadJob, Unreached
+from deadbench.runners.jobs.resolved import Configuration, dtype_name, num_tokens
 from deadbench.runners.planning.hardware import Cluster, Room
 from deadbench.runners.planning.needs import needs
 from deadbench.runners.planning.placement import Placement, fit, fit_whole, joined, replicated
 from deadbench.runners.planning.sizes import ModelSize, measure
-from deadbench.suite.architectures.build import build_config
 from deadbench.suite.checkpoints.checkpoint import Checkpoint
 from deadbench.suite.checkpoints.tensors import TensorEntry, read_headers
 from deadbench.suite.errors import CheckpointError
 from deadbench.suite.read_specs import READ_SPECS
 
-_UNREACHED = ("cannot be reached", "HF_HUB_OFFLINE is set")
 _ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -55,8 +52,8 @@ def place(read: ReadJob, cluster: Cluster, tensor_parallel: int | None = None) -
     """How one read would run, over `tensor_parallel` devices where a number is given."""
     row = Placement(0, read.model.id, read.revision, read.read)
     problem, remark = read.error, None
-    if problem and cluster.assumed and any(why in problem for why in _UNREACHED):
-        problem, remark = None, "its source cannot be reached from here"  # nor does that matter to an assumed cluster
+    if isinstance(problem, Unreached) and cluster.assumed:  # nor does that matter to an assumed cluster
+        problem, remark = None, "its source cannot be reached from here"
     if not READ_SPECS[read.read].runs_model:
         return replace(row, note=joined("headers and norms only", remark), problem=problem)
     try:
@@ -65,7 +62,7 @@ def place(read: ReadJob, cluster: Cluster, tensor_parallel: int | None = None) -
         return replace(row, problem=problem or str(error))
     if inline:
         remark = "sized by the registry's configuration"
-    share = -(-wanted_tokens(read, size.hidden_size) // read.replicas)
+    share = -(-num_tokens(read.protocol.tokens, size.hidden_size) // read.replicas)
     row, need = replace(row, dtype=dtype), needs(size, read.read, _ITEM_BYTES[dtype], share)
     if not READ_SPECS[read.read].divides:
         found = fit_whole(row, need, Room.of(cluster))
@@ -79,8 +76,8 @@ def _facts(read: ReadJob) -> tuple[ModelSize, str, bool]:
     """(size, dtype) of a read by forward pass, and whether the registry's word stands for the checkpoint's."""
     raw_config, entries, inline = _described(read)
     shape = (read.protocol.sequence_length, read.model.modality, read.model.stack)
-    dtype = dtype_name(read, build_config(raw_config), entries)
-    return _measure(json.dumps(raw_config, sort_keys=True), *shape), dtype, inline
+    config = Configuration(raw_config)
+    return _measure(config, *shape), dtype_name(read.dtype, config.build(), entries), inline
 
 
 def _described(read: ReadJob) -> tuple[dict[str, Any], dict[str, TensorEntry] | None, bool]:
@@ -106,9 +103,9 @@ def _described(read: ReadJob) -> tuple[dict[str, Any], dict[str, TensorEntry] | 
 
 
 @cache
-def _measure(config_json: str, sequence_length: int, modality: str, stack: str) -> ModelSize:
+def _measure(config: Configuration, sequence_length: int, modality: str, stack: str) -> ModelSize:
     """`measure`, once for the reads of one architecture."""
-    return measure(build_config(json.loads(config_json)), sequence_length, modality, stack)
+    return measure(config.build(), sequence_length, modality, stack)
 
 
 def as_rows(plan: list[Placement]) -> list[dict[str, Any]]:

@@ -18,17 +18,18 @@ from deadbench.runners.jobs.events import peak_host_bytes
 from deadbench.runners.engines.registry import make_engine
 from deadbench.runners.engines.base import Swept
 from deadbench.suite.architectures.build import build_config, build_model
-from deadbench.suite.architectures.locate import find_final_norm
+from deadbench.suite.architectures.locate import find_final_norm, locate_final_norm
 from deadbench.suite.inputs.tokens import token_batches
 engine, config = make_engine(sys.argv[1]), build_config(json.loads(sys.argv[2]))
 tiny = build_config(json.loads(sys.argv[2]) | {"num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 1})
 find_final_norm(build_model(tiny))
+final = locate_final_norm(config).path
 before = peak_host_bytes()
 batches = token_batches("tokens:random", vocab_size=config.vocab_size, num_tokens=2 * config.hidden_size,
                         sequence_length=256, seed=0, tokenizer_folder=None, batch_tokens=256).batches
 started = time.perf_counter()
 model = engine.load_random(config, 0, torch.float32)
-norm = model.get_submodule(engine.final_norm(model).path)
+norm = model.get_submodule(final)
 total = sum(float(step[1].output_BTD.double().square().sum())
             for step in engine.passes(model, norm, batches) if not isinstance(step, Swept))
 seconds = time.perf_counter() - started

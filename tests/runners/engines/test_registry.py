@@ -159,7 +159,7 @@ def test_a_wish_falls_back_where_the_engine_lacks_the_architecture(tmp_path, mon
 def test_an_engine_is_made_on_this_process_device(name):
     engine = make_engine(name)
     assert type(engine) is imported(ENGINES[name].path)
-    assert (engine.ranks.size, engine.part) == (1, "")
+    assert (engine.ranks.size, engine.resolved) == (1, None)
 
 
 def test_the_registry_imports_nothing_heavy():
