@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?= results/quick
+WORKERS ?= -n logical --maxprocesses 4
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 CPU_INDEX := https://download.pytorch.org/whl/cpu
@@ -11,7 +12,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 # pip already looks if it is there, else from PyTorch's own CPU index.
 NEEDS_CPU_BUILD := $(shell [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null && ! [ -e /dev/nvidia0 ] && echo yes)
 
-.PHONY: run test check bench docs vllm clean
+.PHONY: run test test-fast check coverage bench docs dist vllm clean
 
 run: $(VENV)/installed
 	$(BIN)/deadbench run --suite quick --out $(OUT)
@@ -22,19 +23,35 @@ run: $(VENV)/installed
 
 test: $(VENV)/installed check
 	@$(MAKE) --no-print-directory vllm || echo "vLLM cannot be installed here: its tests are skipped, which pytest says"
-	$(BIN)/pytest
+	$(BIN)/pytest $(WORKERS)
+
+# For every save: what starts no Ray, no vLLM and no other process.
+test-fast: $(VENV)/installed
+	$(BIN)/pytest $(WORKERS) -m 'not ray and not vllm and not subprocess and not full'
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/mypy
+
+coverage: $(VENV)/installed
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest $(WORKERS)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
 
 bench: $(VENV)/installed
 	$(BIN)/pytest tests/benchmarks --benchmark-enable --benchmark-only
 
 # The interface of every module, from its docstrings.
 docs: $(VENV)/installed
-	$(BIN)/pdoc suite runners analysis --docformat google -o site
+	$(BIN)/pdoc deadbench deadbench.suite deadbench.runners deadbench.analysis --docformat google -o site
+
+# What a release uploads: dist/*.tar.gz and dist/*.whl.
+dist: $(VENV)/installed
+	rm -rf dist
+	$(BIN)/hatchling build -d dist
 
 # vLLM without GPUs, for its engine's tests; on a machine with GPUs: pip install 'deadbench[vllm]'.
 vllm: $(VENV)/vllm
@@ -53,4 +70,4 @@ endif
 	@touch $@
 
 clean:
-	rm -rf $(VENV) site .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) site dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage

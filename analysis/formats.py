@@ -78,7 +78,7 @@ def rich_table(frame: pl.DataFrame, title: str, *, width: int, keep: Sequence[st
         for name in wanted
         if name not in shared
     ]
-    groups = frame.select(GROUP).rows() if title == "leaderboard" else []
+    groups = _groups(frame).to_list() if title == "leaderboard" else []
     apart = [place for place in range(len(groups) - 1) if groups[place] != groups[place + 1]]
     return table(
         columns, layout, width=width, title=header(title), notes=notes, elsewhere="--format json or csv", sections=apart
@@ -96,6 +96,7 @@ def html_rows(frame: pl.DataFrame) -> dict[str, Any]:
         "headers": [header(name) for name in frame.columns],
         "numeric": numeric,
         "screen_only": [name in SCREEN_ONLY for name in frame.columns],
+        "notes": footnotes(frame),
         "judged": [name == "holds" for name in frame.columns],
         "rows": [list(zip(row, values, strict=True)) for row, values in zip(cells(frame), frame.rows(), strict=True)],
     }
@@ -172,7 +173,7 @@ def _great_table(frame: pl.DataFrame, title: str) -> str:
     from great_tables import GT
 
     shown = pl.DataFrame(list(cells(frame)), schema=dict.fromkeys(frame.columns, pl.String), orient="row").with_columns(
-        _group(frame) if set(GROUP) <= set(frame.columns) else []
+        _groups(frame) if set(GROUP) <= set(frame.columns) else []
     )
     table = GT(shown, id=title, groupname_col="group" if "group" in shown.columns else None)
     return str(
@@ -184,8 +185,12 @@ def _great_table(frame: pl.DataFrame, title: str) -> str:
     )
 
 
-def _group(frame: pl.DataFrame) -> pl.Series:
+def _groups(frame: pl.DataFrame) -> pl.Series:
+    """Which group each row stands in: its protocol and dtype, and whether its depth is of learned directions."""
+    learned = frame["kernel"].eq_missing("learned") if "kernel" in frame.columns else [False] * len(frame)
     names = [
-        ", ".join(f"{n} {text(n, v)}" for n, v in zip(GROUP, row, strict=True)) for row in frame.select(GROUP).rows()
+        ", ".join(f"{n} {text(n, v)}" for n, v in zip(GROUP, row, strict=True))
+        + (", learned directions" if is_learned else "")
+        for row, is_learned in zip(frame.select(GROUP).rows(), learned, strict=True)
     ]
     return pl.Series("group", names, dtype=pl.String)

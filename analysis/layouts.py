@@ -5,7 +5,7 @@ from deadbench.analysis.terminal import Layout
 LAYOUTS = {
     "leaderboard": Layout(
         columns=[
-            "rank", "model", "revision", "family", "objective", "read", "depth", "depth_random", "deepening",
+            "rank", "model", "revision", "family", "objective", "read", "kernel", "depth", "depth_random", "deepening",
             "depth_exact", "kernel_exact", "alignment", "num_dead_1e6", "num_learned", "dead_parameters",
             "dead_parameters_share", "num_parameters", "worst_block_ratio", "protocol", "dtype",
         ],
@@ -14,7 +14,7 @@ LAYOUTS = {
         dropped=[
             "objective", "worst_block_ratio", "depth_exact", "num_dead_1e6", "num_parameters", "dead_parameters",
             "dead_parameters_share", "revision", "depth_random", "alignment", "num_learned", "kernel_exact",
-            "deepening", "read", "family",
+            "deepening", "read", "family", "kernel",
         ],
     ),
     "families": Layout(

@@ -54,6 +54,7 @@ def test_each_example_runs(name, tmp_path, monkeypatch):
         assert (answer if isinstance(answer, float) else len(answer)) > 0
 
 
+@pytest.mark.subprocess
 def test_importing_it_imports_nothing():
     """Nor do the command line and the registry of commands: `deadbench --help` needs Typer and no more."""
     script = "import sys, {module}; heavy = {heavy} & set(sys.modules); sys.exit(', '.join(sorted(heavy)) or 0)"

@@ -122,11 +122,11 @@ def _range(counts: pl.Series) -> str:
 def _tiles(board: pl.DataFrame, claims: pl.DataFrame) -> list[tuple[str, str]]:
     """The page in four numbers."""
     tested = claims.filter(pl.col("num_models") > 0)
-    depths = board["depth"].drop_nulls().to_list()
+    depths = board.filter(pl.col("kernel").ne_missing("learned"))["depth"].drop_nulls().to_list()
     return [
         (str(board["model"].n_unique()), "models"),
         (f"{tested['holds'].sum()} of {len(tested)}", "claims hold on all models tested"),
-        (f"{max(depths):.1f}" if depths else "-", "decades, the deepest"),
+        (f"{max(depths):.1f}" if depths else "-", "decades, the deepest kernel"),
         (str(int((board["num_learned"].fill_null(0) > 0).sum())), "models with learned dead directions"),
     ]
 

@@ -126,10 +126,12 @@ def _print_classified(results: list[dict[str, Any]]) -> None:
 
 
 def _reasons(results: list[dict[str, Any]]) -> list[str]:
-    """Why a source has no final norm, or could not be read."""
+    """Why a source has no final norm, or could not be read; that a depth is of zero scales."""
     reasons = []
     for result in results:
         reason = result["error"] or ("" if result["final_norm"] else "; ".join(result["evidence"]))
+        if not reason and result["num_zero_scales"]:
+            reason = f"{result['num_zero_scales']} zero scales: the depth is of learned directions, not of a kernel"
         if reason:
             reasons.append(reason if reason.startswith(result["source"]) else f"{result['source']}: {reason}")
     return reasons

@@ -1,5 +1,7 @@
 """What the commands share: exit codes, options, one-line errors, tables on a terminal."""
 
+import codecs
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -16,6 +18,12 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on s
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 Format = Annotated[str, typer.Option("--format", help=f"One of {', '.join(FORMATS)}.")]
 Results = Annotated[list[str], typer.Argument(metavar="RESULTS...", help="Result sets: folders or URIs.")]
+
+# How a terminal whose encoding lacks them shows our own signs; of any other letter it shows a question mark.
+_ASCII = dict(zip("▁▂▃▄▅▆▇█", ".:-~=+o#", strict=True)) | {
+    "…": "...", "±": "+/-", "×": "x", "−": "-", "γ": "gamma", "λ": "lambda", "✅": "passed:", "❌": "failed:",
+}  # fmt: skip
+_LENIENT = ("replace", "backslashreplace", "namereplace", "xmlcharrefreplace", "ignore")
 
 
 class UserError(Exception):
@@ -34,6 +42,20 @@ def check_out(out: str) -> None:
         raise UserError(
             f"--out {out}: a Ray job runs in a folder that Ray deletes; give an absolute path or a URI (s3://…)"
         )
+
+
+def print_anywhere() -> None:
+    """Let stdout and stderr take every letter, whatever their encoding."""
+    codecs.register_error("deadbench", _in_ascii)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors not in _LENIENT:
+            stream.reconfigure(errors="deadbench")
+
+
+def _in_ascii(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    letters = error.object[error.start : error.end]
+    return "".join(_ASCII.get(letter, "?") for letter in letters), error.end
 
 
 def console() -> Any:
@@ -56,8 +78,11 @@ def print_frames(frames: dict[str, Any], format: str, keep: Sequence[str] = ()) 
         terminal = console()
         for title, frame in frames.items():
             terminal.print(rich_table(frame, title, width=terminal.width, keep=keep))
-    else:
-        print(render(frames, format))
+        return
+    text = render(frames, format)
+    if format == "html" and "utf" not in (sys.stdout.encoding or "").lower():
+        text = text.encode("ascii", "xmlcharrefreplace").decode()  # the page itself says that it is UTF-8
+    print(text)
 
 
 def check_folder(option: str, path: Path | None) -> None:

@@ -110,8 +110,8 @@ class Nodes:
         spec = ENGINES[job.engine] if job.engine else None
         if job.replicas == 1 and (spec is None or spec.tensor_parallel is None):
             return 1
-        degree = job.tensor_parallel or (job.num_gpus if self.has_gpus else 1)
-        devices = job.replicas if job.replicas > 1 else degree
+        tensor_parallel = job.tensor_parallel or (job.gpus if self.has_gpus else 1)
+        devices = job.replicas if job.replicas > 1 else tensor_parallel
         one_node = spec is not None and spec.tensor_parallel == "one node"
         room = self.largest if one_node else max(self.total, self.largest)
         if self.has_gpus and devices > room:

@@ -176,8 +176,7 @@ def _model_job(asked: _Asked, series: bool) -> ModelJob:
             if READ_SPECS[read].per_checkpoint or revision == revisions[0]:
                 found = fingerprint_of(model, revision, read, opened) if unlisted is None else (None, unlisted)
                 jobs.append(_read_job(asked, read, revision, engine, found))
-    degree = _degree(model, overrides, engine)
-    return ModelJob(model.id, tuple(jobs), degree or model.gpus, degree)
+    return ModelJob(model.id, tuple(jobs), _tensor_parallel(model, overrides, engine))
 
 
 def _read_job(asked: _Asked, read: str, revision: str | None, engine: str, opened: Opened) -> ReadJob:
@@ -237,7 +236,7 @@ def _engine_of(read: str, engine: str) -> str:
     return engine if read in ENGINES[engine].reads else DEFAULT
 
 
-def _degree(model: Model, overrides: Overrides, engine: str) -> int | None:
+def _tensor_parallel(model: Model, overrides: Overrides, engine: str) -> int | None:
     """How many devices share the model, as asked for; None: the plan says."""
     if refused := refused_together(engine, overrides.tensor_parallel, overrides.replicas):
         raise JobError(f"{model.id}: {refused}")

@@ -91,16 +91,20 @@ class ReadJob:
 class ModelJob:
     """All reads of one model, for one actor, or one actor per rank.
 
-    `tensor_parallel` as asked for; None: `num_gpus`, where there are GPUs. By the plan: `gpu_share`, the part of one
-    GPU that is enough, and `work`, 2 x parameters x tokens of its forward passes.
+    `tensor_parallel` as asked for; None: `gpus`, where there are GPUs. By the plan: `gpu_share`, the part of one GPU
+    that is enough, and `work`, 2 x parameters x tokens of its forward passes.
     """
 
     model_id: str
     reads: tuple[ReadJob, ...]
-    num_gpus: int
     tensor_parallel: int | None = None
     gpu_share: float = 1.0
     work: float = 0.0
+
+    @property
+    def gpus(self) -> int:
+        """How many GPUs share the model, by the registry."""
+        return max((read.model.gpus for read in self.reads), default=1)
 
     @property
     def replicas(self) -> int:
@@ -113,9 +117,9 @@ class ModelJob:
         ordered = sorted(self.reads, key=lambda read: not READ_SPECS[read.read].divides)
         return next((read.engine for read in ordered if read.engine), None)
 
-    def over(self, devices: int) -> "ModelJob":
+    def over(self, tensor_parallel: int) -> "ModelJob":
         """The job with its reads told how many devices share the model."""
-        return replace(self, reads=tuple(replace(read, tensor_parallel=devices) for read in self.reads))
+        return replace(self, reads=tuple(replace(read, tensor_parallel=tensor_parallel) for read in self.reads))
 
     def checkpointed(self, interval: float, location: str) -> "ModelJob":
         """The job with its reads told how often to save where they are, and in which result set."""

@@ -6,13 +6,17 @@ from dataclasses import dataclass
 
 from deadbench.suite.errors import one_line
 
+PROCESS_BYTES = 0.6e9  # what an actor holds with torch and transformers imported and no model
+SHARES = (0.125, 0.25, 0.5)  # of one device that a small model may ask for
+_USABLE = 0.9  # of a device's memory; the rest is the allocator's, the driver's and other processes'
+
 
 class PlanError(ValueError):
     """A cluster that cannot be understood or reached; one line."""
 
 
 @dataclass(frozen=True)
-class Node:
+class Machine:
     """One machine: its GPUs, bytes of each, and bytes of host memory (None: not known)."""
 
     gpus: int
@@ -24,18 +28,45 @@ class Node:
 class Cluster:
     """Where models would run."""
 
-    nodes: tuple[Node, ...]
+    nodes: tuple[Machine, ...]
     label: str
     assumed: bool = False
 
-    def with_node(self, node: Node) -> "Cluster":
+    def with_node(self, node: Machine) -> "Cluster":
         """The same with one more node."""
         return Cluster((*self.nodes, node), self.label)
 
     @property
-    def largest(self) -> Node:
+    def largest(self) -> Machine:
         """The node with the most GPU memory; without GPUs, with the most host memory."""
         return max(self.nodes, key=lambda node: (node.gpus * node.gpu_bytes, node.host_bytes or 0))
+
+
+@dataclass(frozen=True)
+class Room:
+    """What there is on the largest node: bytes of the device that runs the model, and of the host that loads it."""
+
+    node: Machine
+    device: float
+    host: float
+
+    @classmethod
+    def of(cls, cluster: Cluster) -> "Room":
+        """That of the largest node."""
+        node = cluster.largest
+        host = (node.host_bytes or math.inf) - PROCESS_BYTES
+        return cls(node, _USABLE * (node.gpu_bytes if node.gpus else host), _USABLE * host)
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether models run on GPUs."""
+        return self.node.gpus > 0
+
+    def label(self, loadable: bool) -> str:
+        """The memory that is too small, in words: the host's where the model cannot even be loaded."""
+        if self.on_gpu and loadable:
+            return f"a GPU of {gigabytes(self.node.gpu_bytes)}"
+        return f"{gigabytes(self.node.host_bytes or 0)} of memory"
 
 
 def parse_cluster(text: str, option: str = "--assume") -> Cluster:
@@ -48,7 +79,7 @@ def parse_cluster(text: str, option: str = "--assume") -> Cluster:
     if match is None or match[1] == "0" or float(match[3]) == 0:
         raise PlanError(f"{option} {text!r}: give GPUs x memory, such as 1x24GB or 8x80GB, or nodes first: 2x8x141GB")
     nodes, gpus, size = int(match[1] or 1), int(match[2]), float(match[3]) * 1e9
-    node = Node(gpus, size if gpus else 0.0, None if gpus else size)
+    node = Machine(gpus, size if gpus else 0.0, None if gpus else size)
     return Cluster((node,) * nodes, text, assumed=True)
 
 
@@ -59,7 +90,7 @@ def this_machine() -> Cluster:
 
     count = torch.cuda.device_count()
     sizes = [torch.cuda.get_device_properties(i).total_memory for i in range(count)]
-    node = Node(count, float(min(sizes, default=0)), float(psutil.virtual_memory().total))
+    node = Machine(count, float(min(sizes, default=0)), float(psutil.virtual_memory().total))
     return Cluster((node,), f"this machine ({count} GPUs, {node.host_bytes / 1e9:.0f} GB)")  # type: ignore[operator]
 
 
@@ -83,7 +114,7 @@ def ray_cluster(address: str) -> Cluster:
         gpus = int(node["Resources"].get("GPU", 0))
         where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         size = ray.get(ask.options(scheduling_strategy=where).remote()) if gpus else 0.0
-        found.append(Node(gpus, size, float(node["Resources"].get("memory", 0)) or None))
+        found.append(Machine(gpus, size, float(node["Resources"].get("memory", 0)) or None))
     return Cluster(tuple(found), f"Ray at {address} ({len(found)} nodes)")
 
 
@@ -96,40 +127,6 @@ def _smallest_gpu_bytes() -> float:
     return min(float(each) for each in listed) * 2**20
 
 
-PROCESS_BYTES = 0.6e9  # what an actor holds with torch and transformers imported and no model
-_USABLE = 0.9  # of a device's memory; the rest is the allocator's, the driver's and other processes'
-
-
-@dataclass(frozen=True)
-class Room:
-    """What there is on the largest node: bytes of the device that runs the model, and of the host that loads it."""
-
-    node: Node
-    device: float
-    host: float
-
-    @classmethod
-    def of(cls, cluster: Cluster) -> "Room":
-        """That of the largest node."""
-        node = cluster.largest
-        host = (node.host_bytes or math.inf) - PROCESS_BYTES
-        return cls(node, _USABLE * (node.gpu_bytes if node.gpus else host), _USABLE * host)
-
-    @property
-    def on_gpu(self) -> bool:
-        """Whether models run on GPUs."""
-        return self.node.gpus > 0
-
-    def label(self, loadable: bool) -> str:
-        """The memory that is too small, in words: the host's where the model cannot even be loaded."""
-        if self.on_gpu and loadable:
-            return f"a GPU of {gigabytes(self.node.gpu_bytes)}"
-        return f"{gigabytes(self.node.host_bytes or 0)} of memory"
-
-
 def gigabytes(value: float) -> str:
     """`1.5 GB`."""
     return f"{value / 1e9:.1f} GB"
-
-
-SHARES = (0.125, 0.25, 0.5)  # of one device that a small model may ask for

@@ -77,7 +77,7 @@ class RunRecord:
 
 
 def _planned(job: ModelJob) -> dict[str, Any]:
-    gpus = job.tensor_parallel or (job.num_gpus if job.gpu_share == 1.0 else job.gpu_share)
+    gpus = job.tensor_parallel or (job.gpus if job.gpu_share == 1.0 else job.gpu_share)
     return {"model": job.model_id, "engine": job.engine, "gpus": gpus, "work": job.work, "reads": len(job.reads)}
 
 

@@ -17,7 +17,7 @@ from deadbench.suite.architectures.kernel_test import live_norm
 from deadbench.suite.architectures.locate import find_final_norm
 from deadbench.suite.inputs.batches import Batch
 from deadbench.suite.reads.columns import architecture_columns
-from deadbench.suite.reads.functional import read_head, read_inner, sites
+from deadbench.suite.reads.perturbation import read_head, read_inner, sites
 from deadbench.suite.schema import Row
 
 _IMAGES = 16  # stand for the tokens of an image classifier, which gives one distribution a picture

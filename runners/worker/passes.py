@@ -20,7 +20,7 @@ from deadbench.runners.engines.base import Blocks, Engine, ForwardPass, Swept
 from deadbench.runners.engines.registry import ENGINES
 from deadbench.runners.jobs.events import Progress, Remark
 from deadbench.runners.jobs.job import ReadJob
-from deadbench.runners.worker.saved_state import Checkpoint, Position
+from deadbench.runners.worker.saved_state import Position, SavedRead
 from deadbench.suite.architectures.kernel_test import OnRows
 from deadbench.suite.architectures.norms import EffectiveNorm, FinalNorm
 from deadbench.suite.architectures.parts import block_list
@@ -63,7 +63,7 @@ class Passes:
         self._blocks = list(model.get_submodule(blocks_path).children()) if blocks_path else []
         facts = {"dtype": dtype, "device": engine.device_name(), "hidden_size": final.hidden_size}
         facts |= {"num_tokens": inputs.num_tokens, "num_batches": len(inputs.batches), "batch_tokens": batch_tokens}
-        self._checkpoint = Checkpoint(read, self._ranks, facts, possible=ENGINES[read.engine].resume)
+        self._checkpoint = SavedRead(read, self._ranks, facts, possible=ENGINES[read.engine].resume)
 
     def run(self) -> Generator[Progress | Remark, None, tuple[FinalNormRead, ResidualRead, Position]]:
         """Feed both reads until every tap is read; rank 0's are those of all."""

@@ -55,8 +55,8 @@ class Position:
     spectrum_seconds: float = 0.0
 
 
-class Checkpoint:
-    """The checkpoint of one rank's part of one read."""
+class SavedRead:
+    """What one rank has saved of its part of one read."""
 
     def __init__(self, read: ReadJob, ranks: Ranks, facts: dict[str, Any], *, possible: bool):
         """`facts` are what must be equal for the state to be of use, beside the read's identity and the versions.

@@ -44,7 +44,7 @@ def saved_read(folder, monkeypatch):
     from tests.runners.sleepers import sleeping_jobs
 
     (job,) = sleeping_jobs(folder.parent / "registry", 1)
-    saved = saved_state.Checkpoint(job.checkpointed(1, str(folder)).reads[0], Ranks(), {}, possible=True)
+    saved = saved_state.SavedRead(job.checkpointed(1, str(folder)).reads[0], Ranks(), {}, possible=True)
     monkeypatch.setattr(
         saved, "_batches", lambda position, *_: iter([saved_state._row(facts="f", position=str(position.batch))])
     )
