@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
-    from deadbench.runners.jobs.job import ReadJob
     from deadbench.suite.architectures.resolve import Resolved
     from deadbench.suite.architectures.wiring import Wiring
     from deadbench.suite.checkpoints.tensors import TensorEntry
@@ -41,19 +40,18 @@ class Configuration:
         return build_config(self.raw)
 
 
-def dtype_name(read: "ReadJob", config: Any, entries: "dict[str, TensorEntry] | None") -> str:
+def dtype_name(asked: str, config: Any, entries: "Mapping[str, TensorEntry] | None") -> str:
     """The dtype of the forward pass: as asked, else that of the stored tensors, else the configuration's."""
     from deadbench.suite.checkpoints.tensors import stored_dtype
 
-    if read.dtype != "auto":
-        return read.dtype
+    if asked != "auto":
+        return asked
     declared = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
-    return (stored_dtype(entries) if entries else None) or declared
+    return (stored_dtype(dict(entries)) if entries else None) or declared
 
 
-def wanted_tokens(read: "ReadJob", hidden_size: int) -> int:
-    """The protocol's tokens, a number or a multiple of the width (`8D`), for a model of that width."""
-    rule = read.protocol.tokens
+def num_tokens(rule: int | str, hidden_size: int) -> int:
+    """A protocol's tokens, a number or a multiple of the width (`8D`), for a model of that width."""
     return rule if isinstance(rule, int) else int(rule[:-1]) * hidden_size
 
 

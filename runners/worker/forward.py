@@ -16,9 +16,9 @@ from deadbench.runners.jobs.resolved import (
     Configuration,
     dtype_name,
     num_parameters,
+    num_tokens,
     resolved_in,
     resolved_without_weights,
-    wanted_tokens,
 )
 from deadbench.runners.worker.passes import Passes
 from deadbench.runners.worker.request import (
@@ -46,7 +46,7 @@ def read_forward(read: ReadJob, config: Configuration, weights: Weights) -> Read
     Raises:
         ValueError: what cannot be read, in one line.
     """
-    name = dtype_name(read, config.build(), entries_of(weights))
+    name = dtype_name(read.dtype, config.build(), entries_of(weights))
     parameters = num_parameters(config)  # what transformers cannot build is refused before anything is loaded
     engine = make_engine(read.engine, read.replicas)
     model, resolved = _loaded(engine, read, config, weights, getattr(torch, name))
@@ -71,7 +71,7 @@ def read_forward(read: ReadJob, config: Configuration, weights: Weights) -> Read
     unlawful = departure(norm, final.path) if isinstance(weights, RandomWeights) else None
     if unlawful:
         row["engine_detail"] = f"{row['engine_detail']}; {unlawful}"
-    wanted = wanted_tokens(read, final.hidden_size)
+    wanted = num_tokens(read.protocol.tokens, final.hidden_size)
     runnable = (resolved.skeleton or model).get_submodule(resolved.part)
     yield Progress(read.label(), "input", 0, wanted)
     for batch_tokens in (BATCH_TOKENS, BATCH_TOKENS // 2)[read.half_batch :]:

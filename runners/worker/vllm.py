@@ -27,8 +27,8 @@ from deadbench.runners.jobs.resolved import (
     Configuration,
     dtype_name,
     num_parameters,
+    num_tokens,
     resolved_without_weights,
-    wanted_tokens,
 )
 from deadbench.runners.worker.passes import accumulator_bytes
 from deadbench.runners.worker.request import StoredWeights, Weights, entries_of, make_inputs, tensor_name
@@ -50,7 +50,7 @@ def read_vllm(read: ReadJob, config: Configuration, weights: Weights) -> Reading
         raise ValueError(missing)
     if read.model.modality != "text":
         raise ValueError(f"the vLLM engine reads text models, not {read.model.modality}; give --engine torch")
-    dtype = dtype_name(read, config.build(), entries_of(weights))
+    dtype = dtype_name(read.dtype, config.build(), entries_of(weights))
     resolved = resolved_without_weights(config, "text", "decoder")  # the whole model, whatever its halves
     final, whole = resolved.final, resolved.skeleton
     if final.path is None or final.hidden_size is None:
@@ -59,7 +59,7 @@ def read_vllm(read: ReadJob, config: Configuration, weights: Weights) -> Reading
     module = copy.deepcopy(whole.get_submodule(final.path)).to_empty(device="cpu")
     sought = pickle.dumps((final, module))
     raw_config = dict(config.raw) | {"architectures": [vllm_architecture(dict(config.raw))]}
-    wanted = wanted_tokens(read, final.hidden_size)
+    wanted = num_tokens(read.protocol.tokens, final.hidden_size)
     yield Progress(read.label(), "input", 0, wanted)
     inputs = make_inputs(read, whole, weights.folder, wanted, BATCH_TOKENS, resolved=resolved)
     check_count(inputs.num_tokens, final.hidden_size)

@@ -10,7 +10,7 @@ from deadbench.runners.jobs import resolved
 from deadbench.runners.jobs.build import build_jobs
 from deadbench.runners.jobs.events import Finished
 from deadbench.runners.jobs.job import Overrides
-from deadbench.runners.jobs.resolved import Configuration, dtype_name, wanted_tokens
+from deadbench.runners.jobs.resolved import Configuration, dtype_name, num_tokens
 from deadbench.runners.worker.run import run_model
 from deadbench.suite.architectures import build, locate, resolve, wiring
 from deadbench.suite.inputs import feed
@@ -121,20 +121,14 @@ def test_a_configuration_is_known_by_its_contents():
     assert list(one.raw) == ["a", "b"]
 
 
-def job(**overrides):
-    registry = load_registry(ROOT / "models.yaml")
-    (found,) = build_jobs(registry, ROOT / "models.yaml", ["gpt2"], None, ["random"], Overrides(**overrides))
-    return found.reads[0]
-
-
 def test_tokens_are_a_number_or_a_multiple_of_the_width():
-    assert (wanted_tokens(job(tokens=100), 64), wanted_tokens(job(), 64)) == (100, 512)
+    assert (num_tokens(100, 64), num_tokens("8D", 64)) == (100, 512)
 
 
 def test_the_dtype_is_asked_for_or_stored_or_declared():
     class Declared:
         dtype = torch.float16
 
-    assert dtype_name(job(dtype="float64"), Declared, None) == "float64"
-    assert dtype_name(job(dtype="auto"), Declared, None) == "float16"
-    assert dtype_name(job(dtype="auto"), object(), {}) == "float32"
+    assert dtype_name("float64", Declared, None) == "float64"
+    assert dtype_name("auto", Declared, None) == "float16"
+    assert dtype_name("auto", object(), {}) == "float32"
