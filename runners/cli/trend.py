@@ -28,9 +28,11 @@ def trend(
         str | None, typer.Option(metavar="METRIC", help="Find the first checkpoint at which METRIC's gate breaks.")
     ] = None,
     gate: GateFile = None,
-    registry: Annotated[Path | None, typer.Option(metavar="FILE", help="With --bisect. [default: models.yaml]")] = None,
+    registry: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="With --bisect. \\[default: models.yaml]")
+    ] = None,
     suite: Annotated[str | None, typer.Option(metavar="NAME", help="With --bisect: its protocol and input.")] = None,
-    address: Annotated[str | None, typer.Option(help="With --bisect: Ray to join. [default: local]")] = None,
+    address: Annotated[str | None, typer.Option(help="With --bisect: Ray to join. \\[default: local]")] = None,
     format: Format = "table",
     as_json: Json = False,
     debug: Debug = False,
