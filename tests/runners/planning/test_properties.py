@@ -5,7 +5,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from deadbench.runners.engines.registry import AUTO, ENGINES
@@ -15,6 +15,9 @@ from deadbench.runners.planning.needs import needs
 from deadbench.runners.planning.placement import Placement, fit, fit_whole
 from deadbench.runners.planning.sizes import ModelSize
 from deadbench.suite.registry.entries import Model, Protocol
+
+MODEL, PROTOCOL = Model(id="m", config={"model_type": "gpt_neox"}), Protocol()
+unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no failure
 
 
 @st.composite
@@ -41,13 +44,13 @@ def sizes(draw):
 
 def read_by(engine, read="random", accumulator_gb=None):
     return ReadJob(
-        model=Model(id="m", config={"model_type": "gpt_neox"}),
+        model=MODEL,
         read=read,
         revision=None,
         seed=0,
         engine=engine,
         protocol_name="standard",
-        protocol=Protocol(),
+        protocol=PROTOCOL,
         protocol_hash="",
         input="tokens:random",
         dtype="float32",
@@ -97,6 +100,7 @@ def assert_no_worse(less, more):
         assert more.tensor_parallel <= less.tensor_parallel
 
 
+@unhurried
 @given(requests(), few, st.integers(1, 3))
 def test_more_memory_of_a_gpu_never_plans_worse(request, gpus, count):
     rows = [planned(request, gpus, memory, count=count)[0] for memory in GROWING]
@@ -104,12 +108,14 @@ def test_more_memory_of_a_gpu_never_plans_worse(request, gpus, count):
         assert_no_worse(less, more)
 
 
+@unhurried
 @given(requests())
 def test_more_memory_of_a_host_never_plans_worse(request):
     for less, more in pairwise(planned(request, 0, memory)[0] for memory in GROWING):
         assert_no_worse(less, more)
 
 
+@unhurried
 @given(requests(), st.none() | memories)
 def test_more_gpus_never_leave_a_read_without_a_place(request, host):
     for memory in GROWING[::3]:
@@ -120,6 +126,7 @@ def test_more_gpus_never_leave_a_read_without_a_place(request, host):
             assert placed == sorted(placed), "none, then all"
 
 
+@unhurried
 @given(requests(), few, memories, st.none() | memories)
 def test_a_plan_of_one_tap_a_pass_is_within_the_memory(request, gpus, memory, host):
     """More taps a pass take what `--accumulator-gb` says, or a quarter of what the weights leave, as the read does."""
@@ -134,6 +141,7 @@ def test_a_plan_of_one_tap_a_pass_is_within_the_memory(request, gpus, memory, ho
         assert (row.gpus, row.tensor_parallel) == (0, 1)
 
 
+@unhurried
 @given(requests(), few, memories, few)
 def test_a_degree_that_is_asked_for_is_taken_or_refused(request, gpus, memory, asked):
     row, _ = planned(request, gpus, memory, tensor_parallel=asked)
@@ -145,6 +153,7 @@ def test_a_degree_that_is_asked_for_is_taken_or_refused(request, gpus, memory, a
     assert row.engine in (AUTO if engine == AUTO[0] else (engine,))
 
 
+@unhurried
 @given(requests("functional", "torch"), memories, memories)
 def test_a_functional_read_that_fits_fits_in_more(request, one, other):
     _, need, _ = request
