@@ -14,7 +14,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 
 from deadbench.analysis.compare import unit_of
-from deadbench.analysis.lines import LINE, last, ok_reads
+from deadbench.analysis.lines import LINE, in_natural_order, last, ok_reads
 from deadbench.analysis.results import ResultsError, collected
 from deadbench.suite.schema import READS
 
@@ -33,6 +33,8 @@ T = TypeVar("T")
 def checkpoints(reads: pl.LazyFrame, model: str, metrics: Sequence[str] = METRICS) -> pl.DataFrame:
     """The trained reads of `model`, one a checkpoint and line, in training order; parameter reads where there is none.
 
+    Checkpoints whose step is not known come last, in the natural order of their names.
+
     Raises:
         ResultsError: no such model, no finished read of it, or a metric that is no numeric column.
     """
@@ -48,7 +50,8 @@ def checkpoints(reads: pl.LazyFrame, model: str, metrics: Sequence[str] = METRIC
     for read in ("trained", "parameters"):
         series = found.filter(read=read)
         if not series.is_empty():
-            return series.sort("protocol", "dtype", "seed", "checkpoint_step", "revision", nulls_last=True)
+            order = ["protocol", "dtype", "seed", "checkpoint_step", in_natural_order("revision")]
+            return series.sort(order, nulls_last=True)
     raise ResultsError(f"--model {model!r} has no checkpoints here, only its random initialisation")
 
 
