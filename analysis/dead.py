@@ -57,8 +57,8 @@ def dead_directions(
         at_random=pl.when(pl.col("kind") == "zero scale").then(by_count).when(told & pl.col("has_random"))
         .then(pl.col("in_random").fill_null(False)),
     ).with_columns(pl.when(told).then(pl.col(name)) for name in comparison)  # fmt: skip
-    order = ["model", "read", "seed", "checkpoint_step", in_natural_order("revision")]
-    return table.sort(*order, "depth", descending=[False] * len(order) + [True], nulls_last=True).select(COLUMNS)
+    order = [pl.col("model", "read", "seed", "checkpoint_step"), in_natural_order("revision"), -pl.col("depth")]
+    return table.sort(order, nulls_last=True).select(COLUMNS)
 
 
 def _ok(reads: pl.LazyFrame) -> pl.LazyFrame:

@@ -22,7 +22,17 @@ METRICS = [
     "depth", "depth_exact", "depth_predicted", "lambda_v", "lambda_mean", "alignment", "containment", "num_dead_1e6",
     "num_algebraic", "num_learned", "num_zero_scales", "scale_harmonic", "worst_block_ratio", "blocks_preserved",
 ]  # fmt: skip
-COLUMNS = ["checkpoint_step", "revision", "read", "seed", *METRICS, "input", "protocol", "dtype"]
+COLUMNS = [
+    "checkpoint_step",
+    "revision",
+    "read",
+    "seed",
+    *METRICS,
+    "depth_standard_error",
+    "input",
+    "protocol",
+    "dtype",
+]
 SPARKS = "▁▂▃▄▅▆▇█"
 _LOG_UNITS = ("output^2", "scale^2")  # magnitudes: a series of them breaks by a factor
 _MIN_SERIES = 4  # fewer points have no change-point to speak of

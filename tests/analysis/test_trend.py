@@ -48,6 +48,13 @@ def test_without_steps_the_names_order_a_trend_its_end_and_what_opened(frame, re
     assert footnotes(series.with_columns(checkpoint_step=pl.Series([1, 2, 9, 10, 100]))) == []
 
 
+def test_a_depths_error_stands_beside_it(frame, read):
+    series = checkpoints(
+        frame([read("m", revision="step1", checkpoint_step=1, depth=13, depth_standard_error=0.2)]), "m"
+    )
+    assert "| 13.00 ± 0.2 |" in render({"trend": series}, "md")
+
+
 def test_the_summary_marks_the_change_point(series):
     found = {row["metric"]: row for row in summary(checkpoints(series, "m")).to_dicts()}
     assert (found["depth"]["change_step"], found["depth"]["change_revision"]) == (2048, "step2048")
