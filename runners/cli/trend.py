@@ -48,6 +48,7 @@ def trend(
 
     Example: [bold]deadbench trend results/bisect --model twin-layernorm --bisect depth --suite quick[/bold]
     """
+    from deadbench.analysis.cells import ERRORS
     from deadbench.analysis.dead import dead_directions
     from deadbench.analysis.results import scan
     from deadbench.analysis.trajectory import trajectory
@@ -77,7 +78,8 @@ def trend(
         save_plot(trend_plot(turned, sparks, [*metrics, "angle"]), plot)
         say(f"wrote {plot}")
     if metric and format == "table" and not as_json:
-        series = series.select("checkpoint_step", "revision", *metric, "protocol", "dtype")
+        beside = [ERRORS[name] for name in metric if ERRORS.get(name) in series.columns]
+        series = series.select("checkpoint_step", "revision", *metric, *beside, "protocol", "dtype")
         print_frames({"checkpoints": series, "metrics": sparks, "directions": turns}, format)
     else:
         print_frames({"trend": series, "metrics": sparks, "directions": turns}, "json" if as_json else format)

@@ -1,10 +1,15 @@
 import math
 
 import numpy as np
+import polars as pl
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deadbench.analysis.footnotes import footnotes
+from deadbench.analysis.formats import render
+from deadbench.analysis.leaderboard import leaderboard
+from deadbench.analysis.lines import in_natural_order, natural
 from deadbench.analysis.plots.training import trend_plot
 from deadbench.analysis.results import ResultsError
 from deadbench.analysis.trend import METRICS, change_point, checkpoints, first_failing, on_scale, sparkline, summary
@@ -19,6 +24,35 @@ def series(frame, read):
 
 def test_checkpoints_come_in_training_order(series):
     assert checkpoints(series, "m")["checkpoint_step"].to_list() == [0, 16, 128, 512, 2048, 4096]
+
+
+@given(st.sampled_from(["checkpoint-{}", "epoch{}", "v1-{}-final", "{}"]), st.data())
+def test_names_without_a_step_sort_as_people_count(family, data):
+    numbers = data.draw(st.lists(st.integers(0, 10**25), unique=True))
+    widths = data.draw(st.sampled_from([1, 6]))
+    names = [family.format(str(number).zfill(widths)) for number in numbers]
+    ordered = [family.format(str(number).zfill(widths)) for number in sorted(numbers)]
+    assert sorted(names, key=natural) == ordered
+    table = pl.DataFrame({"revision": names}, schema={"revision": pl.String})
+    assert table.sort(in_natural_order("revision"))["revision"].to_list() == ordered
+
+
+def test_without_steps_the_names_order_a_trend_its_end_and_what_opened(frame, read):
+    rows = [read("m", revision=f"epoch{n}", depth=float(n), minute=-n) for n in (10, 9, 100, 2, 1)]
+    series = checkpoints(frame(rows), "m")
+    assert series["revision"].to_list() == ["epoch1", "epoch2", "epoch9", "epoch10", "epoch100"]
+    assert leaderboard(frame(rows))["revision"].to_list() == ["epoch100"]
+    note = "no training step is known of 5 checkpoints: in the natural order of their names"
+    assert footnotes(series) == [note]
+    assert note in render({"trend": series}, "md")
+    assert footnotes(series.with_columns(checkpoint_step=pl.Series([1, 2, 9, 10, 100]))) == []
+
+
+def test_a_depths_error_stands_beside_it(frame, read):
+    series = checkpoints(
+        frame([read("m", revision="step1", checkpoint_step=1, depth=13, depth_standard_error=0.2)]), "m"
+    )
+    assert "| 13.00 ± 0.2 |" in render({"trend": series}, "md")
 
 
 def test_the_summary_marks_the_change_point(series):
