@@ -24,7 +24,7 @@ def _order(frame: pl.DataFrame) -> list[str]:
 
 def _zero_scales(frame: pl.DataFrame) -> list[str]:
     """What zero scales do to the columns of a leaderboard or a trend."""
-    if not {"num_zero_scales", "depth", "depth_exact"} <= set(frame.columns):
+    if not {"num_zero_scales", "depth"} <= set(frame.columns) or "angle" in frame.columns:
         return []
     rows = frame.filter(pl.col("num_zero_scales") > 0)
     if rows.is_empty():

@@ -225,3 +225,13 @@ def test_plots_are_written_as_files(location, tmp_path):
     assert b"<script" not in (tmp_path / "plots" / "depth.svg").read_bytes()
     with pytest.raises(ResultsError, match=r"x\.pdf: a plot is written as svg or png"):
         save_plot(plots[0][1], tmp_path / "x.pdf")
+
+
+def test_zero_scales_are_explained_and_not_praised(result_set, read):
+    rows = [
+        read("zeroed", depth=29.5, kernel_exact=True, num_zero_scales=3),
+        read("plain", depth=13.1, kernel_exact=True, num_zero_scales=0),
+    ]
+    page, _ = report_page(result_set(rows))
+    assert "zero scales: zeroed (3). Each is a dead direction that training closed (learned)" in page
+    assert "<b>13.1</b><span>decades, the deepest kernel</span>" in page
