@@ -144,6 +144,7 @@ class Passes:
         blocks = Blocks(self._blocks, lambda tap, acts, batch: stream.update(tap, acts, batch.mask_ST))
         label, first = self._read.label(), position.first
         done = sum(batch.num_rows for batch in self._batches[: position.batch])
+        torch.manual_seed(self._read.seed)  # ViT-MAE and ViLT draw what they look at: every pass sees the same
         for step in self._engine.passes(self._model, self._module, self._batches[position.batch :], blocks):
             started = time.perf_counter()
             if isinstance(step, Swept):  # all of this tap's rows are there, and nothing of the next tap's
