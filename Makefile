@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?= results/quick
+WORKERS ?= -n logical --maxprocesses 4
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 CPU_INDEX := https://download.pytorch.org/whl/cpu
@@ -11,7 +12,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 # pip already looks if it is there, else from PyTorch's own CPU index.
 NEEDS_CPU_BUILD := $(shell [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null && ! [ -e /dev/nvidia0 ] && echo yes)
 
-.PHONY: run test check bench docs vllm clean
+.PHONY: run test test-fast check bench docs vllm clean
 
 run: $(VENV)/installed
 	$(BIN)/deadbench run --suite quick --out $(OUT)
@@ -22,7 +23,11 @@ run: $(VENV)/installed
 
 test: $(VENV)/installed check
 	@$(MAKE) --no-print-directory vllm || echo "vLLM cannot be installed here: its tests are skipped, which pytest says"
-	$(BIN)/pytest
+	$(BIN)/pytest $(WORKERS)
+
+# For every save: what starts no Ray, no vLLM and no other process, and does not compute for long.
+test-fast: $(VENV)/installed
+	$(BIN)/pytest $(WORKERS) -m 'not ray and not vllm and not subprocess and not slow and not full'
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .

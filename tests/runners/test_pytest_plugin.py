@@ -10,6 +10,8 @@ import yaml
 
 from tests.conftest import ROOT, TWINS
 
+pytestmark = pytest.mark.subprocess
+
 
 @pytest.fixture
 def project(tmp_path):

@@ -115,6 +115,7 @@ def test_stale_keys_and_aliases_of_published_configurations_are_understood():
     assert any("transformers" in text for text in found.evidence)
 
 
+@pytest.mark.subprocess
 def test_classify_by_the_atlas_imports_neither_torch_nor_transformers():
     code = (
         "import json, sys\nfrom deadbench.runners.cli.main import main\n"
