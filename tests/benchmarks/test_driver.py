@@ -69,13 +69,14 @@ def test_overhead(benchmark, clusters, tmp_path):
     drive(benchmark, clusters(1, 4), 100, 0.1, tmp_path / "out")
 
 
+@pytest.mark.bench  # fewer of them are test_schedule's
 @pytest.mark.benchmark(group="schedule: 200 models, decisions of a whole run")
 @pytest.mark.parametrize("shape", [(8,), (8, 8, 8, 8)], ids=["1x8", "4x8"])
 @pytest.mark.parametrize("sizes", [POWERS, SHARED, ANY], ids=["1-2-4-8", "with-shares", "1-to-8"])
-def test_makespan(benchmark, sized, shape, sizes):
+def test_makespan(benchmark, shape, sizes):
     nodes = cluster(*shape)
     ratios = []
-    for seed in range(sized(50, 5)):
+    for seed in range(50):
         suite = models(seed, sizes, error=0.5)
         ratios.append(simulate(suite, nodes)[1] / lower_bound(suite, nodes))
     benchmark.extra_info |= {"mean": sum(ratios) / len(ratios), "worst": max(ratios)}
