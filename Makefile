@@ -12,7 +12,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 # pip already looks if it is there, else from PyTorch's own CPU index.
 NEEDS_CPU_BUILD := $(shell [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null && ! [ -e /dev/nvidia0 ] && echo yes)
 
-.PHONY: run test test-fast check bench docs vllm clean
+.PHONY: run test test-fast check coverage bench docs dist vllm clean
 
 run: $(VENV)/installed
 	$(BIN)/deadbench run --suite quick --out $(OUT)
@@ -32,14 +32,26 @@ test-fast: $(VENV)/installed
 check: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/mypy
+
+coverage: $(VENV)/installed
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest $(WORKERS)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
 
 bench: $(VENV)/installed
 	$(BIN)/pytest tests/benchmarks --benchmark-enable --benchmark-only
 
 # The interface of every module, from its docstrings.
 docs: $(VENV)/installed
-	$(BIN)/pdoc suite runners analysis --docformat google -o site
+	$(BIN)/pdoc deadbench deadbench.suite deadbench.runners deadbench.analysis --docformat google -o site
+
+# What a release uploads: dist/*.tar.gz and dist/*.whl.
+dist: $(VENV)/installed
+	rm -rf dist
+	$(BIN)/hatchling build -d dist
 
 # vLLM without GPUs, for its engine's tests; on a machine with GPUs: pip install 'deadbench[vllm]'.
 vllm: $(VENV)/vllm
@@ -58,4 +70,4 @@ endif
 	@touch $@
 
 clean:
-	rm -rf $(VENV) site .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) site dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage

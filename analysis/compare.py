@@ -43,7 +43,8 @@ _ABOUT_BLOCKS = ("blocks_preserved", "worst_block_ratio")
 
 _WHICH = ["model", "revision", "read", "seed", "engine"]
 _ORDER = ["model", "read", "revision", "seed"]
-_ABOUT = ["protocol_hash", "protocol", "dtype", "num_tokens", "worst_block"]
+_ABOUT = ["protocol_hash", "protocol", "dtype", "num_tokens", "worst_block", "family", "error"]
+_BESIDE = ["worst_block", "family", "error"]  # of the candidate
 _ABOUT += [f"{metric}_standard_error" for metric in _RESAMPLED]
 _ROW = ["place", *_WHICH, "protocol", "dtype", "candidate_model", "candidate_revision"]
 COLUMNS = [
@@ -87,7 +88,8 @@ def compare(baseline: pl.LazyFrame, candidate: pl.LazyFrame, asked: Mapping[str,
     from sampling alone, on the same scale, and `noise_from` where it is known from: `seeds` (the baseline's spread over
     its seeds), `bootstrap` (of the baseline, over its sequences), `tokens` (the standard error of a mean over so many
     independent gaussian tokens), else null.
-    `verdict` is same, noise (at most two such deviations), changed, lost (null now), missing or failed.
+    `verdict` is same, noise (at most two such deviations), changed, lost (the candidate has no value, `detail` says why
+    where its row does), missing or failed.
 
     Where either side has one model only, they are paired whatever their names; where each model has one checkpoint
     on either side, whatever its revision.
@@ -101,9 +103,8 @@ def compare(baseline: pl.LazyFrame, candidate: pl.LazyFrame, asked: Mapping[str,
     _check_not_empty(*sides)
     left, right = _matched_names(*sides)
     keys = [*_WHICH, "protocol_hash"]
-    beside = right.select(*keys, *_original(right), pl.col(metrics), pl.col("worst_block")).rename(
-        {name: f"candidate_{name}" for name in [*metrics, "worst_block"]}
-    )
+    told = list(dict.fromkeys([*metrics, *_BESIDE]))
+    beside = right.select(*keys, *_original(right), *told).rename({name: f"candidate_{name}" for name in told})
     pairs = left.join(beside, on=keys, how="inner", nulls_equal=True)
     alone = left.join(pairs, on=keys, how="anti", nulls_equal=True)
     _refuse_mixed(alone, right)
@@ -122,6 +123,11 @@ def compare(baseline: pl.LazyFrame, candidate: pl.LazyFrame, asked: Mapping[str,
     gone = _without_pair(alone, candidate)
     gone = gone.cast({name: table.schema[name] for name in gone.columns})
     return pl.concat([table, gone], how="diagonal").select(COLUMNS).sort(_ORDER, maintain_order=True, nulls_last=True)
+
+
+def num_reads(table: pl.DataFrame) -> int:
+    """How many reads of the baseline a table of `compare` is about."""
+    return table.select(*_WHICH, "protocol", "dtype").n_unique()
 
 
 def unit_of(metric: str) -> str | None:
@@ -192,6 +198,16 @@ def _name(word: str) -> pl.Expr:
     return pl.lit(word, dtype=pl.Categorical)
 
 
+# What the candidate's row says of a value that it lacks.
+_WHY_LOST = (
+    pl.when(pl.col("candidate_error").is_not_null())
+    .then(pl.format("no value in the candidate: {}", pl.col("candidate_error").cast(pl.String)))
+    .when(pl.col("family").cast(pl.String) != pl.col("candidate_family").cast(pl.String))
+    .then(pl.format("no value in the candidate, whose norm is {}, the baseline's {}", "candidate_family", "family"))
+    .otherwise(pl.lit("no value in the candidate; its row does not say why"))
+)
+
+
 def _number(name: str) -> pl.Expr:
     value = pl.col(name).cast(pl.Float64)
     return pl.when(value.is_finite()).then(value)
@@ -238,6 +254,7 @@ def _token_noise(metric: str, scale: Scale) -> tuple[pl.Expr, pl.Expr]:
 def _differences(pairs: pl.LazyFrame, ask: Ask) -> pl.LazyFrame:
     metric, scale = ask
     seeds, (resampled, tokens) = pl.col(f"noise_{metric}"), _token_noise(metric, scale)
+    about_block = metric in _ABOUT_BLOCKS
     rows = pairs.select(
         *(pl.col(f"own_{name}").alias(name) if name in ("model", "revision") else pl.col(name) for name in _ROW),
         metric=_name(metric),
@@ -252,9 +269,8 @@ def _differences(pairs: pl.LazyFrame, ask: Ask) -> pl.LazyFrame:
         .then(_name("bootstrap"))
         .when(tokens.is_not_null())
         .then(_name("tokens")),
-        detail=pl.format("block {}", "candidate_worst_block")
-        if metric in _ABOUT_BLOCKS
-        else pl.lit(None, dtype=pl.String),
+        detail=pl.format("block {}", "candidate_worst_block") if about_block else pl.lit(None, dtype=pl.String),
+        why_lost=_WHY_LOST,
     ).filter(pl.col("baseline").is_not_null())
     return rows.with_columns(change=_change(metric, scale, pl.col("baseline"), pl.col("candidate"))).with_columns(
         verdict=pl.when(pl.col("candidate").is_null())
@@ -263,5 +279,6 @@ def _differences(pairs: pl.LazyFrame, ask: Ask) -> pl.LazyFrame:
         .then(_name("same"))
         .when(pl.col("change").abs() <= 2 * pl.col("noise"))
         .then(_name("noise"))
-        .otherwise(_name("changed"))
+        .otherwise(_name("changed")),
+        detail=pl.when(pl.col("candidate").is_null()).then("why_lost").otherwise("detail"),
     )

@@ -6,65 +6,31 @@ have written (model names, errors) is escaped for where it goes.
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
 from deadbench.analysis.cells import cells, header, one_line, text
+from deadbench.analysis.footnotes import footnotes
+from deadbench.analysis.layouts import LAYOUTS
 from deadbench.analysis.results import ResultsError
+from deadbench.analysis.terminal import Column, Layout, table
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Group
 
 
-# What a terminal has room for; every other format has all columns.
-TERMINAL_COLUMNS = {
-    "leaderboard": [
-        "rank", "model", "revision", "family", "objective", "read", "depth", "depth_random", "deepening", "depth_exact",
-        "kernel_exact", "alignment", "num_dead_1e6", "num_learned", "dead_parameters",
-        "dead_parameters_share", "num_parameters", "worst_block_ratio", "protocol", "dtype",
-    ],
-    "families": [
-        "claim", "family", "num_models", "num_hold", "holds", "value_median", "value_min", "value_max",
-        "value_margin", "unit", "failing",
-    ],
-    "collapsed_blocks": [
-        "model", "read", "block", "num_blocks", "ratio", "participation", "bottom_coordinates", "bottom_weights",
-    ],
-    "dead_directions": [
-        "model", "revision", "read", "site", "verdict", "coordinates", "depth", "at_random", "opened_step",
-        "in_checkpoints", "num_checkpoints", "in_runs", "num_runs",
-    ],
-    "compare": [
-        "verdict", "model", "revision", "read", "seed", "metric", "baseline", "candidate", "change", "scale", "allowed",
-        "noise",
-    ],
-    "trend": [
-        "checkpoint_step", "revision", "depth", "depth_exact", "lambda_v", "alignment", "num_dead_1e6", "num_learned",
-        "worst_block_ratio", "protocol", "dtype",
-    ],
-    "metrics": [
-        "metric", "trend", "first", "last", "min", "max", "change_step", "change", "unit", "protocol", "dtype",
-    ],
-}  # fmt: skip
-# Where these do not fit either, the first of `SACRIFICED` go, one by one.
-TERMINAL_WIDTH = 140
-SACRIFICED = [
-    "objective", "num_learned", "worst_block_ratio", "depth_exact", "num_dead_1e6", "num_parameters", "kernel_exact",
-    "revision", "depth_random", "alignment", "deepening", "read", "family", "value_min",
-    "value_max", "value_margin", "unit", "protocol", "dtype", "bottom_weights", "bottom_coordinates", "participation",
-    "noise", "seed",
-]  # fmt: skip
 # A page of paper has no room for these.
 SCREEN_ONLY = {
     "objective", "depth_predicted", "precision_slope", "containment", "num_algebraic", "num_rounding",
     "num_zero_scales", "dead_parameters", "hidden_size", "num_blocks", "blocks_preserved", "worst_block", "num_seeds",
     "input", "dtype", "value_low", "value_high", "value_seed_spread", "value_token_error", "threshold",
 }  # fmt: skip
-WRAPPED = {"failing": 30, "statement": 30}  # prose, and the width that is enough for it
-# Only rows that are equal here are compared: said once below the table where all are, else groups stand apart.
+# Only rows that are equal here are compared: groups stand apart.
 GROUP = ("protocol", "dtype")
+# What is said once below a terminal's table where all rows have the same.
+SAID_ONCE = (*GROUP, "seed")
 _MARKDOWN = str.maketrans(
     {"\\": "\\\\", "|": "\\|", "*": "\\*", "`": "\\`", "[": "\\[", "&": "&amp;", "<": "&lt;", ">": "&gt;"}
 )
@@ -84,43 +50,39 @@ def render(frames: Mapping[str, pl.DataFrame], format: str) -> str:
     return formats[format](frames)
 
 
-def rich_table(frame: pl.DataFrame, title: str, *, width: int = TERMINAL_WIDTH) -> "Table":
+def rich_table(frame: pl.DataFrame, title: str, *, width: int, keep: Sequence[str] = ()) -> "Group":
     """`frame` for a terminal of `width`, with the columns that fit it; columns without any value are left out.
 
-    Below it stand what all rows share and the rows' errors. Names are never cut off: on a terminal that is narrower
-    still they wrap.
+    Columns in `keep` are shown whatever the width. Below the table stand what all rows share, which columns did not
+    fit, and the rows' errors.
     """
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    wanted = [name for name in TERMINAL_COLUMNS.get(title, frame.columns) if name in frame.columns]
-    shown = frame.select(name for name in wanted if frame.is_empty() or _has_values(frame[name]))
-    shared = [name for name in GROUP if name in shown.columns and shown[name].drop_nulls().n_unique() == 1]
-    below = [", ".join(f"{name} {one_line(shown[name].drop_nulls()[0])}" for name in shared)] if shared else []
+    layout = LAYOUTS.get(title, Layout(columns=frame.columns, keys=frame.columns[:1]))
+    layout = layout._replace(columns=[*layout.columns, *keep], keys=[*layout.keys, *keep])
+    wanted = [name for name in dict.fromkeys(layout.columns) if name in frame.columns]
+    wanted = [name for name in wanted if frame.is_empty() or _has_values(frame[name])]
+    shared = [name for name in SAID_ONCE if name in wanted and frame[name].drop_nulls().n_unique() == 1]
+    notes = [", ".join(f"{name} {one_line(str(frame[name].drop_nulls()[0]))}" for name in shared)] if shared else []
     if {"model", "error"} <= set(frame.columns):
         errors = frame.select("model", "error").drop_nulls("error").iter_rows()
-        below += [one_line(f"{model}: {error}") for model, error in errors]
-    shown = _fitting(shown.drop(shared), width)
-    table = Table(
-        title=Text(header(title)),
-        title_justify="left",
-        caption=Text("\n".join(below)) if below else None,
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-    )
-    for name, dtype in shown.schema.items():
-        short = not isinstance(dtype, pl.String | pl.List)
-        table.add_column(
-            header(name), justify="right" if dtype.is_numeric() else "left", overflow="fold", no_wrap=short
+        notes += [one_line(f"{model}: {error}") for model, error in errors]
+    notes += footnotes(frame)
+    rows = list(cells(frame))
+    columns = [
+        Column(
+            name,
+            header(name),
+            [row[frame.columns.index(name)] for row in rows],
+            is_text=isinstance(frame.schema[name], pl.String | pl.List),
+            is_number=frame.schema[name].is_numeric(),
         )
-    groups = frame.select(GROUP).rows() if title == "leaderboard" else [()] * len(frame)
-    for place, row in enumerate(cells(shown)):
-        apart = place + 1 < len(groups) and groups[place] != groups[place + 1]
-        table.add_row(*map(Text, row), end_section=apart)  # Text, not str: markup in a name stays text
-    return table
+        for name in wanted
+        if name not in shared
+    ]
+    groups = _groups(frame).to_list() if title == "leaderboard" else []
+    apart = [place for place in range(len(groups) - 1) if groups[place] != groups[place + 1]]
+    return table(
+        columns, layout, width=width, title=header(title), notes=notes, elsewhere="--format json or csv", sections=apart
+    )
 
 
 def html_rows(frame: pl.DataFrame) -> dict[str, Any]:
@@ -134,6 +96,7 @@ def html_rows(frame: pl.DataFrame) -> dict[str, Any]:
         "headers": [header(name) for name in frame.columns],
         "numeric": numeric,
         "screen_only": [name in SCREEN_ONLY for name in frame.columns],
+        "notes": footnotes(frame),
         "judged": [name == "holds" for name in frame.columns],
         "rows": [list(zip(row, values, strict=True)) for row, values in zip(cells(frame), frame.rows(), strict=True)],
     }
@@ -152,23 +115,6 @@ def environment() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-
-
-def _fitting(frame: pl.DataFrame, width: int) -> pl.DataFrame:
-    """`frame` without as many of the `SACRIFICED` columns as it takes to fit `width`."""
-    from rich.cells import cell_len
-
-    rows = [[header(name) for name in frame.columns], *cells(frame)]
-    needed = {
-        name: min(max(map(cell_len, column)), WRAPPED.get(name, width)) + 2  # a space on either side
-        for name, column in zip(frame.columns, zip(*rows, strict=True), strict=True)
-    }
-    kept = frame.columns
-    for name in SACRIFICED:
-        if sum(needed[each] for each in kept) + 2 <= width:
-            break
-        kept = [each for each in kept if each != name]
-    return frame.select(kept)
 
 
 def _has_values(column: pl.Series) -> bool:
@@ -206,13 +152,19 @@ def _md(frames: Mapping[str, pl.DataFrame]) -> str:
     tables = []
     for frame in frames.values():
         lines = [[header(name) for name in frame.columns], ["---:" if t.is_numeric() else "---" for t in frame.dtypes]]
-        lines += [[cell.translate(_MARKDOWN) for cell in row] for row in cells(frame)]
+        lines += [[escaped(cell) for cell in row] for row in cells(frame)]
         tables.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+        tables += [escaped(line) for line in footnotes(frame)]
     return "\n\n".join(tables)
 
 
+def escaped(words: str) -> str:
+    """`words` as plain text in Markdown."""
+    return words.translate(_MARKDOWN)
+
+
 def _html(frames: Mapping[str, pl.DataFrame]) -> str:
-    tables = {title: _great_table(frame, title) for title, frame in frames.items()}
+    tables = {title: (_great_table(frame, title), footnotes(frame)) for title, frame in frames.items()}
     return str(environment().get_template("page.html.j2").module.document(tables))
 
 
@@ -221,7 +173,7 @@ def _great_table(frame: pl.DataFrame, title: str) -> str:
     from great_tables import GT
 
     shown = pl.DataFrame(list(cells(frame)), schema=dict.fromkeys(frame.columns, pl.String), orient="row").with_columns(
-        _group(frame) if set(GROUP) <= set(frame.columns) else []
+        _groups(frame) if set(GROUP) <= set(frame.columns) else []
     )
     table = GT(shown, id=title, groupname_col="group" if "group" in shown.columns else None)
     return str(
@@ -233,8 +185,12 @@ def _great_table(frame: pl.DataFrame, title: str) -> str:
     )
 
 
-def _group(frame: pl.DataFrame) -> pl.Series:
+def _groups(frame: pl.DataFrame) -> pl.Series:
+    """Which group each row stands in: its protocol and dtype, and whether its depth is of learned directions."""
+    learned = frame["kernel"].eq_missing("learned") if "kernel" in frame.columns else [False] * len(frame)
     names = [
-        ", ".join(f"{n} {text(n, v)}" for n, v in zip(GROUP, row, strict=True)) for row in frame.select(GROUP).rows()
+        ", ".join(f"{n} {text(n, v)}" for n, v in zip(GROUP, row, strict=True))
+        + (", learned directions" if is_learned else "")
+        for row, is_learned in zip(frame.select(GROUP).rows(), learned, strict=True)
     ]
     return pl.Series("group", names, dtype=pl.String)

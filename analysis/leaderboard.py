@@ -23,6 +23,7 @@ COLUMNS = [
     "family",
     "objective",
     "read",
+    "kernel",
     "depth",
     "depth_random",
     "deepening",
@@ -71,6 +72,9 @@ SORTABLE = [
     "worst_block_ratio",
 ]
 GROUP = ["protocol", "dtype"]
+# A zero scale makes these large, and no kernel does: they rank kernels alone.
+_OF_THE_KERNEL = ("depth", "depth_exact", "depth_predicted", "deepening")
+_DEAD = 6  # decades from which a direction that no kernel explains is dead, as where dead directions are counted
 
 
 def leaderboard(reads: pl.LazyFrame, *, sort: str = "depth", family: str | None = None) -> pl.DataFrame:
@@ -81,6 +85,11 @@ def leaderboard(reads: pl.LazyFrame, *, sort: str = "depth", family: str | None 
     trained read. The family is what the read found the norm to do, not what the registry expects. `dead_parameters` and
     their share of all parameters are counted at the line's own parameters: beside a trained read, by the read of
     parameters of the same checkpoint.
+
+    `kernel` says what the depth is of: algebraic (the kernel of a LayerNorm, which rounding alone fills), learned (zero
+    scales, or another direction that training closed), none (nothing is dead along the inverse scales), null where no
+    read tells. Learned directions are as deep as a scale is small, which says nothing of a kernel: they have no rank by
+    depth, and are listed below their group.
 
     `rank` counts within a (protocol, dtype) group, largest `sort` first; equal values share the smaller rank, a missing
     value has none and comes last. `sort="model"` lists a group by name and ranks by depth. Groups with more ranked
@@ -112,15 +121,29 @@ def leaderboard(reads: pl.LazyFrame, *, sort: str = "depth", family: str | None 
     if family is not None:
         lines = lines.filter(pl.col("family") == family)
     ranked_by = "depth" if sort == "model" else sort
-    rank = pl.col(ranked_by).rank("min", descending=True).over(GROUP).cast(pl.Int64)
-    lines = lines.with_columns(rank.alias("rank"))
+    lines = lines.with_columns(kernel=_KERNEL)
+    is_ranked = pl.col("kernel").ne_missing("learned") | pl.lit(ranked_by not in _OF_THE_KERNEL)
+    ranked = pl.when(is_ranked).then(pl.col(ranked_by))
+    lines = lines.with_columns(rank=ranked.rank("min", descending=True).over(GROUP).cast(pl.Int64))
     return collected(_ordered(lines, sort).select(COLUMNS))
+
+
+_ZEROS = pl.col("num_zero_scales").fill_null(0) > 0
+_KERNEL = (
+    pl.when(_ZEROS | (~pl.col("kernel_exact") & (pl.col("depth") >= _DEAD)))
+    .then(pl.lit("learned"))
+    .when("kernel_exact")
+    .then(pl.lit("algebraic"))
+    .when(~pl.col("kernel_exact"))
+    .then(pl.lit("none"))
+)
 
 
 def _ordered(lines: pl.LazyFrame, sort: str) -> pl.LazyFrame:
     group_size = pl.col("rank").is_not_null().sum().over(GROUP)
-    within = [] if sort == "model" else [pl.col("rank")]
     failed = pl.col("status").ne_missing("ok")
-    return lines.sort(
-        [failed, -group_size.cast(pl.Int64), *map(pl.col, GROUP), *within, pl.col("model")], nulls_last=True
-    )
+    order = [failed, -group_size.cast(pl.Int64), *map(pl.col, GROUP)]
+    if sort != "model":
+        apart = (pl.col("kernel") == "learned").fill_null(False) & (sort in _OF_THE_KERNEL)
+        order += [apart, pl.col("rank"), pl.when(apart).then(-pl.col(sort))]
+    return lines.sort([*order, pl.col("model")], nulls_last=True)

@@ -13,9 +13,10 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from deadbench.suite.errors import message
 from deadbench.suite.schema import KEY, SCHEMA_VERSION, TABLES, arrow_schema
 from deadbench.suite.secrets import scrubbed
-from deadbench.suite.storage import is_local, open_place
+from deadbench.suite.storage import is_local, open_place, refusal
 
 
 class ResultsError(ValueError):
@@ -92,7 +93,7 @@ def collected_all(frames: Sequence[pl.LazyFrame]) -> list[pl.DataFrame]:
     try:
         return pl.collect_all(frames)
     except (pl.exceptions.PolarsError, OSError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = message(error, 300)
         raise ResultsError(f"the result set cannot be read to its end ({reason}); move the file away") from error
 
 
@@ -164,6 +165,4 @@ class _Explained:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
         if isinstance(error, ResultsError) or not isinstance(error, Exception):  # stores raise what they like
             return
-        known = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else ""
-        reason = known or scrubbed(" ".join(str(error).split()))[:300] or type(error).__name__
-        raise ResultsError(f"{self._location}: cannot be opened ({reason}); check the path or URI") from error
+        raise ResultsError(f"{self._location}: cannot be opened ({refusal(error)}); check the path or URI") from error

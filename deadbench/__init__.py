@@ -8,6 +8,8 @@
 
 Importing this costs nothing: torch, polars and the rest wait until a function needs them. A caller's mistake is a
 `ValueError` of one line. The functions here are the interface; what lies below them may move.
+
+(PYTEST_DONT_REWRITE: else a pytest that is started after this import warns of our plugin, or dies of the warning.)
 """
 
 from collections.abc import Sequence
@@ -17,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import polars as pl
 
-    __version__: str
+__version__: str
 
 __all__ = ["__version__", "classify", "compare", "families", "leaderboard", "scan", "trend"]
 
@@ -32,7 +34,7 @@ def classify(source: str | Path) -> dict[str, Any]:
     tensors are read. Returns the object that `deadbench classify --json` prints for it: a checkpoint that cannot be
     read raises nothing, its `error` is one line and the other fields are None.
 
-    Example: `deadbench.classify("openai-community/gpt2")["scale_harmonic"]`
+    Example: `deadbench.classify("./my-checkpoint")["scale_harmonic"]`
     """
     from deadbench.suite.reads.classify import classify as classify_one
 
@@ -86,7 +88,7 @@ def compare(baseline: str | Path, candidate: str | Path, *, gate: str | Path | N
     Raises:
         ValueError: no result set, protocols that do not compare, or a gate file that does not hold.
 
-    Example: `deadbench.compare("results/main", "results/branch").filter(verdict="changed")`
+    Example: `deadbench.compare("results/quick@step0", "results/quick@step4096").filter(verdict="changed")`
     """
     from deadbench.analysis.compare import METRICS, open_side
     from deadbench.analysis.compare import compare as differences

@@ -4,7 +4,7 @@ A read is timed; what it measured is in the benchmark's `extra_info`. Beside it 
 whose figure is no time but `FAR - depth` in decades, so that `pytest-benchmark compare` shows a loss of depth as it
 shows a loss of speed, and `--benchmark-compare-fail=mean:0.5 -k depth` fails when half a decade is gone.
 
-Loaded with every pytest where deadbench is installed: nothing is imported before the option is given.
+Loaded with every pytest where deadbench is installed: nothing but pytest is imported before the option is given.
 """
 
 from collections.abc import Iterator
@@ -51,11 +51,11 @@ def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config
     """Add the reads to whatever else was collected."""
     file = config.getoption("deadbench")
     if file:
-        registry = Registry.from_parent(session, path=Path(file).resolve(), jobs=_jobs(config))
+        registry = RegistryFile.from_parent(session, path=Path(file).resolve(), jobs=_jobs(config))
         items.extend(session.genitems(registry))
 
 
-class Registry(pytest.File):
+class RegistryFile(pytest.File):
     """A registry file as a collection of benchmarks."""
 
     def __init__(self, *, jobs: "list[ModelJob]", **kwargs: Any):
@@ -69,7 +69,7 @@ class Registry(pytest.File):
                 measurement = _Measurement(job, read)
                 name = "-".join(part for part in (read.revision, read.read) if part)
                 yield self._item(f"{job.model_id}[{name}]", _timed(measurement))
-                if read.read != "parameters":
+                if read.engine is not None:
                     yield self._item(f"{job.model_id}[{name}-depth]", _depth(measurement))
 
     def _item(self, name: str, function: Any) -> pytest.Item:

@@ -11,9 +11,6 @@ import pyarrow as pa
 
 SCHEMA_VERSION = 1
 
-# Enters the protocol hash: raise a read's version when a change moves its numbers, and say so in the changelog.
-READ_VERSION = {"parameters": 2, "random": 2, "trained": 2, "functional": 1}
-
 
 class Column(NamedTuple):
     """One column of a result table."""

@@ -1,10 +1,15 @@
-"""Places that are read from or written to: any that fsspec opens."""
+"""Places that are read from or written to, any that fsspec opens; files are written whole or not at all."""
 
+import contextlib
 import os
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import fsspec
+
+from deadbench.suite.errors import message
 
 # The extra that brings the library for a protocol.
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "abfs": "azure", "abfss": "azure", "az": "azure"}
@@ -31,20 +36,69 @@ def is_local(fs: Any) -> bool:
     return "file" in (fs.protocol, *fs.protocol)
 
 
-def write_local(final: Path, aside: Path, data: bytes) -> None:
-    """Write `data` to `final` whole or not at all, by way of `aside` on the same file system."""
-    for folder in (final.parent, aside.parent):
-        folder.mkdir(parents=True, exist_ok=True)
+def refusal(error: BaseException) -> str:
+    """What a file system says, in a few words and without secrets."""
+    known = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else ""
+    return known or message(error)
+
+
+def renames(fs: Any) -> bool:
+    """Whether a file system renames files; an object store copies them."""
+    return is_local(fs) or type(fs).mv is not fsspec.AbstractFileSystem.mv
+
+
+def write_whole(path: str | Path, data: bytes, fs: Any = None, aside: str | None = None) -> None:
+    """Write `data` to `path` of `fs` (None: of this machine) whole or not at all: the old file stays, or there is none.
+
+    Where files are renamed it is written to `aside` on the same file system (None: beside `path`), flushed to the disk
+    and renamed into place; a link stays a link. An object store gets one write, published when it has all of it.
+
+    Raises:
+        OSError, or what the library of `fs` raises: no such folder, the disk is full or gone, or the store refuses.
+    """
+    fs = fs or fsspec.filesystem("file")
+    if not renames(fs):
+        fs.pipe_file(str(path), data)
+        return
+    final = os.path.realpath(path) if is_local(fs) else str(path)
+    folder, _, name = final.rpartition("/")
+    aside = aside or f"{folder}/.{name}-{uuid.uuid4().hex[:8]}"
+    with written_aside(aside, fs) as file:
+        file.write(data)
+    put_in_place(aside, final, fs)
+
+
+@contextlib.contextmanager
+def written_aside(aside: str, fs: Any) -> Iterator[Any]:
+    """A new file `aside`, open for writing: on the disk when the block is over, gone when anything fails."""
     try:
-        with aside.open("wb") as file:
-            file.write(data)
+        with fs.open(aside, "wb") as file:
+            yield file
             file.flush()
-            os.fsync(file.fileno())
-        aside.rename(final)
-    finally:
-        aside.unlink(missing_ok=True)
-    descriptor = os.open(final.parent, os.O_RDONLY)
+            if is_local(fs):
+                os.fsync(file.fileno())
+    except BaseException:
+        _remove(aside, fs)
+        raise
+
+
+def put_in_place(aside: str, final: str, fs: Any) -> None:
+    """Rename a file that is whole; where that fails it is gone."""
+    try:
+        if not is_local(fs):
+            fs.mv(aside, final)
+            return
+        os.replace(aside, final)
+    except BaseException:
+        _remove(aside, fs)
+        raise
+    descriptor = os.open(os.path.dirname(final), os.O_RDONLY)
     try:
         os.fsync(descriptor)  # the new name itself
     finally:
         os.close(descriptor)
+
+
+def _remove(path: str, fs: Any) -> None:
+    with contextlib.suppress(Exception):  # the first error is the one to tell
+        fs.rm_file(path)

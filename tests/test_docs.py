@@ -81,7 +81,7 @@ def _played(block, deadbench):
     return "".join(played)
 
 
-@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*DOCS, ROOT / "README.md"], ids=lambda path: path.name)
 def test_python_examples_run(workplace, monkeypatch, path):
     from deadbench.analysis.claims import CLAIMS
 
@@ -123,10 +123,14 @@ def test_every_command_has_an_example_in_the_documents():
 @pytest.mark.subprocess
 def test_every_module_has_a_page_of_its_interface(tmp_path):
     """As `make docs` makes them; a module that does not import alone, or a broken docstring, fails here."""
-    command = [sys.executable, "-m", "pdoc", "suite", "runners", "analysis", "--docformat", "google", "-o", tmp_path]
-    done = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True, check=False)
+    (recipe,) = re.findall(r"\$\(BIN\)/pdoc (.*) -o site", (ROOT / "Makefile").read_text(encoding="utf-8"))
+    command = [sys.executable, "-m", "pdoc", *recipe.split(), "-o", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for package in ("suite", "runners", "analysis"):
-        modules = {path.stem for path in (ROOT / package).glob("[a-z]*.py")}
-        assert modules <= {path.stem for path in (tmp_path / package).glob("*.html")}
-    assert "inverse_scale_direction" in (tmp_path / "suite" / "directions.html").read_text()
+    files = [path for room in ("suite", "runners", "analysis") for path in (ROOT / room).rglob("*.py")]
+    modules = {path.relative_to(ROOT).with_suffix("") for path in files if path.stem not in ("__init__", "__main__")}
+    assert len(modules) > 100
+    pages = {path.relative_to(tmp_path).with_suffix("") for path in tmp_path.rglob("*.html")}
+    assert {Path("deadbench", module) for module in modules} <= pages
+    assert [page for page in pages if "tests" in page.parts] == []
+    assert "inverse_scale_direction" in (tmp_path / "deadbench/suite/spectra/directions.html").read_text()

@@ -5,12 +5,15 @@ import xml.etree.ElementTree as ElementTree
 import polars as pl
 
 from deadbench.analysis.cells import one_line, text
-from deadbench.analysis.formats import render
+from deadbench.analysis.formats import escaped, render
 from deadbench.analysis.gate import BROKEN, broken
+from deadbench.suite.secrets import scrubbed
 
 _SUMMARY_COLUMNS = [
     "verdict", "model", "revision", "read", "metric", "baseline", "candidate", "change", "allowed", "detail",
 ]  # fmt: skip
+
+_MAX_MEMBERS = 5  # of one side in a line
 
 
 def headline(judged: pl.DataFrame) -> str:
@@ -20,25 +23,36 @@ def headline(judged: pl.DataFrame) -> str:
     return f"deadbench gate: {outcome}"
 
 
-def github_summary(judged: pl.DataFrame) -> str:
-    """GitHub-flavoured Markdown: the headline, and a table of what broke."""
+def sides(judged: pl.DataFrame, baseline: str, candidate: str) -> list[str]:
+    """A line for each side of a gate that breaks: the place as it was given, and what was read there; else none.
+
+    Example: `baseline results/main: twin-layernorm@step4096`.
+    """
+    failures = broken(judged)
+    if failures.is_empty():
+        return []
+    return [
+        one_line(f"baseline {scrubbed(baseline)}: {_members(failures, 'model', 'revision')}"),
+        one_line(f"candidate {scrubbed(candidate)}: {_members(failures, 'candidate_model', 'candidate_revision')}"),
+    ]
+
+
+def _members(rows: pl.DataFrame, model: str, revision: str) -> str:
+    pairs = rows.select(pl.col(model, revision).cast(pl.String)).unique(maintain_order=True).drop_nulls(model).rows()
+    names = [f"{name}@{at}" if at else name for name, at in pairs]
+    more = f" and {len(names) - _MAX_MEMBERS} more" if len(names) > _MAX_MEMBERS else ""
+    return ", ".join(names[:_MAX_MEMBERS]) + more or "no finished read of these"
+
+
+def github_summary(judged: pl.DataFrame, *places: str) -> str:
+    """GitHub-flavoured Markdown: the headline, and a table of what broke, of `places` (baseline and candidate)."""
     failures = broken(judged)
     mark = "❌" if len(failures) else "✅"
     lines = [f"### {mark} {headline(judged)}"]
     if len(failures):
-        columns = [
-            "verdict",
-            "model",
-            "revision",
-            "read",
-            "metric",
-            "baseline",
-            "candidate",
-            "change",
-            "allowed",
-            "detail",
-        ]
-        lines += ["", render({"compare": failures.select(columns)}, "md")]
+        if places:
+            lines += ["", *(f"- {escaped(line)}" for line in sides(judged, *places))]
+        lines += ["", render({"compare": failures.select(_SUMMARY_COLUMNS)}, "md")]
     return "\n".join(lines) + "\n"
 
 

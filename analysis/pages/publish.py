@@ -3,6 +3,7 @@
 What is published is a result set itself: `deadbench leaderboard PUBLISHED` reads it, and so does `datasets`.
 """
 
+import io
 import os
 import re
 import shutil
@@ -20,7 +21,9 @@ from deadbench.analysis.formats import environment, render
 from deadbench.analysis.leaderboard import leaderboard
 from deadbench.analysis.pages.report import provenance, write_report
 from deadbench.analysis.results import ResultsError, collected, scan
+from deadbench.suite.errors import message
 from deadbench.suite.schema import TABLES, arrow_schema
+from deadbench.suite.storage import write_whole
 
 HUB = "hf://datasets/"
 _LEADERBOARD_COLUMNS = [
@@ -68,8 +71,8 @@ def publish(
 def _write(locations: Sequence[str], folder: Path, title: str, license: str) -> None:
     reads = collected(scan(locations)).lazy()
     board, claims = leaderboard(reads), families(reads, scan(locations, "functional"))
-    (folder / "leaderboard.csv").write_text(render({"leaderboard": board}, "csv") + "\n", encoding="utf-8")
-    (folder / "claims.csv").write_text(render({"families": claims}, "csv") + "\n", encoding="utf-8")
+    write_whole(folder / "leaderboard.csv", (render({"leaderboard": board}, "csv") + "\n").encode())
+    write_whole(folder / "claims.csv", (render({"families": claims}, "csv") + "\n").encode())
     write_report(locations, folder / "report.html")
     rows = {name: _write_table(locations, folder, name) for name in TABLES}
     card = environment().get_template("card.md.j2").render(
@@ -81,7 +84,7 @@ def _write(locations: Sequence[str], folder: Path, title: str, license: str) -> 
         board=render({"leaderboard": board.select(_LEADERBOARD_COLUMNS).head(100)}, "md"),
         claims=render({"families": claims.select(_CLAIM_COLUMNS)}, "md"),
     )  # fmt: skip
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    write_whole(folder / "README.md", card.encode())
 
 
 def _write_table(locations: Sequence[str], folder: Path, name: str) -> int:
@@ -91,7 +94,9 @@ def _write_table(locations: Sequence[str], folder: Path, name: str) -> int:
         return 0
     (folder / name).mkdir()
     table: Any = frame.to_arrow().cast(arrow_schema(name))
-    pq.write_table(table, folder / name / "published.parquet", compression="zstd")
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    write_whole(folder / name / "published.parquet", buffer.getvalue())
     return len(frame)
 
 
@@ -106,6 +111,6 @@ def _upload(folder: Path, repository: str, private: bool) -> str:
             repo_id=repository, repo_type="dataset", folder_path=folder, commit_message="deadbench results"
         )
     except (HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        reason = one_line(str(error))[:200]
+        reason = message(error)
         raise ResultsError(f"{HUB}{repository}: the Hub refused ({reason}); `hf auth login` signs in") from error
     return str(commit.commit_url)

@@ -2,9 +2,7 @@
 
 import contextlib
 import json
-import os
 import re
-import uuid
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -21,6 +19,7 @@ from deadbench.analysis.plots.models import MAX_MODELS, Spec, depth_plot, size_p
 from deadbench.analysis.plots.spectra import MAX_SPECTRA, block_plot, spectra_plot
 from deadbench.analysis.plots.training import training_plot, turning_plot
 from deadbench.analysis.results import collected, latest, scan
+from deadbench.suite.storage import write_whole
 
 MAX_ROWS = 500  # of a table on the page; the commands list everything
 CLAIM_COLUMNS = [
@@ -45,18 +44,7 @@ def write_report(locations: str | Sequence[str], out: Path) -> list[tuple[str, S
         OSError: `out` cannot be written.
     """
     page, plots = report_page(locations)
-    out = out.resolve()  # a link stays a link
-    aside = out.parent / f".{out.name}-{uuid.uuid4().hex[:8]}"
-    try:
-        with aside.open("x", encoding="utf-8") as file:
-            file.write(page)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, out)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
-        raise
+    write_whole(out, page.encode())
     return [(title, spec) for title, _, spec in plots]
 
 
@@ -134,11 +122,11 @@ def _range(counts: pl.Series) -> str:
 def _tiles(board: pl.DataFrame, claims: pl.DataFrame) -> list[tuple[str, str]]:
     """The page in four numbers."""
     tested = claims.filter(pl.col("num_models") > 0)
-    depths = board["depth"].drop_nulls().to_list()
+    depths = board.filter(pl.col("kernel").ne_missing("learned"))["depth"].drop_nulls().to_list()
     return [
         (str(board["model"].n_unique()), "models"),
         (f"{tested['holds'].sum()} of {len(tested)}", "claims hold on all models tested"),
-        (f"{max(depths):.1f}" if depths else "-", "decades, the deepest"),
+        (f"{max(depths):.1f}" if depths else "-", "decades, the deepest kernel"),
         (str(int((board["num_learned"].fill_null(0) > 0).sum())), "models with learned dead directions"),
     ]
 

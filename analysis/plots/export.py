@@ -6,6 +6,7 @@ from pathlib import Path
 
 from deadbench.analysis.plots.models import Spec
 from deadbench.analysis.results import ResultsError
+from deadbench.suite.storage import write_whole
 
 WIDTH = 860  # pixels; on the page a plot is as wide as the window
 FORMATS = ("svg", "png")
@@ -50,6 +51,7 @@ def save_plot(spec: Spec, path: Path) -> None:
     fixed["config"] = fixed.get("config", {}) | _CONFIG
     version = ".".join(alt.SCHEMA_VERSION.split(".")[:2])
     if format == "svg":
-        path.write_text(vl_convert.vegalite_to_svg(fixed, vl_version=version), encoding="utf-8")
+        data = vl_convert.vegalite_to_svg(fixed, vl_version=version).encode()
     else:
-        path.write_bytes(vl_convert.vegalite_to_png(fixed, vl_version=version, scale=2))
+        data = vl_convert.vegalite_to_png(fixed, vl_version=version, scale=2)
+    write_whole(path, data)

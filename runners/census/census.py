@@ -20,6 +20,7 @@ import pyarrow as pa
 from deadbench.runners.census.worker import PROTOCOL_HASH, CensusWorker, PauseBoard, failure, outline
 from deadbench.runners.results.store import ResultStore
 from deadbench.suite.checkpoints.checkpoint import identify
+from deadbench.suite.errors import message
 from deadbench.suite.schema import arrow_schema, to_table
 from deadbench.suite.secrets import scrubbed
 from deadbench.suite.storage import open_place
@@ -64,7 +65,7 @@ def list_sources(file: str) -> list[str]:
         raise CensusError(f"{shown}: not UTF-8 text; give a file with one SOURCE a line") from error
     except (OSError, ValueError, ImportError) as error:
         missing = isinstance(error, FileNotFoundError)
-        reason = "no such file" if missing else scrubbed(" ".join(str(error).split())) or type(error).__name__
+        reason = "no such file" if missing else message(error, None)
         raise CensusError(f"{shown}: cannot be read ({reason}); give a file with one SOURCE a line") from error
     sources: dict[tuple[str, str | None], str] = {}
     for number, line in enumerate(lines, 1):

@@ -19,13 +19,15 @@ import pyarrow as pa
 from deadbench.runners.results.versions import versions
 from deadbench.suite.checkpoints.checkpoint import Checkpoint, checkpoint_step, identify
 from deadbench.suite.checkpoints.rate_limits import LIMITS
+from deadbench.suite.errors import one_line
+from deadbench.suite.read_specs import READ_SPECS
 from deadbench.suite.reads.parameters import ParametersRead, read_parameters
-from deadbench.suite.schema import READ_VERSION, Row, to_table
+from deadbench.suite.schema import Row, to_table
 from deadbench.suite.secrets import scrubbed
 
 PROTOCOL = "census"  # less than `run --reads parameters` stores: no norms but the final one, no count of parameters
 PROTOCOL_HASH = hashlib.sha256(
-    json.dumps({"read": "parameters", "protocol": PROTOCOL, "version": READ_VERSION["parameters"]}).encode()
+    json.dumps({"read": "parameters", "protocol": PROTOCOL, "version": READ_SPECS["parameters"].version}).encode()
 ).hexdigest()[:12]
 _LONGEST_WAIT_SECONDS, _REFUSALS = 900.0, 1000  # a census has time: a limit is waited for, not reported
 
@@ -107,10 +109,7 @@ def outline(source: str, base: Path, run_id: str) -> Row:
 
 def failure(error: BaseException | str) -> Row:
     """Status and one-line error of a source that could not be read."""
-    text = scrubbed(" ".join(str(error).split()))[:500]
-    if not isinstance(error, ValueError | str):
-        text = f"{type(error).__name__}: {text}".rstrip(": ")
-    return {"status": "failed", "error": text}
+    return {"status": "failed", "error": error if isinstance(error, str) else one_line(error)}
 
 
 def _opened(read: ParametersRead) -> set[str]:

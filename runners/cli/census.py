@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from deadbench.runners.cli.console import EXIT_FALSE, Debug, Json, UserError, check_out
+from deadbench.runners.cli.options import Address, Out
 
 if TYPE_CHECKING:
     from deadbench.runners.census.census import Outcome
@@ -24,8 +25,8 @@ def census(
     sources_file: Annotated[
         str, typer.Argument(metavar="SOURCES_FILE", help="One SOURCE a line; blank lines and # comments are left out.")
     ],
-    out: Annotated[str, typer.Option(metavar="DIR_OR_URI", help="Result set to write or continue.")],
-    address: Annotated[str | None, typer.Option(help="Ray to join: local, auto, host:port. [default: local]")] = None,
+    out: Out,
+    address: Address = None,
     resume: Annotated[bool, typer.Option("--resume/--fresh", help="Skip finished sources, or read them again.")] = True,
     threads: Annotated[int, typer.Option(min=1, help="Sources that each CPU's process reads at once.")] = 16,
     as_json: Json = False,

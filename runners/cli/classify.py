@@ -30,12 +30,16 @@ def classify(
         typer.Option(metavar="PACKAGE:CLASS", help="Your own norm class, imported and put to the kernel test."),
     ] = None,
     width: Annotated[int, typer.Option(min=2, help="Width that the class of --module is built with.")] = 64,
+    allow_undetermined: Annotated[
+        bool, typer.Option("--allow-undetermined", help="Exit with 0 although a family is undetermined.")
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Normalisation family, final norm and dead direction of checkpoints, from their parameters alone.
 
-    Opens only headers, the configuration and the final norm's tensors.
+    Opens only headers, the configuration and the final norm's tensors. Exit code 1 when a source could not be read, or
+    its family stayed undetermined.
 
     Example: [bold]deadbench classify openai-community/gpt2 ./my-checkpoint --save-direction v.safetensors[/bold]
     """
@@ -65,7 +69,10 @@ def classify(
         print(json.dumps({"sources": results}, indent=2))
     else:
         _print_classified(results)
-    if any(result["error"] for result in results):
+    undetermined = [result["source"] for result in results if result["family"] == "undetermined"]
+    if undetermined and not allow_undetermined:
+        print(f"deadbench: undetermined: {', '.join(undetermined)}; --allow-undetermined exits with 0", file=sys.stderr)
+    if any(result["error"] for result in results) or (undetermined and not allow_undetermined):
         raise typer.Exit(EXIT_FALSE)
 
 
@@ -88,28 +95,46 @@ def export(
 
 
 def _print_classified(results: list[dict[str, Any]]) -> None:
-    from rich import box
-    from rich.markup import escape
-    from rich.table import Column, Table
+    from deadbench.analysis.terminal import NOTHING, Column, Layout, table
 
-    source, norm = Column("source", overflow="fold"), Column("final norm", overflow="fold", min_width=30)
-    headers = ("family", norm, "placement", "scale", "D", "zero", "depth", "bytes read")
-    table = Table(source, *headers, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    def told(name: str) -> list[str]:
+        return [str(result.get(name) or NOTHING) for result in results]
+
+    def number(name: str, form: str) -> list[str]:
+        return [NOTHING if result.get(name) is None else format(result[name], form) for result in results]
+
+    families = [NOTHING if result["error"] else result["family"] for result in results]
+    read = [NOTHING if r["error"] else f"{r['bytes_read']:,} of {r['bytes_total']:,}" for r in results]
+    columns = [
+        Column("source", "source", [result["source"] for result in results]),
+        Column("family", "family", families),
+        Column("final_norm", "final norm", told("final_norm")),
+        Column("placement", "placement", told("placement")),
+        Column("scale", "scale", told("scale")),
+        Column("hidden_size", "D", told("hidden_size"), is_text=False),
+        Column("num_zero_scales", "zero", number("num_zero_scales", "d"), is_text=False),
+        Column("depth_predicted", "depth", number("depth_predicted", ".2f"), is_text=False),
+        Column("bytes_read", "bytes read", read, is_text=False),
+    ]
+    layout = Layout(
+        [column.name for column in columns],
+        keys=["source", "family", "depth_predicted"],
+        dropped=["bytes_read", "placement", "scale", "hidden_size", "final_norm", "num_zero_scales"],
+    )
+    terminal = console()
+    terminal.print(table(columns, layout, width=terminal.width, notes=_reasons(results), elsewhere="--json"))
+
+
+def _reasons(results: list[dict[str, Any]]) -> list[str]:
+    """Why a source has no final norm, or could not be read; that a depth is of zero scales."""
+    reasons = []
     for result in results:
-        if result["error"]:
-            table.add_row(escape(result["source"]), "-", escape(result["error"]))
-            continue
-        depth = result["depth_predicted"]
-        table.add_row(
-            escape(result["source"]),
-            result["family"],
-            escape(result["final_norm"] or "; ".join(result["evidence"]) or "-"),
-            *(str(result[name] or "-") for name in ("placement", "scale", "hidden_size")),
-            "-" if result["num_zero_scales"] is None else str(result["num_zero_scales"]),
-            "-" if depth is None else f"{depth:.2f}",
-            f"{result['bytes_read']:,} of {result['bytes_total']:,}",
-        )
-    console().print(table)
+        reason = result["error"] or ("" if result["final_norm"] else "; ".join(result["evidence"]))
+        if not reason and result["num_zero_scales"]:
+            reason = f"{result['num_zero_scales']} zero scales: the depth is of learned directions, not of a kernel"
+        if reason:
+            reasons.append(reason if reason.startswith(result["source"]) else f"{result['source']}: {reason}")
+    return reasons
 
 
 def _classify_module(name: str, width: int, as_json: bool) -> None:

@@ -1,4 +1,4 @@
-"""`deadbench compare` and `deadbench trend`: what changed, from one result set or checkpoint to another."""
+"""`deadbench compare`: what changed, from one result set or checkpoint to another."""
 
 import json
 import os
@@ -11,17 +11,14 @@ from deadbench.runners.cli.console import (
     EXIT_FALSE,
     FORMATS,
     Debug,
-    Format,
     Json,
-    Results,
     UserError,
     check_folder,
     one_of,
     print_frames,
     say,
 )
-
-GateFile = Annotated[Path | None, typer.Option(metavar="FILE", help="Gate file (YAML): what may not get worse.")]
+from deadbench.runners.cli.options import GateFile
 
 
 def compare(
@@ -42,10 +39,10 @@ def compare(
 
     Example: [bold]deadbench compare results/quick@step16 results/quick@step4096[/bold]
     """
-    from deadbench.analysis.compare import METRICS, open_side
+    from deadbench.analysis.compare import METRICS, num_reads, open_side
     from deadbench.analysis.compare import compare as differences
     from deadbench.analysis.gate import broken, judge, load_gate, unjudged
-    from deadbench.analysis.pages.gate_report import github_summary, headline
+    from deadbench.analysis.pages.gate_report import github_summary, headline, sides
     from deadbench.analysis.pages.gate_report import junit as junit_xml
 
     format = "json" if as_json else format
@@ -57,7 +54,11 @@ def compare(
     asked = rules.scales() if rules else METRICS
     rows = differences(open_side(baseline), open_side(candidate), asked)
     if rules is None:
-        print_frames({"compare": rows if show_all else rows.filter(rows["verdict"] != "same")}, format)
+        shown = rows if show_all else rows.filter(rows["verdict"] != "same")
+        if shown.is_empty():
+            say(f"no differences: {num_reads(rows)} reads, {rows['metric'].n_unique()} metrics compared")
+        if format != "table" or len(shown):
+            print_frames({"compare": shown}, format)
         return
     judged = judge(rows, rules)
     failures = broken(judged)
@@ -65,10 +66,10 @@ def compare(
         junit.write_text(junit_xml(judged), encoding="utf-8")
     if page := os.environ.get("GITHUB_STEP_SUMMARY"):
         with open(page, "a", encoding="utf-8") as file:
-            file.write(github_summary(judged))
+            file.write(github_summary(judged, baseline, candidate))
     shown = judged if show_all else failures
     if format == "github":
-        print(github_summary(judged), end="")
+        print(github_summary(judged, baseline, candidate), end="")
     elif format == "json":
         from deadbench.analysis.formats import plain_rows
 
@@ -76,70 +77,9 @@ def compare(
         print(json.dumps({"compare": plain_rows(shown), "gate": verdict}, indent=2))
     elif format != "table" or len(shown):
         print_frames({"compare": shown}, format)
-    say(headline(judged))
+    for line in (headline(judged), *sides(judged, baseline, candidate)):
+        say(line)
     for metric in unjudged(judged, rules):
         say(f"{gate}: no read of the baseline has {metric}; it judged nothing")
     if len(failures):
         raise typer.Exit(EXIT_FALSE)
-
-
-def trend(
-    results: Results,
-    model: Annotated[str, typer.Option(help="Model of the result set, or of the registry with --bisect.")],
-    metric: Annotated[list[str] | None, typer.Option(help="Column of reads; may be repeated.")] = None,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a plot: .svg or .png.")] = None,
-    bisect: Annotated[
-        str | None, typer.Option(metavar="METRIC", help="Find the first checkpoint at which METRIC's gate breaks.")
-    ] = None,
-    gate: GateFile = None,
-    registry: Annotated[Path | None, typer.Option(metavar="FILE", help="With --bisect. [default: models.yaml]")] = None,
-    suite: Annotated[str | None, typer.Option(metavar="NAME", help="With --bisect: its protocol and input.")] = None,
-    address: Annotated[str | None, typer.Option(help="With --bisect: Ray to join. [default: local]")] = None,
-    format: Format = "table",
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """A model's reads over its checkpoints in training order, with the change-point of each metric.
-
-    Then its dead directions: how far v turned from one checkpoint to the next, and which directions opened when.
-
-    --bisect takes the series from the registry and reads only the checkpoints it needs, log2 of their number, into
-    RESULTS; the first checkpoint is the baseline. Exit code 1 when a checkpoint breaks the gate.
-
-    Example: [bold]deadbench trend results/quick --model twin-layernorm --plot trend.svg[/bold]
-
-    Example: [bold]deadbench trend results/bisect --model twin-layernorm --bisect depth --suite quick[/bold]
-    """
-    from deadbench.analysis.dead import dead_directions
-    from deadbench.analysis.results import scan
-    from deadbench.analysis.trajectory import trajectory
-    from deadbench.analysis.trend import METRICS, checkpoints, summary
-
-    check_folder("--plot", plot)
-    if bisect is not None:
-        from deadbench.runners.cli.bisect import bisect_series
-
-        found = bisect_series(results, model, bisect, gate, registry, suite, address, say)
-        if as_json or format == "json":
-            print(json.dumps({"bisect": found._asdict()}, indent=2))
-        else:
-            print(found.sentence())
-        raise typer.Exit(EXIT_FALSE if found.first_failing is not None else 0)
-    metrics = metric or METRICS
-    series = checkpoints(scan(results), model, metrics)
-    sparks = summary(series, metrics)
-    reads, norms, spectra, blocks = (scan(results, name) for name in ("reads", "norms", "spectra", "blocks"))
-    dead = dead_directions(reads, norms, spectra, blocks, every=True)
-    turns = trajectory(series, model, reads, norms, dead)
-    if plot is not None:
-        from deadbench.analysis.plots.export import save_plot
-        from deadbench.analysis.plots.training import trend_plot
-
-        turned = series.with_columns(turns["angle"])
-        save_plot(trend_plot(turned, sparks, [*metrics, "angle"]), plot)
-        say(f"wrote {plot}")
-    if metric and format == "table" and not as_json:
-        series = series.select("checkpoint_step", "revision", *metric, "protocol", "dtype")
-        print_frames({"checkpoints": series, "metrics": sparks, "directions": turns}, format)
-    else:
-        print_frames({"trend": series, "metrics": sparks, "directions": turns}, "json" if as_json else format)

@@ -1,7 +1,10 @@
 """What the commands share: exit codes, options, one-line errors, tables on a terminal."""
 
+import codecs
+import io
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +18,12 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on s
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 Format = Annotated[str, typer.Option("--format", help=f"One of {', '.join(FORMATS)}.")]
 Results = Annotated[list[str], typer.Argument(metavar="RESULTS...", help="Result sets: folders or URIs.")]
+
+# How a terminal whose encoding lacks them shows our own signs; of any other letter it shows a question mark.
+_ASCII = dict(zip("▁▂▃▄▅▆▇█", ".:-~=+o#", strict=True)) | {
+    "…": "...", "±": "+/-", "×": "x", "−": "-", "γ": "gamma", "λ": "lambda", "✅": "passed:", "❌": "failed:",
+}  # fmt: skip
+_LENIENT = ("replace", "backslashreplace", "namereplace", "xmlcharrefreplace", "ignore")
 
 
 class UserError(Exception):
@@ -35,6 +44,20 @@ def check_out(out: str) -> None:
         )
 
 
+def print_anywhere() -> None:
+    """Let stdout and stderr take every letter, whatever their encoding."""
+    codecs.register_error("deadbench", _in_ascii)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors not in _LENIENT:
+            stream.reconfigure(errors="deadbench")
+
+
+def _in_ascii(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    letters = error.object[error.start : error.end]
+    return "".join(_ASCII.get(letter, "?") for letter in letters), error.end
+
+
 def console() -> Any:
     """The terminal on stdout; a wide one where stdout is a file."""
     from rich.console import Console
@@ -42,19 +65,24 @@ def console() -> Any:
     return Console() if sys.stdout.isatty() else Console(width=PLAIN_WIDTH)
 
 
-def print_frames(frames: dict[str, Any], format: str) -> None:
+def print_frames(frames: dict[str, Any], format: str, keep: Sequence[str] = ()) -> None:
     """Data frames by title, on stdout: tables, one JSON document, or text one after another.
 
-    csv has no place for a second table and prints the first one only.
+    A terminal shows the columns that fit it, those in `keep` always. csv has no place for a second table and prints the
+    first one only.
     """
     from deadbench.analysis.formats import render, rich_table
 
     one_of("--format", format, FORMATS)
     if format == "table":
+        terminal = console()
         for title, frame in frames.items():
-            console().print(rich_table(frame, title))
-    else:
-        print(render(frames, format))
+            terminal.print(rich_table(frame, title, width=terminal.width, keep=keep))
+        return
+    text = render(frames, format)
+    if format == "html" and "utf" not in (sys.stdout.encoding or "").lower():
+        text = text.encode("ascii", "xmlcharrefreplace").decode()  # the page itself says that it is UTF-8
+    print(text)
 
 
 def check_folder(option: str, path: Path | None) -> None:

@@ -12,11 +12,13 @@ import typer
 
 from deadbench.runners.cli.census import census
 from deadbench.runners.cli.classify import classify, export
-from deadbench.runners.cli.compare import compare, trend
-from deadbench.runners.cli.console import EXIT_FALSE, EXIT_INTERRUPTED, EXIT_USAGE, UserError
+from deadbench.runners.cli.compare import compare
+from deadbench.runners.cli.console import EXIT_FALSE, EXIT_INTERRUPTED, EXIT_USAGE, UserError, print_anywhere
 from deadbench.runners.cli.plan import plan
 from deadbench.runners.cli.results import dead, families, leaderboard, publish, report
 from deadbench.runners.cli.run import run
+from deadbench.runners.cli.trend import trend
+from deadbench.suite.errors import message
 
 app = typer.Typer(
     add_completion=False,
@@ -50,6 +52,7 @@ def _root(
 def main() -> None:
     """Entry point of the console script: one line for an error, a traceback only with --debug."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its warnings say nothing that our answers do not
+    print_anywhere()
     try:
         code = app(standalone_mode=False)  # Typer turns Ctrl-C into this exit code
         if code == EXIT_INTERRUPTED:
@@ -68,7 +71,7 @@ def _explain(error: Exception) -> int:
     if isinstance(error, TyperException):
         text = error.format_message()
     else:
-        text = " ".join(str(error).split()) or type(error).__name__
+        text = message(error, None)
         if not isinstance(error, (UserError, ValueError)):
             text = f"{type(error).__name__}: {text}"
     print(f"deadbench: {text}", file=sys.stderr)

@@ -1,29 +1,100 @@
-"""Options that several commands share, and what they may not be together."""
+"""Options that several commands share, and the jobs that the options of `run` and `plan` ask for."""
 
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from deadbench.runners.cli.console import UserError, one_of
+
+if TYPE_CHECKING:
+    from deadbench.runners.jobs.job import ModelJob, Overrides
+    from deadbench.runners.planning.hardware import Cluster
+
+# What is read.
+Models = Annotated[
+    list[str] | None, typer.Argument(metavar="[MODEL]...", help="Registry ids or SOURCEs; none: the suite.")
+]
+Suite = Annotated[str | None, typer.Option(metavar="NAME", help="Suite of the registry. [default: quick]")]
+Registry = Annotated[Path | None, typer.Option(metavar="FILE", help="Registry. [default: models.yaml]")]
+Reads = Annotated[str | None, typer.Option(help="Comma-separated: parameters, random, trained, functional.")]
+Tokens = Annotated[int | None, typer.Option(min=1, help="Tokens to read. [default: the protocol's]")]
+InputSpec = Annotated[
+    str | None,
+    typer.Option("--input", metavar="SPEC", help="text[:FILE], image[:DIR], tokens:random, tokens:FILE.npy, hf:…"),
+]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of random weights and inputs.")]
+Dtype = Annotated[str | None, typer.Option(help="auto, float32, float16, bfloat16, float64.")]
+
+# Where and how.
+Address = Annotated[str | None, typer.Option(help="Ray to join: local, auto, host:port. [default: local]")]
+Out = Annotated[str, typer.Option(metavar="DIR_OR_URI", help="Result set to write or continue.")]
+Resume = Annotated[bool, typer.Option("--resume/--fresh", help="Skip finished reads, or redo them.")]
+Engine = Annotated[str, typer.Option(help="auto, torch, streaming (one block at a time) or vllm.")]
+Replicas = Annotated[
+    int, typer.Option(min=1, help="Processes (with GPUs: one GPU each) that divide one model's tokens.")
+]
+AccumulatorGb = Annotated[
+    float | None,
+    typer.Option(min=0, metavar="GB", help="Memory for residual-stream accumulators. [default: 1/4 of the free]"),
+]
+
+# What is compared.
+GateFile = Annotated[Path | None, typer.Option(metavar="FILE", help="Gate file (YAML): what may not get worse.")]
 
 
-def check_options(engine: str, dtype: str | None, tokens: int | None, input_spec: str | None) -> None:
-    """Raise UserError for what neither `run` nor `plan` takes."""
-    from deadbench.runners.cli.console import UserError, one_of
-    from deadbench.runners.engines.registry import ENGINES
-    from deadbench.suite.registry.entries import Dtype
-
-    one_of("--dtype", dtype, Dtype.__args__)  # type: ignore[attr-defined]
-    if engine not in ENGINES:
-        raise UserError(f"--engine {engine!r} cannot be run by this version; choose {', '.join(ENGINES)}")
-    if tokens is not None and input_spec is not None and input_spec.endswith(".npy"):
-        raise UserError("--tokens does nothing with tokens:FILE.npy, which is used exactly as given; leave one out")
-
-
-def choose_cluster(assume: str | None, address: str | None) -> Any:
-    """The cluster that is assumed, that Ray at `address` reports, or this machine.
+def overridden(
+    *,
+    engine: str,
+    tokens: int | None,
+    input_spec: str | None,
+    dtype: str | None,
+    seed: int,
+    accumulator_gb: float | None,
+    tensor_parallel: int | None,
+    replicas: int,
+) -> "Overrides":
+    """What the flags change in the protocol.
 
     Raises:
-        PlanError: it cannot be understood or reached.
+        UserError: a value that neither `run` nor `plan` takes, or two that do not go together.
     """
-    from deadbench.runners.planning.hardware import parse_cluster, ray_cluster, this_machine
+    from deadbench.runners.engines.registry import ENGINES
+    from deadbench.runners.jobs.job import Overrides
+    from deadbench.suite.registry.entries import Dtype as Allowed
 
-    if assume is not None:
-        return parse_cluster(assume)
-    return this_machine() if address in (None, "local") else ray_cluster(str(address))
+    one_of("--dtype", dtype, Allowed.__args__)  # type: ignore[attr-defined]
+    if engine not in ("auto", *ENGINES):
+        raise UserError(f"--engine {engine!r} cannot be run by this version; choose auto, {', '.join(ENGINES)}")
+    if tokens is not None and input_spec is not None and input_spec.endswith(".npy"):
+        raise UserError("--tokens does nothing with tokens:FILE.npy, which is used exactly as given; leave one out")
+    chosen = None if engine == "auto" else engine
+    return Overrides(tokens, input_spec, dtype, chosen, seed, accumulator_gb, tensor_parallel, replicas)
+
+
+def jobs_and_cluster(
+    models: list[str] | None,
+    suite: str | None,
+    registry: Path | None,
+    reads: str | None,
+    overrides: "Overrides",
+    *,
+    assume: str | None = None,
+    address: str | None = None,
+) -> "tuple[list[ModelJob], Cluster]":
+    """The jobs that the flags ask for, and the cluster that is assumed, that Ray at `address` reports, or this machine.
+
+    Raises:
+        ValueError: a registry, model, read or cluster that cannot be understood or reached; one line.
+    """
+    from deadbench.runners.jobs.build import build_jobs
+    from deadbench.runners.planning.hardware import parse_cluster, ray_cluster, this_machine
+    from deadbench.suite.registry.loading import find_registry, load_registry
+
+    cluster = parse_cluster(assume) if assume is not None else None  # a mistake in it is told before anything is opened
+    path = find_registry(registry)
+    wanted = [part.strip() for part in reads.split(",")] if reads is not None else None
+    jobs = build_jobs(load_registry(path), path, models or [], suite, wanted, overrides, assumed=assume is not None)
+    if cluster is None:
+        cluster = this_machine() if address in (None, "local") else ray_cluster(str(address))
+    return jobs, cluster

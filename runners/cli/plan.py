@@ -6,41 +6,33 @@ from typing import Annotated, Any
 
 import typer
 
-from deadbench.runners.cli.options import check_options, choose_cluster
+from deadbench.runners.cli import options
+from deadbench.runners.cli.console import EXIT_FALSE, Debug, Json, console
 
 
 def plan(
-    models: Annotated[
-        list[str] | None, typer.Argument(metavar="[MODEL]...", help="Registry ids or SOURCEs; none: the suite.")
-    ] = None,
+    models: options.Models = None,
     assume: Annotated[
         str | None, typer.Option(metavar="SHAPE", help="Plan for 1x24GB, 8x80GB, 2x8x141GB (nodes x GPUs x memory).")
     ] = None,
-    suite: Annotated[str | None, typer.Option(metavar="NAME", help="Suite of the registry. [default: quick]")] = None,
-    registry: Annotated[Path | None, typer.Option(metavar="FILE", help="Registry. [default: models.yaml]")] = None,
-    reads: Annotated[str | None, typer.Option(help="Comma-separated: parameters, random, trained, functional.")] = None,
+    suite: options.Suite = None,
+    registry: options.Registry = None,
+    reads: options.Reads = None,
     address: Annotated[str | None, typer.Option(help="Ray to ask for its nodes. [default: this machine]")] = None,
-    out: Annotated[
-        str | None,
-        typer.Option(metavar="DIR_OR_URI", help="Result set that run would continue."),
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume/--fresh", help="As for run.")] = True,
-    engine: Annotated[str, typer.Option(help="auto, torch, streaming (one block at a time) or vllm.")] = "auto",
+    out: Annotated[str | None, typer.Option(metavar="DIR_OR_URI", help="Result set that run would continue.")] = None,
+    resume: options.Resume = True,
+    engine: options.Engine = "auto",
     tensor_parallel: Annotated[
         int | None, typer.Option(min=1, help="Devices that share one model. [default: as few as it fits on]")
     ] = None,
-    replicas: Annotated[int, typer.Option(min=1, help="As for run.")] = 1,
-    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens to read. [default: the protocol's]")] = None,
-    input_spec: Annotated[str | None, typer.Option("--input", metavar="SPEC", help="As for run.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="As for run.")] = 0,
-    dtype: Annotated[str | None, typer.Option(help="auto, float32, float16, bfloat16, float64.")] = None,
-    accumulator_gb: Annotated[
-        float | None, typer.Option(min=0, metavar="GB", help="Memory for residual-stream accumulators.")
-    ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")
-    ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    replicas: options.Replicas = 1,
+    tokens: options.Tokens = None,
+    input_spec: options.InputSpec = None,
+    seed: options.Seed = 0,
+    dtype: options.Dtype = None,
+    accumulator_gb: options.AccumulatorGb = None,
+    as_json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """Which engine, devices, memory and passes each read would take; exit code 1 if one cannot be placed.
 
@@ -48,24 +40,13 @@ def plan(
 
     Example: [bold]deadbench plan --suite quick --assume 1x24GB[/bold]
     """
-    from deadbench.runners.cli.console import EXIT_FALSE, UserError
-    from deadbench.runners.jobs.build import build_jobs
-    from deadbench.runners.jobs.job import JobError, Overrides
-    from deadbench.runners.planning.hardware import PlanError
     from deadbench.runners.planning.plan import as_rows, make_plan
-    from deadbench.suite.registry.entries import RegistryError
-    from deadbench.suite.registry.loading import find_registry, load_registry
 
-    check_options(engine, dtype, tokens, input_spec)
-    try:
-        cluster = choose_cluster(assume, address)
-        path = find_registry(registry)
-        chosen = None if engine == "auto" else engine
-        overrides = Overrides(tokens, input_spec, dtype, chosen, seed, accumulator_gb, tensor_parallel, replicas)
-        wanted = [part.strip() for part in reads.split(",")] if reads is not None else None
-        jobs = build_jobs(load_registry(path), path, models or [], suite, wanted, overrides, assumed=assume is not None)
-    except (RegistryError, JobError, PlanError) as error:
-        raise UserError(str(error)) from error
+    overrides = options.overridden(
+        engine=engine, tokens=tokens, input_spec=input_spec, dtype=dtype, seed=seed,
+        accumulator_gb=accumulator_gb, tensor_parallel=tensor_parallel, replicas=replicas,
+    )  # fmt: skip
+    jobs, cluster = options.jobs_and_cluster(models, suite, registry, reads, overrides, assume=assume, address=address)
     done = _finished(out) if out is not None and resume else set()
     rows = as_rows(make_plan(jobs, cluster, done))
     if as_json:
@@ -84,31 +65,36 @@ def _finished(out: str) -> set[tuple[Any, ...]]:
 
 
 def _print(rows: list[dict[str, Any]], label: str) -> None:
-    from rich import box
-    from rich.markup import escape
-    from rich.table import Column, Table
+    from deadbench.analysis.terminal import NOTHING, Column, Layout, table
 
-    from deadbench.runners.cli.console import console
+    def column(name: str, header: str, cells: list[str], *, is_text: bool = False) -> Column:
+        return Column(name, header, cells, is_text, is_number=not is_text and name not in ("order", "read"))
 
-    numbers = [
-        Column(name, justify="right") for name in ("GPUs", "passes", "weights", "activ.", "accum.", "peak", "host")
+    def gigabytes(name: str) -> list[str]:
+        return [NOTHING if row[name] is None else f"{row[name] / 1e9:.1f}" for row in rows]
+
+    names = [" ".join(part for part in (row["model"], row["revision"]) if part) for row in rows]
+    notes = [f"cannot run: {row['problem']}" if row["problem"] else row["note"] or "" for row in rows]
+    columns = [
+        column("order", "#", [str(row["order"]) for row in rows]),
+        column("model", "model", names, is_text=True),
+        column("read", "read", [row["read"] for row in rows]),
+        column("engine", "engine", [row["engine"] or NOTHING for row in rows], is_text=True),
+        column("dtype", "dtype", [row["dtype"] or NOTHING for row in rows], is_text=True),
+        column("gpus", "GPUs", [f"{row['gpus']:g}" for row in rows]),
+        column("passes", "passes", [str(row["passes"] or NOTHING) for row in rows]),
+        column("weight_bytes", "weights", gigabytes("weight_bytes")),
+        column("activation_bytes", "activ.", gigabytes("activation_bytes")),
+        column("accumulator_bytes", "accum.", gigabytes("accumulator_bytes")),
+        column("peak_bytes", "peak", gigabytes("peak_bytes")),
+        column("peak_host_bytes", "host", gigabytes("peak_host_bytes")),
+        column("note", "note", notes, is_text=True),
     ]
-    note = Column("note", overflow="fold", min_width=24)
-    table = Table(
-        "#", Column("model", overflow="fold"), "read", "engine", "dtype", *numbers, note,
-        title=f"plan for {escape(label)}, GB", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True,
-    )  # fmt: skip
-    for row in rows:
-        sizes = ("weight_bytes", "activation_bytes", "accumulator_bytes", "peak_bytes", "peak_host_bytes")
-        table.add_row(
-            str(row["order"]),
-            escape(" ".join(part for part in (row["model"], row["revision"]) if part)),
-            row["read"],
-            row["engine"] or "-",
-            row["dtype"] or "-",
-            f"{row['gpus']:g}",
-            str(row["passes"] or "-"),
-            *("-" if row[name] is None else f"{row[name] / 1e9:.1f}" for name in sizes),
-            escape(f"cannot run: {row['problem']}" if row["problem"] else row["note"] or ""),
-        )
-    console().print(table)
+    layout = Layout(
+        [each.name for each in columns],
+        keys=["order", "model", "read", "peak_bytes", "note"],
+        dropped=["passes", "activation_bytes", "accumulator_bytes", "weight_bytes", "dtype", "peak_host_bytes", "gpus"],
+    )
+    terminal = console()
+    title = f"plan for {label}, GB"
+    terminal.print(table(columns, layout, width=terminal.width, title=title, elsewhere="--json"))

@@ -1,4 +1,4 @@
-"""The commands that read result sets: leaderboard, families, compare, trend, report, publish."""
+"""The commands that read result sets: leaderboard, families, dead, report, publish."""
 
 from pathlib import Path
 from typing import Annotated
@@ -23,7 +23,8 @@ def leaderboard(
     from deadbench.analysis.leaderboard import leaderboard as rank
     from deadbench.analysis.results import scan
 
-    print_frames({"leaderboard": rank(scan(results), sort=sort, family=family)}, "json" if as_json else format)
+    board = rank(scan(results), sort=sort, family=family)
+    print_frames({"leaderboard": board}, "json" if as_json else format, keep=[sort])
 
 
 def families(results: Results, format: Format = "table", as_json: Json = False, debug: Debug = False) -> None:

@@ -3,43 +3,32 @@
 import json
 import os
 import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from deadbench.runners.cli import options
 from deadbench.runners.cli.console import EXIT_FALSE, Debug, Json, UserError, check_out, one_of
-from deadbench.runners.cli.options import check_options, choose_cluster
 
 
 def run(
-    models: Annotated[
-        list[str] | None, typer.Argument(metavar="[MODEL]...", help="Registry ids or SOURCEs; none: the suite.")
-    ] = None,
-    suite: Annotated[str | None, typer.Option(metavar="NAME", help="Suite of the registry. [default: quick]")] = None,
-    registry: Annotated[Path | None, typer.Option(metavar="FILE", help="Registry. [default: models.yaml]")] = None,
-    reads: Annotated[str | None, typer.Option(help="Comma-separated: parameters, random, trained, functional.")] = None,
-    address: Annotated[str | None, typer.Option(help="Ray to join: local, auto, host:port. [default: local]")] = None,
-    out: Annotated[str, typer.Option(metavar="DIR_OR_URI", help="Result set to write or continue.")] = "results",
-    resume: Annotated[bool, typer.Option("--resume/--fresh", help="Skip finished reads, or redo them.")] = True,
-    engine: Annotated[str, typer.Option(help="auto, torch, streaming (one block at a time) or vllm.")] = "auto",
+    models: options.Models = None,
+    suite: options.Suite = None,
+    registry: options.Registry = None,
+    reads: options.Reads = None,
+    address: options.Address = None,
+    out: options.Out = "results",
+    resume: options.Resume = True,
+    engine: options.Engine = "auto",
     tensor_parallel: Annotated[
         int | None, typer.Option(min=1, help="Devices (without GPUs: processes) that share one model. [default: gpus]")
     ] = None,
-    replicas: Annotated[
-        int, typer.Option(min=1, help="Processes (with GPUs: one GPU each) that divide one model's tokens.")
-    ] = 1,
-    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens to read. [default: the protocol's]")] = None,
-    input_spec: Annotated[
-        str | None,
-        typer.Option("--input", metavar="SPEC", help="text[:FILE], image[:DIR], tokens:random, tokens:FILE.npy, hf:…"),
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of random weights and inputs.")] = 0,
-    dtype: Annotated[str | None, typer.Option(help="auto, float32, float16, bfloat16, float64.")] = None,
-    accumulator_gb: Annotated[
-        float | None,
-        typer.Option(min=0, metavar="GB", help="Memory for residual-stream accumulators. [default: 1/4 of the free]"),
-    ] = None,
+    replicas: options.Replicas = 1,
+    tokens: options.Tokens = None,
+    input_spec: options.InputSpec = None,
+    seed: options.Seed = 0,
+    dtype: options.Dtype = None,
+    accumulator_gb: options.AccumulatorGb = None,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds without progress before a model is given up.")] = 3600,
     max_retries: Annotated[
         int, typer.Option(min=0, help="Further attempts at a read of which a process died or hung.")
@@ -62,31 +51,20 @@ def run(
     Example: [bold]deadbench run --suite quick --out results/quick[/bold]
     """
     from deadbench.runners.driver.loop import Settings
-    from deadbench.runners.jobs.build import build_jobs
-    from deadbench.runners.jobs.job import JobError, Overrides
     from deadbench.runners.jobs.opening import unreachable
     from deadbench.runners.planning.assign import place_jobs
-    from deadbench.runners.planning.hardware import PlanError, parse_cluster
-    from deadbench.suite.registry.entries import RegistryError
-    from deadbench.suite.registry.loading import find_registry, load_registry
+    from deadbench.runners.planning.hardware import parse_cluster
 
     check_out(out)
-    check_options(engine, dtype, tokens, input_spec)
     one_of("--log-format", log_format, ("text", "json"))
-    try:
-        path = find_registry(registry)
-        chosen = None if engine == "auto" else engine
-        overrides = Overrides(tokens, input_spec, dtype, chosen, seed, accumulator_gb, tensor_parallel, replicas)
-        wanted = [part.strip() for part in reads.split(",")] if reads is not None else None
-        jobs = build_jobs(load_registry(path), path, models or [], suite, wanted, overrides)
-        cannot_be_read = unreachable(jobs)
-        cluster, added = choose_cluster(None, address), None
-        if autoscale is not None:
-            added = parse_cluster(autoscale, "--autoscale").largest
-            cluster = cluster.with_node(added)
-        jobs, remarks = place_jobs(jobs, cluster)
-    except (RegistryError, JobError, PlanError) as error:
-        raise UserError(str(error)) from error
+    overrides = options.overridden(
+        engine=engine, tokens=tokens, input_spec=input_spec, dtype=dtype, seed=seed,
+        accumulator_gb=accumulator_gb, tensor_parallel=tensor_parallel, replicas=replicas,
+    )  # fmt: skip
+    added = parse_cluster(autoscale, "--autoscale").largest if autoscale is not None else None
+    jobs, cluster = options.jobs_and_cluster(models, suite, registry, reads, overrides, address=address)
+    cannot_be_read = unreachable(jobs)
+    jobs, remarks = place_jobs(jobs, cluster if added is None else cluster.with_node(added))
     settings = Settings(address, timeout, max_retries, added.gpus if added else 0, checkpoint_interval)
     summary = _execute(jobs, out, resume, settings, [*cannot_be_read, *remarks], log_format, debug)
     if as_json:

@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 
 from deadbench.runners.cluster.faults import Death
-from deadbench.runners.cluster.nodes import Nodes
+from deadbench.runners.cluster.nodes import Nodes, processes
 from deadbench.runners.cluster.processes import Ended, end_processes, mark_process
 from deadbench.runners.cluster.schedule import Piece, Place
 from deadbench.runners.jobs.events import Event, Progress
@@ -58,10 +58,10 @@ class Group:
 
 
 def start(job: ModelJob, nodes: Nodes, place: Place, run_id: str, attempt: int) -> Group:
-    """Start the actors of one model at `place`: one for each replica or rank of the torch engine, all else one."""
+    """Start the actors of one model at `place`."""
     devices = nodes.devices(job)
     job = job.over(1 if job.replicas > 1 else devices)
-    ranks = devices if job.engine == "torch" or job.replicas > 1 else 1
+    ranks = processes(job, devices)
     token = uuid.uuid4().hex
     placement, options = _options(nodes, place, ranks)
     actors = []
@@ -119,7 +119,7 @@ def actor_class(options: dict[str, Any]) -> Any:
 
                 events = run_model(job, run_id, attempt)
             else:
-                from deadbench.runners.cluster.group import join_group, run_rank
+                from deadbench.runners.worker.group import join_group, run_rank
 
                 events = run_rank(join_group(*place, meeting), job, run_id, attempt)
             for event in events:  # no `yield from`: Ray sends its own statistics into the generator

@@ -5,7 +5,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from deadbench.runners.cluster.processes import Ended
+from deadbench.runners.jobs.events import GroupBrokenError
 from deadbench.runners.jobs.job import ModelJob, ReadJob
+from deadbench.suite.errors import message, one_line
 
 Kind = Literal["crash", "memory", "silence", "node", "unplaced", "broken"]
 
@@ -38,11 +40,13 @@ class Death:
 
 def death_of(ray: Any, error: Exception) -> Death:
     """What Ray says of a process that has gone."""
-    errors, text = ray.exceptions, " ".join(str(error).split())
+    errors, text = ray.exceptions, message(error, None)
     if isinstance(error, errors.OutOfMemoryError):
         return Death("memory", "the process was killed: the machine ran out of memory")
     if isinstance(error, errors.RayTaskError):
-        return Death("crash", f"the worker failed: {' '.join(str(error.cause).split())[:300]}")
+        if isinstance(error.cause, GroupBrokenError):
+            return Death("broken", "the ranks are out of step")
+        return Death("crash", f"the worker failed: {message(error.cause, 300)}")
     if isinstance(error, errors.ActorUnschedulableError) or "never ran" in text:
         return Death("unplaced", "its node was gone before it began")
     lost = (
@@ -55,7 +59,7 @@ def death_of(ray: Any, error: Exception) -> Death:
         _, _, code = text.partition("Worker exits with an exit code ")
         how = f"it ended with exit code {code.split('.')[0]}" if code else "killed, or crashed"
         return Death("crash", f"the process of this model died: {how}")
-    return Death("crash", f"{type(error).__name__}: {text[:300]}")
+    return Death("crash", one_line(error, 300))
 
 
 @dataclass

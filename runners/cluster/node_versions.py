@@ -4,6 +4,8 @@ import platform
 from importlib import metadata
 from typing import Any
 
+from deadbench.suite.errors import message
+
 _VERSION_SECONDS = 120.0
 _MUST_MATCH = ("python", "ray", "deadbench")  # the others may change numbers
 
@@ -26,7 +28,7 @@ def check_versions() -> tuple[list[str], list[str]]:
         try:
             there = ray.get(ref, timeout=_VERSION_SECONDS)
         except ray.exceptions.RayTaskError as error:
-            refused.append(f"node {host} cannot run deadbench ({' '.join(str(error.cause).split())[:200]})")
+            refused.append(f"node {host} cannot run deadbench ({message(error.cause)})")
             continue
         except ray.exceptions.RayError as error:  # it is dying, or too busy to start a process
             doubtful.append(f"node {host} did not tell its versions ({type(error).__name__})")

@@ -7,6 +7,7 @@ from typing import Any
 
 from deadbench.runners.cluster.head import LostClusterError
 from deadbench.runners.cluster.schedule import Demand, Node, Place, can_ever
+from deadbench.runners.engines.registry import ENGINES
 from deadbench.runners.jobs.job import ModelJob
 
 _CPU_SLOTS = 2  # of a node without GPUs: while one model loads, the other computes
@@ -106,13 +107,15 @@ class Nodes:
         Raises:
             PlacementError: more than there are.
         """
-        if job.replicas == 1 and job.engine not in ("torch", "vllm"):
+        spec = ENGINES[job.engine] if job.engine else None
+        if job.replicas == 1 and (spec is None or spec.tensor_parallel is None):
             return 1
-        degree = job.tensor_parallel or (job.num_gpus if self.has_gpus else 1)
-        devices = job.replicas if job.replicas > 1 else degree
-        room = self.largest if job.engine == "vllm" else max(self.total, self.largest)
+        tensor_parallel = job.tensor_parallel or (job.gpus if self.has_gpus else 1)
+        devices = job.replicas if job.replicas > 1 else tensor_parallel
+        one_node = spec is not None and spec.tensor_parallel == "one node"
+        room = self.largest if one_node else max(self.total, self.largest)
         if self.has_gpus and devices > room:
-            where = " on one node; the largest has" if job.engine == "vllm" else "; the cluster has"
+            where = " on one node; the largest has" if one_node else "; the cluster has"
             raise PlacementError(f"{job.model_id}: needs {devices} GPUs{where} {room}")
         return devices
 
@@ -123,7 +126,7 @@ class Nodes:
             PlacementError: no node has that, or would have it.
         """
         count = self.devices(job)
-        ganged = count > 1 and (job.engine == "torch" or job.replicas > 1)
+        ganged = processes(job, count) > 1
         seconds = estimated_seconds(job, count, self.has_gpus)
         if not self.has_gpus:
             demand = Demand(min(count, max(1, self.largest)), 0.0, seconds, ganged, avoid)
@@ -155,6 +158,12 @@ class Nodes:
             whole, rest = divmod(demand.devices, max(1, self.largest))
             bundles += [{"GPU": float(self.largest)}] * int(whole) + ([{"GPU": float(rest)}] if rest else [])
         request_resources(bundles=bundles)
+
+
+def processes(job: ModelJob, devices: int) -> int:
+    """How many processes of ours a job takes on `devices`: one for each replica or rank, all else one."""
+    ranks = job.engine is not None and ENGINES[job.engine].tensor_parallel == "ranks"
+    return devices if ranks or job.replicas > 1 else 1
 
 
 def estimated_seconds(job: ModelJob, devices: int, on_gpu: bool) -> float:

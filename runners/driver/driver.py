@@ -22,6 +22,7 @@ from deadbench.runners.reporting.progress import Reporter
 from deadbench.runners.reporting.run_record import RunRecord
 from deadbench.runners.results.store import ResultStore
 from deadbench.runners.worker.saved_state import absolute
+from deadbench.suite.errors import one_line
 
 __all__ = ["DriverError", "Settings", "StoppedError", "Summary", "execute", "new_run_id"]
 
@@ -118,8 +119,7 @@ def connect(address: str | None) -> bool:
     try:
         ray.init(address=target, logging_level="ERROR", log_to_driver=False, **local)
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise DriverError(f"Ray at {target!r} cannot be joined ({type(error).__name__}: {reason})") from error
+        raise DriverError(f"Ray at {target!r} cannot be joined ({one_line(error, 300)})") from error
     return target == "local"
 
 

@@ -25,8 +25,6 @@ _POLL_SECONDS = 0.5
 _LOOK_SECONDS = 2.0  # between two looks at the cluster
 _PLACING_SECONDS = 600.0  # after which an actor that found no room, or never began, is taken back
 _HOPELESS_SECONDS = 60.0  # how long a model waits for a node that could hold it, once there was one
-_BROKEN = "GroupBrokenError"
-_POISONED = ("CUDA error", "CUDA driver error", "NCCL error")  # after which a process can do nothing more on its GPU
 
 
 @dataclass(frozen=True)
@@ -203,8 +201,7 @@ class Run:
                 self._end(group, Death("crash", "the actor ended") if left else None)
             return
         except self._ray.exceptions.RayError as error:
-            broken = isinstance(error, self._ray.exceptions.RayTaskError) and _BROKEN in type(error.cause).__name__
-            death = Death("broken", "the ranks are out of step") if broken else death_of(self._ray, error)
+            death = death_of(self._ray, error)
             self._end(group, Death(death.kind, group.name(stream) + death.cause))
             return
         group.last_event = time.monotonic()
@@ -214,7 +211,7 @@ class Run:
                 self._metrics.progress(group.job.model_id, event)
         elif isinstance(event, Remark):
             self._reporter.say(f"{group.name(stream)}{event.label}: {event.text}")
-        elif event.row["status"] != "ok" and any(word in str(event.row["error"]) for word in _POISONED):
+        elif event.poisoned:
             self._end(group, Death("crash", str(event.row["error"])))
         elif event.job.identity() not in group.done:
             group.done.append(event.job.identity())

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from deadbench.runners.jobs.events import Finished
 from deadbench.runners.results.store import ResultStore
+from deadbench.suite.storage import refusal
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 30.0
 
@@ -69,16 +70,11 @@ class Outbox:
         now = time.monotonic()
         if not self._pause:
             self._refused_since = now
-            self._say(f"results in {self._store.location} cannot be written ({_reason(error)}); kept and tried again")
+            self._say(f"results in {self._store.location} cannot be written ({refusal(error)}); kept and tried again")
         self._pause = min(2 * self._pause or _FIRST_PAUSE, _LONGEST_PAUSE)
         self._again = now + self._pause
         if now - self._refused_since >= self._patience:
             raise UnwritableError(
-                f"{self._store.location}: cannot be written for {self._patience:g} s ({_reason(error)}); "
+                f"{self._store.location}: cannot be written for {self._patience:g} s ({refusal(error)}); "
                 f"{self._written} reads are written, {len(self._waiting)} that had finished are not"
             ) from error
-
-
-def _reason(error: Exception) -> str:
-    text = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
-    return text or type(error).__name__

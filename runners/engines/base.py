@@ -1,12 +1,16 @@
 """What every engine gives: the final norm's traffic of one batch after another, and the blocks' inputs meanwhile."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from deadbench.suite.architectures.resolve import Resolved
 from deadbench.suite.inputs.batches import Batch
+from deadbench.suite.ranks import Ranks
 
 BATCH_TOKENS = 4096  # a forward pass of this size keeps every core busy and a 1 B model's activations below 2 GB
 
@@ -36,6 +40,51 @@ class Swept:
 
     num_done: int
     num_blocks: int
+
+
+class Engine(Protocol):
+    """What a read asks of an engine whose forward passes come to its process; `TorchEngine` says what each is."""
+
+    tap_by_tap: ClassVar[bool]
+    in_pieces: ClassVar[bool]
+    device: torch.device
+    load_seconds: float
+    detail: str
+    ranks: Ranks
+    resolved: Resolved | None
+
+    def load_random(self, config: Any, seed: int, dtype: torch.dtype) -> nn.Module:
+        """The model that `config` describes, as transformers initialises it."""
+
+    def load_trained(self, folder: Path, dtype: torch.dtype) -> nn.Module:
+        """The checkpoint in `folder`."""
+
+    def passes(
+        self, model: nn.Module, norm: nn.Module, batches: list[Batch], blocks: Blocks | None = None
+    ) -> Iterator[tuple[Batch, ForwardPass] | Swept]:
+        """Run every batch once, yielding what entered and left `norm`; `blocks` are watched meanwhile."""
+
+    def peak_device_bytes(self) -> int | None:
+        """Peak accelerator memory of this process; None on CPU."""
+
+    def device_name(self) -> str:
+        """What the device calls itself."""
+
+
+class WorkerExtension(Protocol):
+    """What a read asks of an engine that runs in workers of its own, each of which reads there; see `StreamReader`."""
+
+    def deadbench_begin(self, sought: bytes, num_tokens: int, dtype: str) -> None:
+        """Hook the model; the pass that follows finds the final norm and the blocks."""
+
+    def deadbench_pass(self, first: int, count: int) -> None:
+        """Read the taps `first` to `first + count - 1` in the pass that follows."""
+
+    def deadbench_end_pass(self) -> bytes:
+        """Decompose the taps of the pass; JSON of how many there are, or of what went wrong."""
+
+    def deadbench_finish(self) -> list[bytes]:
+        """Arrow tables reads, spectra and blocks of rank 0; nothing from other ranks."""
 
 
 def pick_device() -> torch.device:

@@ -3,7 +3,6 @@
 Shapes: B sequences or images, T positions, D hidden size.
 """
 
-import contextlib
 import inspect
 import re
 import time
@@ -17,9 +16,8 @@ from torch import Tensor, nn
 
 from deadbench.runners.engines.base import Blocks, ForwardPass, Swept, mismatch
 from deadbench.suite.architectures.build import build_model, build_published
-from deadbench.suite.architectures.locate import find_final_norm
-from deadbench.suite.architectures.norms import FinalNorm
-from deadbench.suite.errors import CheckpointError
+from deadbench.suite.architectures.resolve import Resolved, resolve_without_weights
+from deadbench.suite.errors import CheckpointError, reason_of
 from deadbench.suite.inputs.batches import Batch
 from deadbench.suite.ranks import Ranks
 
@@ -29,21 +27,23 @@ class TorchEngine:
     """One model on one device.
 
     Attributes:
+        in_pieces: no process has the whole model with its values, and inputs are tried on one without.
         tap_by_tap: one pass gives one tap after another (`Swept` between them), not all taps of one batch at a time.
         device: where the model lives.
         load_seconds: how long the last load took.
         detail: what a row says of how the model was run.
         ranks: the processes that share the model; this one alone, unless an engine says otherwise.
-        part: path of the module of the model that will be read, "" for the whole; set before the model is loaded.
+        resolved: what is known of the architecture; where `in_pieces`, set before the model is loaded, or found then.
     """
 
     tap_by_tap: ClassVar[bool] = False
+    in_pieces: ClassVar[bool] = False
 
     device: torch.device
     load_seconds: float = field(default=0.0)
     detail: str = field(default="resident on one device")
     ranks: Ranks = field(default=Ranks())
-    part: str = ""
+    resolved: Resolved | None = None
 
     def load_random(self, config: Any, seed: int, dtype: torch.dtype, *, published: bool = False) -> nn.Module:
         """transformers' own initialisation: `set_seed(seed)`, `AutoModel.from_config` in float32, cast to `dtype`.
@@ -90,8 +90,7 @@ class TorchEngine:
                 **placement,
             )
         except Exception as error:
-            reason = (str(error).strip().splitlines() or [""])[0][:300]
-            raise CheckpointError(f"{folder}: cannot be loaded ({type(error).__name__}: {reason})") from error
+            raise CheckpointError(f"{folder}: cannot be loaded ({reason_of(error)})") from error
         for name, stored, expected in sorted(report["mismatched_keys"])[:1]:
             raise CheckpointError(f"{folder}: {mismatch(name, stored, expected)}")
         # Poolers come after the final norm and are often not stored.
@@ -106,14 +105,6 @@ class TorchEngine:
                 "configuration does not have; take both from the same place"
             )
         return model.eval()
-
-    def final_norm(self, model: nn.Module) -> FinalNorm:
-        """The final norm of the part that is read of a loaded model."""
-        return find_final_norm(model.get_submodule(self.part))
-
-    def runnable(self, model: nn.Module) -> nn.Module:
-        """What small inputs are tried on: the part that is read, or its like without values where it is in pieces."""
-        return model.get_submodule(self.part)
 
     def passes(
         self, model: nn.Module, norm: nn.Module, batches: list[Batch], blocks: Blocks | None = None
@@ -176,12 +167,6 @@ class TorchEngine:
             return torch.cuda.get_device_name(self.device)
         return "cpu"
 
-    def release(self) -> None:
-        """Give cached accelerator memory back."""
-        with contextlib.suppress(RuntimeError):
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-
     def _on_device(self, model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Any]:
         dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
         moved: dict[str, Any] = {
@@ -194,19 +179,14 @@ class TorchEngine:
 
 @dataclass
 class PartEngine(TorchEngine):
-    """An engine of which no process ever has the whole model with its values: the final norm is found without them."""
+    """An engine of which no process ever has the whole model with its values."""
 
-    _final: FinalNorm | None = None
+    in_pieces: ClassVar[bool] = True
 
-    def final_norm(self, model: nn.Module) -> FinalNorm:
-        """The final norm of the part that is read."""
-        assert self._final is not None, "set when the model is loaded"
-        return self._final
-
-    def runnable(self, model: nn.Module) -> nn.Module:
-        """The part without values: its forward pass moves no weights and needs no other rank."""
-        config: Any = model.config
-        return build_model(config, "meta").get_submodule(self.part)
+    def _resolved(self, config: Any) -> Resolved:
+        if self.resolved is None:
+            self.resolved = resolve_without_weights(config)
+        return self.resolved
 
 
 def _further_blocks(unexpected: Iterable[str], model: nn.Module) -> list[str]:

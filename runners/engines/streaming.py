@@ -27,8 +27,7 @@ from deadbench.runners.engines.base import Blocks, ForwardPass, Swept, mismatch
 from deadbench.runners.engines.deferred_init import deferred_model
 from deadbench.runners.engines.resident import PartEngine
 from deadbench.runners.engines.stepped_pass import Parked, SteppedPass, handed_over, same_block
-from deadbench.suite.architectures.build import build_config, build_model
-from deadbench.suite.architectures.locate import locate_final_norm
+from deadbench.suite.architectures.build import build_config
 from deadbench.suite.architectures.parts import streamed_paths
 from deadbench.suite.errors import CheckpointError
 from deadbench.suite.inputs.batches import Batch
@@ -54,7 +53,7 @@ class StreamingEngine(PartEngine):
     def load_random(self, config: Any, seed: int, dtype: torch.dtype, *, published: bool = False) -> nn.Module:
         """The weights that `TorchEngine.load_random` draws, bit for bit; those of blocks when they are wanted."""
         started = time.perf_counter()
-        self._final = locate_final_norm(config, self.part)
+        self._resolved(config)
         model, drawn = deferred_model(config, seed)
         deferred = {name: tensor for name, tensor in _tensors(model) if tensor.is_meta}
         self._place(model, lambda name: drawn.value(deferred[name]), dtype)
@@ -72,8 +71,8 @@ class StreamingEngine(PartEngine):
 
         started = time.perf_counter()
         config = build_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-        self._final = locate_final_norm(config, self.part)
-        empty = build_model(config, "meta")
+        empty = self._resolved(config).skeleton
+        assert empty is not None
         paths = streamed_paths(empty)
         inside = tuple(f"{path}." for path in paths)
         device_map = {name: "cpu" for name, _ in _tensors(empty) if not name.startswith(inside)}
@@ -162,7 +161,7 @@ class StreamingEngine(PartEngine):
             return tensor.detach().to(self.device, dtype if tensor.is_floating_point() else None)
 
         blocks = {path: _Block(model.get_submodule(path), values, ready) for path in streamed_paths(model)}
-        final_norm = self._final.path if self._final else None
+        final_norm = self.resolved.final.path if self.resolved else None
         placed: dict[int, Tensor] = {}
         for name, tensor in list(_tensors(model)):
             owner_path, _, attribute = name.rpartition(".")

@@ -22,11 +22,9 @@ from torch import Tensor, nn
 from deadbench.runners.engines.base import Blocks, ForwardPass, Swept
 from deadbench.runners.engines.deferred_init import DeferredInit, deferred_model
 from deadbench.runners.engines.resident import PartEngine, TorchEngine
-from deadbench.suite.architectures.build import build_config, build_model
-from deadbench.suite.architectures.locate import locate_final_norm
+from deadbench.suite.architectures.build import build_config
 from deadbench.suite.architectures.parts import divisors, has_plan
 from deadbench.suite.inputs.batches import Batch
-from deadbench.suite.inputs.feed import working_form
 from deadbench.suite.ranks import Ranks
 from deadbench.suite.reads.rows import check_rows
 
@@ -130,7 +128,9 @@ class ParallelEngine(PartEngine):
 
     def _refuse(self, config: Any) -> None:
         """Raise ValueError where the model cannot be divided among the ranks."""
-        part, size = build_model(config, "meta").get_submodule(self.part), self.ranks.size
+        found, size = self._resolved(config), self.ranks.size
+        assert found.skeleton is not None
+        part = found.skeleton.get_submodule(found.part)
         if not has_plan(part):
             raise ValueError(
                 f"transformers has no tensor-parallel plan for {config.model_type!r}; give --tensor-parallel 1"
@@ -138,7 +138,6 @@ class ParallelEngine(PartEngine):
         for name, count in divisors(part).items():
             if count % size:
                 raise ValueError(f"--tensor-parallel {size} does not divide {name} {count} of {config.model_type!r}")
-        self._final = locate_final_norm(config, self.part)
 
     def _check(self, model: nn.Module, config: Any, dtype: torch.dtype, whole: Callable[[], nn.Module]) -> None:
         """The canary: on a probe batch the sharded model is the unsharded one, where that fits beside it.
@@ -146,8 +145,9 @@ class ParallelEngine(PartEngine):
         Raises:
             ValueError: it is not, or rows of zeros or values that are not finite come out.
         """
-        part = model.get_submodule(self.part)
-        inputs: dict[str, Any] = working_form(self.runnable(model))
+        found = self._resolved(config)
+        part = model.get_submodule(found.part)
+        inputs = dict(found.form)
         if inputs.keys() == {"input_ids"}:
             highest = config.get_text_config().vocab_size
             generator = torch.Generator().manual_seed(0)
@@ -161,7 +161,9 @@ class ParallelEngine(PartEngine):
         with self.ranks.together():
             check_rows(sharded.reshape(-1, sharded.shape[-1]), "after the final norm (sharding canary)")
             if self.ranks.rank == 0:
-                self.detail += self._difference(model, inputs, sharded, str(dtype).removeprefix("torch."), whole)
+                self.detail += self._difference(
+                    model, inputs, sharded, str(dtype).removeprefix("torch."), lambda: whole().get_submodule(found.part)
+                )
 
     def _difference(
         self, model: nn.Module, inputs: dict[str, Any], sharded: Tensor, dtype: str, whole: Callable[[], nn.Module]
@@ -172,7 +174,7 @@ class ParallelEngine(PartEngine):
         if needed > free:
             return f"; not compared with the unsharded model, which takes {needed / 1e9:.1f} of {free / 1e9:.1f} GB"
         with torch.no_grad():
-            expected = whole().get_submodule(self.part)(**inputs)[0]
+            expected = whole()(**inputs)[0]
         worst = float((sharded - expected).abs().max() / expected.abs().max())
         if not worst <= CANARY_TOLERANCE[dtype]:
             raise ValueError(

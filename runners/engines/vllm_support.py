@@ -13,6 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from deadbench.suite.errors import message
+
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a forked child would not carry the mark by which it is found and ended
@@ -70,5 +72,6 @@ def _ask(config_json: str) -> str | None:
 
 def refusal(error: Exception) -> str:
     """What vLLM says when it does not take a model, without its list of all that it takes."""
-    text = " ".join(str(error).split()).partition("Value error, ")[2] or " ".join(str(error).split())
+    text = message(error, None)
+    text = text.partition("Value error, ")[2] or text
     return text.partition(" Supported architectures:")[0].partition(" [type=")[0][:300]

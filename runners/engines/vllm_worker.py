@@ -1,4 +1,4 @@
-"""What runs inside vLLM's workers: hooks that read the stream where it is, and a loader of random weights.
+"""What runs inside vLLM's workers: hooks that read the stream where it is.
 
 Nothing of size N x D leaves a worker: the accumulators live here, and finished rows come back as Arrow bytes. Methods
 of `StreamReader` join vLLM's own worker class, so their names carry a prefix.
@@ -6,8 +6,6 @@ of `StreamReader` join vLLM's own worker class, so their names carry a prefix.
 
 import json
 import pickle
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -15,11 +13,8 @@ import torch
 from torch import Tensor, nn
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.forward_context import get_forward_context
-from vllm.model_executor.model_loader import register_model_loader
-from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
-from deadbench.runners.engines.deferred_init import deferred_model
-from deadbench.suite.architectures.build import build_config
+import deadbench.runners.engines.vllm_random_weights  # noqa: F401 - registers its loader, in every worker
 from deadbench.suite.architectures.norms import EffectiveNorm, FinalNorm, effective_norm
 from deadbench.suite.architectures.parts import block_list
 from deadbench.suite.ranks import Ranks
@@ -28,7 +23,6 @@ from deadbench.suite.reads.final_norm import FinalNormRead
 from deadbench.suite.reads.residual import ResidualRead
 from deadbench.suite.schema import Row, to_table
 
-RANDOM_FORMAT = "deadbench_random"
 _REPRODUCED = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 8e-2}  # of the largest value; a wrong input is off by 1
 
 
@@ -44,23 +38,23 @@ class StreamReader:
         has put its own layers into transformers' classes.
         """
         final, replay = pickle.loads(sought)
-        self._reading = _Reading(self.model_runner.get_model(), final, replay, num_tokens, dtype)
+        self._hooked_read = _HookedRead(self.model_runner.get_model(), final, replay, num_tokens, dtype)
 
     def deadbench_pass(self, first: int, count: int) -> None:
         """The taps `first` to `first + count - 1` are read in the pass that follows; the final norm in the first."""
-        self._reading.start(first, count)
+        self._hooked_read.start(first, count)
 
     def deadbench_end_pass(self) -> bytes:
         """Decompose the taps of the pass; JSON of how many there are, or of what went wrong."""
-        return json.dumps(self._reading.end()).encode()
+        return json.dumps(self._hooked_read.end()).encode()
 
     def deadbench_finish(self) -> list[bytes]:
         """Arrow tables reads, spectra and blocks of rank 0; nothing from other ranks."""
-        return self._reading.finish()
+        return self._hooked_read.finish()
 
 
-class _Reading:
-    """One read, in one worker."""
+class _HookedRead:
+    """One read of one model, by hooks, in one worker."""
 
     def __init__(self, model: nn.Module, final: FinalNorm, replay: nn.Module, num_tokens: int, dtype: str):
         group = get_tp_group()
@@ -258,47 +252,3 @@ def _packed(table: pa.Table) -> bytes:
         writer.write_table(table)
     packed: bytes = sink.getvalue().to_pybytes()
     return packed
-
-
-@register_model_loader(RANDOM_FORMAT)
-class RandomLoader(BaseModelLoader):  # type: ignore[misc,unused-ignore]
-    """transformers' own random initialisation, one weight at a time: the weights of the torch engine, bit for bit.
-
-    vLLM's `dummy` format is no initialisation: every tensor, scales included, is uniform on ±1e-3.
-    """
-
-    def download_model(self, model_config: Any) -> None:
-        """Nothing is downloaded."""
-
-    def load_weights(self, model: nn.Module, model_config: Any) -> None:
-        """Stream full tensors; vLLM's own loaders fuse and shard them."""
-        raw = json.loads((Path(model_config.model) / "config.json").read_text(encoding="utf-8"))
-        seed = int(self.load_config.model_loader_extra_config["seed"])
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(torch.float32)
-        try:
-            with torch.device("cpu"):
-                model.load_weights(random_weights(raw, seed))  # type: ignore[operator]
-        finally:
-            torch.set_default_dtype(before)
-
-
-def random_weights(raw_config: dict[str, Any], seed: int) -> Iterator[tuple[str, Tensor]]:
-    """(name in a checkpoint of the published architecture, value) of every weight that the bare model has.
-
-    A head that is not tied to the embedding is zero: nothing that is read comes after the final norm.
-    """
-    import transformers
-
-    bare, drawn = deferred_model(build_config(raw_config), seed)
-    published: Any = getattr(transformers, raw_config["architectures"][0])
-    config = build_config(raw_config)
-    with torch.device("meta"):
-        whole = published(config)
-    prefix = f"{whole.base_model_prefix}." if hasattr(whole, whole.base_model_prefix) else ""
-    for name, tensor in bare.state_dict().items():
-        yield prefix + name, drawn.value(tensor) if tensor.is_meta else tensor
-    tied = config.get_text_config().tie_word_embeddings
-    for name, tensor in whole.state_dict().items():
-        if not name.startswith(prefix) and not tied:
-            yield name, torch.zeros(tensor.shape)

@@ -7,32 +7,37 @@ read is recognised before anything is loaded.
 import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deadbench.runners.engines.registry import INSTALL_VLLM, vllm_is_installed
+from deadbench.runners.engines.registry import DEFAULT, ENGINES, refused_together
 from deadbench.runners.jobs.job import JobError, ModelJob, Overrides, ReadJob
-from deadbench.runners.jobs.opening import fingerprint_of, needs_config_alone, open_all, revisions_of
+from deadbench.runners.jobs.opening import Opened, fingerprint_of, needs_config_alone, open_all, revisions_of
 from deadbench.suite.checkpoints.checkpoint import Checkpoint
 from deadbench.suite.errors import CheckpointError, InputError
 from deadbench.suite.inputs.specs import MODALITIES, check_spec, content_hash
-from deadbench.suite.registry.entries import (
-    DEFAULT_READS,
-    FUNCTIONAL_TOKENS,
-    READS,
-    Model,
-    Protocol,
-    Registry,
-    SuiteEntry,
-)
-from deadbench.suite.schema import READ_VERSION
+from deadbench.suite.read_specs import DEFAULT_READS, READ_SPECS
+from deadbench.suite.registry.entries import Model, Protocol, Registry, SuiteEntry
 from deadbench.suite.secrets import scrubbed
 
 DEFAULT_INPUT = {"text": "text", "image": "image", "audio": "audio:noise"}
 _SOUND_KEYS = ("num_mel_bins", "input_feat_per_channel", "sampling_rate", "feat_extract_norm")
-
-
 _CONCURRENT_MODELS = 16
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What is asked of one model; `input` as it was written, and what is installed here matters unless `assumed`."""
+
+    model: Model
+    reads: list[str]
+    input: str
+    protocol_name: str
+    protocol: Protocol
+    overrides: Overrides
+    base: Path
+    assumed: bool
 
 
 def build_jobs(
@@ -59,8 +64,8 @@ def build_jobs(
     if suite_name is not None and suite_name not in registry.suites:
         raise JobError(f"suite {suite_name!r} is unknown; choose {', '.join(registry.suites)}")
     for read in reads or ():
-        if read not in READS:
-            raise JobError(f"read {read!r} is unknown; choose {', '.join(READS)}")
+        if read not in READ_SPECS:
+            raise JobError(f"read {read!r} is unknown; choose {', '.join(READ_SPECS)}")
     suite = registry.suites[suite_name] if suite_name else None
     protocol_name = suite.protocol if suite else "standard"
     if models:
@@ -73,39 +78,37 @@ def build_jobs(
     def job_of(entry: SuiteEntry) -> ModelJob:
         model = registry.model(entry.model) or _own_model(entry.model, overrides)
         wanted = reads or entry.reads or (suite.reads if suite else list(DEFAULT_READS))
-        spec = overrides.input or entry.input or model.input or DEFAULT_INPUT[model.modality]
-        if any(r != "parameters" for r in wanted):
-            try:
-                check_spec(spec, model.modality)
-            except InputError as error:
-                raise JobError(f"{model.id}: {error}") from error
-        protocol = registry.protocols[protocol_name]
-        if overrides.tokens is not None:
-            protocol = protocol.model_copy(update={"tokens": overrides.tokens})
-        name = protocol_name + overrides.label()
-        base = registry_path.resolve().parent
-        if any(read != "parameters" for read in wanted):
-            _check_degree(model, overrides.tensor_parallel or (model.gpus if overrides.replicas == 1 else 1), base)
+        asked = _Asked(
+            model=model,
+            reads=[read for read in READ_SPECS if read in wanted],
+            input=overrides.input or entry.input or model.input or DEFAULT_INPUT[model.modality],
+            protocol_name=protocol_name + overrides.label(),
+            protocol=registry.protocols[protocol_name],
+            overrides=overrides,
+            base=registry_path.resolve().parent,
+            assumed=assumed,
+        )
         series = every_checkpoint or model.revision is None or (suite is not None and suite.checkpoints)
-        return _model_job(model, series, wanted, spec, name, protocol, overrides, base, assumed)
+        return _model_job(asked, series)
 
     with ThreadPoolExecutor(_CONCURRENT_MODELS) as pool:  # each waits for its server
         return list(pool.map(job_of, entries))
 
 
 def _wished(model: Model, base: Path, assumed: bool) -> str:
-    """The registry's engine, which is a wish: torch where vLLM is not installed or lacks the architecture."""
-    if model.engine != "vllm" or assumed:
-        return "torch" if model.engine == "auto" else model.engine
-    if not vllm_is_installed():
-        return "torch"
-    from deadbench.runners.engines.vllm_support import why_vllm_cannot
-
+    """The registry's engine, which is a wish: torch where it is not installed or lacks the architecture."""
+    if model.engine == "auto":
+        return DEFAULT
+    spec = ENGINES[model.engine]
+    if assumed or spec.refuses is None:
+        return model.engine
+    if spec.missing():
+        return DEFAULT
     try:
         config = model.config or Checkpoint(model.source or "", model.main_checkpoint(), base).config()
     except CheckpointError:
-        return "vllm"  # which the read will say
-    return "torch" if why_vllm_cannot(config) else "vllm"
+        return model.engine  # which the read will say
+    return DEFAULT if spec.why_not(config) else model.engine
 
 
 def _check_degree(model: Model, degree: int, base: Path) -> None:
@@ -150,68 +153,91 @@ def _main_modality(config: dict[str, Any]) -> str:
     return "image" if pictures and not reads_text else "text"
 
 
-def _model_job(
-    model: Model,
-    series: bool,
-    reads: list[Any],
-    spec: str,
-    protocol_name: str,
-    protocol: Protocol,
-    overrides: Overrides,
-    base: Path,
-    assumed: bool,
-) -> ModelJob:
-    kind, _, rest = spec.partition(":")
-    local_input = rest and kind in ("text", "image", "tokens") and rest != "random"
-    absolute = f"{kind}:{Path(rest).resolve()}" if local_input else spec
-    dtype = overrides.dtype or model.dtype
-    if overrides.engine == "vllm" and not assumed and not vllm_is_installed():
-        raise JobError(INSTALL_VLLM)
-    engine = overrides.engine or _wished(model, base, assumed)
-    revisions, unlisted = revisions_of(model, base) if series else ([model.revision], None)
-    wanted = [] if unlisted is not None or all(needs_config_alone(model, read) for read in reads) else revisions
-    wanted = wanted[:1] if set(reads) == {"random"} else wanted
-    opened = open_all(model.source, wanted, base)
-    jobs: list[ReadJob] = []
+def _model_job(asked: _Asked, series: bool) -> ModelJob:
+    """The reads of one model: of every checkpoint of its `series`, or of the one that stands for it."""
+    model, overrides = asked.model, asked.overrides
+    if any(READ_SPECS[read].runs_model for read in asked.reads):
+        try:
+            check_spec(asked.input, model.modality)
+        except InputError as error:
+            raise JobError(f"{model.id}: {error}") from error
+        shared_by = overrides.tensor_parallel or (model.gpus if overrides.replicas == 1 else 1)
+        _check_degree(model, shared_by, asked.base)
+    engine = _engine(asked)
+    revisions, unlisted = revisions_of(model, asked.base) if series else ([model.revision], None)
+    if unlisted is not None or all(needs_config_alone(model, read) for read in asked.reads):
+        wanted = []
+    else:
+        wanted = revisions if any(READ_SPECS[read].per_checkpoint for read in asked.reads) else revisions[:1]
+    opened = open_all(model.source, wanted, asked.base)
+    jobs = []
     for revision in revisions:
-        for read in READS:
-            if read not in reads or (read == "random" and revision != revisions[0]):
-                continue
-            # Parameters are read without input, and random weights without a checkpoint.
-            has_forward = read != "parameters"
-            rule, run_dtype = protocol, dtype
-            if read == "functional":  # few tokens, and precision enough to see that nothing moves
-                rule = protocol.model_copy(update={"tokens": overrides.tokens or FUNCTIONAL_TOKENS})
-                run_dtype = overrides.dtype or "float64"
-            fingerprint, error = fingerprint_of(model, revision, read, opened) if unlisted is None else (None, unlisted)
-            facts: dict[str, Any] = {"read": read, "version": READ_VERSION[read]}
-            if has_forward:
-                facts |= {"tokens": rule.tokens, "sequence_length": rule.sequence_length, "dtype": run_dtype}
-                facts |= {"input": content_hash(spec)}
-            digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
-            jobs.append(
-                ReadJob(
-                    model=model,
-                    read=read,
-                    revision=None if read == "random" else revision,
-                    seed=overrides.seed,
-                    engine=engine if has_forward else None,
-                    protocol_name=protocol_name,
-                    protocol=rule,
-                    protocol_hash=digest,
-                    input=absolute if has_forward else None,
-                    dtype=run_dtype,
-                    fingerprint=fingerprint,
-                    base=base,
-                    error=error,
-                    accumulator_gb=overrides.accumulator_gb,
-                    replicas=overrides.replicas if has_forward and read != "functional" else 1,
-                )
-            )
-    degree = overrides.tensor_parallel
-    if overrides.replicas > 1:
-        degree = 1  # each has the whole model on one device
-        if (overrides.tensor_parallel or 1) > 1 or engine == "vllm":
-            beside = "--engine vllm" if engine == "vllm" else f"--tensor-parallel {overrides.tensor_parallel}"
-            raise JobError(f"{model.id}: --replicas {overrides.replicas} does not go with {beside}; leave one out")
-    return ModelJob(model.id, tuple(jobs), degree or model.gpus, degree)
+        for read in asked.reads:
+            if READ_SPECS[read].per_checkpoint or revision == revisions[0]:
+                found = fingerprint_of(model, revision, read, opened) if unlisted is None else (None, unlisted)
+                jobs.append(_read_job(asked, read, revision, engine, found))
+    return ModelJob(model.id, tuple(jobs), _tensor_parallel(model, overrides, engine))
+
+
+def _read_job(asked: _Asked, read: str, revision: str | None, engine: str, opened: Opened) -> ReadJob:
+    """One read of one checkpoint, with its key."""
+    spec, overrides = READ_SPECS[read], asked.overrides
+    tokens = overrides.tokens or spec.tokens or asked.protocol.tokens
+    protocol = asked.protocol.model_copy(update={"tokens": tokens})
+    dtype = overrides.dtype or spec.dtype or asked.model.dtype
+    fingerprint, error = opened
+    return ReadJob(
+        model=asked.model,
+        read=read,
+        revision=revision if spec.per_checkpoint else None,
+        seed=overrides.seed,
+        engine=_engine_of(read, engine) if spec.runs_model else None,
+        protocol_name=asked.protocol_name,
+        protocol=protocol,
+        protocol_hash=_protocol_hash(read, protocol, dtype, asked.input),
+        input=_absolute(asked.input) if spec.runs_model else None,
+        dtype=dtype,
+        fingerprint=fingerprint,
+        base=asked.base,
+        error=error,
+        accumulator_gb=overrides.accumulator_gb,
+        replicas=overrides.replicas if spec.divides else 1,
+    )
+
+
+def _protocol_hash(read: str, protocol: Protocol, dtype: str, input_spec: str) -> str:
+    """What decides the numbers beside model and seed; of a read without input its version alone."""
+    spec = READ_SPECS[read]
+    facts: dict[str, Any] = {"read": read, "version": spec.version}
+    if spec.runs_model:
+        facts |= {"tokens": protocol.tokens, "sequence_length": protocol.sequence_length, "dtype": dtype}
+        facts |= {"input": content_hash(input_spec)}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _absolute(spec: str) -> str:
+    """An input with its file by absolute path: a worker runs in another folder."""
+    kind, _, rest = spec.partition(":")
+    local = rest and kind in ("text", "image", "tokens") and rest != "random"
+    return f"{kind}:{Path(rest).resolve()}" if local else spec
+
+
+def _engine(asked: _Asked) -> str:
+    """The engine as asked for, else as the registry wishes it."""
+    wanted = asked.overrides.engine
+    missing = ENGINES[wanted].missing() if wanted and not asked.assumed else None
+    if missing:
+        raise JobError(missing)
+    return wanted or _wished(asked.model, asked.base, asked.assumed)
+
+
+def _engine_of(read: str, engine: str) -> str:
+    """The engine that runs a read where `engine` is asked for."""
+    return engine if read in ENGINES[engine].reads else DEFAULT
+
+
+def _tensor_parallel(model: Model, overrides: Overrides, engine: str) -> int | None:
+    """How many devices share the model, as asked for; None: the plan says."""
+    if refused := refused_together(engine, overrides.tensor_parallel, overrides.replicas):
+        raise JobError(f"{model.id}: {refused}")
+    return overrides.tensor_parallel if overrides.replicas == 1 else 1  # each has the whole model on one device

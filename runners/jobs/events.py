@@ -39,16 +39,24 @@ class Remark:
 
 @dataclass(frozen=True)
 class Finished:
-    """One read is over, well or not: its tables, and the traceback of a failure."""
+    """One read is over, well or not: its tables, and the traceback of a failure.
+
+    `poisoned`: by a failure after which the process can do nothing more on its GPU.
+    """
 
     job: ReadJob
     tables: dict[str, pa.Table]
     traceback: str | None = None
+    poisoned: bool = False
 
     @property
     def row(self) -> Row:
         """The row of `reads`."""
         return self.tables["reads"].to_pylist()[0]  # type: ignore[no-any-return]
+
+
+class GroupBrokenError(RuntimeError):
+    """One rank failed where the others went on: the group cannot be used for another read."""
 
 
 Event = Progress | Remark | Finished

@@ -6,12 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from deadbench.suite.checkpoints.checkpoint import checkpoint_step
+from deadbench.suite.read_specs import READ_SPECS
 from deadbench.suite.registry.entries import Model, Protocol
 from deadbench.suite.schema import KEY
 
 
 class JobError(ValueError):
     """A request that cannot become jobs; one line, exit code 2."""
+
+
+class Unreached(str):
+    """The error of a read whose source cannot be reached from here: where the read runs it may be."""
 
 
 @dataclass(frozen=True)
@@ -86,16 +91,20 @@ class ReadJob:
 class ModelJob:
     """All reads of one model, for one actor, or one actor per rank.
 
-    `tensor_parallel` as asked for; None: `num_gpus`, where there are GPUs. By the plan: `gpu_share`, the part of one
-    GPU that is enough, and `work`, 2 x parameters x tokens of its forward passes.
+    `tensor_parallel` as asked for; None: `gpus`, where there are GPUs. By the plan: `gpu_share`, the part of one GPU
+    that is enough, and `work`, 2 x parameters x tokens of its forward passes.
     """
 
     model_id: str
     reads: tuple[ReadJob, ...]
-    num_gpus: int
     tensor_parallel: int | None = None
     gpu_share: float = 1.0
     work: float = 0.0
+
+    @property
+    def gpus(self) -> int:
+        """How many GPUs share the model, by the registry."""
+        return max((read.model.gpus for read in self.reads), default=1)
 
     @property
     def replicas(self) -> int:
@@ -104,12 +113,13 @@ class ModelJob:
 
     @property
     def engine(self) -> str | None:
-        """The engine of the reads that run the model; None where none does."""
-        return next((read.engine for read in self.reads if read.engine), None)
+        """The engine of the reads that run the model, of those first that can be divided; None where none runs it."""
+        ordered = sorted(self.reads, key=lambda read: not READ_SPECS[read.read].divides)
+        return next((read.engine for read in ordered if read.engine), None)
 
-    def over(self, devices: int) -> "ModelJob":
+    def over(self, tensor_parallel: int) -> "ModelJob":
         """The job with its reads told how many devices share the model."""
-        return replace(self, reads=tuple(replace(read, tensor_parallel=devices) for read in self.reads))
+        return replace(self, reads=tuple(replace(read, tensor_parallel=tensor_parallel) for read in self.reads))
 
     def checkpointed(self, interval: float, location: str) -> "ModelJob":
         """The job with its reads told how often to save where they are, and in which result set."""
@@ -126,6 +136,6 @@ class ModelJob:
 
 def read_step(job: ReadJob) -> int | None:
     """Training step of the checkpoint that a job reads; None for a random initialisation."""
-    if job.read == "random":
+    if not READ_SPECS[job.read].per_checkpoint:
         return None
     return checkpoint_step(job.revision or Path(job.model.source or "").name)

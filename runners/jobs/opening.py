@@ -5,9 +5,10 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from deadbench.runners.jobs.job import ModelJob
+from deadbench.runners.jobs.job import ModelJob, Unreached
 from deadbench.suite.checkpoints.checkpoint import Checkpoint, list_revisions
-from deadbench.suite.errors import CheckpointError
+from deadbench.suite.errors import CheckpointError, UnreachableError
+from deadbench.suite.read_specs import READ_SPECS
 from deadbench.suite.registry.entries import CheckpointPattern, Model
 
 _CONCURRENT_CHECKPOINTS = 8
@@ -30,10 +31,14 @@ def revisions_of(model: Model, base: Path) -> tuple[list[str | None], str | None
     try:
         found = series.names(list_revisions(model.source or "", base))
     except CheckpointError as error:
-        return [model.revision], str(error)
+        return [model.revision], _told(error)
     return (
         (list(found), None) if found else ([model.revision], f"{model.source}: no checkpoint matches {series.listed!r}")
     )
+
+
+def _told(error: CheckpointError) -> str:
+    return Unreached(error) if isinstance(error, UnreachableError) else str(error)
 
 
 Opened = tuple[str | None, str | None]  # fingerprint, or why there is none
@@ -50,7 +55,8 @@ def fingerprint_of(model: Model, revision: str | None, read: str, opened: dict[s
 
 def needs_config_alone(model: Model, read: str) -> bool:
     """Whether the registry's own configuration is all that a read opens."""
-    return model.config is not None and (read == "random" or (read == "functional" and model.source is None))
+    opens = READ_SPECS[read].opens
+    return model.config is not None and (opens == "config" or (opens == "either" and model.source is None))
 
 
 def open_all(source: str | None, revisions: list[str | None], base: Path) -> dict[str | None, Opened]:
@@ -64,7 +70,7 @@ def open_all(source: str | None, revisions: list[str | None], base: Path) -> dic
             checkpoint.config()  # of a gated repository everything is listed, and nothing can be read
             return checkpoint.fingerprint(), None
         except CheckpointError as error:
-            return None, str(error)
+            return None, _told(error)
 
     different = list(dict.fromkeys(revisions))
     with ThreadPoolExecutor(_CONCURRENT_CHECKPOINTS) as pool:

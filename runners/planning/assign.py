@@ -2,9 +2,11 @@
 
 from dataclasses import replace
 
+from deadbench.runners.engines.registry import DEFAULT
 from deadbench.runners.jobs.job import ModelJob, ReadJob
+from deadbench.runners.jobs.resolved import num_tokens
 from deadbench.runners.planning.hardware import Cluster
-from deadbench.runners.planning.plan import asked_degree, place
+from deadbench.runners.planning.plan import asked_tensor_parallel, place
 
 
 def place_jobs(jobs: list[ModelJob], cluster: Cluster) -> tuple[list[ModelJob], list[str]]:
@@ -15,26 +17,26 @@ def place_jobs(jobs: list[ModelJob], cluster: Cluster) -> tuple[list[ModelJob], 
     problems: list[str] = []
     placed = []
     for job in jobs:
-        reads, degree, share, work, asked = [], None, 0.0, 0.0, asked_degree(job, cluster)
+        reads, chosen, share, work, asked = [], None, 0.0, 0.0, asked_tensor_parallel(job, cluster)
         for read in job.reads:
             work += _work(read)
             if read.engine and not read.error and (asked not in (None, 1) or not _surely_fits(read, cluster)):
                 row = place(read, cluster, asked)
                 share = max(share, row.gpus)
                 if row.tensor_parallel and row.tensor_parallel > 1:
-                    degree = max(degree or 1, row.tensor_parallel)
+                    chosen = max(chosen or 1, row.tensor_parallel)
                 if row.problem:
                     problems.append(f"{read.label()}: {row.problem}")
                     read = replace(read, error=row.problem)
-                elif row.engine == "streaming" and read.engine == "torch":
+                elif row.engine != read.engine == DEFAULT:
                     problems.append(f"{read.label()}: {row.note}")
-                    read = replace(read, engine="streaming")
+                    read = replace(read, engine=row.engine)
             elif read.engine:
                 share = 1.0
             reads.append(read)
         share = min(share, 1.0) or 1.0
-        degree = job.tensor_parallel or degree
-        placed.append(replace(job, reads=tuple(reads), tensor_parallel=degree, gpu_share=share, work=work))
+        chosen = job.tensor_parallel or chosen
+        placed.append(replace(job, reads=tuple(reads), tensor_parallel=chosen, gpu_share=share, work=work))
     return placed, problems
 
 
@@ -43,9 +45,7 @@ def _work(read: ReadJob) -> float:
     config = read.model.config or {}
     widths = [config[name] for name in ("hidden_size", "d_model", "n_embd") if isinstance(config.get(name), int)]
     width = widths[0] if widths else 1024
-    rule = read.protocol.tokens
-    tokens = rule if isinstance(rule, int) else int(rule[:-1]) * width
-    return 2.0 * (read.model.parameters or 0) * tokens if read.engine else 0.0
+    return 2.0 * (read.model.parameters or 0) * num_tokens(read.protocol.tokens, width) if read.engine else 0.0
 
 
 def _surely_fits(read: ReadJob, cluster: Cluster) -> bool:

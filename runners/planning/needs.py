@@ -42,9 +42,10 @@ class Needs:
         """Peak of a resident read that accumulates `taps_at_once` taps a pass, once it is loaded."""
         return self.weights + self.activations + self.held * taps_at_once + self.decomposed
 
-    def sharded(self, ranks: int) -> float:
-        """Peak of one rank of `ranks`, with one tap at a time: what is outside the blocks is on every rank."""
-        return self.outside + (self.weights - self.outside) / ranks + self.activations + self.held + self.decomposed
+    def sharded(self, tensor_parallel: int) -> float:
+        """Peak of one of `tensor_parallel` devices, with one tap at a time: what is outside the blocks is on each."""
+        inside = (self.weights - self.outside) / tensor_parallel
+        return self.outside + inside + self.activations + self.held + self.decomposed
 
     def streamed(self, parked: float = math.inf) -> float:
         """Peak of block streaming, with at most `parked` bytes of waiting streams in memory.

@@ -17,6 +17,7 @@ from deadbench.runners.jobs.events import Finished
 from deadbench.runners.jobs.job import ModelJob, ReadJob
 from deadbench.runners.results.store import ResultStore
 from deadbench.runners.results.versions import versions
+from deadbench.suite.errors import message
 from deadbench.suite.secrets import without_secrets
 
 _RECORD_VERSION = 1
@@ -64,19 +65,19 @@ class RunRecord:
 
     def ended(self, status: str, error: BaseException | None = None) -> None:
         """The run is over: finished, interrupted or stopped. Write the record for the last time."""
-        said = without_secrets(" ".join(str(error).split())) if error is not None else None
-        self._facts |= {"status": status, "finished_at": _now(), "error": said or None}
+        said = without_secrets(message(error, None)) if error is not None else None
+        self._facts |= {"status": status, "finished_at": _now(), "error": said}
         self._write()
 
     def _write(self) -> None:
         try:
             self._store.write_text(self._path, json.dumps(self._facts, indent=1))
         except Exception as error:  # the reads are what counts; a store raises the errors of its own library
-            self._say(f"the run record cannot be written ({' '.join(str(error).split())[:200]})")
+            self._say(f"the run record cannot be written ({message(error)})")
 
 
 def _planned(job: ModelJob) -> dict[str, Any]:
-    gpus = job.tensor_parallel or (job.num_gpus if job.gpu_share == 1.0 else job.gpu_share)
+    gpus = job.tensor_parallel or (job.gpus if job.gpu_share == 1.0 else job.gpu_share)
     return {"model": job.model_id, "engine": job.engine, "gpus": gpus, "work": job.work, "reads": len(job.reads)}
 
 

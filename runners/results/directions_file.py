@@ -1,12 +1,12 @@
 """Directions on disk: safetensors files of float64 vectors, with facts in the metadata."""
 
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from deadbench.suite.storage import write_whole
 
 
 def save_directions(path: Path, read: list[tuple[dict[str, Any], NDArray[np.float64] | None]]) -> None:
@@ -77,14 +77,4 @@ def _write(path: Path, tensors: dict[str, NDArray[np.float64]], metadata: dict[s
     """One safetensors file, whole or not at all."""
     from safetensors.numpy import save
 
-    data = save(tensors, metadata)
-    descriptor, aside = tempfile.mkstemp(dir=path.resolve().parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except BaseException:
-        os.unlink(aside)
-        raise
+    write_whole(path, save(tensors, metadata))

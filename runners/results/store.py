@@ -7,20 +7,17 @@ Names are unique, so that two runs may write to one place. The row of `reads` go
 
 import contextlib
 import io
-import os
 import time
 import uuid
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from deadbench.suite.schema import KEY, SCHEMA_VERSION, TABLES
 from deadbench.suite.secrets import scrubbed
-from deadbench.suite.storage import is_local, open_place, write_local
+from deadbench.suite.storage import is_local, open_place, refusal, renames, write_whole
 
 _FOOTER_BYTES = 2**17  # as much of a remote file's end as holds its schema
 
@@ -42,14 +39,14 @@ class ResultStore:
         try:
             self._fs, self._root = open_place(location)
         except Exception as error:
-            raise StoreError(f"--out {self.location}: {_reason(error)}") from error
+            raise StoreError(f"--out {self.location}: {refusal(error)}") from error
         self._local = is_local(self._fs)
-        self._renames = self._local or type(self._fs).mv is not fsspec.AbstractFileSystem.mv
+        self._renames = renames(self._fs)
         try:
             self._probe()
         except Exception as error:
             advice = "choose another folder" if self._local else "check bucket, path and credentials"
-            raise StoreError(f"--out {self.location}: cannot be written ({_reason(error)}); {advice}") from error
+            raise StoreError(f"--out {self.location}: cannot be written ({refusal(error)}); {advice}") from error
         self._check_version()
 
     def finished(self) -> set[tuple[Any, ...]]:
@@ -85,19 +82,15 @@ class ResultStore:
 
     def _write_whole(self, path: str, contents: bytes) -> None:
         target, aside = f"{self._root}/{path}", f"{self._root}/_tmp/{uuid.uuid4().hex}"
-        if self._local:
-            write_local(Path(target), Path(aside), contents)
-            return
         try:
-            if not self._renames:
-                self._fs.pipe_file(target, contents)
-                return
-            for name in (target, aside):
-                self._fs.makedirs(name.rpartition("/")[0], exist_ok=True)
-            self._fs.pipe_file(aside, contents)
-            self._fs.mv(aside, target)
+            if self._renames:
+                for name in (target, aside):
+                    self._fs.makedirs(name.rpartition("/")[0], exist_ok=True)
+            write_whole(target, contents, self._fs, aside)
         except Exception as error:
-            raise OSError(f"{self.location}/{path}: not stored ({_reason(error)}); nothing of it is there") from error
+            if self._local:
+                raise
+            raise OSError(f"{self.location}/{path}: not stored ({refusal(error)}); nothing of it is there") from error
 
     def _probe(self) -> None:
         """Fail now, not after the first hour: write a small file and take it away."""
@@ -126,7 +119,7 @@ class ResultStore:
         try:
             return [(path, io.BytesIO(data)) for path, data in self._fs.cat(files).items()]
         except Exception as error:
-            raise StoreError(f"--out {self.location}: {table} cannot be read ({_reason(error)})") from error
+            raise StoreError(f"--out {self.location}: {table} cannot be read ({refusal(error)})") from error
 
     def _footers(self, table: str) -> list[tuple[str, Any]]:
         """(path, what pyarrow reads a schema from) of a table's files; of remote ones only the end."""
@@ -156,9 +149,3 @@ class ResultStore:
             yield
         except (pa.ArrowException, OSError) as error:
             raise StoreError(f"--out {self.location}: {path} cannot be read as parquet; move it away") from error
-
-
-def _reason(error: Exception) -> str:
-    """What a file system says, in a few words and without secrets."""
-    known = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else ""
-    return known or scrubbed(" ".join(str(error).split()))[:200] or type(error).__name__

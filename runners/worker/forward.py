@@ -3,67 +3,58 @@
 What is run and read meanwhile is in `runners/worker/passes.py`.
 """
 
-import json
 import time
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from deadbench.runners.engines.base import BATCH_TOKENS
+from deadbench.runners.engines.base import BATCH_TOKENS, Engine
 from deadbench.runners.engines.registry import make_engine
-from deadbench.runners.engines.resident import TorchEngine
 from deadbench.runners.jobs.events import Progress, Reading
 from deadbench.runners.jobs.job import ReadJob
-from deadbench.runners.jobs.resolved import dtype_name, num_parameters, wanted_tokens
+from deadbench.runners.jobs.resolved import (
+    Configuration,
+    dtype_name,
+    num_parameters,
+    num_tokens,
+    resolved_in,
+    resolved_without_weights,
+)
 from deadbench.runners.worker.passes import Passes
-from deadbench.runners.worker.request import below, make_inputs, tensor_name
-from deadbench.suite.architectures.build import build_config, build_model, objective
+from deadbench.runners.worker.request import (
+    RandomWeights,
+    StoredWeights,
+    Weights,
+    below,
+    entries_of,
+    make_inputs,
+    tensor_name,
+)
+from deadbench.suite.architectures.build import objective
 from deadbench.suite.architectures.kernel_test import live_norm
-from deadbench.suite.architectures.norms import departure
-from deadbench.suite.architectures.parts import part_of
-from deadbench.suite.architectures.stored_names import renamings
-from deadbench.suite.checkpoints.tensors import TensorEntry
+from deadbench.suite.architectures.norms import FinalNorm, departure
+from deadbench.suite.architectures.resolve import Resolved
 from deadbench.suite.inputs.batches import check_count
 from deadbench.suite.reads.columns import architecture_columns, scale_columns
 from deadbench.suite.reads.residual import TAP_BYTES
 from deadbench.suite.schema import Row
 
 
-def read_forward(
-    read: ReadJob,
-    raw_config: dict[str, Any],
-    folder: Path | None,
-    *,
-    trained: bool,
-    entries: dict[str, TensorEntry] | None = None,
-) -> Reading:
+def read_forward(read: ReadJob, config: Configuration, weights: Weights) -> Reading:
     """The final norm's spectrum and the residual stream's, of a random or a trained model.
-
-    Args:
-        read: what is asked.
-        raw_config: the contents of config.json.
-        folder: a local folder with the tokenizer or processor, and the weights where `trained`.
-        trained: load the weights from `folder`; else initialise at random.
-        entries: the checkpoint's tensors, where there is one.
 
     Raises:
         ValueError: what cannot be read, in one line.
     """
-    config = build_config(raw_config)
-    name = dtype_name(read, config, entries)
-    dtype = getattr(torch, name)
+    name = dtype_name(read.dtype, config.build(), entries_of(weights))
+    parameters = num_parameters(config)  # what transformers cannot build is refused before anything is loaded
     engine = make_engine(read.engine, read.replicas)
-    engine.part, _ = part_of(build_model(config, "meta"), read.model.modality, read.model.stack)
-    model = engine.load_trained(folder, dtype) if trained and folder else engine.load_random(config, read.seed, dtype)
+    model, resolved = _loaded(engine, read, config, weights, getattr(torch, name))
 
-    replicas = engine.ranks.replicas
-    final = replace(engine.final_norm(model), renamings=renamings(model))
-    row: Row = architecture_columns(below(engine.part, final)) | {
-        "num_parameters": num_parameters(json.dumps(raw_config, sort_keys=True)),
-        "objective": objective(raw_config),
+    replicas, final = engine.ranks.replicas, resolved.final
+    row: Row = architecture_columns(below(resolved.part, final)) | {
+        "num_parameters": parameters,
+        "objective": objective(config.raw),
         "dtype": name,
         "device": engine.device_name(),
         "load_seconds": engine.load_seconds,
@@ -71,21 +62,20 @@ def read_forward(
         "tensor_parallel": 1 if replicas else engine.ranks.size,
     }
     if final.path is None:
-        if final.family == "undetermined":
-            raise ValueError(f"the final norm cannot be determined: {final.reason}")
         return {"reads": [row | {"error": final.reason, "peak_device_bytes": engine.peak_device_bytes()}]}
 
-    part = model.get_submodule(engine.part)
+    part = model.get_submodule(resolved.part)
     module = part.get_submodule(final.path)
     assert final.hidden_size is not None
     norm = live_norm(module, final.behaviour, final.hidden_size)
-    unlawful = None if trained else departure(norm, final.path)
+    unlawful = departure(norm, final.path) if isinstance(weights, RandomWeights) else None
     if unlawful:
         row["engine_detail"] = f"{row['engine_detail']}; {unlawful}"
-    num_tokens = wanted_tokens(read, final.hidden_size)
-    yield Progress(read.label(), "input", 0, num_tokens)
+    wanted = num_tokens(read.protocol.tokens, final.hidden_size)
+    runnable = (resolved.skeleton or model).get_submodule(resolved.part)
+    yield Progress(read.label(), "input", 0, wanted)
     for batch_tokens in (BATCH_TOKENS, BATCH_TOKENS // 2)[read.half_batch :]:
-        inputs = make_inputs(read, engine.runnable(model), folder, num_tokens, batch_tokens)
+        inputs = make_inputs(read, runnable, weights.folder, wanted, batch_tokens, resolved=resolved)
         check_count(inputs.num_tokens, final.hidden_size)
         if engine.tap_by_tap and replicas and len(inputs.batches) < engine.ranks.size:
             raise ValueError(
@@ -112,7 +102,7 @@ def read_forward(
     position.spectrum_seconds += time.perf_counter() - started
     row |= scale_columns(norm, name) | columns | stream_columns
     row |= {
-        "final_norm_tensor": tensor_name(entries, below(engine.part, final)),
+        "final_norm_tensor": tensor_name(entries_of(weights), below(resolved.part, final)),
         "input": inputs.description,
         "num_distinct_inputs": inputs.num_distinct,
         "forward_seconds": position.forward_seconds,
@@ -122,11 +112,32 @@ def read_forward(
     return {"reads": [row], "spectra": [final_spectrum, *spectra], "blocks": blocks}
 
 
+def _loaded(
+    engine: Engine, read: ReadJob, config: Configuration, weights: Weights, dtype: torch.dtype
+) -> tuple[nn.Module, Resolved]:
+    """The model, and what is known of its architecture: from itself, or from before where it is in pieces."""
+    if engine.in_pieces:
+        engine.resolved = resolved_without_weights(config, read.model.modality, read.model.stack)
+        _check_determined(engine.resolved.final)
+    if isinstance(weights, StoredWeights):
+        model = engine.load_trained(weights.folder, dtype)
+    else:
+        model = engine.load_random(config.build(), weights.seed, dtype)
+    engine.resolved = engine.resolved or resolved_in(model, config, read.model.modality, read.model.stack)
+    _check_determined(engine.resolved.final)
+    return model, engine.resolved
+
+
+def _check_determined(final: FinalNorm) -> None:
+    if final.family == "undetermined":
+        raise ValueError(f"the final norm cannot be determined: {final.reason}")
+
+
 def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def _sizes(engine: TorchEngine, model: nn.Module, batch_tokens: int, hidden_size: int) -> str:
+def _sizes(engine: Engine, model: nn.Module, batch_tokens: int, hidden_size: int) -> str:
     weights = sum(p.nbytes for p in model.parameters() if not p.is_meta) / engine.ranks.size
     alone = engine.ranks.size == 1
     tried = ", with half the batch too" if alone else f" in one of {engine.ranks.size} ranks"

@@ -1,8 +1,6 @@
 """The functional read: the published model with its head, its linear maps moved along dead directions and controls."""
 
-import json
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,48 +10,39 @@ from deadbench.runners.engines.base import BATCH_TOKENS, pick_device
 from deadbench.runners.engines.resident import TorchEngine
 from deadbench.runners.jobs.events import Progress, Reading
 from deadbench.runners.jobs.job import ReadJob
-from deadbench.runners.jobs.resolved import num_parameters
-from deadbench.runners.worker.request import make_inputs
-from deadbench.suite.architectures.build import build_config, published_class
+from deadbench.runners.jobs.resolved import Configuration, num_parameters, published_wiring
+from deadbench.runners.worker.request import StoredWeights, Weights, make_inputs
+from deadbench.suite.architectures.build import published_class
 from deadbench.suite.architectures.kernel_test import live_norm
 from deadbench.suite.architectures.locate import find_final_norm
 from deadbench.suite.inputs.batches import Batch
 from deadbench.suite.reads.columns import architecture_columns
-from deadbench.suite.reads.dead_parameters import trace_published
-from deadbench.suite.reads.functional import read_head, read_inner, sites
+from deadbench.suite.reads.perturbation import read_head, read_inner, sites
 from deadbench.suite.schema import Row
 
 _IMAGES = 16  # stand for the tokens of an image classifier, which gives one distribution a picture
 
 
-def read_functional(read: ReadJob, raw_config: dict[str, Any], folder: Path | None, *, trained: bool) -> Reading:
+def read_functional(read: ReadJob, config: Configuration, weights: Weights) -> Reading:
     """Rows of `functional`: every site, direction and step.
-
-    Args:
-        read: what is asked.
-        raw_config: the contents of config.json.
-        folder: a local folder with the tokenizer or processor, and the weights where `trained`.
-        trained: load the weights from `folder`; else initialise at random.
 
     Raises:
         ValueError: what cannot be read, in one line.
     """
-    config = build_config(raw_config)
     dtype = getattr(torch, read.dtype)
     engine = TorchEngine(pick_device())
-    published = published_class(config)
-    if trained and folder:
-        model = engine.load_trained(folder, dtype, published)
+    if isinstance(weights, StoredWeights):
+        model = engine.load_trained(weights.folder, dtype, published_class(config.build()))
     else:
-        model = engine.load_random(config, read.seed, dtype, published=True)
-    _, wiring = trace_published(config)
+        model = engine.load_random(config.build(), weights.seed, dtype, published=True)
+    wiring, _ = published_wiring(config)
     if wiring is None or not wiring.reads:
         reason = "cannot be followed on a minimal input" if wiring is None else "has no linear map that a norm feeds"
         raise ValueError(f"{type(model).__name__} {reason}: nothing to move")
     rule = read.protocol.tokens
     assert isinstance(rule, int)
     yield Progress(read.label(), "input", 0, rule)
-    inputs = make_inputs(read, model, folder, rule, BATCH_TOKENS, _IMAGES)
+    inputs = make_inputs(read, model, weights.folder, rule, BATCH_TOKENS, least_items=_IMAGES)
 
     modules = dict(model.named_modules())
     norms = {path: live_norm(modules[path], behaviour, D) for path, (behaviour, D) in wiring.norms.items()}
@@ -88,9 +77,9 @@ def read_functional(read: ReadJob, raw_config: dict[str, Any], folder: Path | No
                 yield Progress(read.label(), "sites", number, len(wanted))
         # A map that the measured output does not depend on (a pooler) says nothing.
         rows += replayed if any(row["output_change"] for row in replayed) else []
-    weights = "trained" if trained else "random"
+    kind = "trained" if isinstance(weights, StoredWeights) else "random"
     row = architecture_columns(find_final_norm(getattr(model, "base_model", model))) | {
-        "num_parameters": num_parameters(json.dumps(raw_config, sort_keys=True)),
+        "num_parameters": num_parameters(config),
         "dtype": read.dtype,
         "device": engine.device_name(),
         "load_seconds": engine.load_seconds,
@@ -100,7 +89,7 @@ def read_functional(read: ReadJob, raw_config: dict[str, Any], folder: Path | No
         "num_distinct_inputs": inputs.num_distinct,
         "peak_device_bytes": engine.peak_device_bytes(),
     }
-    return {"reads": [row], "functional": [{"weights": weights} | each for each in rows]}
+    return {"reads": [row], "functional": [{"weights": kind} | each for each in rows]}
 
 
 def _keep(into: list[Tensor]) -> Any:

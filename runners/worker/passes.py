@@ -16,11 +16,11 @@ import psutil
 import torch
 from torch import nn
 
-from deadbench.runners.engines.base import Blocks, ForwardPass, Swept
-from deadbench.runners.engines.resident import TorchEngine
+from deadbench.runners.engines.base import Blocks, Engine, ForwardPass, Swept
+from deadbench.runners.engines.registry import ENGINES
 from deadbench.runners.jobs.events import Progress, Remark
 from deadbench.runners.jobs.job import ReadJob
-from deadbench.runners.worker.saved_state import Checkpoint, Position
+from deadbench.runners.worker.saved_state import Position, SavedRead
 from deadbench.suite.architectures.kernel_test import OnRows
 from deadbench.suite.architectures.norms import EffectiveNorm, FinalNorm
 from deadbench.suite.architectures.parts import block_list
@@ -39,7 +39,7 @@ class Passes:
     def __init__(
         self,
         read: ReadJob,
-        engine: TorchEngine,
+        engine: Engine,
         model: nn.Module,
         final: FinalNorm,
         inputs: Inputs,
@@ -50,6 +50,7 @@ class Passes:
         """`final` was found in `model`, `norm` is its formula; `inputs` came in batches of about `batch_tokens`."""
         assert final.path is not None
         assert final.hidden_size is not None
+        assert read.engine is not None
         self._read, self._engine, self._model, self._final, self._inputs = read, engine, model, final, inputs
         self._norm, self._dtype, self._ranks = norm, dtype, engine.ranks
         self._module = model.get_submodule(final.path)
@@ -62,7 +63,7 @@ class Passes:
         self._blocks = list(model.get_submodule(blocks_path).children()) if blocks_path else []
         facts = {"dtype": dtype, "device": engine.device_name(), "hidden_size": final.hidden_size}
         facts |= {"num_tokens": inputs.num_tokens, "num_batches": len(inputs.batches), "batch_tokens": batch_tokens}
-        self._checkpoint = Checkpoint(read, self._ranks, facts, possible=not engine.tap_by_tap)
+        self._checkpoint = SavedRead(read, self._ranks, facts, possible=ENGINES[read.engine].resume)
 
     def run(self) -> Generator[Progress | Remark, None, tuple[FinalNormRead, ResidualRead, Position]]:
         """Feed both reads until every tap is read; rank 0's are those of all."""

@@ -1,22 +1,65 @@
-"""What a read asks of an engine: inputs, names, parts."""
+"""What a read asks of an engine: weights, inputs, names, parts."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import nn
 
 from deadbench.runners.jobs.job import ReadJob
 from deadbench.suite.architectures.norms import FinalNorm
+from deadbench.suite.architectures.resolve import Resolved
 from deadbench.suite.architectures.stored_names import stored_tensor
 from deadbench.suite.checkpoints.tensors import TensorEntry
 from deadbench.suite.inputs.batches import Inputs
 from deadbench.suite.inputs.feed import feed
 
 
+@dataclass(frozen=True)
+class RandomWeights:
+    """Weights as transformers initialises them; `folder` has the tokenizer or processor, None where none is needed."""
+
+    seed: int
+    folder: Path | None = None
+
+
+@dataclass(frozen=True)
+class StoredWeights:
+    """A checkpoint in a local folder, its tokenizer or processor beside it, and the headers of its tensors.
+
+    Raises:
+        TypeError, ValueError: no folder. Without one there are no weights, and random ones never take their place.
+    """
+
+    folder: Path
+    entries: dict[str, TensorEntry]
+
+    def __post_init__(self) -> None:
+        if not Path(self.folder).is_dir():
+            raise ValueError(f"{self.folder}: no folder with weights")
+
+
+Weights = RandomWeights | StoredWeights
+
+
+def entries_of(weights: Weights) -> dict[str, TensorEntry] | None:
+    """The stored tensors, where there are any."""
+    return weights.entries if isinstance(weights, StoredWeights) else None
+
+
 def make_inputs(
-    read: ReadJob, part: nn.Module, folder: Path | None, num_tokens: int, batch_tokens: int, least_items: int = 1
+    read: ReadJob,
+    part: nn.Module,
+    folder: Path | None,
+    num_tokens: int,
+    batch_tokens: int,
+    *,
+    least_items: int = 1,
+    resolved: Resolved | None = None,
 ) -> Inputs:
-    """What the part of the model that is read is fed, in batches of about `batch_tokens`."""
+    """What the part of the model that is read is fed, in batches of about `batch_tokens`.
+
+    What is `resolved` of it is not looked for again.
+    """
     assert read.input is not None
     return feed(
         part,
@@ -28,6 +71,8 @@ def make_inputs(
         folder=folder,
         batch_tokens=batch_tokens,
         least_items=least_items,
+        form=resolved.form if resolved else None,
+        final=resolved.final if resolved else None,
     )
 
 

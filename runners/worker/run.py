@@ -3,12 +3,12 @@
 A read that fails is a finished row with its error; only the death of the process is not told from here.
 """
 
-import json
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from datetime import UTC, datetime
 
+from deadbench.runners.engines.registry import ENGINES
 from deadbench.runners.jobs.events import Event, Finished, Progress, Reading, to_tables
 from deadbench.runners.jobs.job import ModelJob, ReadJob
 from deadbench.suite.errors import one_line
@@ -23,21 +23,29 @@ def run_model(job: ModelJob, run_id: str, attempt: int) -> Iterator[Event]:
     for read in job.reads:
         started_at = datetime.now(UTC)
         yield Progress(read.label(), "loading")
-        failure = None
+        failure, poisoned = None, False
         try:
             if read.error:
                 raise ValueError(read.error)
             rows = yield from READ_FUNCTIONS[read.read](read)
             rows["reads"][0]["status"] = "ok"
         except Exception as error:
-            failure = traceback.format_exc()
+            failure, poisoned = traceback.format_exc(), is_poisoned(error)
             rows = {"reads": [{"status": "failed", "error": one_line(error)}]}
-        yield Finished(read, to_tables(rows, read, run_id, attempt, started_at), failure)
+        yield Finished(read, to_tables(rows, read, run_id, attempt, started_at), failure, poisoned)
         attempt = 1
 
 
+def is_poisoned(error: BaseException) -> bool:
+    """Whether this process can do nothing more on its GPU after `error`.
+
+    By its text: torch's own classes are gone where another rank, vLLM's process or a message of ours passes it on.
+    """
+    return any(word in str(error) for word in ("CUDA error", "CUDA driver error", "NCCL error"))
+
+
 def _read_parameters(read: ReadJob) -> Reading:
-    from deadbench.runners.jobs.resolved import num_parameters
+    from deadbench.runners.jobs.resolved import Configuration, num_parameters
     from deadbench.suite.architectures.build import objective
     from deadbench.suite.checkpoints.checkpoint import Checkpoint
     from deadbench.suite.reads.norms_table import list_norms
@@ -50,7 +58,7 @@ def _read_parameters(read: ReadJob) -> Reading:
     yield Progress(read.label(), "norms")
     row = result.columns() | {"error": result.reason, "dtype": result.stored_dtype}
     row["objective"] = objective(checkpoint.config())
-    row["num_parameters"] = num_parameters(json.dumps(checkpoint.config(), sort_keys=True))
+    row["num_parameters"] = num_parameters(Configuration(checkpoint.config()))
     norms = list_norms(checkpoint, result)
     counted = [each["dead_parameters"] for each in norms if each["dead_parameters"] is not None]
     row["dead_parameters"] = sum(counted) if counted else None
@@ -59,16 +67,16 @@ def _read_parameters(read: ReadJob) -> Reading:
 
 
 def _read_random(read: ReadJob) -> Reading:
-    from deadbench.suite.architectures.build import build_config
+    from deadbench.runners.jobs.resolved import Configuration, published_wiring
+    from deadbench.runners.worker.request import RandomWeights
     from deadbench.suite.checkpoints.checkpoint import Checkpoint
     from deadbench.suite.errors import CheckpointError
-    from deadbench.suite.reads.dead_parameters import dead_at_initialisation
 
     with ExitStack() as stack:
-        config, folder = read.model.config, None
-        if config is None:
+        raw_config, folder = read.model.config, None
+        if raw_config is None:
             checkpoint = Checkpoint(read.model.source or "", read.model.main_checkpoint(), read.base)
-            config = checkpoint.config()
+            raw_config = checkpoint.config()
         if read.input is not None and read.input.partition(":")[0] in ("text", "hf"):
             if read.model.source is None:
                 raise ValueError("text needs a tokenizer and the registry gives no source; use tokens:random")
@@ -77,8 +85,9 @@ def _read_random(read: ReadJob) -> Reading:
                 folder = stack.enter_context(checkpoint.local_copy(weights=False))
             except CheckpointError as error:
                 raise CheckpointError(f"{error} (for its tokenizer; --input tokens:random needs none)") from error
-        dead = dead_at_initialisation(build_config(config))  # before the read: vLLM rewrites transformers' classes
-        rows = yield from _model_reader(read)(read, config, folder, trained=False)
+        config = Configuration(raw_config)
+        _, dead = published_wiring(config)  # before the read: vLLM rewrites transformers' classes
+        rows = yield from _model_reader(read)(read, config, RandomWeights(read.seed, folder))
         row = rows["reads"][0]
         row["dead_parameters"] = dead
         row["dead_parameters_share"] = None if dead is None else dead / row["num_parameters"]
@@ -86,43 +95,48 @@ def _read_random(read: ReadJob) -> Reading:
 
 
 def _read_trained(read: ReadJob) -> Reading:
+    from deadbench.runners.jobs.resolved import Configuration
+    from deadbench.runners.worker.request import StoredWeights
     from deadbench.suite.checkpoints.checkpoint import Checkpoint
     from deadbench.suite.checkpoints.tensors import read_headers
 
     checkpoint = Checkpoint(read.model.source or "", read.revision, read.base)
-    config = checkpoint.config()
+    config = Configuration(checkpoint.config())
     entries = read_headers(checkpoint)  # refuses pickles and broken files before anything is loaded
     with checkpoint.local_copy() as folder:
-        return (yield from _model_reader(read)(read, config, folder, trained=True, entries=entries))
+        return (yield from _model_reader(read)(read, config, StoredWeights(folder, entries)))
 
 
 def _model_reader(read: ReadJob) -> Callable[..., Reading]:
-    """The function that runs a model and reads it: of vLLM, or of the torch engines."""
-    if read.engine == "vllm":
-        from deadbench.runners.worker.vllm import read_vllm
+    """The function that runs a model and reads it: in this process, or in vLLM's."""
+    assert read.engine is not None
+    if ENGINES[read.engine].in_process:
+        from deadbench.runners.worker.forward import read_forward
 
-        return read_vllm
-    from deadbench.runners.worker.forward import read_forward
+        return read_forward
+    from deadbench.runners.worker.vllm import read_vllm
 
-    return read_forward
+    return read_vllm
 
 
 def _read_functional(read: ReadJob) -> Reading:
+    from deadbench.runners.jobs.resolved import Configuration
     from deadbench.runners.worker.functional import read_functional
+    from deadbench.runners.worker.request import RandomWeights, StoredWeights
     from deadbench.suite.checkpoints.checkpoint import Checkpoint
     from deadbench.suite.checkpoints.tensors import PICKLED_SUFFIXES, read_headers
 
     if read.model.source is None:
         assert read.model.config is not None
-        return (yield from read_functional(read, read.model.config, None, trained=False))
+        return (yield from read_functional(read, Configuration(read.model.config), RandomWeights(read.seed)))
     checkpoint = Checkpoint(read.model.source, read.revision, read.base)
     # A configuration alone is an architecture at random initialisation; weights that are there are never passed over.
     trained = any(name.endswith((".safetensors", *PICKLED_SUFFIXES)) for name in checkpoint.names())
-    if trained:
-        read_headers(checkpoint)
-    config = checkpoint.config()
+    entries = read_headers(checkpoint) if trained else None
+    config = Configuration(checkpoint.config())
     with checkpoint.local_copy() as folder:
-        return (yield from read_functional(read, config, folder, trained=trained))
+        weights = RandomWeights(read.seed, folder) if entries is None else StoredWeights(folder, entries)
+        return (yield from read_functional(read, config, weights))
 
 
 # One read is one function and one line here; the runner does not change.

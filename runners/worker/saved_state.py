@@ -8,7 +8,6 @@ there, and says what it is of; what does not fit is never used.
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 import time
 import uuid
@@ -22,11 +21,13 @@ import pyarrow as pa
 
 from deadbench.runners.jobs.job import ReadJob
 from deadbench.runners.results.versions import versions
+from deadbench.suite.errors import message
 from deadbench.suite.ranks import Ranks
 from deadbench.suite.reads.final_norm import STATE as FINAL_NORM_STATE
 from deadbench.suite.reads.final_norm import FinalNormRead
 from deadbench.suite.reads.residual import STREAM_STATE, ResidualRead
 from deadbench.suite.spectra.arrow_state import StateError, struct
+from deadbench.suite.storage import put_in_place, written_aside
 
 FOLDER = "_progress"
 _VERSION = 1  # of the states: raised when what is in them changes its meaning
@@ -54,8 +55,8 @@ class Position:
     spectrum_seconds: float = 0.0
 
 
-class Checkpoint:
-    """The checkpoint of one rank's part of one read."""
+class SavedRead:
+    """What one rank has saved of its part of one read."""
 
     def __init__(self, read: ReadJob, ranks: Ranks, facts: dict[str, Any], *, possible: bool):
         """`facts` are what must be equal for the state to be of use, beside the read's identity and the versions.
@@ -95,11 +96,11 @@ class Checkpoint:
             try:
                 aside = self._write(self._batches(position, measured, stream))
             except Exception as error:  # whatever a disk, a bucket or its library comes up with
-                failure = f"no checkpoint: {' '.join(str(error).split())[:200] or type(error).__name__}"
+                failure = f"no checkpoint: {message(error)}"
         written = [bool(aside)] if not in_step else self._ranks.share(bool(aside))
         if aside is not None and self._target is not None:
             with contextlib.suppress(OSError):  # what is left of it goes when the read is stored
-                _fs(aside).mv(aside, self._target) if all(written) else _fs(aside).rm_file(aside)
+                put_in_place(aside, self._target, _fs(aside)) if all(written) else _fs(aside).rm_file(aside)
         self.remark = failure or ""
         now = time.monotonic()
         self._due = now + max(self.interval, _WRITING_SHARE * (now - started))
@@ -115,7 +116,7 @@ class Checkpoint:
             if not _fs(self._target).exists(self._target):
                 return None
         except Exception as error:  # a place that the driver can write to and this process cannot
-            self.remark = f"no checkpoints: {' '.join(str(error).split())[:200] or type(error).__name__}"
+            self.remark = f"no checkpoints: {message(error)}"
             self._target = None
             return None
         try:
@@ -130,7 +131,7 @@ class Checkpoint:
                 stream.restore(pa.RecordBatch.from_struct_array(column) for column in rest)
                 return position
         except Exception as error:  # a torn file can break a parser anywhere
-            self.remark = f"its checkpoint is ignored: {' '.join(str(error).split())[:200]}"
+            self.remark = f"its checkpoint is ignored: {message(error)}"
             return None
 
     def _batches(self, position: Position, measured: FinalNormRead, stream: ResidualRead) -> Iterator[pa.RecordBatch]:
@@ -143,25 +144,15 @@ class Checkpoint:
         """The file beside its target; whole, and on a local disk for good."""
         assert self._target is not None
         aside = f"{self._target}.{uuid.uuid4().hex}"
-        fs, local = _fs(aside), "://" not in aside
-        room = float("inf")
-        if local:
+        fs, room = _fs(aside), float("inf")
+        if "://" not in aside:
             Path(aside).parent.mkdir(exist_ok=True)
             room = shutil.disk_usage(Path(aside).parent).free / _DISK_SHARE
-        try:
-            with fs.open(aside, "wb") as file:
-                with pa.ipc.new_file(file, _FILE) as writer:
-                    for batch in batches:
-                        writer.write_batch(batch)
-                        if file.tell() > room:
-                            raise OSError(f"it would take more than half of the {2 * room / 1e9:.1f} GB that are free")
-                file.flush()
-                if local:
-                    os.fsync(file.fileno())
-        except BaseException:
-            with contextlib.suppress(Exception):
-                fs.rm_file(aside)
-            raise
+        with written_aside(aside, fs) as file, pa.ipc.new_file(file, _FILE) as writer:
+            for batch in batches:
+                writer.write_batch(batch)
+                if file.tell() > room:
+                    raise OSError(f"it would take more than half of the {2 * room / 1e9:.1f} GB that are free")
         return aside
 
 

@@ -19,60 +19,56 @@ import pyarrow as pa
 import torch
 
 from deadbench.runners.engines.base import BATCH_TOKENS, pick_device
-from deadbench.runners.engines.registry import INSTALL_VLLM, vllm_is_installed
+from deadbench.runners.engines.registry import ENGINES
 from deadbench.runners.engines.vllm_support import ENVIRONMENT, refusal, vllm_architecture
 from deadbench.runners.jobs.events import Progress, Reading
 from deadbench.runners.jobs.job import ReadJob
-from deadbench.runners.jobs.resolved import dtype_name, num_parameters, wanted_tokens
+from deadbench.runners.jobs.resolved import (
+    Configuration,
+    dtype_name,
+    num_parameters,
+    num_tokens,
+    resolved_without_weights,
+)
 from deadbench.runners.worker.passes import accumulator_bytes
-from deadbench.runners.worker.request import make_inputs, tensor_name
-from deadbench.suite.architectures.build import build_config, build_model
-from deadbench.suite.architectures.locate import locate_final_norm
-from deadbench.suite.checkpoints.tensors import TensorEntry
+from deadbench.runners.worker.request import StoredWeights, Weights, entries_of, make_inputs, tensor_name
 from deadbench.suite.inputs.batches import Inputs, check_count
 from deadbench.suite.reads.columns import architecture_columns
 from deadbench.suite.reads.residual import ResidualRead
 from deadbench.suite.schema import Row
 
-_EXTENSION = "deadbench.runners.engines.vllm_worker.StreamReader"
+_SPEC = ENGINES["vllm"]
 
 
-def read_vllm(
-    read: ReadJob,
-    raw_config: dict[str, Any],
-    folder: Path | None,
-    *,
-    trained: bool,
-    entries: dict[str, TensorEntry] | None = None,
-) -> Reading:
+def read_vllm(read: ReadJob, config: Configuration, weights: Weights) -> Reading:
     """As `read_forward`, by vLLM.
 
     Raises:
         ValueError: what cannot be read, in one line.
     """
-    if not vllm_is_installed():
-        raise ValueError(INSTALL_VLLM)
+    if missing := _SPEC.missing():
+        raise ValueError(missing)
     if read.model.modality != "text":
         raise ValueError(f"the vLLM engine reads text models, not {read.model.modality}; give --engine torch")
-    config = build_config(raw_config)
-    dtype = dtype_name(read, config, entries)
-    final = locate_final_norm(config)
+    dtype = dtype_name(read.dtype, config.build(), entries_of(weights))
+    resolved = resolved_without_weights(config, "text", "decoder")  # the whole model, whatever its halves
+    final, whole = resolved.final, resolved.skeleton
     if final.path is None or final.hidden_size is None:
         raise ValueError(f"the final norm cannot be determined: {final.reason}; give --engine torch")
-    whole = build_model(config, "meta")
+    assert whole is not None
     module = copy.deepcopy(whole.get_submodule(final.path)).to_empty(device="cpu")
     sought = pickle.dumps((final, module))
-    raw_config = raw_config | {"architectures": [vllm_architecture(raw_config)]}
-    num_tokens = wanted_tokens(read, final.hidden_size)
-    yield Progress(read.label(), "input", 0, num_tokens)
-    inputs = make_inputs(read, whole, folder, num_tokens, BATCH_TOKENS)
+    raw_config = dict(config.raw) | {"architectures": [vllm_architecture(dict(config.raw))]}
+    wanted = num_tokens(read.protocol.tokens, final.hidden_size)
+    yield Progress(read.label(), "input", 0, wanted)
+    inputs = make_inputs(read, whole, weights.folder, wanted, BATCH_TOKENS, resolved=resolved)
     check_count(inputs.num_tokens, final.hidden_size)
     prompts = list(_prompts(inputs))
-    row: Row = architecture_columns(final) | {"num_parameters": num_parameters(json.dumps(raw_config, sort_keys=True))}
+    row: Row = architecture_columns(final) | {"num_parameters": num_parameters(Configuration(raw_config))}
 
     yield Progress(read.label(), "loading")
     started = time.perf_counter()
-    with _loaded(read, raw_config, folder if trained else None, dtype, max(map(len, prompts))) as llm:
+    with _loaded(read, raw_config, weights, dtype, max(map(len, prompts))) as llm:
         load_seconds = time.perf_counter() - started
         llm.collective_rpc("deadbench_begin", args=(sought, inputs.num_tokens, dtype))
         _run(llm, prompts[:1])
@@ -100,7 +96,7 @@ def read_vllm(
         spectrum += time.perf_counter() - started
     reads, spectra, blocks = (_rows(table) for table in tables)
     row |= reads[0] | {
-        "final_norm_tensor": tensor_name(entries, final),
+        "final_norm_tensor": tensor_name(entries_of(weights), final),
         "input": inputs.description,
         "num_distinct_inputs": inputs.num_distinct,
         "dtype": dtype,
@@ -115,19 +111,20 @@ def read_vllm(
 
 
 @contextlib.contextmanager
-def _loaded(read: ReadJob, raw_config: dict[str, Any], folder: Path | None, dtype: str, longest: int) -> Iterator[Any]:
-    """A running vLLM with the checkpoint in `folder`, or with random weights; everything of it is gone afterwards."""
+def _loaded(read: ReadJob, raw_config: dict[str, Any], weights: Weights, dtype: str, longest: int) -> Iterator[Any]:
+    """A running vLLM with these weights; everything of it is gone afterwards."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import vllm
 
-    from deadbench.runners.engines.vllm_worker import RANDOM_FORMAT
+    from deadbench.runners.engines.vllm_random_weights import RANDOM_FORMAT
 
     with tempfile.TemporaryDirectory(prefix="deadbench-") as empty:
         (Path(empty) / "config.json").write_text(json.dumps(raw_config), encoding="utf-8")
-        source: dict[str, Any] = {"model": str(folder), "load_format": "safetensors"}
-        if folder is None:
-            extra = {"seed": read.seed}
+        if isinstance(weights, StoredWeights):
+            source: dict[str, Any] = {"model": str(weights.folder), "load_format": "safetensors"}
+        else:
+            extra = {"seed": weights.seed}
             source = {"model": empty, "load_format": RANDOM_FORMAT, "model_loader_extra_config": extra}
         try:
             llm = vllm.LLM(
@@ -136,7 +133,7 @@ def _loaded(read: ReadJob, raw_config: dict[str, Any], folder: Path | None, dtyp
                 dtype=dtype,
                 tensor_parallel_size=read.tensor_parallel,
                 distributed_executor_backend="mp" if read.tensor_parallel > 1 else None,
-                worker_extension_cls=_EXTENSION,
+                worker_extension_cls=_SPEC.path.replace(":", "."),
                 enforce_eager=True,
                 enable_prefix_caching=False,
                 skip_tokenizer_init=True,

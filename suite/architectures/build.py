@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from deadbench.suite.errors import ArchitectureError, RemoteCodeError
+from deadbench.suite.errors import ArchitectureError, RemoteCodeError, reason_of
 
 SMALL_MODEL = 500_000_000  # parameters: 2 GB in float32, a few seconds to draw
 
@@ -110,11 +110,3 @@ def objective(config: Mapping[str, Any]) -> str | None:
             if str(name).endswith(ending):
                 return meaning
     return None
-
-
-def reason_of(error: BaseException) -> str:
-    """The class of an error of transformers and its first line, which says why."""
-    lines = [line.strip() for line in str(error).strip().splitlines()] or [""]
-    # A heading says nothing without the line below it.
-    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
-    return f"{type(error).__name__}: {text}"[:300]

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from deadbench.suite.architectures.norms import EffectiveNorm, NormBehaviour, effective_norm
+from deadbench.suite.errors import first_line, message
 
 _RELATIVE_TOLERANCE = 1e-4  # hypotheses differ by order 1; modules that compute in float32 inside differ by 1e-6
 _EPS_IS_ZERO = 1e-18
@@ -58,8 +59,7 @@ def probe(module: nn.Module, hidden_size: int, axes_after: int = 0) -> NormBehav
     try:
         return _probe(_bare_copy(module), hidden_size, axes_after)
     except Exception as error:  # any module is tried, a user's own among them: it may raise anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return NormBehaviour("other", evidence=(f"cannot be run on plain vectors: {reason}",))
+        return NormBehaviour("other", evidence=(f"cannot be run on plain vectors: {first_line(error)}",))
 
 
 def is_norm_of_maps(module: nn.Module) -> bool:
@@ -223,12 +223,11 @@ def load_norm_class(name: str, hidden_size: int) -> nn.Module:
     try:
         module_class = getattr(importlib.import_module(package), attribute)
     except (Exception, SystemExit) as error:  # the user's code runs: whatever it raises is told in one line
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{name}: cannot be imported ({reason}); it must be importable from here") from error
+        raise ValueError(f"{name}: cannot be imported ({message(error)}); it must be importable from here") from error
     try:
         module = module_class(hidden_size)
     except Exception as error:
-        reason = " ".join(str(error).split())
+        reason = message(error)
         raise ValueError(f"{name}: {attribute}({hidden_size}) fails ({type(error).__name__}: {reason})") from error
     if not isinstance(module, nn.Module):
         raise ValueError(f"{name}: {attribute}({hidden_size}) is a {type(module).__name__}, not a torch.nn.Module")

@@ -5,7 +5,6 @@ module whose output *is* the model's last hidden state (the same storage, seen t
 kernel test says that it normalises. Names decide nothing.
 """
 
-import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -14,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deadbench.suite.architectures.build import SMALL_MODEL, build_model, reason_of
+from deadbench.suite.architectures.build import SMALL_MODEL, build_model
 from deadbench.suite.architectures.kernel_test import is_norm_of_maps, normalises, own_vectors, probe
 from deadbench.suite.architectures.norms import FinalNorm, NormBehaviour
 from deadbench.suite.architectures.parts import block_list
 from deadbench.suite.architectures.stored_names import renamings
+from deadbench.suite.errors import reason_of
 from deadbench.suite.tracing.flow import (
     Call,
     cuts,
@@ -30,7 +30,9 @@ from deadbench.suite.tracing.flow import (
     without_zeros,
 )
 from deadbench.suite.tracing.meta_passes import attempts
-from deadbench.suite.tracing.minimal_inputs import minimal_inputs
+from deadbench.suite.tracing.minimal_inputs import minimal_inputs, placed
+
+Inputs = Mapping[str, Any]  # keyword arguments of a forward pass
 
 _CUT_CANDIDATES = 40  # modules, last called first, among which a norm behind a projection is looked for
 
@@ -41,26 +43,37 @@ def locate_final_norm(config: Any, part: str = "") -> FinalNorm:
     First on the meta device. Some forward passes look at values, which meta tensors have not, and some norms are told
     only by values; those models are built on CPU where they are small.
     """
-    model = build_model(config, "meta")
-    found = find_final_norm(model.get_submodule(part))
-    if found.path is None and sum(p.numel() for p in model.parameters()) <= SMALL_MODEL:
-        found = find_final_norm(build_model(config).get_submodule(part))
+    return search_without_weights(build_model(config, "meta"), config, part)[0]
+
+
+def search_without_weights(skeleton: nn.Module, config: Any, part: str) -> tuple[FinalNorm, Inputs | None]:
+    """As `locate_final_norm`, of the model of `config` on the meta device; and the inputs, as `search` gives them."""
+    found, inputs = search(skeleton.get_submodule(part))
+    if found.path is None and sum(p.numel() for p in skeleton.parameters()) <= SMALL_MODEL:
+        found, inputs = search(build_model(config).get_submodule(part))
     elif found.family == "none":
         # On meta only identity is seen; a norm behind a copy or a projection would be missed.
-        found = _nothing("undetermined", f"{found.reason}, and the model is too large to be tried", model)
-    return replace(found, renamings=renamings(model))
+        found = _nothing("undetermined", f"{found.reason}, and the model is too large to be tried", skeleton)
+    return replace(found, renamings=renamings(skeleton)), inputs
 
 
-def find_final_norm(model: nn.Module, inputs: Mapping[str, Tensor] | None = None) -> FinalNorm:
+def find_final_norm(model: nn.Module, inputs: Inputs | None = None) -> FinalNorm:
     """Run `model` once and find the norm that makes its last hidden state.
 
     Args:
         model: what `build_model` returns, on any device.
         inputs: keyword arguments of the forward pass; minimal dummy inputs, tried in turn, for None.
     """
+    return search(model, inputs)[0]
+
+
+def search(model: nn.Module, inputs: Inputs | None = None) -> tuple[FinalNorm, Inputs | None]:
+    """As `find_final_norm`; and the inputs on which it ended, on the CPU, None if none was of use."""
     failure, deaf = "", False
-    candidates = minimal_inputs(model) if inputs is None else [inputs]
-    for candidate, attempt in itertools.product(candidates, attempts(model)):
+    candidates = minimal_inputs(model, "cpu") if inputs is None else iter([inputs])
+    ways = attempts(model)
+    for given, attempt in ((given, attempt) for given in candidates for attempt in ways):
+        candidate = placed(given, model)
         try:
             with torch.no_grad(), attempt(), recorded_calls(model) as calls:
                 output = model(**candidate)
@@ -72,20 +85,20 @@ def find_final_norm(model: nn.Module, inputs: Mapping[str, Tensor] | None = None
             failure = failure or f"{type(model).__name__} returns no last hidden state of them"
             continue
         if stream is None:
-            return _without_stream(model, calls)
+            return _without_stream(model, calls), given
         if not stream.numel():  # a decoder that was given nothing to decode
             failure = failure or "the last hidden state is empty"
             continue
         found = _by_identity(model, calls, stream)
         if found is not None:
-            return found
+            return found, given
         if stream.device.type == "meta" or hears(model, candidate, stream):
-            return _by_cutting(model, calls, candidate, stream)
+            return _by_cutting(model, calls, candidate, stream), given
         failure, deaf = failure or "the last hidden state does not depend on them", True
     drawn = without_zeros(model) if deaf else None
     if drawn is not None:
-        return find_final_norm(drawn, inputs)
-    return _nothing("undetermined", f"no minimal input was of use: {failure}", model)
+        return search(drawn, inputs)
+    return _nothing("undetermined", f"no minimal input was of use: {failure}", model), None
 
 
 def _without_stream(model: nn.Module, calls: list[Call]) -> FinalNorm:
@@ -185,10 +198,15 @@ def _is_block(path: str, blocks_path: str | None) -> bool:
 
 def _found(model: nn.Module, call: Call, calls: list[Call], behaviour: NormBehaviour, evidence: str) -> FinalNorm:
     _, num_blocks = block_list(model, call.path)
-    width = call.output.shape[1 if behaviour.axes_after else -1]
-    rows = call.output[0].numel() // width if call.output.ndim > 2 else len(call.output)
+    width, rows = width_and_rows(call.output, behaviour)
     placement = "post" if _ends_a_block(call, calls) else "pre"
     return FinalNorm(call.path, behaviour, placement, width, num_blocks, rows, None, (evidence, *behaviour.evidence))
+
+
+def width_and_rows(output: Tensor, behaviour: NormBehaviour) -> tuple[int, int]:
+    """The width of a norm that returned `output`, and how many rows of that width one item has."""
+    width = output.shape[1 if behaviour.axes_after else -1]
+    return width, output[0].numel() // width if output.ndim > 2 else len(output)
 
 
 def _ends_a_block(call: Call, calls: list[Call]) -> bool:

@@ -18,6 +18,8 @@ import torch
 import transformers
 
 from deadbench.suite.atlas.survey import survey
+from deadbench.suite.errors import reason_of
+from deadbench.suite.storage import write_whole
 
 _SECONDS = 120  # for one model type
 
@@ -37,7 +39,7 @@ def _surveyed(model_type: str) -> tuple[str, list[dict[str, Any]], str]:
     try:
         entries = survey(model_type)
     except (Exception, _TooLongError) as error:  # one architecture that cannot be surveyed must not stop the survey
-        return model_type, [], f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:160]
+        return model_type, [], reason_of(error)[:160]
     finally:
         signal.alarm(0)
     return model_type, entries, "; ".join(f"{entry['path']} {entry['family']}" for entry in entries)
@@ -77,9 +79,8 @@ def main() -> None:
 def _write(path: Path, entries: dict[str, Any]) -> None:
     """The atlas file: a line for each model type."""
     lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(entries[name])}" for name in sorted(entries))
-    path.write_text(
-        f'{{"transformers": "{transformers.__version__}", "model_types": {{\n{lines}\n}}}}\n', encoding="utf-8"
-    )
+    text = f'{{"transformers": "{transformers.__version__}", "model_types": {{\n{lines}\n}}}}\n'
+    write_whole(path, text.encode())
 
 
 if __name__ == "__main__":

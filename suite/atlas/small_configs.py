@@ -156,11 +156,3 @@ def _divided(value: Any, divisor: int) -> Any:
     if isinstance(value, list):
         return [_divided(v, divisor) for v in value]
     return value // divisor if value % divisor == 0 and value // divisor >= 8 else value
-
-
-def parameters_of(flat: dict[str, Any], model_type: str) -> int:
-    """How many parameters the configuration's bare model has."""
-    from deadbench.suite.architectures.build import build_config, build_model
-
-    model: torch.nn.Module = build_model(build_config(nest(flat) | {"model_type": model_type}), "meta")
-    return sum(p.numel() for p in model.parameters())

@@ -5,10 +5,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from deadbench.suite.errors import CheckpointError
+from deadbench.suite.errors import CheckpointError, UnreachableError, first_line, reason_of
 from deadbench.suite.secrets import scrubbed
 from deadbench.suite.storage import open_place
 
+# By the names of their classes: the libraries that raise them are not imported before they are used.
+_UNREACHED = {
+    "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set and the file is not in the cache",
+    "LocalEntryNotFoundError": "the Hub cannot be reached and the file is not in the cache",
+}
+_ADVICE = {
+    "GatedRepoError": "the model is gated: accept its terms on the Hub and set HF_TOKEN",
+    "RepositoryNotFoundError": "no such repository on the Hub, or it is private and HF_TOKEN is not set",
+    "RevisionNotFoundError": "the repository has no such revision",
+    "FileNotFoundError": "no such file or directory",
+    "PermissionError": "permission denied; set the store's credentials where it is a remote one",
+    "NoCredentialsError": "no credentials for this store; set AWS_ACCESS_KEY_ID or AWS_PROFILE",
+}
 _PIECE_BYTES, _PIECES = 32 * 2**20, 4  # of a download from an object store: as many at once
 
 
@@ -80,20 +93,13 @@ def one_line_errors(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         what, name = scrubbed(what), type(error).__name__
-        advice = {
-            "GatedRepoError": "the model is gated: accept its terms on the Hub and set HF_TOKEN",
-            "RepositoryNotFoundError": "no such repository on the Hub, or it is private and HF_TOKEN is not set",
-            "RevisionNotFoundError": "the repository has no such revision",
-            "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set and the file is not in the cache",
-            "LocalEntryNotFoundError": "the Hub cannot be reached and the file is not in the cache",
-            "FileNotFoundError": "no such file or directory",
-            "PermissionError": "permission denied; set the store's credentials where it is a remote one",
-            "NoCredentialsError": "no credentials for this store; set AWS_ACCESS_KEY_ID or AWS_PROFILE",
-        }.get(name)
+        if name in _UNREACHED:
+            raise UnreachableError(f"{what}: {_UNREACHED[name]}") from error
+        advice = _ADVICE.get(name)
         if isinstance(error, ImportError):
             advice = str(error)
         if advice is None and isinstance(error, (OSError, ImportError, ValueError)):
-            advice = f"cannot be read ({name}: {scrubbed((str(error).strip().splitlines() or [''])[0])[:200]})"
+            advice = f"cannot be read ({reason_of(error)})"
         if advice is None and not isinstance(error, (OSError, RuntimeError)):
             advice = f"cannot be read ({name})"
-        raise CheckpointError(f"{what}: {advice or scrubbed(str(error).splitlines()[0])}") from error
+        raise CheckpointError(f"{what}: {advice or first_line(error)}") from error

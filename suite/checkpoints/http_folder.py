@@ -1,8 +1,6 @@
 """Files behind HTTP, read by byte ranges: a Hub repository at a revision, or a folder on any web server.
 
-A server that ignores `Range` is never allowed to send a whole checkpoint, an answer that ends early is asked for
-again, and only what may pass is tried again: 429 and 5xx after the time that the server names, and broken connections.
-Clients, and what servers said of their limits, are shared by all threads of a process.
+A server that ignores `Range` is never allowed to send a whole checkpoint. How a request is made: `http_requests`.
 """
 
 import concurrent.futures
@@ -10,25 +8,12 @@ import contextlib
 import json
 import re
 import threading
-import time
 import urllib.parse
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx2
 
-from deadbench.suite.checkpoints.http_requests import (
-    ATTEMPTS,
-    FIRST_WAIT_SECONDS,
-    PASSING,
-    CutOffError,
-    LimitedError,
-    T,
-    body_of,
-    client,
-    total,
-)
-from deadbench.suite.checkpoints.rate_limits import LIMITS, named_wait
+from deadbench.suite.checkpoints.http_requests import CutOffError, Requests, body_of, client, total
 from deadbench.suite.errors import CheckpointError
 from deadbench.suite.secrets import scrubbed
 
@@ -55,15 +40,13 @@ class HttpFolder:
 
     lists = False
 
-    def __init__(self, source: str, url: str):
+    def __init__(self, source: str, url: str, requests: Requests | None = None):
         """Open the folder at `url`, whose query goes to every file; `source` is what the user called it."""
         address, _, self._query = url.partition("?")
         self.source, self.url = scrubbed(source), address.rstrip("/")
-        self._host = urllib.parse.urlsplit(url).netloc.rpartition("@")[2]
         self.commit: str | None = None
         self.bytes_read = 0
-        self._headers = {"Accept-Encoding": "identity"}
-        self._client = client()
+        self._requests = requests or Requests(url, client())
         self._heads: dict[str, tuple[int, bytes, str]] = {}  # size, first bytes and ETag of the files seen
         self._lock = threading.Lock()
 
@@ -120,7 +103,7 @@ class HttpFolder:
                 raise CutOffError(f"{received} of {expected} bytes")
             self._count(received)
 
-        self._ask(name, missing, write)
+        self._requests.ask(self._address(name), self._called(name), missing, write)
 
     def has(self, name: str) -> bool:
         """Whether there is such a file; one request, and none where it has been asked for."""
@@ -161,24 +144,8 @@ class HttpFolder:
                 raise CutOffError(f"{len(data)} of {wanted} bytes")
             return data[start - first :], size, stamp
 
-        return self._ask(name, lambda: {"Range": f"bytes={start}-{end - 1}"}, take)
-
-    def _ask(self, name: str, headers: Callable[[], dict[str, str]], take: Callable[[httpx2.Response], T]) -> T:
-        """What `take` makes of the answer, asking again, with what `headers` are then, where that may help."""
-        attempt = refused = 0
-        while True:
-            LIMITS.wait(self._host)
-            try:
-                with (
-                    self._tried_again(name, attempt),
-                    self._client.stream("GET", self._address(name), headers=self._headers | headers()) as answer,
-                ):
-                    self._raise_for_status(answer, name, attempt, refused)
-                    return take(answer)
-            except LimitedError:
-                refused += 1
-            except CutOffError:
-                attempt += 1
+        wanted_range = {"Range": f"bytes={start}-{end - 1}"}
+        return self._requests.ask(self._address(name), self._called(name), lambda: wanted_range, take)
 
     def _count(self, received: int) -> None:
         with self._lock:
@@ -207,57 +174,5 @@ class HttpFolder:
             )
         return int(told)
 
-    def _raise_for_status(self, answer: httpx2.Response, name: str, attempt: int, refused: int) -> None:
-        """Raise what a status above 299 means; LimitedError, CutOffError: it may pass and attempts are left."""
-        status = answer.status_code
-        if status < 300 or status == 416:
-            return
-        if status in PASSING:
-            wait = named_wait(answer.headers)
-            if wait is None and attempt + 1 < ATTEMPTS:
-                raise CutOffError(f"HTTP {status}")
-            if wait is not None and wait <= LIMITS.longest_wait and refused + 1 < LIMITS.attempts:
-                LIMITS.pause(self._host, wait)
-                raise LimitedError
-            after = f"; try again in {wait:.0f} s" if wait else "; try again later"
-            if status == 429:
-                advice = f"{after}{self._token_advice()}"
-                raise CheckpointError(f"{self._called(name)}: the server limits requests (429){advice}")
-            raise CheckpointError(f"{self._called(name)}: the server fails (HTTP {status}){after}")
-        if status == 404 or status == 410:
-            raise FileNotFoundError(self._missing(answer, name))
-        if status in (401, 403):
-            raise CheckpointError(self._denied(answer, name))
-        raise CheckpointError(f"{self._called(name)}: HTTP {status} {answer.reason_phrase}".rstrip())
-
-    def _missing(self, answer: httpx2.Response, name: str) -> str:
-        return f"{self._called(name)}: no such file (404)"
-
-    def _denied(self, answer: httpx2.Response, name: str) -> str:
-        return f"{self._called(name)}: access denied ({answer.status_code}); give a URL that this machine may read"
-
-    def _token_advice(self) -> str:
-        return ""
-
     def _called(self, name: str) -> str:
-        return f"{self.source}: {name}" if name else self.source
-
-    @contextlib.contextmanager
-    def _tried_again(self, name: str, attempt: int) -> Iterator[None]:
-        """What a further attempt may mend is a CutOffError, after a pause; the last attempt's error is one line."""
-        try:
-            yield
-        except (CutOffError, httpx2.TransportError) as error:
-            broken = isinstance(error, (CutOffError, httpx2.ReadError, httpx2.RemoteProtocolError))
-            # Nobody answers at that address: asking again helps no more than a look at the address.
-            hopeless = isinstance(error, (httpx2.ConnectError, httpx2.UnsupportedProtocol))
-            if hopeless or attempt + 1 == ATTEMPTS:
-                reason = scrubbed((str(error).splitlines() or [""])[0]) or type(error).__name__
-                what = f"the answer is cut off ({reason})" if broken else f"cannot be reached ({reason})"
-                tried = "" if hopeless else f" in {ATTEMPTS} attempts"
-                advice = "check the address and the network"
-                raise CheckpointError(f"{self._called(name)}: {what}{tried}; {advice}") from error
-            time.sleep(FIRST_WAIT_SECONDS * 2**attempt)
-            raise CutOffError from error
-        except (httpx2.TooManyRedirects, httpx2.InvalidURL, httpx2.DecodingError) as error:
-            raise CheckpointError(f"{self._called(name)}: cannot be read ({type(error).__name__})") from error
+        return f"{self.source}: {name}"

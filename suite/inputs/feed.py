@@ -7,8 +7,7 @@ Shapes: B items, T positions.
 """
 
 import inspect
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deadbench.suite.architectures.locate import find_final_norm
+from deadbench.suite.architectures.locate import find_final_norm, width_and_rows
+from deadbench.suite.architectures.norms import FinalNorm
 from deadbench.suite.architectures.parts import PICTURE_NAMES, SOUND_NAMES
-from deadbench.suite.errors import InputError
+from deadbench.suite.errors import InputError, first_line, reason_of
 from deadbench.suite.inputs.batches import Batch, Inputs
 from deadbench.suite.inputs.signals import (
     distinct_patches,
@@ -30,7 +30,7 @@ from deadbench.suite.inputs.signals import (
 )
 from deadbench.suite.inputs.tokens import token_batches
 from deadbench.suite.tracing.meta_passes import attempts
-from deadbench.suite.tracing.minimal_inputs import minimal_inputs
+from deadbench.suite.tracing.minimal_inputs import minimal_inputs, placed
 
 _LENGTH_KEYS = ("max_position_embeddings", "max_encoder_position_embeddings", "max_sequence_length", "max_seq_len")
 _DECODED = 32  # tokens a decoder is given beside pictures or sound
@@ -48,6 +48,8 @@ def feed(
     folder: Path | None,
     batch_tokens: int,
     least_items: int = 1,
+    form: Mapping[str, Tensor] | None = None,
+    final: FinalNorm | None = None,
 ) -> Inputs:
     """Batches for `part` that give at least `num_tokens` rows of its final norm's output.
 
@@ -61,13 +63,15 @@ def feed(
         folder: the checkpoint's, with its tokenizer or processor.
         batch_tokens: rows of one forward pass, about.
         least_items: pictures or sounds there must be, however many rows each gives.
+        form: the minimal input that the part runs on, where it is known; else it is looked for.
+        final: the part's final norm, where it is known; else it is looked for where its rows must be counted.
 
     Raises:
         InputError: an input that cannot be had, or a form that nothing here makes.
     """
-    form = working_form(part)
+    form = working_form(part) if form is None else form
     if modality == "text":
-        return _feed_tokens(part, spec, form, num_tokens, sequence_length, seed, folder, batch_tokens)
+        return _feed_tokens(part, spec, form, final, num_tokens, sequence_length, seed, folder, batch_tokens)
     crops_of = spec.partition(":")[2]
     names = PICTURE_NAMES if modality == "image" else SOUND_NAMES
     main = next((name for name in names if name in form), None)
@@ -88,7 +92,7 @@ def feed(
         return filled | others, bool(own)
 
     sample, own = made(1)
-    rows = _rows(part, _one(sample, 0))
+    rows = _rows(part, _one(sample, 0), final)
     count = max(least_items, -(-num_tokens // rows))
     everything, _ = made(count)
     packed = everything[main].shape[0] != count if main in everything else False
@@ -107,7 +111,8 @@ def feed(
 def _feed_tokens(
     part: nn.Module,
     spec: str,
-    form: dict[str, Tensor],
+    form: Mapping[str, Tensor],
+    final: FinalNorm | None,
     num_tokens: int,
     sequence_length: int,
     seed: int,
@@ -120,7 +125,7 @@ def _feed_tokens(
     text_config = config.get_text_config()
     others = {name: tensor for name, tensor in form.items() if name != "input_ids"}
     length = form["input_ids"].shape[1]
-    whole_rows = not others or _rows(part, form) == length
+    whole_rows = not others or (final.rows_per_item if final else _rows(part, form, None)) == length
     sequence_length = min(sequence_length, num_tokens, _longest(part))
 
     def tokens(count: int) -> Inputs:
@@ -137,7 +142,7 @@ def _feed_tokens(
 
     if not whole_rows:  # rows of pictures and text together: whole sequences only, and as many as give the rows
         sample = Batch({"input_ids": torch.full((1, sequence_length), 5)})
-        rows = _rows(part, _accompanied(sample, others, seed, part, length).model_inputs)
+        rows = _rows(part, _accompanied(sample, others, seed, part, length).model_inputs, final)
         made = tokens(-(-num_tokens // rows) * sequence_length)
         count = rows * (made.num_tokens // sequence_length)
         made = replace(made, batches=[replace(b, rows=rows * len(b.model_inputs["input_ids"])) for b in made.batches])
@@ -180,57 +185,58 @@ def _pictures(crops: list[Any], form: Tensor) -> Tensor:
     return plain_pictures(crops, form)
 
 
-class _Described:
-    """What `minimal_inputs` asks of a model, with its tensors on the CPU: those of a meta model have no values."""
-
-    def __init__(self, model: nn.Module):
-        self.config, self.forward = model.config, model.forward
-        self.main_input_name = getattr(model, "main_input_name", "input_ids")
-
-    def parameters(self) -> Iterator[Tensor]:
-        yield torch.empty(0)
-
-
 def working_form(part: nn.Module) -> dict[str, Tensor]:
     """The first minimal input on which `part` runs, on the CPU.
 
     Raises:
         InputError: it runs on none.
     """
-    device, dtype = _place(part)
     failure = "no input is known for its arguments"
-    for candidate, attempt in itertools.product(minimal_inputs(_Described(part)), attempts(part)):  # type: ignore[arg-type]
+    for candidate in minimal_inputs(part, "cpu"):
         try:
-            with torch.no_grad(), attempt():
-                part(**{n: _moved(v, device, dtype) for n, v in candidate.items()})
+            with torch.no_grad():
+                part(**placed(candidate, part))
         except Exception as error:
-            failure = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            failure = first_line(error)
             continue
-        return {name: value for name, value in candidate.items() if isinstance(value, Tensor)}
-    if device.type == "meta":  # values are asked for, and there are none: the likeliest form
-        candidate = next(minimal_inputs(_Described(part)))  # type: ignore[arg-type]
         return {name: value for name, value in candidate.items() if isinstance(value, Tensor)}
     raise InputError(f"{type(part).__name__} runs on no input that is known here ({failure[:200]})")
 
 
-def _rows(part: nn.Module, inputs: dict[str, Tensor]) -> int:
+def _rows(part: nn.Module, inputs: Mapping[str, Tensor], final: FinalNorm | None) -> int:
     """Rows of the final norm's output that one item gives."""
-    device, dtype = _place(part)
-    found = find_final_norm(part, {n: _moved(t, device, dtype) for n, t in inputs.items()})
+    if final is not None:
+        return _rows_out_of(part, inputs, final)
+    found = find_final_norm(part, inputs)
     if found.path is None:
         raise InputError(f"the final norm is not reached by this input: {found.reason}")
     return found.rows_per_item
 
 
-def _place(part: nn.Module) -> tuple[torch.device, torch.dtype]:
-    floating = next(p for p in part.parameters() if p.is_floating_point())
-    return floating.device, floating.dtype
+def _rows_out_of(part: nn.Module, inputs: Mapping[str, Tensor], final: FinalNorm) -> int:
+    """The same where the norm is known: what it returns is looked at."""
+    assert final.path is not None
+    outputs: list[Tensor] = []
 
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        outputs.append(output[0] if isinstance(output, tuple) else output)
 
-def _moved(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    return value.to(device, dtype if value.is_floating_point() else None)
+    failure = "it is not called"
+    handle = part.get_submodule(final.path).register_forward_hook(keep)
+    try:
+        for attempt in attempts(part):
+            outputs.clear()
+            try:
+                with torch.no_grad(), attempt():
+                    part(**placed(inputs, part))
+            except Exception as error:  # whatever an architecture's code raises
+                failure = reason_of(error)
+                continue
+            if outputs:
+                return width_and_rows(outputs[-1], final.behaviour)[1]
+    finally:
+        handle.remove()
+    raise InputError(f"the final norm is not reached by this input: {failure}")
 
 
 def _one(inputs: dict[str, Tensor], item: int) -> dict[str, Tensor]:

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
+from deadbench.suite.errors import reason_of
+
 
 class DatasetError(ValueError):
     """A Hub dataset that cannot be read as text; one line."""
@@ -31,8 +33,7 @@ def read_hub_text(spec: str, filesystem: Any = None) -> Iterator[str]:
     try:
         files = _parquet_files(filesystem, dataset, config, split or "train")
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [""])[0][:200]
-        raise DatasetError(f"input 'hf:{spec}' cannot be reached ({type(error).__name__}: {reason})") from error
+        raise DatasetError(f"input 'hf:{spec}' cannot be reached ({reason_of(error)})") from error
     if not files:
         raise DatasetError(f"input 'hf:{spec}': no parquet files for that configuration and split")
     for path in files:

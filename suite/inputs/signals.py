@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deadbench.suite.errors import InputError
+from deadbench.suite.errors import InputError, reason_of
 from deadbench.suite.inputs.specs import photo_files
 
 _PROCESSOR_FILE = "preprocessor_config.json"
@@ -95,7 +95,7 @@ def _processed(
     try:
         made = make(loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
     except Exception as error:
-        raise InputError(f"the {kind} in {folder} fails ({_reason(error)})") from error
+        raise InputError(f"the {kind} in {folder} fails ({reason_of(error)})") from error
     return {name: value for name, value in made.items() if name in accepted and isinstance(value, Tensor)}
 
 
@@ -140,7 +140,3 @@ def _patch_form(form: Tensor) -> tuple[int, int, int] | None:
     """(patches a side, channels, patch side) of a row of flattened patches; None where it is no square of squares."""
     side, patch = round(form.shape[1] ** 0.5), round((form.shape[2] / 3) ** 0.5)
     return (side, 3, patch) if side * side == form.shape[1] and 3 * patch * patch == form.shape[2] else None
-
-
-def _reason(error: BaseException) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from deadbench.suite.errors import InputError
+from deadbench.suite.errors import InputError, reason_of
 from deadbench.suite.inputs.batches import Batch, Inputs
 from deadbench.suite.inputs.hub_text import read_hub_text
 from deadbench.suite.inputs.specs import text_path
@@ -126,8 +126,7 @@ def _load_tokenizer(spec: str, folder: Path | None) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [""])[0][:200]
-        raise InputError(f"the tokenizer in {folder} cannot be loaded ({type(error).__name__}: {reason})") from error
+        raise InputError(f"the tokenizer in {folder} cannot be loaded ({reason_of(error)})") from error
 
 
 def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:

@@ -43,14 +43,12 @@ def trace_published(config: Any) -> tuple[nn.Module, Wiring | None]:
     return empty, None
 
 
-def dead_at_initialisation(config: Any) -> int | None:
-    """Dead parameter directions of a random initialisation, whose scales are one and shifts zero; None if not followed.
+def dead_at_initialisation(model: nn.Module, wiring: Wiring) -> int:
+    """Dead parameter directions of a random initialisation, whose scales are one and shifts zero.
 
-    A map without a bias counts here, and no more once the shift has moved.
+    A map without a bias counts here, and no more once the shift has moved. `model` and `wiring` as `trace_published`
+    gives them.
     """
-    model, wiring = trace_published(config)
-    if wiring is None:
-        return None
     norms = {
         path: EffectiveNorm(b.family, np.ones(D), np.zeros(D) if b.shift_parameter else None, b.eps or 0.0)
         for path, (b, D) in wiring.norms.items()

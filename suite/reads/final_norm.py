@@ -149,7 +149,7 @@ class FinalNormRead:
         """Rows that entered so far."""
         return self.along_float32.count
 
-    def finish(self, control_seed: int = 0) -> tuple[Row, Row]:
+    def finish(self) -> tuple[Row, Row]:
         """The row's spectrum and precision columns, and the row of `spectra`."""
         spectrum = self.spectrum.finish()
         verdicts = self._early.verdicts(spectrum, zero_scales(self.norm.scale_D))
@@ -170,7 +170,7 @@ class FinalNormRead:
             "depth_as_executed": _depth(spectrum.mean, executed, limit),
             "depth_exact": _depth(spectrum.mean, lambda_exact, exact_limit),
             "precision_slope": precision_slope(lambda_v, lambda_exact),
-            "lambda_control": _variance_along_random(spectrum, control_seed),
+            "lambda_control": _variance_along_random(spectrum),
         }
         slope = row["precision_slope"]
         row["kernel_exact"] = None if slope is None else slope > KERNEL_SLOPE
@@ -223,7 +223,7 @@ def _depth(mean: float, value: float, limit: float) -> float | None:
     return min(math.log10(mean) - math.log10(value), limit) if value > 0 else limit
 
 
-def _variance_along_random(spectrum: Spectrum, seed: int) -> float:
-    direction_D = np.random.default_rng(seed).standard_normal(len(spectrum.eigenvalues_D))
+def _variance_along_random(spectrum: Spectrum) -> float:
+    direction_D = np.random.default_rng(0).standard_normal(len(spectrum.eigenvalues_D))
     coordinates_D = spectrum.eigenvectors_DD @ (direction_D / np.linalg.norm(direction_D))
     return float(np.sum(spectrum.eigenvalues_D * coordinates_D**2))

@@ -35,7 +35,7 @@ TAP_BYTES = 40  # in D^2: two halves of at most a Gram matrix, a factor and a wh
 
 
 @dataclass(frozen=True)
-class _Reading:
+class _TapSpectrum:
     """What is compared of one tap: small, and it travels between ranks."""
 
     eigenvalues_D: NDArray[np.float64]
@@ -59,12 +59,12 @@ class _Reading:
         }
 
     @classmethod
-    def from_plain(cls, plain: dict[str, Any]) -> "_Reading":
+    def from_plain(cls, plain: dict[str, Any]) -> "_TapSpectrum":
         eigenvalues_D, dead_kD = np.array(plain["eigenvalues"]), np.array(plain["dead"])
         dead_kD = dead_kD.reshape(-1, len(eigenvalues_D))
         return cls(eigenvalues_D, np.array(plain["bottom"]), plain["floor"], dead_kD, plain["rank_limited"])
 
-    def fell_from(self, before: "_Reading") -> bool:
+    def fell_from(self, before: "_TapSpectrum") -> bool:
         """Whether the bottom is lower than it was, neither being dead: the halves must then say by how much."""
         comparable = not (before.rank_limited or len(self.dead_kD) or len(before.dead_kD))
         return comparable and self.sigma_min < before.sigma_min
@@ -98,7 +98,7 @@ class ResidualRead:
         self.wanted = range(0)
         self._taps: dict[int, Tap] = {}
         self._last_tap: dict[int, Tap] = {}  # of the pass before: its halves may yet be asked for
-        self._before: tuple[int, _Reading] | None = None
+        self._before: tuple[int, _TapSpectrum] | None = None
         self._blocks: list[Row] = []
         self._spectra: list[Row] = []
 
@@ -123,29 +123,21 @@ class ResidualRead:
             self._taps[tap] = Tap(self.hidden_size, self._half_tokens, self.device)
         self._taps[tap].update(rows)
 
-    def merge(self, other: "ResidualRead") -> None:
-        """Add what another worker accumulated in this pass: of the same taps on other tokens, or of other taps."""
-        for index, tap in other._taps.items():
-            if index in self._taps:
-                self._taps[index].merge(tap)
-            else:
-                self._taps[index] = tap
-
     def end_pass(self) -> None:
         """Decompose the taps of this pass; their accumulators are given back."""
         if self.ranks.replicas:
             self._merge_replicas()
-        now = self._shared({index: self._reading(tap) for index, tap in self._taps.items()})
+        now = self._shared({index: self._spectrum(tap) for index, tap in self._taps.items()})
         known = dict([self._before] if self._before else []) | {index: now[index] for index in sorted(now)}
         pairs = list(zip(known, list(known)[1:], strict=False))
         asked = {tap for ahead, tap in pairs if known[tap].fell_from(known[ahead])}
         asked |= {ahead for ahead, tap in pairs if tap in asked}
         taps = self._last_tap | self._taps
         halves = self._shared({index: taps[index].halves() for index in asked if index in taps})
-        for index, reading in ((i, known[i]) for i in sorted(now)):
+        for index, spectrum in ((i, known[i]) for i in sorted(now)):
             before = next((ahead for ahead, tap in pairs if tap == index), None)
-            self._blocks.append(self._row(index, reading, before, known, halves))
-            self._spectra.append({"site": f"tap {index}", "eigenvalues": reading.eigenvalues_D.tolist()})
+            self._blocks.append(self._row(index, spectrum, before, known, halves))
+            self._spectra.append({"site": f"tap {index}", "eigenvalues": spectrum.eigenvalues_D.tolist()})
         if now:
             last = max(now)
             self._before = last, now[last]
@@ -193,7 +185,7 @@ class ResidualRead:
                 self._blocks, self._spectra = results["blocks"], results["spectra"]
                 if results["before"] is not None:
                     index, plain = results["before"]
-                    self._before = index, _Reading.from_plain(plain)
+                    self._before = index, _TapSpectrum.from_plain(plain)
                 continue
             tap = Tap.from_arrow(row["state"], self.device)
             if tap.first.hidden_size != self.hidden_size:
@@ -213,14 +205,14 @@ class ResidualRead:
         }
         return columns, self._blocks, self._spectra
 
-    def _reading(self, tap: Tap) -> _Reading:
+    def _spectrum(self, tap: Tap) -> _TapSpectrum:
         spectrum = tap.finish()
         sigma_D = np.sqrt(spectrum.eigenvalues_D)
         # Rounding of each coordinate, seen along every eigenvector: 0.42 u sqrt(sum w_i^2 E x_i^2).
         floors_D = 0.42 * UNIT_ROUNDOFF[self.dtype] * np.sqrt(spectrum.eigenvectors_DD**2 @ spectrum.mean_square_D)
         resolution = float(np.sqrt(spectrum.resolution))  # what the accumulator itself can tell from zero
         dead_D = sigma_D <= np.maximum(_FLOORS[self.dtype] * floors_D, resolution)
-        return _Reading(
+        return _TapSpectrum(
             spectrum.eigenvalues_D,
             spectrum.eigenvectors_DD[-1].copy(),
             max(float(floors_D[-1]), resolution),
@@ -231,9 +223,9 @@ class ResidualRead:
     def _row(
         self,
         index: int,
-        now: _Reading,
+        now: _TapSpectrum,
         ahead: int | None,
-        known: dict[int, _Reading],
+        known: dict[int, _TapSpectrum],
         halves: dict[int, tuple[float, float]],
     ) -> Row:
         sigma_D = np.sqrt(now.eigenvalues_D)
@@ -261,8 +253,8 @@ class ResidualRead:
 
     def _state(
         self,
-        now: _Reading,
-        before: _Reading,
+        now: _TapSpectrum,
+        before: _TapSpectrum,
         halves_now: tuple[float, float] | None,
         halves_before: tuple[float, float] | None,
     ) -> str:
@@ -280,7 +272,7 @@ class ResidualRead:
         return "collapsed" if all(after < COLLAPSE_RATIO * earlier for after, earlier in pairs) else "preserved"
 
 
-def _same_dead(now: _Reading, before: _Reading) -> bool:
+def _same_dead(now: _TapSpectrum, before: _TapSpectrum) -> bool:
     """Whether every direction dead now was dead before: smallest singular value of `U_before U_now^T`."""
     if len(now.dead_kD) > len(before.dead_kD):
         return False

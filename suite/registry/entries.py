@@ -5,15 +5,16 @@ with file, entry, value and what is allowed.
 """
 
 import re
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
-READS = ("parameters", "random", "trained", "functional")
-FUNCTIONAL_TOKENS = 256  # what the read `functional` is fed, unless told otherwise
+from deadbench.suite.read_specs import DEFAULT_READS, READ_SPECS
 
-ReadName = Literal["parameters", "random", "trained", "functional"]
-DEFAULT_READS: tuple[ReadName, ...] = ("parameters", "random", "trained")
+if TYPE_CHECKING:
+    ReadName = str
+else:
+    ReadName = Literal[tuple(READ_SPECS)]
 Modality = Literal["text", "image", "audio"]
 Family = Literal["layernorm", "rmsnorm", "none", "other"]
 Dtype = Literal["auto", "float32", "float16", "bfloat16", "float64"]

@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from deadbench.suite.errors import first_line
 from deadbench.suite.registry.entries import (
     CheckpointPattern,
     ListedCheckpoints,
@@ -53,7 +54,7 @@ def load_registry(path: Path) -> Registry:
     except (OSError, UnicodeDecodeError) as error:
         raise RegistryError(f"{path}: cannot be read ({error})") from error
     except yaml.YAMLError as error:
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        problem = getattr(error, "problem", None) or first_line(error)
         mark = getattr(error, "problem_mark", None)
         raise RegistryError(f"{path}{f', line {mark.line + 1}' if mark else ''}: {problem}") from error
     if not isinstance(raw, dict):

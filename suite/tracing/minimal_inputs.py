@@ -6,11 +6,11 @@ that the model runs on will do, since only the flow through it is looked at.
 
 import inspect
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from deadbench.suite.tracing.argument_values import Offers
 
@@ -24,13 +24,13 @@ _COMPANIONS = ("input_ids", "pixel_values", "bbox", "image", "visual_feats", "vi
                "input_values", "attention_mask", "pixel_attention_mask", "spatial_shapes")  # fmt: skip
 
 
-def minimal_inputs(model: nn.Module) -> Iterator[dict[str, Any]]:
-    """Keyword arguments to try, likeliest first; tensors are on the model's device.
+def minimal_inputs(model: nn.Module, device: str | None = None) -> Iterator[dict[str, Any]]:
+    """Keyword arguments to try, likeliest first; tensors are on `device`, or on the model's.
 
     First the main input with what the signature demands, then with more and more of what it allows.
     """
     parameters = inspect.signature(model.forward).parameters
-    offers = Offers(model.config, next(iter(model.parameters())).device)
+    offers = Offers(model.config, torch.device(device) if device else next(iter(model.parameters())).device)
     name = getattr(model, "main_input_name", "input_ids")
     name = name[0] if isinstance(name, list) and name else name
     name = name if isinstance(name, str) and name in parameters else _first_known(parameters)
@@ -67,6 +67,18 @@ def running_inputs(model: nn.Module) -> dict[str, Any]:
             continue
         return inputs
     raise failure or ValueError(f"{type(model).__name__} takes an input that is not known here")
+
+
+def placed(inputs: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """`inputs` where the model is, and its floating ones in the model's dtype."""
+    like = next(p for p in model.parameters() if p.is_floating_point())
+
+    def moved(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(like.device, like.dtype if value.is_floating_point() else None)
+
+    return {name: moved(value) for name, value in inputs.items()}
 
 
 def _with(main: str, names: Sequence[str], offers: Offers) -> Iterator[dict[str, Any]]:

@@ -3,6 +3,7 @@ import math
 import pytest
 
 from deadbench.analysis.compare import METRICS, compare, open_side
+from deadbench.analysis.formats import render
 from deadbench.analysis.results import ResultsError
 
 
@@ -74,8 +75,28 @@ def test_what_is_gone_is_said(frame, read):
     candidate = [read("a", depth=None), read("b", status="failed", error="no memory"), read("d", depth=1.0)]
     rows = rows_of(frame, baseline, candidate, {"depth": "decades"})
     assert [(r["model"], r["metric"], r["verdict"], r["detail"]) for r in rows] == [
-        ("a", "depth", "lost", None), ("b", None, "failed", "no memory"), ("c", None, "missing", None),
+        ("a", "depth", "lost", "no value in the candidate; its row does not say why"),
+        ("b", None, "failed", "no memory"),
+        ("c", None, "missing", None),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("candidate", "reason"),
+    [
+        ({"error": "no final norm"}, "no value in the candidate: no final norm"),
+        ({"family": "rmsnorm"}, "no value in the candidate, whose norm is rmsnorm, the baseline's layernorm"),
+    ],
+)
+def test_a_lost_value_is_explained_by_the_candidates_row(frame, read, candidate, reason):
+    table = compare(frame([read("a", depth=1.0, alignment=0.5)]), frame([read("a", alignment=0.5, **candidate)]))
+    assert table.filter(metric="depth").select("verdict", "detail").rows() == [("lost", reason)]
+    assert table.filter(metric="alignment")["detail"].to_list() == [None]
+    for format in ("md", "html"):
+        page = render({"compare": table}, format)
+        assert "lost: the baseline has a value of the metric and the candidate has none" in page
+        assert "a depth: no value in the candidate" in page
+    assert "lost:" not in render({"compare": table.filter(metric="alignment")}, "md")
 
 
 def test_two_models_or_two_checkpoints_are_paired_whatever_their_names(frame, read):

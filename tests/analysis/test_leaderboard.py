@@ -1,5 +1,6 @@
 import pytest
 
+from deadbench.analysis.formats import render
 from deadbench.analysis.leaderboard import COLUMNS, SORTABLE, leaderboard
 from deadbench.analysis.results import ResultsError
 
@@ -102,6 +103,38 @@ def test_every_sortable_column_ranks(frame, read, sort):
 def test_sorted_by_name_the_rank_stays_that_of_the_depth(frame, read):
     rows = [read("b", depth=3.0), read("a", depth=1.0), read("c", depth=2.0)]
     assert board(frame, rows, "model", "rank", sort="model") == [("a", 3), ("b", 1), ("c", 2)]
+
+
+def test_learned_directions_are_listed_below_without_a_rank(frame, read):
+    rows = [
+        read("kernel", depth=13.0, kernel_exact=True, num_zero_scales=0),
+        read("zeroed", depth=29.5, kernel_exact=False, num_zero_scales=1),
+        read("deeper zero", depth=30.0, kernel_exact=None, num_zero_scales=2),
+        read("said to be exact", depth=28.7, kernel_exact=True, num_zero_scales=3),
+        read("small scale", depth=8.0, kernel_exact=False, num_zero_scales=0, family="rmsnorm"),
+        read("control", depth=0.2, kernel_exact=False, num_zero_scales=0, family="rmsnorm"),
+        read("untold", depth=12.0),
+        read("elsewhere", depth=5.0, dtype="bfloat16", kernel_exact=True),
+    ]
+    assert board(frame, rows, "rank", "model", "kernel") == [
+        (1, "kernel", "algebraic"), (2, "untold", None), (3, "control", "none"), (None, "deeper zero", "learned"),
+        (None, "zeroed", "learned"), (None, "said to be exact", "learned"), (None, "small scale", "learned"),
+        (1, "elsewhere", "algebraic"),
+    ]  # fmt: skip
+    zeros = board(frame, rows, "rank", "model", sort="num_zero_scales")
+    assert zeros[:3] == [(1, "said to be exact"), (2, "deeper zero"), (3, "zeroed")], "what else ranks, ranks all"
+    by_name = dict(board(frame, rows, "model", "rank", sort="model"))
+    assert (by_name["kernel"], by_name["zeroed"]) == (1, None)
+
+
+def test_zero_scales_are_explained_in_every_format(frame, read):
+    rows = [read("zeroed", depth=28.7, kernel_exact=True, num_zero_scales=3), read("plain", depth=13.0)]
+    for format in ("md", "html"):
+        page = render({"leaderboard": leaderboard(frame(rows))}, format)
+        assert "zero scales: zeroed (3). Each is a dead direction that training closed" in page
+        assert "exact yes says only" in page
+    assert "zero scales" not in render({"leaderboard": leaderboard(frame(rows[1:]))}, "md")
+    assert "protocol standard, dtype float32, learned directions" in render({"b": leaderboard(frame(rows))}, "html")
 
 
 def test_unknown_requests_name_what_is_allowed(frame, read):

@@ -56,9 +56,9 @@ def pass_seconds(rank, meeting, config, rounds, answers):
     """On one rank: best seconds of a forward pass over 4D tokens, bare and with every tap read."""
     import torch
 
-    from deadbench.runners.cluster.group import join_group
     from deadbench.runners.engines.base import Blocks
     from deadbench.runners.engines.tensor_parallel import ParallelEngine
+    from deadbench.runners.worker.group import join_group
     from deadbench.suite.architectures.build import build_config
     from deadbench.suite.architectures.parts import block_list
     from deadbench.suite.inputs.tokens import token_batches
@@ -69,7 +69,7 @@ def pass_seconds(rank, meeting, config, rounds, answers):
     built, D = build_config(config), config["hidden_size"]
     engine = ParallelEngine(torch.device("cpu"), ranks=group.ranks)
     model = engine.load_random(built, 0, torch.float32)
-    final = engine.final_norm(model).path
+    final = engine.resolved.final.path
     norm, modules = model.get_submodule(final), list(model.get_submodule(block_list(model, final)[0]).children())
     inputs = token_batches("tokens:random", vocab_size=built.vocab_size, num_tokens=4 * D, sequence_length=256, seed=0,
                            tokenizer_folder=None, batch_tokens=1024)  # fmt: skip

@@ -10,7 +10,7 @@ from deadbench.runners.jobs.build import build_jobs
 from deadbench.runners.jobs.job import Overrides
 from deadbench.runners.reporting.progress import Reporter
 from deadbench.runners.results.store import ResultStore
-from deadbench.runners.worker.saved_state import Checkpoint, Position
+from deadbench.runners.worker.saved_state import Position, SavedRead
 from deadbench.suite.architectures.kernel_test import live_norm, probe
 from deadbench.suite.ranks import Ranks
 from deadbench.suite.reads.final_norm import FinalNormRead
@@ -46,7 +46,7 @@ def test_checkpoint(benchmark, sized, tmp_path, hidden_size, what):
         stream.update(tap, acts)
     measured.update(acts, module(acts))
     (read,) = job(tmp_path, 4096).checkpointed(1, str(tmp_path)).reads
-    checkpoint = Checkpoint(read, Ranks(), {}, possible=True)
+    checkpoint = SavedRead(read, Ranks(), {}, possible=True)
     checkpoint.save(Position(batch=3), measured, stream, in_step=False)
     (file,) = (tmp_path / "_progress").iterdir()
     whole = file.read_bytes()

@@ -25,7 +25,7 @@ def one_pass(engine, shape):
     from deadbench.runners.engines.registry import make_engine
     from deadbench.runners.jobs.events import peak_host_bytes
     from deadbench.suite.architectures.build import build_config, build_model
-    from deadbench.suite.architectures.locate import find_final_norm
+    from deadbench.suite.architectures.locate import find_final_norm, locate_final_norm
     from deadbench.suite.inputs.tokens import token_batches
 
     D = shape["hidden_size"]
@@ -33,6 +33,7 @@ def one_pass(engine, shape):
     made, config = make_engine(engine), build_config(raw)
     tiny = build_config(raw | {"num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 1})
     find_final_norm(build_model(tiny))
+    final = locate_final_norm(config).path
     before = peak_host_bytes()
     batches = token_batches(
         "tokens:random", vocab_size=config.vocab_size, num_tokens=2 * D, sequence_length=256, seed=0,
@@ -40,7 +41,7 @@ def one_pass(engine, shape):
     ).batches  # fmt: skip
     started = time.perf_counter()
     model = made.load_random(config, 0, torch.float32)
-    norm = model.get_submodule(made.final_norm(model).path)
+    norm = model.get_submodule(final)
     steps = (step for step in made.passes(model, norm, batches) if not isinstance(step, Swept))
     total = sum(float(traffic.output_BTD.double().square().sum()) for _, traffic in steps)
     return time.perf_counter() - started, peak_host_bytes() - before, total

@@ -46,7 +46,7 @@ def sized(job: ModelJob, devices: float) -> ModelJob:
     if devices <= 1:
         return replace(job, gpu_share=devices, work=5e13)
     reads = tuple(replace(read, engine="vllm") for read in job.reads)
-    return replace(job, reads=reads, num_gpus=int(devices), tensor_parallel=int(devices), work=5e13 * devices)
+    return replace(job, reads=reads, tensor_parallel=int(devices), work=5e13 * devices)
 
 
 def value_of(read: ReadJob) -> float:

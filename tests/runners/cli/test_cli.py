@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,9 +18,27 @@ from safetensors.numpy import load_file
 
 from deadbench.runners.cli import main as cli
 from deadbench.runners.driver import driver
-from tests.conftest import ROOT, TWINS, save_tiny
+from tests.conftest import ROOT, TWINS, save_tiny, write_checkpoint
 
-COMMANDS = ("classify", "export", "run", "leaderboard", "families", "compare", "trend", "report", "publish")
+# Every option of every command, as --help lists them: what scripts out there rely on.
+FLAGS = {
+    "classify": "--save-direction --verify --module --width --json --debug",
+    "export": "-o --out --debug",
+    "plan": "--assume --suite --registry --reads --address --out --resume --fresh --engine --tensor-parallel "
+    "--replicas --tokens --input --seed --dtype --accumulator-gb --json --debug",
+    "run": "--suite --registry --reads --address --out --resume --fresh --engine --tensor-parallel --replicas --tokens "
+    "--input --seed --dtype --accumulator-gb --timeout --max-retries --checkpoint-interval --autoscale --log-format "
+    "--json --debug",
+    "census": "--out --address --resume --fresh --threads --json --debug",
+    "leaderboard": "--format --sort --family --json --debug",
+    "families": "--format --json --debug",
+    "dead": "--model --verdict --all --format --json --debug",
+    "compare": "--gate --all --junit --format --json --debug",
+    "trend": "--model --metric --plot --bisect --gate --registry --suite --address --format --json --debug",
+    "report": "-o --out --plots --plot-format --debug",
+    "publish": "--to --title --license --private --debug",
+}
+COMMANDS = tuple(FLAGS)
 TWIN = str(TWINS / "layernorm" / "step4096")
 
 
@@ -65,24 +84,19 @@ def test_the_root_lists_the_commands(deadbench):
 def test_the_pages_name_every_command(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     for command in COMMANDS:
-        assert command in text, f"{page} does not name {command}"
+        assert re.search(rf"(deadbench |`){command}\b", text), f"{page} does not name {command}"
 
 
-def test_readme_shows_every_source_file():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for package in ("suite", "runners", "analysis"):
-        for path in (ROOT / package).glob("*.py"):
-            if not path.name.startswith("__"):
-                assert path.name in text, f"README's tree lacks {package}/{path.name}"
+def test_the_flags_are_frozen():
+    from typer.main import get_command
 
-
-def test_runs_flags_are_the_contracts(deadbench):
-    _, out, _ = deadbench("run", "--help")
-    contract = (
-        "--suite --registry --reads --address --out --resume --fresh --engine --tensor-parallel --tokens --input "
-        "--seed --dtype --timeout --max-retries --json --debug"
-    )
-    assert [flag for flag in contract.split() if flag not in out] == []
+    found = {
+        name: " ".join(
+            flag for option in command.params for flag in (*option.opts, *option.secondary_opts) if "-" in flag[0]
+        )
+        for name, command in get_command(cli.app).commands.items()
+    }
+    assert found == FLAGS
 
 
 @pytest.mark.parametrize(
@@ -162,6 +176,17 @@ def test_classify_for_people(deadbench, minilm):
     assert code == 0
     assert "layernorm" in out
     assert "encoder.layer.5.output" in out
+    assert "3 zero scales: the depth is of learned directions, not of a kernel" in " ".join(out.split())
+
+
+def test_what_stays_undetermined_is_exit_1_unless_it_is_allowed(deadbench, tmp_path):
+    unknown = write_checkpoint(tmp_path / "unknown", {"model_type": "unheard-of", "hidden_size": 8}, {"w": np.ones(8)})
+    code, out, err = deadbench("classify", unknown, TWIN, "--json")
+    assert [source["family"] for source in json.loads(out)["sources"]] == ["undetermined", "layernorm"]
+    assert code == 1
+    assert err == f"deadbench: undetermined: {unknown}; --allow-undetermined exits with 0\n"
+    assert deadbench("classify", unknown, TWIN, "--allow-undetermined")[::2] == (0, "")
+    assert deadbench("classify", unknown, "/no/such", "--allow-undetermined")[0] == 1
 
 
 def test_directions_are_saved_with_their_facts(deadbench, tmp_path):

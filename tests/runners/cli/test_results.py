@@ -51,10 +51,22 @@ def test_an_unchanged_rerun_passes_and_a_broken_gate_is_exit_1(deadbench, tmp_pa
     assert code == 1
     assert document["gate"] == {"passed": False, "num_checks": 14, "num_broken": 1}
     assert [(row["model"], row["metric"]) for row in document["compare"]] == [("twin-layernorm", "depth")]
-    assert err.splitlines() == ["deadbench gate: 1 of 14 checks broke"]
+    assert err.splitlines() == [
+        "deadbench gate: 1 of 14 checks broke",
+        f"baseline {LAST}: twin-layernorm@step4096",
+        f"candidate {QUICK}@step16: twin-layernorm@step16",
+    ]
     passed, broke = page.read_text(encoding="utf-8").split("### ")[1:]
     assert passed.startswith("✅")
     assert broke.startswith("❌")
+    assert f"- candidate {QUICK}@step16: twin-layernorm@step16" in broke
+
+
+@pytest.mark.parametrize("format", ["table", "md"])
+def test_no_differences_is_a_line(deadbench, format):
+    code, out, err = deadbench("compare", QUICK, QUICK, "--format", format)
+    assert (code, err) == (0, "no differences: 30 reads, 14 metrics compared\n")
+    assert out == "" if format == "table" else "baseline" in out
 
 
 def test_a_rule_that_judged_nothing_is_named(deadbench, tmp_path):

@@ -5,6 +5,7 @@ import ray
 
 from deadbench.runners.cluster.faults import Attempts, Death, death_of
 from deadbench.runners.cluster.processes import Ended, _read_box
+from deadbench.runners.jobs.events import GroupBrokenError
 from tests.runners.sleepers import sleeping_jobs
 
 
@@ -21,10 +22,21 @@ def died(message):
     return error
 
 
+def failed_task(cause):
+    """Ray's own error of a task that raised `cause`, as `ray.get` raises it."""
+    return ray.exceptions.RayTaskError("run", "Traceback", cause).as_instanceof_cause()
+
+
 @pytest.mark.parametrize(
     ("error", "kind", "words"),
     [
         (ray.exceptions.OutOfMemoryError("x"), "memory", "the machine ran out of memory"),
+        (failed_task(GroupBrokenError("rank 1 of 2 failed alone")), "broken", "the ranks are out of step"),
+        (
+            failed_task(ValueError("GroupBrokenError\nonly in words")),
+            "crash",
+            "the worker failed: GroupBrokenError only",
+        ),
         (ray.exceptions.NodeDiedError("x"), "node", "its node was lost"),
         (ray.exceptions.ActorUnavailableError("Socket closed", bytes(16)), "node", "its node was lost"),
         (ray.exceptions.ActorUnschedulableError("no such node"), "unplaced", "before it began"),

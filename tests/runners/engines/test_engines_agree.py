@@ -46,7 +46,7 @@ def read(registry, out, engine, degree, place=None):
     """Every model of the registry by one engine, in this process; `place`: (rank, address) in a group of two."""
     import torch
 
-    from deadbench.runners.cluster.group import join_group, run_rank
+    from deadbench.runners.worker.group import join_group, run_rank
 
     torch.set_num_threads(max(1, 2 // degree))
     if engine == "vllm":

@@ -17,8 +17,9 @@ from deadbench.runners.jobs.events import Finished, Progress
 from deadbench.runners.jobs.job import Overrides
 from deadbench.runners.worker import forward
 from deadbench.runners.worker.run import run_model
-from deadbench.suite.architectures.build import build_config, build_model
-from deadbench.suite.architectures.parts import block_list, part_of
+from deadbench.suite.architectures.build import build_config
+from deadbench.suite.architectures.parts import block_list
+from deadbench.suite.architectures.resolve import resolve
 from deadbench.suite.inputs.batches import Batch
 from deadbench.suite.registry.loading import load_registry
 from tests.conftest import ROOT, TINY_NEOX, TWINS, save_tiny
@@ -74,8 +75,8 @@ def batches_for(model_type):
 
 def everything(engine, whole, batches):
     """What enters every block, in order of tokens, and what passes the final norm."""
-    norm = engine.final_norm(whole).path
-    model = whole.get_submodule(engine.part)
+    found = engine.resolved or resolve(whole, "text", "encoder")
+    norm, model = found.final.path, whole.get_submodule(found.part)
     path, _ = block_list(model, norm)
     taps = {}
     blocks = Blocks(
@@ -107,13 +108,12 @@ def test_random_and_trained_are_the_resident_models(model_type, tmp_path):
     parked = 0 if len(model_type) % 2 else 1e9  # streams on disk, or in memory
     settings = {"model_type": model_type} | ARCHITECTURES[model_type]
     batches = batches_for(model_type)
-    read = part_of(build_model(build_config(settings), "meta"), "text", "encoder")[0]
-    resident, streaming = TorchEngine(CPU, part=read), StreamingEngine(CPU, parked_bytes=parked, part=read)
-    assert (read == "encoder") == (model_type == "t5")
+    resident, streaming = TorchEngine(CPU), StreamingEngine(CPU, parked_bytes=parked)
     whole = resident.load_random(build_config(settings), 3, torch.float32)
     expected = everything(resident, whole, batches)
     model = streaming.load_random(build_config(settings), 3, torch.float32)
     streamed = everything(streaming, model, batches)
+    assert (streaming.resolved.part == "encoder") == (model_type == "t5")
     assert_same(expected, streamed)
     # After each block: how many taps were complete, and none of the next begun.
     assert streamed[2] == [(n + 1, n + 1) for n in range(len(expected[0]))]

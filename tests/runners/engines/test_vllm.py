@@ -270,7 +270,7 @@ def test_under_auto_what_vllm_lacks_is_read_by_torch(tmp_path):
 
 
 def test_without_vllm_the_command_says_how_to_install_it(deadbench, monkeypatch):
-    monkeypatch.setattr("deadbench.runners.jobs.build.vllm_is_installed", lambda: False)
+    monkeypatch.setattr("deadbench.runners.engines.registry.find_spec", lambda package: None)
     code, out, err = deadbench("run", "gpt2", "--engine", "vllm")
     assert (code, out) == (2, "")
     assert "pip install 'deadbench[vllm]' (CUDA)" in err
@@ -278,7 +278,7 @@ def test_without_vllm_the_command_says_how_to_install_it(deadbench, monkeypatch)
 
 
 def test_the_registrys_wish_for_vllm_falls_back_to_torch_without_it(tmp_path, monkeypatch):
-    monkeypatch.setattr("deadbench.runners.jobs.build.vllm_is_installed", lambda: False)
+    monkeypatch.setattr("deadbench.runners.engines.registry.find_spec", lambda package: None)
     path = registry_that_wishes_vllm(tmp_path, [("neox", TINY_NEOX)])
     assert engines_of(path) == {"neox": "torch"}
 

@@ -203,3 +203,36 @@ def test_jobs_are_made_without_torch_and_transformers():
 print([name for name in ("torch", "transformers", "ray") if name in sys.modules])"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("engine", ["streaming", "vllm"])
+def test_a_functional_read_is_of_the_engine_that_runs_it(engine, tmp_path):
+    """And the plan says the same, and what a run has stored is not run again."""
+    from deadbench.runners.jobs.events import Finished
+    from deadbench.runners.planning.assign import place_jobs
+    from deadbench.runners.planning.hardware import parse_cluster
+    from deadbench.runners.planning.plan import make_plan
+    from deadbench.runners.results.store import ResultStore
+    from deadbench.runners.worker.run import run_model
+
+    folder = save_tiny(tmp_path / "m")
+
+    def asked():
+        overrides = Overrides(input="tokens:random", tokens=32, engine=engine)
+        return build_jobs(REGISTRY, PATH, [str(folder)], None, ["random", "functional"], overrides, assumed=True)
+
+    assert [(read.read, read.engine) for read in asked()[0].reads] == [("random", engine), ("functional", "torch")]
+    assert asked()[0].engine == engine
+    cluster = parse_cluster("1x16GB")
+    placed, problems = place_jobs(asked(), cluster)
+    functional = placed[0].reads[1]
+    assert (functional.engine, problems) == ("torch", [])
+    assert [row.engine for row in make_plan(asked(), cluster)] == [engine, "torch"]
+
+    store = ResultStore(str(tmp_path / "results"))
+    (event,) = (e for e in run_model(placed[0].without([placed[0].reads[0].identity()]), "run", 1)
+                if isinstance(e, Finished))  # fmt: skip
+    assert (event.row["status"], event.row["engine"]) == ("ok", "torch")
+    store.write(event.tables)
+    assert [read.read for read in asked()[0].without(store.finished()).reads] == ["random"]
+    assert [row.note for row in make_plan(asked(), cluster, store.finished())][1] == "already there"

@@ -150,7 +150,7 @@ def test_a_degree_that_is_asked_for_is_taken_or_refused(registry):
 
 
 def test_vllm_is_planned_where_it_is_not_installed(registry, monkeypatch):
-    monkeypatch.setattr("deadbench.runners.jobs.build.vllm_is_installed", lambda: False)
+    monkeypatch.setattr("deadbench.runners.engines.registry.find_spec", lambda package: None)
     row = one_row(registry, "command-r", "8x80GB", engine="vllm")
     assert (row.engine, row.gpus, row.problem) == ("vllm", 2, None)
     assert "give" not in (row.note or "")

@@ -70,7 +70,7 @@ def test_a_full_disk_leaves_nothing_half_written(place, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    target = {"write": "deadbench.suite.storage.os.fsync", "rename": "pathlib.Path.rename"}[place]
+    target = {"write": "deadbench.suite.storage.os.fsync", "rename": "deadbench.suite.storage.os.replace"}[place]
     with monkeypatch.context() as patch:
         patch.setattr(target, full)
         with pytest.raises(OSError, match="No space left"):

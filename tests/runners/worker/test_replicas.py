@@ -343,9 +343,9 @@ def small(folder, die_at=None, victim=0):
 
             @ray.method(num_returns="streaming")
             def run(self, job, run_id, attempt, place, meeting):
-                from deadbench.runners.cluster.group import join_group, run_rank
                 from deadbench.runners.worker import forward, passes
                 from deadbench.runners.worker import saved_state as checkpoints
+                from deadbench.runners.worker.group import join_group, run_rank
 
                 forward.BATCH_TOKENS, checkpoints._WRITING_SHARE = BATCH, 0
                 take = passes.Passes._take

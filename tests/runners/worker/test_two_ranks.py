@@ -94,7 +94,7 @@ def read_all(registry: Path, out: Path, rank: int, meeting: tuple[str, int] | No
     """Every model of the registry: in this process, or as rank `rank` of two."""
     import torch
 
-    from deadbench.runners.cluster.group import join_group, run_rank
+    from deadbench.runners.worker.group import join_group, run_rank
 
     torch.set_num_threads(1)
     store = ResultStore(str(out))

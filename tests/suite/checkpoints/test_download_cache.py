@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 
 from deadbench.suite.checkpoints import download_cache as node_cache
-from deadbench.suite.checkpoints import http_folder
+from deadbench.suite.checkpoints import http_requests
 from deadbench.suite.checkpoints.checkpoint import Checkpoint
 from deadbench.suite.checkpoints.download_cache import cache_folder, lease
 from deadbench.suite.errors import CheckpointError
@@ -36,7 +36,7 @@ def whole(tmp_path_factory):
 @pytest.fixture
 def server(whole, tmp_path, monkeypatch):
     monkeypatch.setenv("DEADBENCH_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(http_folder, "FIRST_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(http_requests, "FIRST_WAIT_SECONDS", 0.01)
     folder = tmp_path / "served"
     shutil.copytree(whole, folder)
     with misbehaving(folder) as running:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deadbench.suite.checkpoints import http_folder
+from deadbench.suite.checkpoints import http_folder, http_requests
 from deadbench.suite.checkpoints.checkpoint import Checkpoint, list_revisions
 from deadbench.suite.checkpoints.tensors import read_headers
 from deadbench.suite.errors import CheckpointError
@@ -52,7 +52,7 @@ def online(monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(http_folder, "FIRST_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(http_requests, "FIRST_WAIT_SECONDS", 0.01)
     return lambda url: monkeypatch.setattr(constants, "ENDPOINT", url)
 
 

@@ -155,29 +155,6 @@ def test_broken_shards_and_other_widths():
     assert measured.finish()[1] == []
 
 
-def test_workers_with_parts_of_the_tokens_or_of_the_taps_merge():
-    taps, q = stream(), direction()
-    taps[3] = taps[3] - torch.outer(taps[3] @ q, q)
-    whole, *parts = (ResidualRead(D, N, "float32", "pre") for _ in range(4))
-    for measured, rows, wanted in zip(
-        [whole, *parts],
-        [slice(0, N), slice(0, N // 2), slice(N // 2, N), slice(0, N)],
-        [range(TAPS), range(4), range(4), range(4, TAPS)],
-        strict=True,
-    ):
-        measured.wanted, measured.num_tokens = wanted, len(range(N)[rows])
-        for index, acts in enumerate(taps):
-            measured.update(index, acts[rows])
-    parts[0].merge(parts[1])
-    parts[0].merge(parts[2])
-    for measured in (whole, parts[0]):
-        measured.end_pass()
-    for row, expected in zip(parts[0].finish()[1], whole.finish()[1], strict=True):
-        assert (row["block"], row["state"]) == (expected["block"], expected["state"])
-        if row["state"] != "collapsed":
-            assert row["sigma_min"] == pytest.approx(expected["sigma_min"], rel=1e-6)
-
-
 def test_padding_is_left_out():
     taps = [t.reshape(8, -1, D) for t in stream()]
     mask = torch.ones(8, N // 8, dtype=torch.bool)

@@ -137,34 +137,37 @@ def test_a_final_norms_read_cut_anywhere_gives_one_row(kind, D, sequences, cuts,
 @given(
     D=st.integers(6, 16),
     batches=st.integers(2, 8),
-    replicas=st.integers(2, 4),
+    size=st.integers(2, 5),
     per_pass=st.integers(1, TAPS),
     fault=st.sampled_from([0.0, 1e-4, 1.0]),
+    divided=st.sampled_from(["tokens", "taps"]),
     seed=st.integers(0, 20),
 )
-def test_replicas_give_the_blocks_of_one(D, batches, replicas, per_pass, fault, seed):
-    """More replicas than batches too; a direction that dies after block 2 is found by all, at that block."""
+def test_ranks_give_the_blocks_of_one(D, batches, size, per_pass, fault, divided, seed):
+    """More ranks than batches or taps, too; a direction that dies after block 2 is found by all, at that block."""
     N, generator = 12 * D * batches, torch.Generator().manual_seed(seed)
     taps = torch.randn(TAPS, N, D, generator=generator).cumsum(0)
     q = torch.nn.functional.normalize(torch.randn(D, generator=generator), dim=0)
     taps[2:] -= (1 - fault) * (taps[2:] @ q)[..., None] * q
-    size = N // batches
+    rows = N // batches
 
     def work(ranks):
-        first, last = (-(-batches * place // ranks.size) for place in (ranks.rank, ranks.rank + 1))
-        measured = ResidualRead(D, N, "float32", "pre", ranks=ranks, first_row=first * size)
+        first, last = 0, batches
+        if ranks.replicas:
+            first, last = (-(-batches * place // ranks.size) for place in (ranks.rank, ranks.rank + 1))
+        measured = ResidualRead(D, N, "float32", "pre", ranks=ranks, first_row=first * rows)
         for start in range(0, TAPS, per_pass):
             measured.wanted = range(start, start + per_pass)
             for b in range(first, last):
                 for index in range(TAPS):
-                    measured.update(index, taps[index, b * size : (b + 1) * size])
+                    measured.update(index, taps[index, b * rows : (b + 1) * rows])
             measured.end_pass()
         return measured.finish()
 
     columns, blocks, spectra = work(Ranks())
     assert columns["blocks_preserved"] == (fault == 1)
     assert fault == 1 or columns["worst_block"] == 2
-    for found in in_ranks(replicas, work):
+    for found in in_ranks(size, work, divided):
         assert found[0]["blocks_preserved"] == columns["blocks_preserved"]
         assert found[0]["worst_block"] == columns["worst_block"]
         for row, expected in zip(found[1], blocks, strict=True):

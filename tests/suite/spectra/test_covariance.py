@@ -254,7 +254,7 @@ def test_lifted_parts_of_one_kind_are_merged_by_addition():
     after.update(later)
     assert whole.method == after.method == "lifted-gram"
     whole.merge(after)
-    assert whole.count == 0, "nothing was taken by QR"
+    assert len(whole._by_qr.factor_KD) == 0, "nothing was taken by QR"
     assert whole.finish().eigenvalues_D == pytest.approx(direct(torch.cat([first, later])), rel=1e-7)
 
 
@@ -390,5 +390,5 @@ def test_nothing_of_size_tokens_is_kept():
     accumulator = CovarianceFactor(D)
     for _ in range(1000):
         accumulator.update(torch.randn(5, D))
-        held = accumulator.factor_KD.numel() + sum(p.numel() for p in accumulator._pending)
+        held = sum(part.numel() for part in [accumulator._by_qr.factor_KD, *accumulator._by_qr.waiting])
         assert held <= 3 * D * D + 5 * D

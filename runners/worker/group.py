@@ -11,16 +11,13 @@ import torch
 import torch.distributed as dist
 
 from deadbench.runners.engines.tensor_parallel import PATIENCE, current_ranks
-from deadbench.runners.jobs.events import Event, Progress, Remark
+from deadbench.runners.jobs.events import Event, GroupBrokenError, Progress, Remark
 from deadbench.runners.jobs.job import ModelJob, ReadJob
 from deadbench.runners.worker.run import run_model
 from deadbench.suite.ranks import Ranks
+from deadbench.suite.read_specs import READ_SPECS
 
 _IN_STEP_SECONDS = 20  # after a failure, within which every rank must have come to the end of that read
-
-
-class GroupBrokenError(RuntimeError):
-    """One rank failed where the others went on: the group cannot be used for another read."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +71,7 @@ def run_rank(group: RankGroup, job: ModelJob, run_id: str, attempt: int) -> Iter
 
 def _shared(read: ReadJob) -> bool:
     """Whether the ranks do this read together; rank 0 alone does what needs no model, and what needs its head."""
-    return read.engine is not None and read.read != "functional"
+    return READ_SPECS[read.read].divides
 
 
 def _finished_or_progress(job: ModelJob, first: bool, run_id: str, attempt: int) -> Iterator[Event]:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from deadbench.suite.architectures.norms import EffectiveNorm
-from deadbench.suite.reads.functional import Site, directional_fisher, kl_divergence, moves, read_head, read_inner
+from deadbench.suite.reads.perturbation import Site, directional_fisher, kl_divergence, moves, read_head, read_inner
 
 
 @pytest.mark.parametrize("size", [1e-17, 1e-12, 1e-8, 1e-4, 0.009, 0.011, 1.0, 30.0])

@@ -1,0 +1,51 @@
+"""What a table needs said below it, in whatever format: words that its cells use and that mislead by themselves."""
+
+import polars as pl
+
+from deadbench.analysis.cells import one_line
+
+_MAX_NAMED = 8
+
+
+def footnotes(frame: pl.DataFrame) -> list[str]:
+    """The lines below a table of `frame`, none where nothing needs a word."""
+    return _zero_scales(frame) + _lost(frame)
+
+
+def _zero_scales(frame: pl.DataFrame) -> list[str]:
+    """What zero scales do to the columns of a leaderboard or a trend."""
+    if not {"num_zero_scales", "depth", "depth_exact"} <= set(frame.columns):
+        return []
+    rows = frame.filter(pl.col("num_zero_scales") > 0)
+    if rows.is_empty():
+        return []
+    name = "model" if "model" in frame.columns else "revision"
+    counts = rows.select(pl.format("{} ({})", pl.col(name).fill_null("here"), "num_zero_scales")).to_series().to_list()
+    note = (
+        f"zero scales: {_named(counts)}. Each is a dead direction that training closed (learned); "
+        "v lies on the smallest, its depth is that of a scale, and no kernel is left (algebraic 0)"
+    )
+    if "rank" in frame.columns:
+        note += "; by depth it has no rank"
+    if "kernel_exact" in frame.columns and rows["kernel_exact"].any():
+        note += "; exact yes says only that this scale is too small for either precision"
+    return [one_line(note)]
+
+
+def _lost(frame: pl.DataFrame) -> list[str]:
+    if not {"verdict", "metric", "detail"} <= set(frame.columns):
+        return []
+    rows = frame.filter(pl.col("verdict").cast(pl.String) == "lost")
+    if rows.is_empty():
+        return []
+    reasons: dict[str, list[str]] = {}
+    for model, metric, detail in rows.select(pl.col("model", "metric", "detail").cast(pl.String)).iter_rows():
+        reasons.setdefault(detail or "", []).append(f"{model} {metric}")
+    told = [f"{_named(names)}: {reason}" for reason, names in reasons.items() if reason]
+    return ["lost: the baseline has a value of the metric and the candidate has none", *map(one_line, told)]
+
+
+def _named(names: list[str]) -> str:
+    names = list(dict.fromkeys(names))
+    more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
+    return ", ".join(names[:_MAX_NAMED]) + more

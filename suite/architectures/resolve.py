@@ -1,0 +1,53 @@
+"""What a read must know of an architecture beside its weights, found once by running it once."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from deadbench.suite.architectures.build import build_model
+from deadbench.suite.architectures.locate import Inputs, search, search_without_weights
+from deadbench.suite.architectures.norms import FinalNorm
+from deadbench.suite.architectures.parts import part_of
+from deadbench.suite.architectures.stored_names import renamings
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """Which part of a model is read, where its final norm is, and in what form the part takes its input.
+
+    Attributes:
+        part: path of the part that is read, "" for the whole model.
+        final: its final norm, by its path in the part; `rows_per_item` are those that `form` gives.
+        form: the tensors of the minimal input that it was found on, on the CPU; empty where none was of use.
+        skeleton: the whole model on the meta device; None where the part was looked into as it was loaded.
+    """
+
+    part: str
+    final: FinalNorm
+    form: Mapping[str, Tensor]
+    skeleton: nn.Module | None = None
+
+
+def resolve(model: nn.Module, modality: str, stack: str) -> Resolved:
+    """Look into a loaded model; `modality` and `stack` name the part, as `part_of` has it."""
+    path, part = part_of(model, modality, stack)
+    final, inputs = search(part)
+    return Resolved(path, replace(final, renamings=renamings(model)), _tensors(inputs))
+
+
+def resolve_without_weights(config: Any, modality: str = "text", stack: str = "encoder") -> Resolved:
+    """The same of a configuration, for a model that no process ever has whole with its values.
+
+    Raises:
+        ArchitectureError: transformers cannot build it.
+    """
+    skeleton = build_model(config, "meta")
+    path, _ = part_of(skeleton, modality, stack)
+    final, inputs = search_without_weights(skeleton, config, path)
+    return Resolved(path, final, _tensors(inputs), skeleton)
+
+
+def _tensors(inputs: Inputs | None) -> Mapping[str, Tensor]:
+    return {name: value for name, value in (inputs or {}).items() if isinstance(value, Tensor)}

@@ -1,0 +1,48 @@
+"""Options that several commands share are the same everywhere, and become jobs and a cluster in one place."""
+
+import pytest
+from typer.main import get_command
+
+from deadbench.runners.cli.main import app
+from deadbench.runners.cli.options import jobs_and_cluster, overridden
+from deadbench.runners.jobs.job import Overrides
+from deadbench.runners.planning.hardware import PlanError
+
+NOTHING = {
+    "engine": "auto", "tokens": None, "input_spec": None, "dtype": None, "seed": 0, "accumulator_gb": None,
+    "tensor_parallel": None, "replicas": 1,
+}  # fmt: skip
+
+
+def test_run_and_plan_share_their_options():
+    """But for three, which mean another thing to a plan: no Ray is started, nothing is written, no device is there."""
+    run, plan = (
+        {option.name: (option.opts, option.help, option.default) for option in get_command(app).commands[name].params}
+        for name in ("run", "plan")
+    )
+    shared = run.keys() & plan.keys()
+    assert len(shared) == 17
+    assert {name for name in shared if run[name] != plan[name]} == {"address", "out", "tensor_parallel"}
+
+
+def test_no_flag_is_no_override():
+    assert overridden(**NOTHING) == Overrides()
+    assert overridden(**NOTHING | {"engine": "torch", "tokens": 5}) == Overrides(tokens=5, engine="torch")
+
+
+def test_a_mistake_in_the_cluster_is_told_before_anything_is_opened(monkeypatch):
+    monkeypatch.setattr("deadbench.runners.jobs.build.build_jobs", lambda *arguments, **named: pytest.fail("opened"))
+    with pytest.raises(PlanError, match="--assume '8x'"):
+        jobs_and_cluster(["gpt2"], None, None, None, Overrides(), assume="8x")
+
+
+@pytest.mark.parametrize(("address", "expected"), [(None, "here"), ("local", "here"), ("auto", "Ray at auto")])
+def test_ray_is_asked_for_its_nodes_only_where_one_is_named(monkeypatch, address, expected):
+    monkeypatch.setattr("deadbench.runners.planning.hardware.this_machine", lambda: "here")
+    monkeypatch.setattr("deadbench.runners.planning.hardware.ray_cluster", lambda named: f"Ray at {named}")
+    jobs, cluster = jobs_and_cluster(["gpt2", "pythia-160m"], None, None, " random ", Overrides(), address=address)
+    assert cluster == expected
+    assert [(job.model_id, [read.read for read in job.reads]) for job in jobs] == [
+        ("gpt2", ["random"]),
+        ("pythia-160m", ["random"]),
+    ]

@@ -1,0 +1,181 @@
+"""Files are whole or not there, whoever writes them: at every step a full disk, or a kill, leaves what was there."""
+
+import json
+import os
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+
+from deadbench.suite import storage
+from deadbench.suite.storage import refusal, write_whole
+
+
+def plain(folder, monkeypatch):
+    return lambda version: write_whole(folder / "plain", f"version {version}".encode())
+
+
+def document(folder, monkeypatch):
+    from deadbench.runners.results.store import ResultStore
+
+    store = ResultStore(str(folder))
+    return lambda version: store.write_text("runs/r/run.json", json.dumps({"version": version}))
+
+
+def rows(folder, monkeypatch):
+    from deadbench.runners.results.store import ResultStore
+    from deadbench.suite.schema import to_table
+
+    store = ResultStore(str(folder))
+    return lambda version: store.write({"reads": to_table("reads", [{"model": f"m{version}"}])}, "stamp")
+
+
+def directions(folder, monkeypatch):
+    from deadbench.runners.results.directions_file import save_directions
+
+    facts = dict.fromkeys(("source", "family", "final_norm", "final_norm_tensor", "revision"), "x")
+    return lambda version: save_directions(folder / "d.safetensors", [(facts, np.full(4, float(version)))])
+
+
+def saved_read(folder, monkeypatch):
+    from deadbench.runners.worker import saved_state
+    from deadbench.suite.ranks import Ranks
+    from tests.runners.sleepers import sleeping_jobs
+
+    (job,) = sleeping_jobs(folder.parent / "registry", 1)
+    saved = saved_state.SavedRead(job.checkpointed(1, str(folder)).reads[0], Ranks(), {}, possible=True)
+    monkeypatch.setattr(
+        saved, "_batches", lambda position, *_: iter([saved_state._row(facts="f", position=str(position.batch))])
+    )
+
+    def save(version):
+        saved.save(saved_state.Position(batch=version), None, None, in_step=False)
+        if saved.remark:
+            raise OSError(saved.remark)
+
+    return save
+
+
+def page(folder, monkeypatch):
+    from deadbench.analysis.pages import report
+
+    def write(version):
+        monkeypatch.setattr(report, "report_page", lambda locations: (f"page {version}", []))
+        report.write_report("results", folder / "report.html")
+
+    return write
+
+
+def plot(folder, monkeypatch):
+    import vl_convert
+
+    from deadbench.analysis.plots.export import save_plot
+
+    monkeypatch.setattr(vl_convert, "vegalite_to_svg", lambda spec, vl_version: f"<svg>{spec['title']}</svg>")
+    return lambda version: save_plot({"title": str(version)}, folder / "plot.svg")
+
+
+def atlas(folder, monkeypatch):
+    from deadbench.suite.atlas.__main__ import _write
+
+    return lambda version: _write(folder / "atlas.json", {"m": [{"version": version}]})
+
+
+USERS = [plain, document, rows, directions, page, plot, atlas]
+
+
+class Killed(BaseException):
+    pass
+
+
+def files(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def planted(patch, place, error):
+    target = {
+        "write": "fsspec.implementations.local.LocalFileOpener.write",
+        "fsync": "deadbench.suite.storage.os.fsync",
+        "rename": "deadbench.suite.storage.os.replace",
+    }[place]
+
+    def fail(*_args, **_kwargs):
+        raise error
+
+    patch.setattr(target, fail)
+
+
+@pytest.mark.parametrize("place", ["write", "fsync", "rename"])
+@pytest.mark.parametrize("user", [*USERS, saved_read])
+def test_a_full_disk_leaves_the_old_file_or_none_and_nothing_else(user, place, tmp_path, monkeypatch):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    write = user(folder, monkeypatch)
+    full = OSError(28, "No space left on device")
+    with monkeypatch.context() as patch:
+        planted(patch, place, full)
+        if user is saved_read and place == "rename":  # only a remark to make of what could not be written
+            write(1)
+        else:
+            with pytest.raises(OSError, match="No space left"):
+                write(1)
+    assert files(folder) == {}
+    write(1)
+    old = files(folder)
+    assert len(old) == 1
+    with monkeypatch.context() as patch:
+        planted(patch, place, full)
+        if user is saved_read and place == "rename":
+            write(2)
+        else:
+            with pytest.raises(OSError, match="No space left"):
+                write(2)
+    assert files(folder) == old
+    write(2)
+    new = files(folder)
+    assert new.keys() == old.keys()
+    assert new != old
+
+
+@pytest.mark.parametrize("place", ["write", "fsync", "rename"])
+@pytest.mark.parametrize("user", USERS)
+def test_a_kill_leaves_the_old_file_and_perhaps_one_that_no_reader_takes(user, place, tmp_path, monkeypatch):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    write = user(folder, monkeypatch)
+    write(1)
+    old = files(folder)
+    with monkeypatch.context() as patch:
+        planted(patch, place, Killed())
+        patch.setattr(storage, "_remove", lambda *_: None)  # who is killed clears nothing away
+        with pytest.raises(Killed):
+            write(2)
+    left = files(folder)
+    assert {name: left.pop(name) for name in old} == old
+    assert all(Path(name).name.startswith(".") or name.startswith("_tmp/") for name in left)
+
+
+def test_a_link_stays_a_link_and_no_folder_is_made(tmp_path):
+    (tmp_path / "target").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "target" / "file")
+    write_whole(tmp_path / "link", b"1")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target" / "file").read_bytes() == b"1"
+    assert os.listdir(tmp_path / "target") == ["file"]
+    with pytest.raises(FileNotFoundError):
+        write_whole(tmp_path / "none" / "file", b"1")
+
+
+def test_an_object_store_gets_one_write_of_the_whole(monkeypatch):
+    memory = fsspec.filesystem("memory")
+    calls = []
+    monkeypatch.setattr(memory, "pipe_file", lambda path, data, **_: calls.append((path, data)))
+    write_whole("/box/file", b"12", memory)
+    assert calls == [("/box/file", b"12")]
+
+
+def test_a_refusal_is_told_in_the_systems_words():
+    assert refusal(OSError(28, "x", "/a/b")) == "No space left on device"
+    assert refusal(ValueError("no\nsuch bucket https://me:pw@h/")) == "no such bucket https://h/"
+    assert refusal(KeyError()) == "KeyError"
