@@ -22,7 +22,7 @@ from deadbench.suite.registry.loading import load_registry
 from tests.runners.engines.test_tensor_parallel import table
 from tests.runners.engines.test_vllm import HAS_VLLM
 
-pytestmark = [pytest.mark.vllm, pytest.mark.subprocess, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.vllm, pytest.mark.subprocess, pytest.mark.timeout(1800)]
 
 # Engines order their sums differently: float32 rounding, grown over the blocks. A kernel's depth is rounding itself.
 RELATIVE, DECADES = 3e-4, 0.4

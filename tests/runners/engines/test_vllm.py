@@ -27,7 +27,7 @@ _SKIPPED = pytest.mark.skipif(not HAS_VLLM, reason="vLLM is not installed: make 
 
 def needs_vllm(test):
     """Skipped without vLLM, whose start is slow."""
-    return pytest.mark.vllm(pytest.mark.timeout(900)(_SKIPPED(test)))
+    return pytest.mark.vllm(pytest.mark.timeout(1800)(_SKIPPED(test)))
 
 
 _BASE = {
