@@ -47,6 +47,8 @@ HEADERS = {
     "at_random": "at init",
     "opened_step": "opened",
 }
+# Columns that are read beside a value, as `13.98 ± 0.05`; json and csv have them as columns of their own.
+ERRORS = {"depth": "depth_standard_error", "depth_random": "depth_random_spread"}
 MAX_LISTED = 8  # of a list's items; json and csv have all
 _DECIMALS = {
     "alignment": 4, "containment": 4, "deepening": 2, "worst_block_ratio": 3, "ratio": 3, "bottom_weights": 2,
@@ -60,10 +62,21 @@ def header(name: str) -> str:
     return HEADERS.get(name, name.replace("_", " "))
 
 
+def shown(frame: pl.DataFrame) -> list[str]:
+    """The columns of `frame` that a person sees: all but the errors that stand beside their values."""
+    beside = [error for name, error in ERRORS.items() if name in frame.columns]
+    return [name for name in frame.columns if name not in beside]
+
+
 def cells(frame: pl.DataFrame) -> Iterator[list[str]]:
-    """The rows of `frame`, every value as `text` gives it."""
+    """The rows of `frame`, of each column that is `shown` the value as `text` gives it, with its error where known."""
+    names = shown(frame)
     for row in frame.iter_rows(named=True):
-        yield [text(name, value, row.get("unit")) for name, value in row.items()]
+        yield [text(name, row[name], row.get("unit")) + _error(row.get(ERRORS.get(name, ""))) for name in names]
+
+
+def _error(value: float | None) -> str:
+    return "" if value is None or not math.isfinite(value) else f" ± {value:.2g}"
 
 
 def text(name: str, value: Any, unit: str | None = None) -> str:

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 import polars as pl
 
-from deadbench.analysis.lines import ok_reads
+from deadbench.analysis.lines import in_natural_order, natural, ok_reads
 from deadbench.analysis.results import ResultsError, collected, collected_all, latest, scan
 from deadbench.suite.schema import READS
 
@@ -42,7 +42,7 @@ _ROUNDING = 1e-9  # the same numbers, added up in another order
 _ABOUT_BLOCKS = ("blocks_preserved", "worst_block_ratio")
 
 _WHICH = ["model", "revision", "read", "seed", "engine"]
-_ORDER = ["model", "read", "revision", "seed"]
+_ORDER = [pl.col("model", "read"), in_natural_order("revision"), pl.col("seed")]
 _ABOUT = ["protocol_hash", "protocol", "dtype", "num_tokens", "worst_block", "family", "error"]
 _BESIDE = ["worst_block", "family", "error"]  # of the candidate
 _ABOUT += [f"{metric}_standard_error" for metric in _RESAMPLED]
@@ -73,9 +73,9 @@ def open_side(location: str) -> pl.LazyFrame:
         if not at or not folder:
             raise
     reads = scan(folder)
-    known = collected(reads.select(pl.col("revision").drop_nulls().unique().sort()))["revision"].to_list()
+    known = collected(reads.select(pl.col("revision").drop_nulls().unique()))["revision"].to_list()
     if revision not in known:
-        shown = ", ".join(known[:20]) or "none"
+        shown = ", ".join(sorted(known, key=natural)[:20]) or "none"
         raise ResultsError(f"{location}: no checkpoint {revision!r} in {folder}; choose {shown}")
     return reads.filter(pl.col("revision") == revision)
 

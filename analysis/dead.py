@@ -9,7 +9,7 @@ that is spread thin, with less than half of its weight on its sixteen largest co
 
 import polars as pl
 
-from deadbench.analysis.lines import ok_reads
+from deadbench.analysis.lines import in_natural_order, ok_reads
 from deadbench.analysis.results import collected
 from deadbench.suite.schema import KEY
 from deadbench.suite.spectra.directions import FLOAT64_EPS
@@ -57,8 +57,8 @@ def dead_directions(
         at_random=pl.when(pl.col("kind") == "zero scale").then(by_count).when(told & pl.col("has_random"))
         .then(pl.col("in_random").fill_null(False)),
     ).with_columns(pl.when(told).then(pl.col(name)) for name in comparison)  # fmt: skip
-    order = ["model", "read", "seed", "checkpoint_step", "revision"]
-    return table.sort(*order, "depth", descending=[False] * len(order) + [True], nulls_last=True).select(COLUMNS)
+    order = [pl.col("model", "read", "seed", "checkpoint_step"), in_natural_order("revision"), -pl.col("depth")]
+    return table.sort(order, nulls_last=True).select(COLUMNS)
 
 
 def _ok(reads: pl.LazyFrame) -> pl.LazyFrame:
@@ -70,7 +70,7 @@ def _ok(reads: pl.LazyFrame) -> pl.LazyFrame:
         # What was trained is one run whatever the seed of its inputs.
         run=pl.concat_str(pl.col("model"), pl.when(pl.col("read") == "random").then(pl.col("seed")).otherwise(0)),
     )  # fmt: skip
-    ordered = ok.sort("checkpoint_step", "revision", nulls_last=False, maintain_order=True)
+    ordered = ok.sort("checkpoint_step", in_natural_order("revision"), nulls_last=False, maintain_order=True)
     return ordered.with_row_index("read_id").with_columns(  # which is the order of training within a series
         is_last=pl.col("read_id") == pl.col("read_id").max().over(_SERIES),
         num_checkpoints=pl.len().over(_SERIES).cast(pl.Int64),

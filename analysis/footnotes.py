@@ -9,7 +9,17 @@ _MAX_NAMED = 8
 
 def footnotes(frame: pl.DataFrame) -> list[str]:
     """The lines below a table of `frame`, none where nothing needs a word."""
-    return _zero_scales(frame) + _lost(frame)
+    return _order(frame) + _zero_scales(frame) + _lost(frame)
+
+
+def _order(frame: pl.DataFrame) -> list[str]:
+    """That a trend's checkpoints are ordered by their names alone."""
+    if not {"checkpoint_step", "revision"} <= set(frame.columns) or {"model", "angle"} & set(frame.columns):
+        return []
+    unknown = frame.filter(pl.col("checkpoint_step").is_null())["revision"].drop_nulls().n_unique()
+    if unknown < 2:
+        return []
+    return [f"no training step is known of {unknown} checkpoints: in the natural order of their names"]
 
 
 def _zero_scales(frame: pl.DataFrame) -> list[str]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from deadbench.analysis.cells import cells, header, one_line, text
+from deadbench.analysis.cells import cells, header, one_line, shown, text
 from deadbench.analysis.footnotes import footnotes
 from deadbench.analysis.layouts import LAYOUTS
 from deadbench.analysis.results import ResultsError
@@ -58,7 +58,8 @@ def rich_table(frame: pl.DataFrame, title: str, *, width: int, keep: Sequence[st
     """
     layout = LAYOUTS.get(title, Layout(columns=frame.columns, keys=frame.columns[:1]))
     layout = layout._replace(columns=[*layout.columns, *keep], keys=[*layout.keys, *keep])
-    wanted = [name for name in dict.fromkeys(layout.columns) if name in frame.columns]
+    names = shown(frame)
+    wanted = [name for name in dict.fromkeys(layout.columns) if name in names]
     wanted = [name for name in wanted if frame.is_empty() or _has_values(frame[name])]
     shared = [name for name in SAID_ONCE if name in wanted and frame[name].drop_nulls().n_unique() == 1]
     notes = [", ".join(f"{name} {one_line(str(frame[name].drop_nulls()[0]))}" for name in shared)] if shared else []
@@ -71,7 +72,7 @@ def rich_table(frame: pl.DataFrame, title: str, *, width: int, keep: Sequence[st
         Column(
             name,
             header(name),
-            [row[frame.columns.index(name)] for row in rows],
+            [row[names.index(name)] for row in rows],
             is_text=isinstance(frame.schema[name], pl.String | pl.List),
             is_number=frame.schema[name].is_numeric(),
         )
@@ -90,15 +91,16 @@ def html_rows(frame: pl.DataFrame) -> dict[str, Any]:
 
     Columns of `SCREEN_ONLY` are left out on paper.
     """
-    numeric = [dtype.is_numeric() for dtype in frame.dtypes]
+    names = shown(frame)
+    values = frame.select(names)
     return {
-        "names": frame.columns,
-        "headers": [header(name) for name in frame.columns],
-        "numeric": numeric,
-        "screen_only": [name in SCREEN_ONLY for name in frame.columns],
+        "names": names,
+        "headers": [header(name) for name in names],
+        "numeric": [dtype.is_numeric() for dtype in values.dtypes],
+        "screen_only": [name in SCREEN_ONLY for name in names],
         "notes": footnotes(frame),
-        "judged": [name == "holds" for name in frame.columns],
-        "rows": [list(zip(row, values, strict=True)) for row, values in zip(cells(frame), frame.rows(), strict=True)],
+        "judged": [name == "holds" for name in names],
+        "rows": [list(zip(row, keys, strict=True)) for row, keys in zip(cells(frame), values.rows(), strict=True)],
     }
 
 
@@ -151,7 +153,8 @@ def _csv(frames: Mapping[str, pl.DataFrame]) -> str:
 def _md(frames: Mapping[str, pl.DataFrame]) -> str:
     tables = []
     for frame in frames.values():
-        lines = [[header(name) for name in frame.columns], ["---:" if t.is_numeric() else "---" for t in frame.dtypes]]
+        names = shown(frame)
+        lines = [[header(n) for n in names], ["---:" if frame.schema[n].is_numeric() else "---" for n in names]]
         lines += [[escaped(cell) for cell in row] for row in cells(frame)]
         tables.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
         tables += [escaped(line) for line in footnotes(frame)]
@@ -172,14 +175,15 @@ def _great_table(frame: pl.DataFrame, title: str) -> str:
     """The frame as a table of great_tables, which escapes cells and headings; groups of protocols stand apart."""
     from great_tables import GT
 
-    shown = pl.DataFrame(list(cells(frame)), schema=dict.fromkeys(frame.columns, pl.String), orient="row").with_columns(
-        _groups(frame) if set(GROUP) <= set(frame.columns) else []
+    names = shown(frame)
+    rows = pl.DataFrame(list(cells(frame)), schema=dict.fromkeys(names, pl.String), orient="row").with_columns(
+        _groups(frame) if set(GROUP) <= set(names) else []
     )
-    table = GT(shown, id=title, groupname_col="group" if "group" in shown.columns else None)
+    table = GT(rows, id=title, groupname_col="group" if "group" in rows.columns else None)
     return str(
-        table.cols_label({name: header(name) for name in frame.columns})
+        table.cols_label({name: header(name) for name in names})
         .cols_align("left")
-        .cols_align("right", [name for name, dtype in frame.schema.items() if dtype.is_numeric()])
+        .cols_align("right", [name for name in names if frame.schema[name].is_numeric()])
         .tab_options(table_font_size="13px", table_width="100%", data_row_padding="4px", row_group_font_weight="bold")
         .as_raw_html()
     )

@@ -25,7 +25,9 @@ COLUMNS = [
     "read",
     "kernel",
     "depth",
+    "depth_standard_error",
     "depth_random",
+    "depth_random_spread",
     "deepening",
     "depth_predicted",
     "depth_exact",
@@ -80,10 +82,11 @@ _DEAD = 6  # decades from which a direction that no kernel explains is dead, as 
 def leaderboard(reads: pl.LazyFrame, *, sort: str = "depth", family: str | None = None) -> pl.DataFrame:
     """One line per (model, protocol, dtype): its trained read at the last checkpoint, else its random read.
 
-    `depth = log10(lambda_mean / lambda_v)` in decades; `depth_random` is that of the same model, protocol and dtype at
-    random initialisation, the mean over `num_seeds` seeds; `deepening = depth - depth_random` where the line is a
-    trained read. The family is what the read found the norm to do, not what the registry expects. `dead_parameters` and
-    their share of all parameters are counted at the line's own parameters: beside a trained read, by the read of
+    `depth = log10(lambda_mean / lambda_v)` in decades, `depth_standard_error` from the sample of tokens; `depth_random`
+    is that of the same model, protocol and dtype at random initialisation, the mean over `num_seeds` seeds, and
+    `depth_random_spread` their standard deviation, null for one; `deepening = depth - depth_random` where the line is
+    a trained read. The family is what the read found the norm to do, not what the registry expects. `dead_parameters`
+    and their share of all parameters are counted at the line's own parameters: beside a trained read, by the read of
     parameters of the same checkpoint.
 
     `kernel` says what the depth is of: algebraic (the kernel of a LayerNorm, which rounding alone fills), learned (zero
@@ -106,7 +109,11 @@ def leaderboard(reads: pl.LazyFrame, *, sort: str = "depth", family: str | None 
 
     # At random initialisation the mean over the seeds that were read.
     seeds = forward_lines(reads, each_seed=True).filter(pl.col("read") == "random")
-    random = seeds.group_by(LINE).agg(depth_random=pl.col("depth").mean(), num_seeds=pl.len().cast(pl.Int64))
+    random = seeds.group_by(LINE).agg(
+        depth_random=pl.col("depth").mean(),
+        depth_random_spread=pl.col("depth").std(),
+        num_seeds=pl.len().cast(pl.Int64),
+    )
     read = pl.concat([best_lines(reads), parameter_lines(reads), failed_lines(reads)])
     lines = read.join(random, on=LINE, how="left", nulls_equal=True, maintain_order="left").with_columns(
         pl.when(pl.col("read") == "trained").then(pl.col("depth") - pl.col("depth_random")).alias("deepening")

@@ -4,6 +4,8 @@ Depths are compared only at equal protocol and precision, so a model read under 
 of the protocol is no part of it: the hashes of a model's random and trained reads differ by construction.
 """
 
+import re
+
 import polars as pl
 
 from deadbench.analysis.results import latest
@@ -56,9 +58,31 @@ def ok_reads(reads: pl.LazyFrame) -> pl.LazyFrame:
 
 
 def last(reads: pl.LazyFrame, by: list[str]) -> pl.LazyFrame:
-    """One row for each `by`: that of the largest `checkpoint_step`, null being smallest, then the newest."""
-    newest_first = reads.sort("checkpoint_step", "finished_at", descending=True, nulls_last=True, maintain_order=True)
+    """One row for each `by`: that of the largest `checkpoint_step`, null being smallest, then the newest.
+
+    Of checkpoints whose step is not known, the last in the natural order of their names.
+    """
+    unnamed = pl.when(pl.col("checkpoint_step").is_null()).then(in_natural_order("revision"))
+    order = [pl.col("checkpoint_step"), unnamed, pl.col("finished_at")]
+    newest_first = reads.sort(order, descending=True, nulls_last=True, maintain_order=True)
     return newest_first.unique(by, keep="first", maintain_order=True)
+
+
+def in_natural_order(column: str) -> pl.Expr:
+    """What the names of `column` sort by when numbers in them count as numbers: checkpoint-2 before checkpoint-10."""
+    return pl.col(column).map_batches(_sortable, return_dtype=pl.String)
+
+
+def natural(name: str) -> str:
+    """`name` with each number preceded by how many digits it has; whole at the end, so that 7 and 07 differ."""
+    numbers = re.sub(r"[0-9]+", lambda match: f"{len(match[0].lstrip('0')):04}{match[0].lstrip('0')}", name)
+    return f"{numbers}\0{name}"
+
+
+def _sortable(names: pl.Series) -> pl.Series:
+    distinct = names.drop_nulls().unique()
+    keys = [natural(name) for name in distinct.to_list()]
+    return names.cast(pl.String).replace_strict(distinct, keys, default=None, return_dtype=pl.String)
 
 
 def _without(reads: pl.LazyFrame, others: pl.LazyFrame) -> pl.LazyFrame:

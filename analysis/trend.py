@@ -14,7 +14,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 
 from deadbench.analysis.compare import unit_of
-from deadbench.analysis.lines import LINE, last, ok_reads
+from deadbench.analysis.lines import LINE, in_natural_order, last, ok_reads
 from deadbench.analysis.results import ResultsError, collected
 from deadbench.suite.schema import READS
 
@@ -22,7 +22,17 @@ METRICS = [
     "depth", "depth_exact", "depth_predicted", "lambda_v", "lambda_mean", "alignment", "containment", "num_dead_1e6",
     "num_algebraic", "num_learned", "num_zero_scales", "scale_harmonic", "worst_block_ratio", "blocks_preserved",
 ]  # fmt: skip
-COLUMNS = ["checkpoint_step", "revision", "read", "seed", *METRICS, "input", "protocol", "dtype"]
+COLUMNS = [
+    "checkpoint_step",
+    "revision",
+    "read",
+    "seed",
+    *METRICS,
+    "depth_standard_error",
+    "input",
+    "protocol",
+    "dtype",
+]
 SPARKS = "▁▂▃▄▅▆▇█"
 _LOG_UNITS = ("output^2", "scale^2")  # magnitudes: a series of them breaks by a factor
 _MIN_SERIES = 4  # fewer points have no change-point to speak of
@@ -32,6 +42,8 @@ T = TypeVar("T")
 
 def checkpoints(reads: pl.LazyFrame, model: str, metrics: Sequence[str] = METRICS) -> pl.DataFrame:
     """The trained reads of `model`, one a checkpoint and line, in training order; parameter reads where there is none.
+
+    Checkpoints whose step is not known come last, in the natural order of their names.
 
     Raises:
         ResultsError: no such model, no finished read of it, or a metric that is no numeric column.
@@ -48,7 +60,8 @@ def checkpoints(reads: pl.LazyFrame, model: str, metrics: Sequence[str] = METRIC
     for read in ("trained", "parameters"):
         series = found.filter(read=read)
         if not series.is_empty():
-            return series.sort("protocol", "dtype", "seed", "checkpoint_step", "revision", nulls_last=True)
+            order = ["protocol", "dtype", "seed", "checkpoint_step", in_natural_order("revision")]
+            return series.sort(order, nulls_last=True)
     raise ResultsError(f"--model {model!r} has no checkpoints here, only its random initialisation")
 
 

@@ -30,7 +30,7 @@ def depth_plot(reads: pl.LazyFrame) -> Spec | None:
     frame = collected(
         named(forward_lines(reads))
         .filter(pl.col("depth").is_not_null())
-        .select("line", "family", "read", "depth", deepest=pl.col("depth").max().over("line"))
+        .select("line", "family", "read", "depth", *bar("depth"), deepest=pl.col("depth").max().over("line"))
         .sort("deepest", "line", "read", descending=[True, False, False])
     )
     if frame.is_empty():
@@ -47,7 +47,11 @@ def depth_plot(reads: pl.LazyFrame) -> Spec | None:
         shape=read_shape(),
         tooltip=["line:N", "family:N", "read:N", tooltip("depth", ".2f")],
     )
-    return specification(alt.layer(rules, marks), {"depths": rows}, height=max(60, 24 * len(shown)))
+    bars = base.mark_rule(strokeWidth=5, opacity=0.35).encode(
+        x="low:Q", x2="high:Q", color=family_colour([row["family"] for row in rows])
+    )
+    bars = [bars] if frame["low"].null_count() < len(frame) else []
+    return specification(alt.layer(rules, *bars, marks), {"depths": rows}, height=max(60, 24 * len(shown)))
 
 
 def size_plot(reads: pl.LazyFrame) -> Spec | None:
@@ -100,6 +104,12 @@ def slope_plot(reads: pl.LazyFrame) -> Spec | None:
     )
     layers = alt.layer(base.mark_line(strokeWidth=1.6, opacity=0.7), base.mark_point(filled=True, size=60))
     return specification(layers, {"slopes": frame.to_dicts()}, height=300)
+
+
+def bar(column: str) -> list[pl.Expr]:
+    """`low` and `high`: `column` less and plus its standard error, null where that is not known."""
+    value, error = pl.col(column).cast(pl.Float64), pl.col(f"{column}_standard_error")
+    return [(value - error).alias("low"), (value + error).alias("high")]
 
 
 def named(lines: pl.LazyFrame) -> pl.LazyFrame:

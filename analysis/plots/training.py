@@ -7,7 +7,7 @@ import numpy as np
 import polars as pl
 
 from deadbench.analysis.lines import LINE, last, ok_reads
-from deadbench.analysis.plots.models import Spec, line_colour, named, specification
+from deadbench.analysis.plots.models import Spec, bar, line_colour, named, specification
 from deadbench.analysis.results import collected
 from deadbench.analysis.trajectory import angle
 from deadbench.suite.schema import KEY
@@ -22,11 +22,16 @@ def training_plot(reads: pl.LazyFrame, column: str) -> Spec | None:
     frame = collected(
         named(last(measured, [*LINE, "checkpoint_step"]))
         .filter(pl.len().over("line") >= 2)
-        .select("line", "family", step="checkpoint_step", value=column)
+        .select("line", "family", *_bar(column), step="checkpoint_step", value=column)
         .sort("line", "step")
     )
     log = column == "lambda_v"
     return _histories(frame, reads, "lambda_v" if log else "depth, decades", ".3e" if log else ".2f", log=log)
+
+
+def _bar(column: str) -> list[pl.Expr]:
+    """`low` and `high` around a depth; a variance's error is of its logarithm, and has no bar."""
+    return bar(column) if column == "depth" else []
 
 
 def turning_plot(reads: pl.LazyFrame, norms: pl.LazyFrame) -> Spec | None:
@@ -66,6 +71,9 @@ def _histories(frame: pl.DataFrame, reads: pl.LazyFrame, title: str, format: str
                      alt.Tooltip("value:Q", title=title, format=format)],
         )
     )  # fmt: skip
+    if "low" in rows.columns and rows["low"].null_count() < len(rows):
+        errors = chart.mark_rule(strokeWidth=4, opacity=0.35).encode(y="low:Q", y2="high:Q")
+        chart = alt.layer(errors, chart)
     return specification(chart, {"history": rows.to_dicts()}, height=260)
 
 

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 Models = Annotated[
     list[str] | None, typer.Argument(metavar="[MODEL]...", help="Registry ids or SOURCEs; none: the suite.")
 ]
-Suite = Annotated[str | None, typer.Option(metavar="NAME", help="Suite of the registry. [default: quick]")]
-Registry = Annotated[Path | None, typer.Option(metavar="FILE", help="Registry. [default: models.yaml]")]
+Suite = Annotated[str | None, typer.Option(metavar="NAME", help="Suite of the registry. \\[default: quick]")]
+Registry = Annotated[Path | None, typer.Option(metavar="FILE", help="Registry. \\[default: models.yaml]")]
 Reads = Annotated[str | None, typer.Option(help="Comma-separated: parameters, random, trained, functional.")]
-Tokens = Annotated[int | None, typer.Option(min=1, help="Tokens to read. [default: the protocol's]")]
+Tokens = Annotated[int | None, typer.Option(min=1, help="Tokens to read. \\[default: the protocol's]")]
 InputSpec = Annotated[
     str | None,
     typer.Option("--input", metavar="SPEC", help="text[:FILE], image[:DIR], tokens:random, tokens:FILE.npy, hf:…"),
@@ -27,7 +27,7 @@ Seed = Annotated[int, typer.Option(min=0, help="Seed of random weights and input
 Dtype = Annotated[str | None, typer.Option(help="auto, float32, float16, bfloat16, float64.")]
 
 # Where and how.
-Address = Annotated[str | None, typer.Option(help="Ray to join: local, auto, host:port. [default: local]")]
+Address = Annotated[str | None, typer.Option(help="Ray to join: local, auto, host:port. \\[default: local]")]
 Out = Annotated[str, typer.Option(metavar="DIR_OR_URI", help="Result set to write or continue.")]
 Resume = Annotated[bool, typer.Option("--resume/--fresh", help="Skip finished reads, or redo them.")]
 Engine = Annotated[str, typer.Option(help="auto, torch, streaming (one block at a time) or vllm.")]
@@ -36,7 +36,7 @@ Replicas = Annotated[
 ]
 AccumulatorGb = Annotated[
     float | None,
-    typer.Option(min=0, metavar="GB", help="Memory for residual-stream accumulators. [default: 1/4 of the free]"),
+    typer.Option(min=0, metavar="GB", help="Memory for residual-stream accumulators. \\[default: 1/4 of the free]"),
 ]
 
 # What is compared.

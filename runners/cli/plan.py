@@ -18,12 +18,12 @@ def plan(
     suite: options.Suite = None,
     registry: options.Registry = None,
     reads: options.Reads = None,
-    address: Annotated[str | None, typer.Option(help="Ray to ask for its nodes. [default: this machine]")] = None,
+    address: Annotated[str | None, typer.Option(help="Ray to ask for its nodes. \\[default: this machine]")] = None,
     out: Annotated[str | None, typer.Option(metavar="DIR_OR_URI", help="Result set that run would continue.")] = None,
     resume: options.Resume = True,
     engine: options.Engine = "auto",
     tensor_parallel: Annotated[
-        int | None, typer.Option(min=1, help="Devices that share one model. [default: as few as it fits on]")
+        int | None, typer.Option(min=1, help="Devices that share one model. \\[default: as few as it fits on]")
     ] = None,
     replicas: options.Replicas = 1,
     tokens: options.Tokens = None,

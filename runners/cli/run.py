@@ -21,7 +21,8 @@ def run(
     resume: options.Resume = True,
     engine: options.Engine = "auto",
     tensor_parallel: Annotated[
-        int | None, typer.Option(min=1, help="Devices (without GPUs: processes) that share one model. [default: gpus]")
+        int | None,
+        typer.Option(min=1, help="Devices (without GPUs: processes) that share one model. \\[default: gpus]"),
     ] = None,
     replicas: options.Replicas = 1,
     tokens: options.Tokens = None,

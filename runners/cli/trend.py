@@ -28,9 +28,11 @@ def trend(
         str | None, typer.Option(metavar="METRIC", help="Find the first checkpoint at which METRIC's gate breaks.")
     ] = None,
     gate: GateFile = None,
-    registry: Annotated[Path | None, typer.Option(metavar="FILE", help="With --bisect. [default: models.yaml]")] = None,
+    registry: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="With --bisect. \\[default: models.yaml]")
+    ] = None,
     suite: Annotated[str | None, typer.Option(metavar="NAME", help="With --bisect: its protocol and input.")] = None,
-    address: Annotated[str | None, typer.Option(help="With --bisect: Ray to join. [default: local]")] = None,
+    address: Annotated[str | None, typer.Option(help="With --bisect: Ray to join. \\[default: local]")] = None,
     format: Format = "table",
     as_json: Json = False,
     debug: Debug = False,
@@ -46,6 +48,7 @@ def trend(
 
     Example: [bold]deadbench trend results/bisect --model twin-layernorm --bisect depth --suite quick[/bold]
     """
+    from deadbench.analysis.cells import ERRORS
     from deadbench.analysis.dead import dead_directions
     from deadbench.analysis.results import scan
     from deadbench.analysis.trajectory import trajectory
@@ -75,7 +78,8 @@ def trend(
         save_plot(trend_plot(turned, sparks, [*metrics, "angle"]), plot)
         say(f"wrote {plot}")
     if metric and format == "table" and not as_json:
-        series = series.select("checkpoint_step", "revision", *metric, "protocol", "dtype")
+        beside = [ERRORS[name] for name in metric if ERRORS.get(name) in series.columns]
+        series = series.select("checkpoint_step", "revision", *metric, *beside, "protocol", "dtype")
         print_frames({"checkpoints": series, "metrics": sparks, "directions": turns}, format)
     else:
         print_frames({"trend": series, "metrics": sparks, "directions": turns}, "json" if as_json else format)

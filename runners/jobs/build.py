@@ -111,19 +111,22 @@ def _wished(model: Model, base: Path, assumed: bool) -> str:
     return DEFAULT if spec.why_not(config) else model.engine
 
 
-def _check_degree(model: Model, degree: int, base: Path) -> None:
-    """Raise JobError where `degree` devices cannot share the heads of `model`; what cannot be opened fails later."""
+def _check_divides(model: Model, tensor_parallel: int, base: Path) -> None:
+    """Raise JobError where so many devices cannot share the heads of `model`; what cannot be opened fails later."""
     try:
         checkpoint = model.main_checkpoint()
-        config = model.config or (Checkpoint(model.source or "", checkpoint, base).config() if degree > 1 else {})
+        opened = Checkpoint(model.source or "", checkpoint, base) if not model.config and tensor_parallel > 1 else None
+        config = model.config or (opened.config() if opened else {})
     except CheckpointError:
         return
     config = config.get("text_config") or config
     heads = config.get("num_attention_heads") or config.get("n_head")
     for count, what in ((heads, "attention heads"), (config.get("num_key_value_heads"), "key/value heads")):
-        if isinstance(count, int) and count % degree:
+        if isinstance(count, int) and count % tensor_parallel:
             fitting = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0 and (heads or count) % n == 0)
-            raise JobError(f"{model.id}: {degree} devices do not divide its {count} {what}; choose one of {fitting}")
+            raise JobError(
+                f"{model.id}: {tensor_parallel} devices do not divide its {count} {what}; choose one of {fitting}"
+            )
 
 
 def _own_model(source: str, overrides: Overrides) -> Model:
@@ -161,8 +164,8 @@ def _model_job(asked: _Asked, series: bool) -> ModelJob:
             check_spec(asked.input, model.modality)
         except InputError as error:
             raise JobError(f"{model.id}: {error}") from error
-        shared_by = overrides.tensor_parallel or (model.gpus if overrides.replicas == 1 else 1)
-        _check_degree(model, shared_by, asked.base)
+        tensor_parallel = overrides.tensor_parallel or (model.gpus if overrides.replicas == 1 else 1)
+        _check_divides(model, tensor_parallel, asked.base)
     engine = _engine(asked)
     revisions, unlisted = revisions_of(model, asked.base) if series else ([model.revision], None)
     if unlisted is not None or all(needs_config_alone(model, read) for read in asked.reads):

@@ -1,5 +1,6 @@
 """A job: what one actor does, and the key under which each of its reads is stored."""
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 from deadbench.suite.checkpoints.checkpoint import checkpoint_step
 from deadbench.suite.read_specs import READ_SPECS
-from deadbench.suite.registry.entries import Model, Protocol
+from deadbench.suite.registry.entries import CheckpointPattern, ListedCheckpoints, Model, Protocol
 from deadbench.suite.schema import KEY
 
 
@@ -135,7 +136,27 @@ class ModelJob:
 
 
 def read_step(job: ReadJob) -> int | None:
-    """Training step of the checkpoint that a job reads; None for a random initialisation."""
+    """Training step of the checkpoint that a job reads; None for a random initialisation, and where nothing tells.
+
+    By the registry's rule for the series, else by the checkpoint's name, else by what its Trainer wrote beside it.
+    """
     if not READ_SPECS[job.read].per_checkpoint:
         return None
-    return checkpoint_step(job.revision or Path(job.model.source or "").name)
+    series = job.model.checkpoints
+    if job.revision and isinstance(series, CheckpointPattern | ListedCheckpoints):
+        step = series.step_of(job.revision)
+        if step is not None:
+            return step
+    named = checkpoint_step(job.revision or Path(job.model.source or "").name)
+    return _trainer_step(job) if named is None else named
+
+
+def _trainer_step(job: ReadJob) -> int | None:
+    """`global_step` of the `trainer_state.json` that transformers' Trainer leaves in a local checkpoint."""
+    source = Path(job.model.source or "").expanduser() / (job.revision or "")
+    folder = source if source.is_dir() else job.base / source
+    try:
+        step = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # it is no Trainer's, or not here
+    return step if isinstance(step, int) and not isinstance(step, bool) and 0 <= step < 2**63 else None

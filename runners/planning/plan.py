@@ -18,6 +18,7 @@ from deadbench.runners.planning.sizes import ModelSize, measure
 from deadbench.suite.checkpoints.checkpoint import Checkpoint
 from deadbench.suite.checkpoints.tensors import TensorEntry, read_headers
 from deadbench.suite.errors import CheckpointError
+from deadbench.suite.read_specs import READ_SPECS
 
 _ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -53,7 +54,7 @@ def place(read: ReadJob, cluster: Cluster, tensor_parallel: int | None = None) -
     problem, remark = read.error, None
     if isinstance(problem, Unreached) and cluster.assumed:  # nor does that matter to an assumed cluster
         problem, remark = None, "its source cannot be reached from here"
-    if read.read == "parameters":
+    if not READ_SPECS[read.read].runs_model:
         return replace(row, note=joined("headers and norms only", remark), problem=problem)
     try:
         size, dtype, inline = _facts(read)
@@ -63,7 +64,7 @@ def place(read: ReadJob, cluster: Cluster, tensor_parallel: int | None = None) -
         remark = "sized by the registry's configuration"
     share = -(-num_tokens(read.protocol.tokens, size.hidden_size) // read.replicas)
     row, need = replace(row, dtype=dtype), needs(size, read.read, _ITEM_BYTES[dtype], share)
-    if read.read == "functional":
+    if not READ_SPECS[read.read].divides:
         found = fit_whole(row, need, Room.of(cluster))
     else:
         found = fit(row, size, need, read, cluster, tensor_parallel)
@@ -85,11 +86,16 @@ def _described(read: ReadJob) -> tuple[dict[str, Any], dict[str, TensorEntry] | 
     Raises:
         ValueError: the checkpoint cannot be opened, and the registry has none.
     """
-    if read.model.config is not None and read.read != "trained":
+    weights = READ_SPECS[read.read].opens == "weights"
+    if read.model.config is not None and not weights:
         return read.model.config, None, False
     checkpoint = Checkpoint(read.model.source or "", read.revision or read.model.main_checkpoint(), read.base)
     try:
-        return checkpoint.config(), read_headers(checkpoint) if read.read == "trained" else None, False
+        return (
+            checkpoint.config(),
+            read_headers(checkpoint) if weights else None,
+            False,
+        )
     except CheckpointError as error:
         if read.model.config is None:
             raise ValueError(str(error)) from error

@@ -135,6 +135,6 @@ def _headline(row: dict[str, Any]) -> str:
         return f"{row['family']}, depth {row['depth']:.2f}, alignment {row['alignment']:.4f}"
     if row["final_norm"] is None:
         return f"no final norm ({row['error']})"
-    if row["read"] == "functional":
-        return f"{row['family']}, moved and put back"
-    return f"{row['family']}, {row['num_zero_scales']} zero scales"
+    if row["num_zero_scales"] is not None:
+        return f"{row['family']}, {row['num_zero_scales']} zero scales"
+    return f"{row['family']}, moved and put back"

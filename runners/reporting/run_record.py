@@ -65,7 +65,7 @@ class RunRecord:
 
     def ended(self, status: str, error: BaseException | None = None) -> None:
         """The run is over: finished, interrupted or stopped. Write the record for the last time."""
-        said = without_secrets(message(error, None)) if error is not None else None
+        said = without_secrets(message(error, None)) if error is not None and str(error) else None
         self._facts |= {"status": status, "finished_at": _now(), "error": said}
         self._write()
 

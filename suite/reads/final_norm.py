@@ -21,8 +21,7 @@ from deadbench.suite.reads.verdicts import KERNEL_SLOPE, EarlyVerdict, precision
 from deadbench.suite.schema import Row
 from deadbench.suite.spectra.arrow_state import VECTOR, StateError, fields, struct, vector
 from deadbench.suite.spectra.bootstrap import SequenceSums, sequence_lengths
-from deadbench.suite.spectra.covariance import STATE as COVARIANCE_STATE
-from deadbench.suite.spectra.covariance import CovarianceFactor
+from deadbench.suite.spectra.covariance import COVARIANCE_STATE, CovarianceFactor
 from deadbench.suite.spectra.directions import (
     dead_subspace,
     depth_limit,

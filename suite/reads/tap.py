@@ -10,8 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from deadbench.suite.spectra.arrow_state import VECTOR, fields, struct, tensor, vector
-from deadbench.suite.spectra.covariance import STATE as COVARIANCE_STATE
-from deadbench.suite.spectra.covariance import CovarianceFactor
+from deadbench.suite.spectra.covariance import COVARIANCE_STATE, CovarianceFactor
 from deadbench.suite.spectra.spectrum import Spectrum
 
 TAP_STATE = pa.schema(

@@ -71,6 +71,10 @@ class CheckpointPattern(Strict):
             steps += range(self.first, self.last + 1, self.every)
         return [self.pattern.replace("{step}", str(step)) for step in steps]
 
+    def step_of(self, name: str) -> int | None:
+        """The `{step}` of a checkpoint's name; None for a name of another series."""
+        return _step_in(self.pattern, name)
+
 
 class ListedCheckpoints(Strict):
     """A series whose names are listed where it is, because no rule gives them all: branches, tags or folders.
@@ -90,9 +94,19 @@ class ListedCheckpoints(Strict):
 
     def names(self, found: list[str]) -> list[str]:
         """Those of `found` that belong to the series, in training order."""
-        rule = re.sub(r"\\\{\w+\\\}", r"\\d+", re.escape(self.listed).replace(r"\{step\}", r"(?P<step>\d+)"))
-        steps = {name: int(match["step"]) for name in found if (match := re.fullmatch(rule, name))}
+        steps = {name: step for name in found if (step := self.step_of(name)) is not None}
         return sorted((name for name in steps if steps[name] % self.every == 0), key=lambda name: (steps[name], name))
+
+    def step_of(self, name: str) -> int | None:
+        """The `{step}` of a checkpoint's name; None for a name of another series."""
+        return _step_in(self.listed, name)
+
+
+def _step_in(rule: str, name: str) -> int | None:
+    """The number at `{step}` of `rule` in `name`; any other `{name}` stands for digits."""
+    digits = re.sub(r"\\\{\w+\\\}", r"\\d+", re.escape(rule).replace(r"\{step\}", r"(?P<step>\d+)", 1))
+    match = re.fullmatch(digits, name)
+    return int(match["step"]) if match else None
 
 
 def _series_kind(value: Any) -> str:

@@ -18,7 +18,7 @@ from deadbench.suite.spectra.routes import GRAM_STATE, Lifted, Plain, Whitened, 
 from deadbench.suite.spectra.spectrum import Spectrum
 from deadbench.suite.spectra.triangular import CERTIFIED_RELATIVE_ERROR, GRAM_ERROR
 
-STATE = pa.schema(
+COVARIANCE_STATE = pa.schema(
     {
         "hidden_size": pa.int64(),
         "count": pa.int64(),
@@ -165,7 +165,7 @@ class CovarianceFactor:
             "off_centre": self._off_centre(),
             "gram": self._by_gram.to_arrow() if self._by_gram is not None else None,
         }
-        return struct(columns | self._by_qr.columns(), STATE)
+        return struct(columns | self._by_qr.columns(), COVARIANCE_STATE)
 
     @classmethod
     def from_arrow(
@@ -176,7 +176,7 @@ class CovarianceFactor:
         Raises:
             StateError: it is not whole.
         """
-        row = fields(state, STATE)
+        row = fields(state, COVARIANCE_STATE)
         D = row["hidden_size"].as_py()
         self = cls(D, device)
         self._by_qr = Qr.from_columns(row, D, self.device)

@@ -55,6 +55,13 @@ def test_noise_widens_a_bound_and_never_narrows_it(frame, read):
     assert checks["allowed"].to_list() == [5.0, 5.0]
 
 
+def test_what_is_allowed_is_the_bound_or_so_many_times_the_noise(frame, read):
+    seeds = [read("m", "random", seed=s, depth=d) for s, d in enumerate((13.0, 12.5))]  # noise half a decade
+    for noise, decades, allowed in ((2, 0.1, 1.0), (1, 0.1, 0.5), (3, 0.1, 1.5), (0, 0.1, 0.1), (2, 1.25, 1.25)):
+        checks = judged(frame, seeds, seeds, {"depth": {"worse": "lower", "decades": decades}}, noise=noise)
+        assert checks["allowed"].to_list() == pytest.approx([allowed] * 2)
+
+
 def test_missing_failed_and_lost_break(frame, read):
     baseline = [read(name, depth=1.0) for name in "abcd"]
     candidate = [read("a", depth=1.0), read("b", status="failed", error="no memory"), read("d", depth=None)]
@@ -62,6 +69,7 @@ def test_missing_failed_and_lost_break(frame, read):
     assert broken(judged(frame, baseline, candidate, rule))["verdict"].to_list() == ["lost", "missing", "failed"]
     ignored = judged(frame, baseline, candidate, rule, missing="ignore")
     assert broken(ignored)["verdict"].to_list() == ["lost"]
+    assert sorted(ignored["verdict"]) == ["ignored", "ignored", "lost", "passed"]
 
 
 def test_a_gate_that_judges_nothing_is_refused_and_an_idle_rule_is_named(frame, read):
@@ -95,6 +103,42 @@ def test_a_bad_gate_file_is_one_line(tmp_path, content, message):
         load_gate(path)
     assert str(error.value).startswith(f"{path}: ")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ("metrics: {depth: {worse: lower, absolute: 1, decades: 1}}",
+         "metrics.depth: give one of absolute, relative, decades"),
+        ("metrics: {depht: {worse: lower}}",
+         "metrics: metric 'depht' is no numeric column of reads; for example depth"),
+        ("metrics: {depth: {worse: lower, decades: -1}}",
+         "metrics.depth.decades: Input should be greater than or equal to 0 (got -1)"),
+        ("metrics: {depth: 1}", "metrics.depth: Input should be a valid dictionary or instance of MetricGate (got 1)"),
+    ],
+)  # fmt: skip
+def test_the_line_says_where_and_what_and_nothing_of_the_checker(tmp_path, content, line):
+    path = tmp_path / "gate.yaml"
+    path.write_text(content)
+    with pytest.raises(GateError) as error:
+        load_gate(path)
+    assert str(error.value).split(", depth")[0] == f"{path}: {line}"
+
+
+def test_a_gate_file_that_is_not_there_and_a_line_without_end(tmp_path):
+    with pytest.raises(GateError, match=r"absent.yaml: no such gate file .No such file or directory."):
+        load_gate(tmp_path / "absent.yaml")
+    path = tmp_path / "gate.yaml"
+    path.write_text(f"metrics: {{{'x' * 1000}: {{worse: lower}}}}")
+    with pytest.raises(GateError) as error:
+        load_gate(path)
+    assert len(str(error.value)) == len(f"{path}: ") + 400
+
+
+def test_all_rules_that_judged_nothing_are_named(frame, read):
+    sides = [[read("m", depth=1.0)]] * 2
+    with pytest.raises(GateError, match="has lambda_v, alignment under its reads and models"):
+        judged(frame, *sides, {"lambda_v": {"worse": "higher"}, "alignment": {"worse": "lower"}})
 
 
 def test_the_example_gate_and_workflow_hold():

@@ -2,6 +2,8 @@ import pytest
 
 from deadbench.analysis.formats import render
 from deadbench.analysis.leaderboard import COLUMNS, SORTABLE, leaderboard
+from deadbench.analysis.plots.models import depth_plot
+from deadbench.analysis.plots.training import training_plot
 from deadbench.analysis.results import ResultsError
 
 
@@ -135,6 +137,35 @@ def test_zero_scales_are_explained_in_every_format(frame, read):
         assert "exact yes says only" in page
     assert "zero scales" not in render({"leaderboard": leaderboard(frame(rows[1:]))}, "md")
     assert "protocol standard, dtype float32, learned directions" in render({"b": leaderboard(frame(rows))}, "html")
+
+
+def test_uncertainty_stands_beside_the_depths(frame, read):
+    rows = [read("m", "random", seed=s, depth=d) for s, d in enumerate((12.0, 13.0, 14.0))]
+    rows += [read("m", depth=13.984, depth_standard_error=0.0541), read("n", depth=12.0)]
+    found = leaderboard(frame(rows))
+    assert found.select("depth_standard_error", "depth_random", "depth_random_spread", "num_seeds").rows() == [
+        (0.0541, 13.0, 1.0, 3), (None, None, None, None),
+    ]  # fmt: skip
+    for page in (render({"leaderboard": found}, format) for format in ("md", "html")):
+        assert "13.98 ± 0.054" in page
+        assert "13.00 ± 1" in page
+        assert "12.00 ±" not in page
+        assert "standard error" not in page
+    assert '"depth_standard_error": 0.0541' in render({"leaderboard": found}, "json")
+
+
+def test_error_bars_are_drawn_where_errors_are_known(frame, read):
+    def layers(spec):
+        return [layer["mark"]["type"] for layer in spec.get("layer", [])]
+
+    steps = [read("m", revision=f"step{s}", checkpoint_step=s, depth=13.0, minute=s) for s in (1, 2)]
+    assert layers(depth_plot(frame(steps))) == ["line", "point"]
+    assert "layer" not in training_plot(frame(steps), "depth")
+    known = [row | {"depth_standard_error": 0.5} for row in steps]
+    assert layers(depth_plot(frame(known))) == ["line", "rule", "point"]
+    spec = training_plot(frame(known), "depth")
+    assert layers(spec) == ["rule", "line"]
+    assert [(row["low"], row["high"]) for row in spec["datasets"]["history"]] == [(12.5, 13.5)] * 2
 
 
 def test_unknown_requests_name_what_is_allowed(frame, read):

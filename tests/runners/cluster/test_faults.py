@@ -53,6 +53,23 @@ def test_what_ray_says_in_one_line(error, kind, words):
     assert "\n" not in death.cause
 
 
+def test_what_no_rule_knows_is_told_by_its_kind_and_in_short():
+    assert death_of(ray, ray.exceptions.RayError("a\n  b")) == Death("crash", "RayError: a b")
+    failed = death_of(ray, ray.exceptions.RayTaskError("run", "traceback", ValueError("c\nd")))
+    assert failed == Death("crash", "the worker failed: c d")
+    for error, told in (
+        (ray.exceptions.RayError("x" * 400), "RayError: "),
+        (ray.exceptions.RayTaskError("run", "traceback", ValueError("x" * 400)), "the worker failed: "),
+    ):
+        assert death_of(ray, error).cause == told + "x" * 300
+
+
+def test_a_node_that_was_taken_away_is_a_lost_one():
+    preempted = ray.exceptions.RayError("no more is known")
+    preempted.preempted = True
+    assert death_of(ray, preempted).kind == "node"
+
+
 def test_what_was_found_where_it_died_is_told():
     crash = Death("crash", "the process of this model died: killed, or crashed")
     assert crash.explained(Ended(signal="segmentation fault")).cause.endswith("(segmentation fault)")
@@ -99,4 +116,25 @@ def test_what_never_began_is_no_attempt(job):
     attempts = Attempts(max_retries=0)
     assert attempts.after(Death("unplaced", "x"), job) == (job, None)
     assert attempts.after(Death("broken", "x"), job) == (job, None)
+    assert attempts.number(job.reads[0]) == 1
+
+
+def test_crash_memory_and_silence_use_up_the_same_retries_and_nodes_do_not(job):
+    attempts, left = Attempts(max_retries=3), job
+    for number, kind in enumerate(("crash", "node", "memory", "silence"), 2):
+        left, given_up = attempts.after(Death(kind, "x"), left)
+        assert given_up is None
+        assert attempts.number(job.reads[0]) == number
+    assert left.reads[0].half_batch, "and it stays so"
+    left, given_up = attempts.after(Death("crash", "x"), left)
+    assert given_up.identity() == job.reads[0].identity()
+    assert left.reads == job.reads[1:]
+
+
+def test_a_place_that_others_take_again_and_again_is_given_up(job):
+    attempts = Attempts(max_retries=0)
+    for _ in range(20):
+        assert attempts.after(Death("unplaced", "x"), job) == (job, None)
+    again, given_up = attempts.after(Death("unplaced", "x"), job)
+    assert (again.reads, given_up) == (job.reads[1:], job.reads[0])
     assert attempts.number(job.reads[0]) == 1

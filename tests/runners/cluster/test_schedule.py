@@ -109,3 +109,152 @@ def test_what_nothing_can_hold_does_not_hold_the_others_up():
     nodes = cluster(4)
     assert not can_ever(Demand(8), nodes)
     assert [position for position, _ in decide([Demand(8, seconds=1e6), Demand(4)], nodes, [])] == [1]
+
+
+def whole(node, *devices, cpus=0.0):
+    """A place of whole devices on one node."""
+    return (Piece(node, devices, 1.0, cpus),)
+
+
+def order(queue, nodes, running=()):
+    """Positions in the order in which they are started."""
+    return [position for position, _ in decide(queue, nodes, list(running))]
+
+
+def test_what_is_free_is_what_neither_others_nor_we_use():
+    nodes = [Node("a", 3, 8.0, foreign_devices=1.25, foreign_cpus=2.0), Node("b", 1, 4.0)]
+    free = Free.of(nodes, [Running((Piece("a", (0,), 0.5, 1.5), Piece("b", (0,), 0.25, 1.0)))])
+    # Ray gives others what is freest: first the second device, then a quarter of the third.
+    assert free.devices == {"a": [0.5, 0.0, 0.75], "b": [0.75]}
+    assert free.cpus == {"a": 4.5, "b": 3.0}
+    many = Free.of([Node("a", 2, 8.0, foreign_devices=9.0)])
+    assert many.devices == {"a": [0.0, 0.0]}
+
+
+def test_what_is_taken_is_given_back_and_a_lost_node_has_nothing_to_give():
+    free = Free.of(cluster(2))
+    place = (Piece("node0", (1,), 0.25, 3.0), Piece("gone", (0,), 1.0, 1.0))
+    before = free.copy()
+    free.take(place)
+    assert (free.devices, free.cpus) == ({"node0": [1.0, 0.75]}, {"node0": 61.0})
+    free.take(place, -1)
+    assert free == before
+    free.take(place)
+    assert before.devices == {"node0": [1.0, 1.0]}, "a copy changes by itself"
+    both = Free({"x": [0.2, 0.9]}, {"x": 5.0}).both(Free({"x": [0.7, 0.1]}, {"x": 4.0}))
+    assert both == Free({"x": [0.2, 0.1]}, {"x": 4.0})
+
+
+def elsewhere(seconds):
+    """What runs on eight devices that are no place for anybody here: it counts to the time that is left for all."""
+    return Running(whole("elsewhere", *range(8)), seconds)
+
+
+def test_first_comes_what_takes_over_half_of_the_time_then_the_widest_then_the_longest():
+    nodes = cluster(16)
+    queue = [Demand(2, seconds=20), Demand(4, seconds=10), Demand(1, seconds=110), Demand(2, seconds=30)]
+    # 250 device seconds on 16 devices: each takes over half of the time, 7.8 s.
+    assert order(queue, nodes) == [2, 3, 0, 1]
+    assert order(queue, nodes, [elsewhere(90.0)]) == [2, 1, 3, 0], "half of the time is 30.3 s"
+    assert order(queue, nodes, [elsewhere(1000.0)]) == [1, 3, 0, 2]
+    assert order([Demand(1, seconds=5.0)] * 3, nodes) == [0, 1, 2], "as they came"
+
+
+def test_without_devices_there_is_no_time_to_share():
+    nodes = cluster(0)
+    assert order([Demand(0, 1.0, 1.0), Demand(0, 1.0, 9.0)], nodes) == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("demand", "found"),
+    [
+        (Demand(1, 4.0), whole("a", 1, cpus=4.0)),  # the first is taken in part
+        (Demand(2, 4.0), None),
+        (Demand(1, 4.5), None),
+        (Demand(0.5, 1.0), (Piece("a", (0,), 0.5, 1.0),)),  # the fullest that has room
+        (Demand(0.75, 1.0), (Piece("a", (1,), 0.75, 1.0),)),
+        (Demand(0, 4.0), (Piece("a", (), 0.0, 4.0),)),
+        (Demand(0, 4.1), None),
+    ],
+)
+def test_room_on_one_node(demand, found):
+    nodes = [Node("a", 2, 6.0)]
+    free = Free.of(nodes, [Running((Piece("a", (0,), 0.5, 2.0),))])
+    assert find_place(demand, free, nodes) == found
+
+
+def test_of_several_places_the_one_that_leaves_least():
+    nodes = [Node("a", 4, 8.0), Node("b", 2, 8.0), Node("c", 2, 4.0)]
+    free = Free.of(nodes, [Running((Piece("a", (0,), 0.5, 0.0),))])
+    assert find_place(Demand(0.25), free, nodes)[0].node == "a", "on its device"
+    assert find_place(Demand(1), free, nodes)[0].node == "b", "on its node, the one with more CPUs"
+    assert find_place(Demand(1, 1.0), free, [nodes[0], nodes[2]])[0].node == "c"
+    assert find_place(Demand(3), free, nodes) == whole("a", 1, 2, 3)
+    assert find_place(Demand(1), free, []) is None
+
+
+def test_over_several_nodes_the_cpus_go_with_the_devices():
+    nodes = [Node("a", 4, 8.0), Node("b", 8, 8.0)]
+    assert find_place(Demand(10, 5.0), Free.of(nodes), nodes) == (
+        Piece("b", tuple(range(8)), 1.0, 4.0), Piece("a", (0, 1), 1.0, 1.0),
+    )  # fmt: skip
+    assert find_place(Demand(12, 12.0), Free.of(nodes), nodes) == (
+        Piece("b", tuple(range(8)), 1.0, 8.0), Piece("a", (0, 1, 2, 3), 1.0, 4.0),
+    )  # fmt: skip
+    assert find_place(Demand(12, 13.0), Free.of(nodes), nodes) is None, "b would lack CPUs"
+    assert find_place(Demand(13), Free.of(nodes), nodes) is None
+    busy = Free.of(nodes, [Running(whole("a", 3))])
+    assert find_place(Demand(11), busy, nodes) is not None
+    assert find_place(Demand(12), busy, nodes) is None
+
+
+def test_two_devices_of_two_nodes_of_one_are_a_place():
+    nodes = cluster(1, 1)
+    assert len(find_place(Demand(2), Free.of(nodes), nodes)) == 2
+    assert find_place(Demand(1), Free.of(nodes), nodes) == whole("node0", 0)
+
+
+def test_whether_it_can_ever_run_does_not_depend_on_what_others_do_now():
+    nodes = [Node("a", 4, 8.0, foreign_devices=4.0, foreign_cpus=8.0)]
+    assert can_ever(Demand(4, 8.0), nodes)
+    assert not can_ever(Demand(4, 8.5), nodes)
+    assert not can_ever(Demand(5), nodes)
+    assert not can_ever(Demand(1), [])
+    assert order([Demand(1)], nodes) == []
+
+
+LATER = elsewhere(1e6)  # so much is left for all that nothing is long: the widest come first
+
+
+def test_the_head_of_the_line_has_the_place_that_is_free_first():
+    nodes = cluster(4, 4)
+    running = [LATER, Running(whole("node0", 0, 1, 2, 3), 50.0), Running(whole("node1", 0, 1), 80.0)]
+    head = Demand(4, seconds=100)
+    # node0 is free at 50: two devices of node1 are nobody's until then, and after it too.
+    assert order([head, Demand(2, seconds=500)], nodes, running) == [1]
+    sooner = [LATER, Running(whole("node0", 0, 1, 2, 3), 50.0), Running(whole("node1", 0, 1), 20.0)]
+    # Now it is node1, at 20: what is let by must be through then.
+    assert order([head, Demand(2, seconds=21)], nodes, sooner) == []
+    assert order([head, Demand(2, seconds=20)], nodes, sooner) == [1]
+
+
+def test_what_has_started_in_this_round_is_waited_for_as_what_runs():
+    queue = [Demand(3, seconds=40), Demand(3, seconds=39), Demand(1, seconds=40), Demand(1, seconds=41)]
+    # The second waits for the first, 40 s; beside both there is one device.
+    assert order(queue, cluster(4), [LATER]) == [0, 3]
+    assert order(queue[:3], cluster(4), [LATER]) == [0, 2]
+    wide = [Demand(3, seconds=40), Demand(2, seconds=39), Demand(1, seconds=40), Demand(1, seconds=41)]
+    assert order(wide, cluster(4), [LATER]) == [0, 3], "beside two devices there are two"
+
+
+def test_of_two_that_are_let_by_the_second_may_not_take_what_the_first_left_the_head():
+    running = [LATER, Running(whole("node0", 0, 1, 2), 50.0)]
+    queue = [Demand(6, seconds=10), Demand(1, seconds=60), Demand(1, seconds=59), Demand(1, seconds=58)]
+    # Eight devices: at 50 the head takes six of them, and two of the five that are free now are left beside it.
+    assert order(queue, cluster(8), running) == [1, 2]
+    assert order([*queue, Demand(1, seconds=50)], cluster(8), running) == [1, 2, 4]
+
+
+def test_what_others_hold_is_not_waited_for_and_holds_nobody_up():
+    nodes = [Node("a", 4, 8.0, foreign_devices=2.0)]
+    assert order([Demand(4, seconds=100), Demand(1, seconds=1000)], nodes, [LATER]) == [1]

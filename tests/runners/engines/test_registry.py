@@ -21,11 +21,13 @@ from deadbench.runners.engines.registry import (
 )
 from deadbench.runners.jobs.build import build_jobs
 from deadbench.runners.jobs.job import JobError, Overrides
-from deadbench.suite.registry.entries import READS, Engine, Model
+from deadbench.suite.read_specs import READ_SPECS
+from deadbench.suite.registry.entries import Engine, Model
 from deadbench.suite.registry.loading import load_registry
 from tests.conftest import TINY_NEOX
 from tests.runners.engines.fake_vllm import pretend_vllm
 
+FORWARD_READS = {name for name, spec in READ_SPECS.items() if spec.runs_model}
 every_engine = pytest.mark.parametrize("name", ENGINES)
 
 
@@ -74,7 +76,7 @@ def test_a_class_has_what_its_base_asks_for(name, monkeypatch):
 @every_engine
 def test_what_a_spec_says_hangs_together(name, monkeypatch):
     spec = ENGINES[name]
-    assert {"random", "trained"} <= {*spec.reads} <= {*READS} - {"parameters"}
+    assert {"random", "trained"} <= {*spec.reads} <= FORWARD_READS
     assert (spec.rank_path is not None) == (spec.tensor_parallel == "ranks")
     assert (spec.package is None) == (spec.install is None)
     assert spec.in_process or not (spec.resume or spec.replicas), "only passes in this process are cut or divided"
@@ -86,7 +88,7 @@ def test_what_a_spec_says_hangs_together(name, monkeypatch):
 
 
 def test_one_engine_does_every_read_and_auto_chooses_among_those_that_need_nothing_more():
-    assert {*ENGINES[DEFAULT].reads} == {*READS} - {"parameters"}
+    assert {*ENGINES[DEFAULT].reads} == FORWARD_READS
     assert AUTO[0] == DEFAULT
     assert all(ENGINES[name].package is None for name in AUTO)
     assert {"auto", *ENGINES} == {*get_args(Engine)}, "what models.yaml may say"

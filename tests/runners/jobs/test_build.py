@@ -1,16 +1,18 @@
 """From names and flags to jobs; the key changes exactly when the numbers would."""
 
+import os
 import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from deadbench.runners.jobs import opening
 from deadbench.runners.jobs.build import build_jobs
-from deadbench.runners.jobs.job import JobError, Overrides
+from deadbench.runners.jobs.job import JobError, Overrides, read_step
 from deadbench.runners.jobs.opening import unreachable
 from deadbench.suite.errors import CheckpointError
 from deadbench.suite.registry.loading import load_registry
@@ -236,3 +238,36 @@ def test_a_functional_read_is_of_the_engine_that_runs_it(engine, tmp_path):
     store.write(event.tables)
     assert [read.read for read in asked()[0].without(store.finished()).reads] == ["random"]
     assert [row.note for row in make_plan(asked(), cluster, store.finished())][1] == "already there"
+
+
+def _read(checkpoints=None, source="series", revision=None, read="trained", base=ROOT):
+    entry = REGISTRY.model("twin-layernorm").model_dump() | {"source": source, "checkpoints": checkpoints}
+    model = type(REGISTRY.model("twin-layernorm")).model_validate(entry)
+    return replace(only(["twin-layernorm"]), model=model, revision=revision, read=read, base=base)
+
+
+@pytest.mark.parametrize(
+    ("checkpoints", "revision", "step"),
+    [
+        ({"pattern": "ckpt{step}x7", "steps": [3]}, "ckpt3x7", 3),
+        ({"pattern": "v7-{step}", "steps": [3]}, "v7-12", 12),
+        (["checkpoint-10", "checkpoint-2"], "checkpoint-10", 10),
+        (None, "iter_0000020", 20),
+        (None, "main", None),
+    ],
+)
+def test_the_registrys_rule_tells_the_step_before_the_name_does(checkpoints, revision, step):
+    assert read_step(_read(checkpoints, revision=revision)) == step
+
+
+def test_a_trainers_folder_tells_its_step_where_its_name_does_not(tmp_path):
+    for name, text in {
+        "best": '{"global_step": 1500}', "checkpoint-20": '{"global_step": 1}', "odd": '{"global_step": true}',
+        "torn": "{", "none": "{}",
+    }.items():  # fmt: skip
+        (tmp_path / "run" / name).mkdir(parents=True)
+        (tmp_path / "run" / name / "trainer_state.json").write_text(text)
+    steps = {name: read_step(_read(source=str(tmp_path / "run" / name))) for name in os.listdir(tmp_path / "run")}
+    assert steps == {"best": 1500, "checkpoint-20": 20, "odd": None, "torn": None, "none": None}
+    assert read_step(_read(source="run", revision="best", base=tmp_path)) == 1500
+    assert read_step(_read(source="run/best", base=tmp_path, read="random")) is None

@@ -1,0 +1,186 @@
+"""A server that limits, fails, cuts off, stalls and sends elsewhere, in any order: the right bytes, or one clear line.
+
+The server is a function in this process, and time passes only in sleep.
+"""
+
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import httpx2
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
+
+from deadbench.suite.checkpoints import http_folder, http_requests, rate_limits
+from deadbench.suite.checkpoints.http_folder import HttpFolder
+from deadbench.suite.errors import CheckpointError, UnreachableError
+
+SECRETS = ("hunter2", "abcdef")
+PASSING = [
+    "503", "429 0", "429 7", "reset", "timeout", "refused", "cut off", "stalled", "dripping", "elsewhere",
+    "no ranges",
+]  # fmt: skip
+LASTING = ["401", "403", "400", "404", "429 900", "other range", "no length", "in circles"]
+MOST = http_requests.ATTEMPTS + 4  # requests for one thing, as often as a limit and a broken answer are forgiven
+
+
+class Body(httpx2.SyncByteStream):
+    """The bytes that a server sends, in pieces; what happens between them is `between`."""
+
+    def __init__(self, data, between=lambda: None):
+        self.data, self.between = data, between
+
+    def __iter__(self):
+        for start in range(0, len(self.data), 4096):
+            yield self.data[start : start + 4096]
+            self.between()
+
+
+class Server:
+    """Serves one file; `faults` are what becomes of the next requests."""
+
+    def __init__(self, clock):
+        self.clock, self.data = clock, b""
+        self.faults, self.requests, self.sent_elsewhere = [], 0, 0
+
+    def __call__(self, request):
+        self.requests += 1
+        fault = self.faults.pop(0) if self.faults else ""
+        if fault == "in circles":
+            self.faults.insert(0, fault)
+        if fault in ("elsewhere", "in circles"):
+            self.sent_elsewhere += 1
+            return httpx2.Response(302, headers={"Location": f"http://mirror{self.sent_elsewhere}/file"})
+        if fault.isdigit():
+            return httpx2.Response(int(fault))
+        if fault.startswith("429"):
+            return httpx2.Response(429, headers={"Retry-After": fault.partition(" ")[2]})
+        if fault in ("reset", "timeout", "refused"):
+            kind = {"reset": httpx2.ReadError, "timeout": httpx2.ReadTimeout, "refused": httpx2.ConnectTimeout}[fault]
+            raise kind("no answer\nsecond line")
+        start, _, end = request.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")
+        start, end = int(start), min(int(end) + 1 if end else len(self.data), len(self.data))
+        if start >= len(self.data) and "Range" in request.headers:
+            return httpx2.Response(416, headers={"Content-Range": f"bytes */{len(self.data)}"})
+        if fault == "no length":
+            return httpx2.Response(200, stream=Body(self.data))
+        if fault == "no ranges":
+            return httpx2.Response(200, headers={"Content-Length": str(len(self.data))}, stream=Body(self.data))
+        data, shift = self.data[start:end], 8 if fault == "other range" else 0
+        headers = {"Content-Length": str(len(data)), "ETag": '"e"'}
+        status = 206 if "Range" in request.headers else 200
+        if status == 206:
+            headers["Content-Range"] = f"bytes {start + shift}-{end + shift - 1}/{len(self.data)}"
+        body = Body(data[: len(data) // 2] if fault == "cut off" else data)
+        if fault == "stalled":
+            body.between = self.stall
+        if fault == "dripping":
+            body.between = lambda: self.clock.sleep(200.0)
+        return httpx2.Response(status, headers=headers, stream=body)
+
+    def stall(self):
+        raise httpx2.ReadTimeout("30 s without a byte")
+
+
+class Client(RuleBasedStateMachine):
+    """Reads and downloads of a file whose server does what it likes."""
+
+    def __init__(self, world):
+        super().__init__()
+        self.server, self.clock = world
+        self.server.faults = []
+        self.place = tempfile.TemporaryDirectory()
+
+    @initialize(size=st.sampled_from([0, 1, 700, 16_384, 16_385, 50_000]))
+    def serve(self, size):
+        self.server.data = bytes(n * 31 % 251 for n in range(size))
+        self.server.requests = self.server.sent_elsewhere = 0
+        self.folder = HttpFolder("http://me:hunter2@host/m?sig=abcdef", "http://me:hunter2@host/m?sig=abcdef")
+        self.target = Path(self.place.name) / f"file{size}"
+        self.target.unlink(missing_ok=True)
+
+    def asked(self, work, requests=1):
+        """What `work` gives, or the kind of its error; in a bounded number of requests, and in one line."""
+        server = self.server
+        before, began = server.requests - server.sent_elsewhere, self.clock.now
+        text = ""
+        try:
+            return work()
+        except FileNotFoundError as error:
+            text, kind = str(error), FileNotFoundError
+            assert "404" in text
+        except CheckpointError as error:
+            text, kind = str(error), type(error)
+        finally:
+            assert server.requests - server.sent_elsewhere - before <= MOST * requests
+            assert server.sent_elsewhere <= 21 * MOST * server.requests
+            assert self.clock.now - began <= requests * (4 * 30 * 1.1 + 16 * 200 + 60)
+        assert "\n" not in text
+        assert text.startswith("http://host/m: file: ")
+        assert not any(secret in text for secret in SECRETS)
+        return kind
+
+    @rule(faults=st.lists(st.sampled_from(PASSING), max_size=3))
+    def misbehave(self, faults):
+        self.server.faults += faults
+
+    @rule(fault=st.sampled_from([*LASTING, *PASSING]), count=st.sampled_from([1, 5, 20]))
+    def misbehave_long(self, fault, count):
+        self.server.faults += [fault] * count
+
+    @rule()
+    def behave(self):
+        self.server.faults.clear()
+
+    @rule(start=st.integers(0, 50_100), length=st.integers(1, 40_000), whole=st.booleans())
+    def read(self, start, length, whole):
+        start = min(start, len(self.server.data))
+        end = None if whole else start + length
+        got = self.asked(lambda: self.folder.read("file", start, end), requests=2)
+        assert got in (CheckpointError, UnreachableError, FileNotFoundError) or got == self.server.data[start:end]
+
+    @rule()
+    def size(self):
+        got = self.asked(lambda: self.folder.size("file"))
+        assert got in (CheckpointError, UnreachableError, FileNotFoundError, len(self.server.data))
+
+    @rule()
+    def download(self):
+        got = self.asked(lambda: self.folder.download("file", self.target))
+        there = self.target.read_bytes() if self.target.exists() else b""
+        if got is None:
+            assert there == self.server.data
+        assert self.server.data.startswith(there), "what is there is the beginning of the file"
+
+    @rule()
+    def mend_and_finish(self):
+        self.server.faults.clear()
+        self.clock.sleep(1000.0)
+        assert self.folder.read("file") == self.server.data
+        self.folder.download("file", self.target)
+        assert self.target.read_bytes() == self.server.data
+
+    def teardown(self):
+        self.place.cleanup()
+
+
+@pytest.fixture
+def world(monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    clock.monotonic = lambda: clock.now
+    clock.sleep = lambda seconds: setattr(clock, "now", clock.now + seconds)
+    server = Server(clock)
+    client = httpx2.Client(transport=httpx2.MockTransport(server), follow_redirects=True)
+    for module in (http_requests, rate_limits):
+        monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(http_requests, "LIMITS", rate_limits.HostLimits())
+    monkeypatch.setattr(http_folder, "client", lambda: client)
+    return server, clock
+
+
+def test_the_right_bytes_or_one_line_whatever_the_server_does(world):
+    run_state_machine_as_test(
+        lambda: Client(world), settings=settings(max_examples=60, stateful_step_count=20, deadline=None)
+    )
