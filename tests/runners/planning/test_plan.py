@@ -173,6 +173,7 @@ def test_without_transformers_plan_the_way_over_several_gpus_is_vllm(tmp_path):
 
 # The text towers of the registry's two largest models look at values in their forward passes, which meta tensors lack.
 # One period of their layers shows it; what the whole depth counts is also held by the registry's parameter counts.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "depth", [pytest.param("one period", id="one period"), pytest.param("whole", id="whole", marks=pytest.mark.full)]
 )

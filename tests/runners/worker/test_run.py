@@ -87,7 +87,7 @@ def test_rows_agree_with_an_independent_svd(source, norm, kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["trained", "random"])
-@pytest.mark.parametrize("case", ["layernorm twin", "rmsnorm twin", "MiniLM"])
+@pytest.mark.parametrize("case", ["layernorm twin", "rmsnorm twin", pytest.param("MiniLM", marks=pytest.mark.slow)])
 def test_every_block_agrees_with_an_independent_svd(case, kind, minilm, tmp_path):
     import transformers
 

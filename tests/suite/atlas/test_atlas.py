@@ -39,6 +39,7 @@ def test_where_the_atlas_answers_behaviour_says_the_same(model_type, config):
         same(known, locate_final_norm(build_config(raw)))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("model_type", sorted(_entries())[::20])
 def test_a_sample_of_the_atlas_says_what_the_installed_transformers_does(model_type):
