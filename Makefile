@@ -25,9 +25,9 @@ test: $(VENV)/installed check
 	@$(MAKE) --no-print-directory vllm || echo "vLLM cannot be installed here: its tests are skipped, which pytest says"
 	$(BIN)/pytest $(WORKERS)
 
-# For every save: what starts no Ray, no vLLM and no other process.
+# For every save: what starts no Ray, no vLLM and no other process, and does not compute for long.
 test-fast: $(VENV)/installed
-	$(BIN)/pytest $(WORKERS) -m 'not ray and not vllm and not subprocess and not full'
+	$(BIN)/pytest $(WORKERS) -m 'not ray and not vllm and not subprocess and not slow and not full'
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -1,15 +1,20 @@
-"""Fixtures that every test may use. Warnings are errors (pyproject.toml)."""
+"""Fixtures that every test may use, and what a test must say of itself. Warnings are errors (pyproject.toml)."""
 
+import contextlib
 import json
+import multiprocessing.util
 import os
 import shutil
 import sys
 import tempfile
+from functools import cache
 from importlib import resources
 from pathlib import Path
 
 os.environ["DEADBENCH_CACHE"] = tempfile.mkdtemp(prefix="deadbench-cache-")
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no test may reach the network
+if "PYTEST_XDIST_WORKER" in os.environ:  # whose neighbour is at work on the other cores
+    os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import numpy as np
@@ -35,6 +40,92 @@ def pytest_unconfigure():
     shutil.rmtree(os.environ["DEADBENCH_CACHE"], ignore_errors=True)
 
 
+# What a test starts, it is marked with; `make test-fast` leaves these out.
+STARTING = ("ray", "vllm", "subprocess")
+
+
+def pytest_collection_modifyitems(items):
+    """Marks what uses the Ray session, and puts the modules that start something first: they take longest."""
+    places = {}
+    for item in items:
+        if "ray_session" in item.fixturenames:
+            item.add_marker("ray")
+        place = 0 if _shares_ray(item.path) else 1 if _may_start(item) else 2
+        places[item.path] = min(place, places.get(item.path, place))
+    items.sort(key=lambda item: places[item.path])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A module stays on one worker, with its fixtures, and all modules that share the Ray session on one.
+
+    pytest-xdist's own groups would say the same, but 3.8 does not heed them under pytest 9.2.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByModule(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            path = nodeid.partition("::")[0]
+            return "ray" if _shares_ray(config.rootpath / path) else path
+
+    config.option.loadscopereorder = False  # the items are in the order that we want
+    return ByModule(config, log)
+
+
+@cache
+def _shares_ray(path: Path) -> bool:
+    return "ray_session" in path.read_text(encoding="utf-8")
+
+
+def _may_start(item) -> bool:
+    return any(item.get_closest_marker(name) for name in STARTING)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item):
+    with _alone(item):
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    with _alone(item):
+        return (yield)
+
+
+@contextlib.contextmanager
+def _alone(item):
+    """A test that starts a process and does not say so fails, wherever the process is started from."""
+    before, _Guard.allowed = _Guard.allowed, _may_start(item)
+    try:
+        yield
+    finally:
+        _Guard.allowed = before
+
+
+class _Guard:
+    allowed = True
+
+    @classmethod
+    def asked(cls, command):
+        if not cls.allowed:
+            raise AssertionError(f"starts {command!r}: mark the test with one of {', '.join(STARTING)}")
+
+
+def _audit(event, arguments):
+    if event in ("subprocess.Popen", "os.fork", "os.posix_spawn", "os.system"):
+        _Guard.asked(arguments[1] if event == "subprocess.Popen" else event)
+
+
+def _spawned(path, arguments, *rest, spawn=multiprocessing.util.spawnv_passfds):
+    _Guard.asked(arguments)
+    return spawn(path, arguments, *rest)
+
+
+sys.addaudithook(_audit)
+multiprocessing.util.spawnv_passfds = _spawned  # which raises no audit event
+
+
 @pytest.fixture(scope="session")
 def minilm() -> Path:
     """all-MiniLM-L6-v2 (BERT, post-LN, three scales all but zero), from its PyPI package."""
@@ -53,6 +144,7 @@ def ray_session(tmp_path_factory):
         log_to_driver=False,
         logging_level="ERROR",
         object_store_memory=100 * 2**20,
+        _system_config={"metrics_report_interval_ms": 1000},  # 10 s, which a test would wait for
     )
     yield ray
     ray.shutdown()

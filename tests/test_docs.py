@@ -18,6 +18,10 @@ from tests.conftest import ROOT
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 STORED = Path(__file__).parent / "data"  # what the documents' runs wrote: results/quick, results/minilm
 CONSOLE = re.compile(r"```console\n(.*?)```", re.DOTALL)
+SHOWING = [  # a document that calls python starts it
+    pytest.param(path, marks=pytest.mark.subprocess) if "\n$ python" in path.read_text(encoding="utf-8") else path
+    for path in DOCS
+]
 MEASURES = (
     "deadbench run",
     "deadbench export",
@@ -38,7 +42,7 @@ def workplace(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", SHOWING, ids=lambda path: path.name)
 def test_commands_print_what_the_document_shows(workplace, deadbench, path):
     text = path.read_text(encoding="utf-8")
     shown = [block.group(1) for block in CONSOLE.finditer(text)]

@@ -25,10 +25,8 @@ SERIES = 20  # checkpoints of a model
 
 
 @pytest.fixture(scope="module")
-def location(request, tmp_path_factory):
-    option = request.config.getoption
-    measured = option("benchmark_enable") or not option("benchmark_disable")  # else only the answers are compared
-    return write_reads(tmp_path_factory.mktemp("reads") / "results", NUM_READS if measured else 5_000)
+def location(sized, tmp_path_factory):
+    return write_reads(tmp_path_factory.mktemp("reads") / "results", sized(NUM_READS, 5_000))
 
 
 @pytest.fixture(scope="module")

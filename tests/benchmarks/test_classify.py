@@ -13,6 +13,8 @@ import pytest
 from tests.conftest import ROOT, save_tiny
 from tests.suite.architectures.test_locate import CASES
 
+pytestmark = pytest.mark.subprocess
+
 # Command-R's shape: 35 B parameters, 70 GB in 30 shards.
 COHERE = {
     "model_type": "cohere", "architectures": ["CohereForCausalLM"], "hidden_size": 8192, "intermediate_size": 22528,
@@ -139,11 +141,10 @@ def test_a_hundred_checkpoints_in_one_command(benchmark, hundred, flags):
 
 
 @pytest.fixture(scope="module")
-def loaded(tmp_path_factory, request):
+def loaded(tmp_path_factory, sized):
     """A checkpoint of 500 MB; a smaller one where nothing is timed."""
-    small = request.config.getoption("benchmark_disable")
-    folder = save_tiny(tmp_path_factory.mktemp("loaded") / "model", SMALL if small else LARGE)
-    assert small or sum(path.stat().st_size for path in folder.glob("*.safetensors")) > 450e6
+    folder = save_tiny(tmp_path_factory.mktemp("loaded") / "model", sized(LARGE, SMALL))
+    assert sum(path.stat().st_size for path in folder.glob("*.safetensors")) > sized(450e6, 0)
     return folder
 
 

@@ -1,7 +1,8 @@
 """Engines side by side on one model: vLLM beside the torch engine, and a read on two ranks beside their bare forward.
 
-`make bench` takes a Llama of 0.4 GB; `make test` a small one once, for what it asserts. What is timed is measured in
-the engines' own processes and given as `extra_info`: starting them is no part of it.
+`make bench` takes a Llama of 0.4 GB; `make test` a small one once, for what it asserts, and leaves vLLM beside torch to
+`test_engines_agree`, which asserts the same and more. What is timed is measured in the engines' own processes and given
+as `extra_info`: starting them is no part of it.
 """
 
 import json
@@ -15,14 +16,17 @@ import pytest
 from tests.runners.engines.test_engines_agree import read_apart
 from tests.runners.engines.test_vllm import needs_vllm
 
+pytestmark = pytest.mark.subprocess
+
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
          "num_key_value_heads": 2, "vocab_size": 256}  # fmt: skip
 LARGE = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "num_attention_heads": 16,
          "num_key_value_heads": 16, "vocab_size": 8192}  # fmt: skip
 
 
-def llama(benchmark):
-    shape = LARGE if benchmark.enabled else SMALL
+@pytest.fixture
+def llama(sized):
+    shape = sized(LARGE, SMALL)
     return {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "max_position_embeddings": 512} | shape
 
 
@@ -39,11 +43,11 @@ def tokens_per_second(config, folder, engine):
 
 
 @needs_vllm
+@pytest.mark.bench
 @pytest.mark.benchmark(group="one read by vLLM and by torch, processes of their own; tokens/s are of the passes")
-def test_vllm_beside_torch(benchmark, tmp_path):
-    config = llama(benchmark)
-    of_torch, depth = tokens_per_second(config, tmp_path, "torch")
-    of_vllm, vllm_depth = benchmark.pedantic(tokens_per_second, args=(config, tmp_path, "vllm"), rounds=1)
+def test_vllm_beside_torch(benchmark, llama, tmp_path):
+    of_torch, depth = tokens_per_second(llama, tmp_path, "torch")
+    of_vllm, vllm_depth = benchmark.pedantic(tokens_per_second, args=(llama, tmp_path, "vllm"), rounds=1)
     assert vllm_depth == pytest.approx(depth, abs=1e-3), "not the same model"
     benchmark.extra_info |= {"torch tokens/s": of_torch, "vLLM tokens/s, hooks included": of_vllm}
 
@@ -84,8 +88,7 @@ def pass_seconds(rank, meeting, config, rounds, answers):
 
 
 @pytest.mark.benchmark(group="two ranks (gloo): forward pass with every tap read beside the bare pass")
-def test_reads_on_two_ranks_beside_their_bare_forward(benchmark):
-    config = llama(benchmark)
+def test_reads_on_two_ranks_beside_their_bare_forward(benchmark, llama):
     spawn = multiprocessing.get_context("spawn")
 
     def both_ranks():
@@ -94,7 +97,7 @@ def test_reads_on_two_ranks_beside_their_bare_forward(benchmark):
             meeting = ("127.0.0.1", free.getsockname()[1])
         answers = spawn.Queue()
         rounds = 3 if benchmark.enabled else 1
-        ranks = [spawn.Process(target=pass_seconds, args=(r, meeting, config, rounds, answers)) for r in range(2)]
+        ranks = [spawn.Process(target=pass_seconds, args=(r, meeting, llama, rounds, answers)) for r in range(2)]
         for process in ranks:
             process.start()
         told = sorted((answers.get(timeout=500) for _ in ranks), key=lambda answer: answer[0])
@@ -103,7 +106,7 @@ def test_reads_on_two_ranks_beside_their_bare_forward(benchmark):
         return told
 
     told = benchmark.pedantic(both_ranks, rounds=1)
-    blocks = config["num_hidden_layers"]
+    blocks = llama["num_hidden_layers"]
     assert [taps for _, _, taps in told] == [-(-blocks // 2), blocks // 2], "the ranks divide the taps"
     bare, read = (max(best[how] for _, best, _ in told) for how in ("bare", "read"))
     benchmark.extra_info |= {"bare s": bare, "with reads s": read, "overhead": read / bare - 1}

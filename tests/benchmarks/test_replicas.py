@@ -18,13 +18,14 @@ from deadbench.suite.reads.residual import ResidualRead
 from deadbench.suite.registry.loading import load_registry
 
 MODEL = "{model_type: gpt2, n_embd: 512, n_layer: 6, n_head: 8, vocab_size: 8192}"
+SMALL = "{model_type: gpt2, n_embd: 32, n_layer: 2, n_head: 2, vocab_size: 100}"
 
 
-def job(tmp_path, tokens, **overrides):
+def job(tmp_path, tokens, model=MODEL, **overrides):
     path = tmp_path / "models.yaml"
     path.write_text(
         f"protocols: {{standard: {{tokens: {tokens}}}}}\nsuites: {{}}\n"
-        f"models: [{{id: m, config: {MODEL}, input: 'tokens:random', dtype: float32}}]\n"
+        f"models: [{{id: m, config: {model}, input: 'tokens:random', dtype: float32}}]\n"
     )
     (job,) = build_jobs(load_registry(path), path, ["m"], None, ["random"], Overrides(**overrides))
     return job
@@ -33,10 +34,9 @@ def job(tmp_path, tokens, **overrides):
 @pytest.mark.benchmark(group="state of a read, 13 taps: time, and bytes in extra_info")
 @pytest.mark.parametrize("hidden_size", [768, 2048])
 @pytest.mark.parametrize("what", ["checkpoint", "the same bytes, written and synced", "restore"])
-def test_checkpoint(benchmark, tmp_path, hidden_size, what):
-    taps, rows = 13, 5 * hidden_size
-    if benchmark.disabled:
-        hidden_size, taps, rows = 32, 3, 160
+def test_checkpoint(benchmark, sized, tmp_path, hidden_size, what):
+    hidden_size, taps = sized((hidden_size, 13), (32, 3))
+    rows = 5 * hidden_size
     module = nn.LayerNorm(hidden_size).requires_grad_(False)
     measured = FinalNormRead(module, live_norm(module, probe(module, hidden_size), hidden_size))
     stream = ResidualRead(hidden_size, rows, "float32", "pre")
@@ -76,13 +76,13 @@ def test_checkpoint(benchmark, tmp_path, hidden_size, what):
 @pytest.mark.ray
 @pytest.mark.benchmark(group="one model's tokens on 2 cores: forward and spectrum seconds in extra_info")
 @pytest.mark.parametrize("replicas", [1, 2])
-def test_replicas(benchmark, ray_session, tmp_path, replicas):
+def test_replicas(benchmark, ray_session, sized, tmp_path, replicas):
     """One process has both cores; of two, each has one."""
-    tokens = 2048 if benchmark.disabled else 32_768
+    tokens, model = sized((32_768, MODEL), (256, SMALL))
 
     def read():
         store = ResultStore(str(tmp_path / "out"))
-        jobs = [job(tmp_path, tokens, replicas=replicas)]
+        jobs = [job(tmp_path, tokens, model, replicas=replicas)]
         assert execute(jobs, store, Settings("auto"), Reporter(1), "run").ok == 1
 
     benchmark.pedantic(read, rounds=1)

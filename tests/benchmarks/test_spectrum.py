@@ -1,6 +1,6 @@
 """What the spectra cost: beside the bare forward pass, beside storing everything, per token, and to finish.
 
-`make bench` times them; `make test` runs each once, for what it asserts.
+`make bench` times them; `make test` runs small ones once, for what they assert.
 """
 
 import subprocess
@@ -21,7 +21,7 @@ from deadbench.suite.reads.final_norm import FinalNormRead
 from deadbench.suite.reads.residual import ResidualRead
 from deadbench.suite.spectra.covariance import CovarianceFactor
 
-GPT2_TOKENS = 16_384
+SMALL_GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 2, "vocab_size": 500}
 
 
 def decaying(num_rows: int, hidden_size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -33,28 +33,30 @@ def decaying(num_rows: int, hidden_size: int, dtype: torch.dtype = torch.float32
 
 
 @pytest.fixture(scope="module")
-def gpt2():
+def gpt2(sized):
     """GPT-2 124M at random initialisation, its final norm, and 16 k tokens."""
     torch.manual_seed(0)
-    model = build_model(build_config({"model_type": "gpt2"}))
+    config = build_config({"model_type": "gpt2"} | sized({}, SMALL_GPT2))
+    model = build_model(config)
     final = find_final_norm(model)
     norm = model.get_submodule(final.path)
     inputs = token_batches(
         "tokens:random",
-        vocab_size=50257,
-        num_tokens=GPT2_TOKENS,
+        vocab_size=config.vocab_size,
+        num_tokens=sized(16_384, 1024),
         sequence_length=512,
         seed=0,
         tokenizer_folder=None,
         batch_tokens=BATCH_TOKENS,
     )
-    return model, norm, live_norm(norm, final.behaviour, 768), inputs.batches
+    return model, norm, live_norm(norm, final.behaviour, config.hidden_size), inputs
 
 
 @pytest.mark.benchmark(group="GPT-2 124M, 16 k tokens, float32: forward pass with")
 @pytest.mark.parametrize("reads", ["nothing", "final norm", "all blocks"])
 def test_beside_the_bare_forward_pass(benchmark, gpt2, reads):
-    model, norm, formula, batches = gpt2
+    model, norm, formula, inputs = gpt2
+    batches, taps_of_all = inputs.batches, len(model.h) + 1
     engine = TorchEngine(torch.device("cpu"))
 
     def bare():
@@ -64,8 +66,8 @@ def test_beside_the_bare_forward_pass(benchmark, gpt2, reads):
 
     def read():
         final = FinalNormRead(norm, formula)
-        stream = ResidualRead(768, GPT2_TOKENS, "float32", "pre")
-        stream.wanted = range(13)
+        stream = ResidualRead(model.config.hidden_size, inputs.num_tokens, "float32", "pre")
+        stream.wanted = range(taps_of_all)
         taps = Blocks(list(model.h), lambda tap, acts, batch: stream.update(tap, acts, batch.mask_ST))
         spent = 0.0
         for batch, traffic in engine.passes(model, norm, batches, taps if reads == "all blocks" else None):
@@ -83,18 +85,19 @@ def test_beside_the_bare_forward_pass(benchmark, gpt2, reads):
     bare()
     result = benchmark.pedantic(bare if reads == "nothing" else read, rounds=3)
     if result is not None:
-        assert result[0]["num_tokens"] == GPT2_TOKENS
-        assert len(result[1]) == (13 if reads == "all blocks" else 0)
+        assert result[0]["num_tokens"] == inputs.num_tokens
+        assert len(result[1]) == (taps_of_all if reads == "all blocks" else 0)
 
 
 @pytest.mark.benchmark(group="spectrum of 16 k outputs of a LayerNorm, D = 768")
 @pytest.mark.parametrize("route", ["streamed", "float64 SVD of all rows"])
-def test_beside_the_direct_route(benchmark, route):
-    stream = torch.randn(16_384, 768) * torch.logspace(0, -2, 768)
-    rows = torch.nn.functional.layer_norm(stream, (768,), 0.5 + torch.rand(768))
+def test_beside_the_direct_route(benchmark, sized, route):
+    N, D = sized((16_384, 768), (1024, 64))
+    stream = torch.randn(N, D) * torch.logspace(0, -2, D)
+    rows = torch.nn.functional.layer_norm(stream, (D,), 0.5 + torch.rand(D))
 
     def streamed():
-        accumulator = CovarianceFactor(768)
+        accumulator = CovarianceFactor(D)
         for part in rows.split(BATCH_TOKENS):
             accumulator.update(part)
         return accumulator.finish().eigenvalues_D
@@ -113,10 +116,10 @@ import sys, torch
 from deadbench.runners.jobs.events import peak_host_bytes
 from deadbench.suite.spectra.covariance import CovarianceFactor
 torch.linalg.svd(torch.randn(64, 64, dtype=torch.float64))
-before = peak_host_bytes()
-batches = (torch.randn(4096, 768, generator=torch.Generator().manual_seed(k)) for k in range(16))
+before, D = peak_host_bytes(), int(sys.argv[2])
+batches = (torch.randn(4096, D, generator=torch.Generator().manual_seed(k)) for k in range(16))
 if sys.argv[1] == "streamed":
-    accumulator = CovarianceFactor(768)
+    accumulator = CovarianceFactor(D)
     for batch in batches:
         accumulator.update(batch)
     print(accumulator.finish().eigenvalues_D[-1], end=" ")
@@ -129,25 +132,29 @@ print(peak_host_bytes() - before)
 """
 
 
+@pytest.mark.subprocess
 @pytest.mark.benchmark(group="64 k rows, D = 768: time, and peak memory in extra_info")
 @pytest.mark.parametrize("route", ["streamed", "float64 SVD of all rows"])
-def test_peak_memory(benchmark, route):
+def test_peak_memory(benchmark, sized, route):
+    D = sized(768, 256)
+
     def measure():
-        command = [sys.executable, "-c", MEMORY, route]
+        command = [sys.executable, "-c", MEMORY, route, str(D)]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
 
     smallest, peak = benchmark.pedantic(measure, rounds=1)
     benchmark.extra_info["peak_bytes"] = int(peak)
-    assert float(smallest) == pytest.approx(0.795, rel=0.02), "(1 - sqrt(D / N))^2"
+    assert float(smallest) == pytest.approx((1 - (D / 65_536) ** 0.5) ** 2, rel=0.02)
     if route == "streamed":
-        assert int(peak) < 65_536 * 768 * 4, "less than the rows themselves in float32"
+        assert int(peak) < 65_536 * D * 4, "less than the rows themselves in float32"
 
 
 @pytest.mark.benchmark(group="rows after the first: seconds of 4096, and extra_info")
 @pytest.mark.parametrize("method", ["gram", "whitened-gram"])
 @pytest.mark.parametrize("hidden_size", [768, 2048, 4096])
-def test_cost_of_a_token(benchmark, hidden_size, method):
+def test_cost_of_a_token(benchmark, sized, hidden_size, method):
     """Also as a share of the machine's float64 GEMM: cost / (2 D^2 flop / rate)."""
+    hidden_size = sized(hidden_size, hidden_size // 16)
     rows = torch.randn(2 * hidden_size, hidden_size) if method == "gram" else decaying(2 * hidden_size, hidden_size)
     accumulator = CovarianceFactor(hidden_size)
     accumulator.update(rows)
@@ -166,9 +173,10 @@ def test_cost_of_a_token(benchmark, hidden_size, method):
 
 @pytest.mark.benchmark(group="cost does not grow with the rows seen: 2048 more rows, D = 768")
 @pytest.mark.parametrize("seen", [4_096, 65_536])
-def test_cost_is_flat(benchmark, seen):
-    rows = decaying(4096, 768)
-    accumulator = CovarianceFactor(768)
+def test_cost_is_flat(benchmark, sized, seen):
+    D = sized(768, 32)
+    rows = decaying(4096, D)
+    accumulator = CovarianceFactor(D)
     for _ in range(seen // 4096):
         accumulator.update(rows)
     benchmark.pedantic(accumulator.update, args=(rows[:2048],), rounds=5)
@@ -176,10 +184,11 @@ def test_cost_is_flat(benchmark, seen):
 
 
 @pytest.fixture(scope="module")
-def full_4096():
-    accumulator = CovarianceFactor(4096)
-    accumulator.update(decaying(2 * 4096, 4096))
-    accumulator.merge(CovarianceFactor(4096))  # settled: what is timed is the decomposition
+def full_4096(sized):
+    D = sized(4096, 128)
+    accumulator = CovarianceFactor(D)
+    accumulator.update(decaying(2 * D, D))
+    accumulator.merge(CovarianceFactor(D))  # settled: what is timed is the decomposition
     return accumulator
 
 

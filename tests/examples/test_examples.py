@@ -44,6 +44,7 @@ def test_centring_changes_no_logit_of_a_random_model(name):
     assert (after - before).abs().max() < 1e-12 * before.abs().max()
 
 
+@pytest.mark.subprocess
 def test_the_centred_twin_is_a_checkpoint_with_the_same_logits(tmp_path):
     source, out = TWINS / "layernorm/step4096", tmp_path / "centred"
     command = [sys.executable, ROOT / "examples/centre_weights.py", source, out]

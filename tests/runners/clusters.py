@@ -86,6 +86,11 @@ def free_ports(count: int) -> list[int]:
 
 def _wait(cluster: RayCluster, head: subprocess.Popen, log: Path) -> None:
     deadline = time.monotonic() + START_SECONDS
+    host, port = cluster.dashboard.removeprefix("http://").split(":")
+    while time.monotonic() < deadline and head.poll() is None:
+        with contextlib.suppress(OSError), socket.create_connection((host, int(port)), timeout=1):
+            break
+        time.sleep(0.1)
     while time.monotonic() < deadline and head.poll() is None:
         if cluster.ray("job", "list", f"--address={cluster.dashboard}").returncode == 0:
             return

@@ -31,7 +31,8 @@ def project(tmp_path):
 
     def run(*arguments):
         command = [sys.executable, "-m", "pytest", "-p", "deadbench.runners.pytest_plugin", "-q", *arguments]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+        ours = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}  # in which nothing is timed
+        environment = ours | {"PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
         return subprocess.run(
             [*command, "-p", "pytest_benchmark.plugin"], cwd=tmp_path, env=environment, text=True, capture_output=True
         )

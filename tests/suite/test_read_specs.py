@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 from deadbench.runners.engines.registry import DEFAULT, ENGINES
 from deadbench.runners.worker.run import READ_FUNCTIONS
 from deadbench.suite.read_specs import READ_SPECS
@@ -21,6 +23,7 @@ def test_what_runs_no_model_has_nothing_to_divide_or_to_feed():
             assert (spec.divides, spec.tokens, spec.dtype) == (False, None, None)
 
 
+@pytest.mark.subprocess
 def test_the_table_imports_nothing_heavy():
     code = """import sys, deadbench.suite.read_specs, deadbench.runners.jobs.resolved
 print([name for name in ("torch", "transformers", "ray") if name in sys.modules])"""

@@ -20,6 +20,7 @@ def test_they_stay_under_six_megabytes_and_hold_every_step():
     assert len(CHECKPOINT_STEPS) >= 6
 
 
+@pytest.mark.subprocess
 @pytest.mark.parametrize("twin", SPECS)
 def test_training_is_bit_reproducible(twin, tmp_path):
     """Two fresh processes, the first sixteen steps: the same bytes."""

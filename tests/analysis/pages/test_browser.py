@@ -7,6 +7,8 @@ import pytest
 
 from deadbench.analysis.pages.report import write_report
 
+pytestmark = pytest.mark.subprocess
+
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 EVIL = "<img src=x onerror=alert(1)>"
 

@@ -79,6 +79,7 @@ def test_a_row_says_what_classify_says(tmp_path):
     assert len(row["source_fingerprint"]) == 16
 
 
+@pytest.mark.subprocess
 def test_no_worker_imports_torch(kinds):
     code = (
         "import sys; from pathlib import Path; from deadbench.runners.census.worker import census_row\n"

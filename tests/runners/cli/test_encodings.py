@@ -9,6 +9,8 @@ import pytest
 
 from tests.conftest import ROOT, TINY_NEOX, write_checkpoint
 
+pytestmark = pytest.mark.subprocess
+
 QUICK = "tests/data/quick"
 TABLES = {
     "leaderboard": ["leaderboard", QUICK],

@@ -142,6 +142,7 @@ def test_what_is_left_out_is_named_with_the_way_to_see_it(deadbench, monkeypatch
     assert "not shown" not in printed(deadbench, monkeypatch, "leaderboard", 1000)
 
 
+@pytest.mark.subprocess
 def test_a_terminals_own_width_counts():
     """As on a screen: a pseudo-terminal, with its width in COLUMNS."""
     ours, theirs = pty.openpty()

@@ -25,6 +25,8 @@ from tests.conftest import save_tiny
 from tests.runners.engines.test_tensor_parallel import table
 from tests.runners.engines.test_vllm import HAS_VLLM
 
+pytestmark = [pytest.mark.vllm, pytest.mark.subprocess, pytest.mark.timeout(1800)]
+
 # Engines order their sums differently: float32 rounding, grown over the blocks. A kernel's depth is rounding itself.
 RELATIVE, DECADES = 3e-4, 0.4
 SHAPES = {
@@ -66,8 +68,17 @@ def read(registry, out, engine, degree, place=None):
                 store.write(event.tables)
 
 
+def read_here(registry, out, engine, degree):
+    """`read` in this process, in which the torch engines leave nothing behind."""
+    import torch
+
+    threads = torch.get_num_threads()
+    read(registry, out, engine, degree)
+    torch.set_num_threads(threads)
+
+
 def read_apart(registry, out, engine, degree):
-    """`read` in processes of its own: what an engine leaves in a process does not meet the next one."""
+    """`read` in processes of its own: what vLLM leaves in a process does not meet the next one."""
     spawn = multiprocessing.get_context("spawn")
     with socket.socket() as free:
         free.bind(("", 0))
@@ -100,7 +111,8 @@ def rows(request, tmp_path_factory):
     found = {}
     for name, (engine, degree) in WAYS.items():
         if ENGINES[engine].missing() is None:
-            read_apart(folder / "models.yaml", folder / name, engine, degree)
+            way = read_here if ENGINES[engine].in_process and degree == 1 else read_apart
+            way(folder / "models.yaml", folder / name, engine, degree)
             found[name] = table(folder / name, "reads"), table(folder / name, "blocks")
             with pl.Config(tbl_cols=-1, fmt_float="full"):
                 shown = ["model", "status", "alignment", "depth", "lambda_mean", "worst_block_ratio", "forward_seconds"]

@@ -162,6 +162,7 @@ def test_an_engine_is_made_on_this_process_device(name):
     assert (engine.ranks.size, engine.resolved) == (1, None)
 
 
+@pytest.mark.subprocess
 def test_the_registry_imports_nothing_heavy():
     heavy = ("torch", "transformers", "ray", "numpy", "vllm")
     code = f"import sys, deadbench.runners.engines.registry; sys.exit(', '.join({{*{heavy}}} & {{*sys.modules}}))"

@@ -32,6 +32,7 @@ print(json.dumps({name: event.row[name] for name in names}))
 """
 
 
+@pytest.mark.subprocess
 @pytest.mark.full
 @pytest.mark.parametrize(
     ("model", "tokens", "dtype", "gigabytes"),

@@ -145,6 +145,7 @@ def registry_of(tmp_path, models):
     return load_registry(path), path
 
 
+@pytest.mark.subprocess
 def test_gated_and_missing_models_are_told_before_anything_runs(tmp_path, monkeypatch, deadbench):
     """A gated repository lists everything, so that only reading a file tells."""
     save_tiny(tmp_path / "kinds" / "open")
@@ -183,6 +184,7 @@ def test_models_are_opened_side_by_side(tmp_path, monkeypatch):
     assert unreachable(built) == [f"{name}: org/{name}: seen" for name in "abcd"]
 
 
+@pytest.mark.subprocess
 def test_a_source_with_a_password_is_named_without_it(tmp_path, monkeypatch):
     save_tiny(tmp_path / "m" / "neox")
     with serving(tmp_path / "m") as url:
@@ -197,6 +199,7 @@ def test_a_source_with_a_password_is_named_without_it(tmp_path, monkeypatch):
     assert finished.row["model"] == finished.row["source"] == f"{url}/neox-1"
 
 
+@pytest.mark.subprocess
 def test_jobs_are_made_without_torch_and_transformers():
     code = """import sys, deadbench.runners.jobs.build
 print([name for name in ("torch", "transformers", "ray") if name in sys.modules])"""

@@ -51,6 +51,7 @@ def test_the_twins_layernorm_is_dead_and_its_rmsnorm_is_not():
         assert change(site["inverse-scale-rms", 1.0]) > 1e-3 * change(site["random", 1.0])
 
 
+@pytest.mark.slow
 def test_minilm_has_no_head_and_its_last_hidden_state_does_not_move(minilm):
     rows = read_tables(minilm, "functional", tokens=32)["functional"]
     sites = assert_dead(rows)

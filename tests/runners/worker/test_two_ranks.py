@@ -23,6 +23,8 @@ from deadbench.suite.registry.loading import load_registry
 from tests.conftest import save_tiny
 from tests.runners.engines.test_tensor_parallel import table
 
+pytestmark = pytest.mark.subprocess
+
 RELATIVE, DECADES = 1e-4, 0.35
 TEXT = {
     "vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,

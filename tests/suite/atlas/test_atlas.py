@@ -39,6 +39,7 @@ def test_where_the_atlas_answers_behaviour_says_the_same(model_type, config):
         same(known, locate_final_norm(build_config(raw)))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("model_type", sorted(_entries())[::20])
 def test_a_sample_of_the_atlas_says_what_the_installed_transformers_does(model_type):
@@ -115,6 +116,7 @@ def test_stale_keys_and_aliases_of_published_configurations_are_understood():
     assert any("transformers" in text for text in found.evidence)
 
 
+@pytest.mark.subprocess
 def test_classify_by_the_atlas_imports_neither_torch_nor_transformers():
     code = (
         "import json, sys\nfrom deadbench.runners.cli.main import main\n"

@@ -48,6 +48,7 @@ def downloads(server):
     return Counter(name for name, asked in server.requests if asked is None or asked.endswith("-"))
 
 
+@pytest.mark.subprocess
 def test_many_processes_cause_one_download(server):
     command = [sys.executable, "-c", COPY, server.url]
     started = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(4)]
@@ -94,6 +95,7 @@ def test_a_full_disk_is_told_before_the_download(server, monkeypatch):
     assert downloads(server) == {}
 
 
+@pytest.mark.subprocess
 def test_who_holds_the_lease_and_dies_is_succeeded(tmp_path):
     path = tmp_path / "x.lock"
     holder = subprocess.Popen([sys.executable, "-c", HOLD, path], cwd=ROOT, stdout=subprocess.PIPE, text=True)

@@ -56,6 +56,7 @@ def online(monkeypatch):
     return lambda url: monkeypatch.setattr(constants, "ENDPOINT", url)
 
 
+@pytest.mark.subprocess
 def test_nginx_reads_the_same_as_a_folder(hub, online):
     url, folder = hub
     online(url)
@@ -73,6 +74,7 @@ def test_nginx_reads_the_same_as_a_folder(hub, online):
     assert Checkpoint("org/model").fingerprint() == COMMIT
 
 
+@pytest.mark.subprocess
 def test_the_command_line_reads_a_hub_on_loopback(hub, tmp_path):
     """In a process of its own, so that HF_ENDPOINT is read as users set it."""
     url, folder = hub
@@ -96,6 +98,7 @@ def test_the_command_line_reads_a_hub_on_loopback(hub, tmp_path):
     assert "org/none: no such repository on the Hub" in done.stdout
 
 
+@pytest.mark.subprocess
 @needs_nginx
 def test_gated_missing_and_offline_say_what_to_do(whole, online, tmp_path, monkeypatch):
     with nginx_hub(tmp_path, whole) as url:

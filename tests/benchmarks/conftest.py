@@ -1,0 +1,25 @@
+"""Sizes: a benchmark measures at full size by `make bench`; `make test` runs it once, small, for what it asserts."""
+
+import pytest
+
+
+def is_measured(config) -> bool:
+    """Whether this session times the benchmarks (pytest-benchmark's own rule)."""
+    option = config.getoption
+    return option("benchmark_enable") or not option("benchmark_disable")
+
+
+@pytest.fixture(scope="session")
+def sized(request):
+    """`sized(full, quick)`: `full` where it is measured, else `quick`."""
+    measured = is_measured(request.config)
+    return lambda full, quick: full if measured else quick
+
+
+def pytest_collection_modifyitems(config, items):
+    """What is marked `bench` says nothing at a small size that another test does not: `make bench` alone runs it."""
+    if is_measured(config):
+        return
+    left_out = [item for item in items if item.get_closest_marker("bench")]
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=left_out)
