@@ -1,6 +1,7 @@
 """The census: one row a source whatever it holds, nothing lost and nothing twice, and servers' limits kept."""
 
 import asyncio
+import contextlib
 import json
 import subprocess
 import sys
@@ -128,12 +129,13 @@ def test_a_worker_that_is_killed_costs_no_source(ray_session, deadbench, tmp_pat
     def kill():
         deadline = time.monotonic() + 60
         while not killed and time.monotonic() < deadline:
-            for process in psutil.Process().children(recursive=True):
-                if "CensusWorker" in " ".join(process.cmdline()) and (tmp_path / "out").exists():
-                    time.sleep(1.0)
-                    process.kill()
-                    killed.append(process.pid)
-                    break
+            with contextlib.suppress(psutil.Error):  # a child that has ended meanwhile
+                for process in psutil.Process().children(recursive=True):
+                    if "CensusWorker" in " ".join(process.cmdline()) and (tmp_path / "out").exists():
+                        time.sleep(1.0)
+                        process.kill()
+                        killed.append(process.pid)
+                        break
             time.sleep(0.05)
 
     with serving(kinds, limit=100) as url:  # so slow that the worker is at work when it dies
