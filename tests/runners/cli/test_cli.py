@@ -22,7 +22,7 @@ from tests.conftest import ROOT, TWINS, save_tiny, write_checkpoint
 
 # Every option of every command, as --help lists them: what scripts out there rely on.
 FLAGS = {
-    "classify": "--save-direction --verify --module --width --json --debug",
+    "classify": "--save-direction --verify --module --width --allow-undetermined --json --debug",
     "export": "-o --out --debug",
     "plan": "--assume --suite --registry --reads --address --out --resume --fresh --engine --tensor-parallel "
     "--replicas --tokens --input --seed --dtype --accumulator-gb --json --debug",

@@ -11,11 +11,10 @@ import pytest
 import ray
 
 from deadbench.runners.cluster import actors
-from deadbench.runners.cluster.group import GroupBrokenError
 from deadbench.runners.cluster.head import LostClusterError
 from deadbench.runners.cluster.processes import Ended
 from deadbench.runners.driver.loop import Run, Settings
-from deadbench.runners.jobs.events import Finished, Progress, Remark, to_tables
+from deadbench.runners.jobs.events import Finished, GroupBrokenError, Progress, Remark, to_tables
 from deadbench.runners.reporting.progress import Reporter
 from deadbench.runners.reporting.run_record import RunRecord
 from deadbench.runners.results.store import ResultStore
@@ -196,9 +195,9 @@ def driver(tmp_path):
     return make
 
 
-def finished(read, attempt, **columns):
+def finished(read, attempt, *, poisoned=False, **columns):
     row = {"status": "ok", "depth": 1.0, "family": "layernorm", "alignment": 1.0} | columns
-    return Finished(read, to_tables({"reads": [row]}, read, "run", attempt, datetime.now(UTC)))
+    return Finished(read, to_tables({"reads": [row]}, read, "run", attempt, datetime.now(UTC)), None, poisoned)
 
 
 def well(job, run_id, attempt, rank, start):
@@ -301,7 +300,7 @@ def test_an_actor_that_ends_before_its_reads_do_has_died(cluster, driver, tmp_pa
 def ranks(tmp_path, count=2):
     """One model of the torch engine over so many GPUs."""
     (job,) = sleeping_jobs(tmp_path / "jobs", 1, [1.0])
-    return [replace(job, num_gpus=count, tensor_parallel=count)]
+    return [replace(job, tensor_parallel=count)]
 
 
 def test_ranks_that_are_out_of_step_are_all_begun_anew_and_nothing_is_charged(cluster, driver, tmp_path):
@@ -399,7 +398,7 @@ def test_an_actor_that_finds_no_room_is_not_silent_but_taken_back(cluster, drive
 
 def test_a_process_whose_gpu_is_poisoned_is_replaced_and_its_row_not_taken(cluster, driver, tmp_path):
     poisoned = "RuntimeError: CUDA error: an illegal memory access was encountered"
-    made = cluster(but(lambda read: finished(read, 1, status="failed", error=poisoned)))
+    made = cluster(but(lambda read: finished(read, 1, status="failed", error=poisoned, poisoned=True)))
     run, _ = driver(made)
     run.go()
     assert [row[1:] for row in outcomes(tmp_path)] == [("functional", "ok", 1, None), ("random", "ok", 2, None)]
