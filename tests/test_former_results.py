@@ -15,6 +15,8 @@ from deadbench.suite.registry.loading import load_registry
 from deadbench.suite.schema import KEY
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.slow  # the report with all its plots
+
 STORED = Path(__file__).parent / "data"
 REGISTRY = ROOT / "models.yaml"
 SETS = {"quick": "twin-layernorm", "minilm": "./all-MiniLM-L6-v2"}  # with a model whose checkpoints were read
