@@ -98,11 +98,10 @@ def _read_trained(read: ReadJob) -> Reading:
     from deadbench.runners.jobs.resolved import Configuration
     from deadbench.runners.worker.request import StoredWeights
     from deadbench.suite.checkpoints.checkpoint import Checkpoint
-    from deadbench.suite.checkpoints.tensors import read_headers
 
     checkpoint = Checkpoint(read.model.source or "", read.revision, read.base)
     config = Configuration(checkpoint.config())
-    entries = read_headers(checkpoint)  # refuses pickles and broken files before anything is loaded
+    entries = checkpoint.headers()  # refuses pickles and broken files before anything is loaded
     with checkpoint.local_copy() as folder:
         return (yield from _model_reader(read)(read, config, StoredWeights(folder, entries)))
 
@@ -124,7 +123,7 @@ def _read_functional(read: ReadJob) -> Reading:
     from deadbench.runners.worker.functional import read_functional
     from deadbench.runners.worker.request import RandomWeights, StoredWeights
     from deadbench.suite.checkpoints.checkpoint import Checkpoint
-    from deadbench.suite.checkpoints.tensors import PICKLED_SUFFIXES, read_headers
+    from deadbench.suite.checkpoints.weight_files import PICKLED_SUFFIXES
 
     if read.model.source is None:
         assert read.model.config is not None
@@ -132,7 +131,7 @@ def _read_functional(read: ReadJob) -> Reading:
     checkpoint = Checkpoint(read.model.source, read.revision, read.base)
     # A configuration alone is an architecture at random initialisation; weights that are there are never passed over.
     trained = any(name.endswith((".safetensors", *PICKLED_SUFFIXES)) for name in checkpoint.names())
-    entries = read_headers(checkpoint) if trained else None
+    entries = checkpoint.headers() if trained else None
     config = Configuration(checkpoint.config())
     with checkpoint.local_copy() as folder:
         weights = RandomWeights(read.seed, folder) if entries is None else StoredWeights(folder, entries)
