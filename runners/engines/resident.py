@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from deadbench.runners.engines.base import Blocks, ForwardPass, Swept, mismatch
 from deadbench.suite.architectures.build import build_model, build_published, published_class
 from deadbench.suite.architectures.resolve import Resolved, resolve_without_weights
+from deadbench.suite.architectures.stored_names import unwrapping, wrapped
 from deadbench.suite.errors import CheckpointError, reason_of
 from deadbench.suite.inputs.batches import Batch
 from deadbench.suite.ranks import Ranks
@@ -83,8 +84,11 @@ class TorchEngine:
             CheckpointError: weights that transformers cannot load, or that miss tensors of the architecture.
         """
         model, report = _load(folder, dtype, model_class, placement)
+        mended = unwrapping() if wrapped(report["unexpected_keys"]) else {}
+        if mended:
+            model, report = _load(folder, dtype, model_class, placement | {"key_mapping": mended})
         if tied := _stored_as_head(model, report):
-            model, report = _load(folder, dtype, model_class, placement | {"key_mapping": tied})
+            model, report = _load(folder, dtype, model_class, placement | {"key_mapping": mended | tied})
         for name, stored, expected in sorted(report["mismatched_keys"])[:1]:
             raise CheckpointError(f"{folder}: {mismatch(name, stored, expected)}")
         self.absent = sorted(name for name in report["missing_keys"] if _only_in_training(name, model))

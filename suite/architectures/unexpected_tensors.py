@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from deadbench.suite.architectures.build import build_config, build_model, build_published
+from deadbench.suite.architectures.stored_names import unwrapped
 from deadbench.suite.checkpoints.tensors import TensorEntry
 from deadbench.suite.errors import CheckpointError
 
@@ -97,12 +98,13 @@ def _without_place(model: Any, stored: Iterable[str]) -> list[tuple[str, str]]:
     places, base = model.state_dict(), model.base_model_prefix
     left_out = [re.compile(each) for each in model._keys_to_ignore_on_load_unexpected or ()]
     found = []
-    for name in sorted(stored):
+    for stored_name in sorted(stored):
+        name = unwrapped(stored_name)
         own = rename_source_key(name, rules, converters, base, places)[0]
         if own not in places:
             plain = rename_source_key(name, [], [], base, places)[0]
             if plain not in places and not any(pattern.search(own) for pattern in left_out):
-                found.append((name, own))
+                found.append((stored_name, own))
     return found
 
 

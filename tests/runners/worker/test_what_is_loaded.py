@@ -1,7 +1,9 @@
 """A checkpoint that is not what its configuration says is refused by every read; what cannot matter is told."""
 
 import json
+import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +11,13 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from deadbench.runners.engines.resident import _only_in_training
+from deadbench.runners.results.directions_file import export_directions
+from deadbench.runners.worker import vllm
+from deadbench.runners.worker.request import StoredWeights
+from deadbench.suite.checkpoints.checkpoint import Checkpoint
+from deadbench.suite.checkpoints.tensors import TensorEntry
+from deadbench.suite.reads.norms_table import list_norms
+from deadbench.suite.reads.parameters import read_parameters
 from tests.conftest import TWINS
 from tests.runners.worker.test_run import reads
 
@@ -161,3 +170,49 @@ def test_tokenizers_without_a_vocabulary_file_are_found(tmp_path):
     (tmp_path / "byt5/tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer"}')
     row = reads(tmp_path / "byt5", "trained", input="text", tokens=256, dtype="float32")[0][None, "trained"]
     assert "needs the model's tokenizer, and there is none" in row["error"]
+
+
+WRAPPED = {
+    "compiled blocks": lambda name: re.sub(r"layers\.(\d+)", r"layers.\1._orig_mod", name),
+    "compiled": lambda name: f"_orig_mod.{name}",
+    "data parallel, compiled": lambda name: f"module._orig_mod.{name}",
+    "FSDP over checkpointed blocks": lambda name: re.sub(
+        r"layers\.(\d+)", r"layers.\1._fsdp_wrapped_module._checkpoint_wrapped_module", f"_fsdp_wrapped_module.{name}"
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("engine", ["torch", "streaming"])
+@pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED)
+def test_wrappers_in_names_change_nothing(wrap, engine, tmp_path):
+    plain = TWINS / "layernorm/step4096"
+    folder = shutil.copytree(plain, tmp_path / "m")
+    tensors = load_file(plain / "model.safetensors")
+    save_file({wrap(n): t for n, t in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    kinds = "parameters,trained" if engine == "streaming" else KINDS
+    asked = TOKENS | {"engine": engine}
+    rows, expected = reads(folder, kinds, **asked)[0], reads(plain, kinds, **asked)[0]
+    assert {row["status"] for row in rows.values()} == {"ok"}, [row["error"] for row in rows.values()]
+    own = rows[None, "parameters"]
+    assert own["dead_parameters"] == expected[None, "parameters"]["dead_parameters"] > 0
+    assert own["final_norm_tensor"] == wrap(expected[None, "parameters"]["final_norm_tensor"])
+    assert same(rows[None, "trained"], expected[None, "trained"])
+    checkpoints = [Checkpoint(str(each)) for each in (folder, plain)]
+    norms = [list_norms(each, read_parameters(each)) for each in checkpoints]
+    assert norms[0] == norms[1]
+    assert len(norms[0]) == 9
+    for each, out in ((folder, "wrapped"), (plain, "plain")):
+        assert export_directions(str(each), tmp_path / out) == 9
+    found, wanted = load_file(tmp_path / "wrapped"), load_file(tmp_path / "plain")
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_vllm_which_cannot_mend_names_is_not_given_wrapped_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr(vllm, "_SPEC", SimpleNamespace(missing=lambda: None))
+    name = "model.layers.0._orig_mod.mlp.up_proj.weight"
+    weights = StoredWeights(tmp_path, {name: TensorEntry(name, "f", "F32", (4, 4), 0, 64)})
+    read = vllm.read_vllm(SimpleNamespace(model=SimpleNamespace(modality="text")), None, weights)
+    with pytest.raises(ValueError, match=rf"^{tmp_path}: the tensor {name} carries .*; save the model that is wrapped"):
+        next(read)
