@@ -52,6 +52,7 @@ class Engine(Protocol):
     detail: str
     ranks: Ranks
     resolved: Resolved | None
+    absent: list[str]
 
     def load_random(self, config: Any, seed: int, dtype: torch.dtype) -> nn.Module:
         """The model that `config` describes, as transformers initialises it."""

@@ -15,11 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from deadbench.runners.engines.base import Blocks, ForwardPass, Swept, mismatch
-from deadbench.suite.architectures.build import build_model, build_published
+from deadbench.suite.architectures.build import build_model, build_published, published_class
 from deadbench.suite.architectures.resolve import Resolved, resolve_without_weights
+from deadbench.suite.architectures.stored_names import unwrapping, wrapped
 from deadbench.suite.errors import CheckpointError, reason_of
 from deadbench.suite.inputs.batches import Batch
 from deadbench.suite.ranks import Ranks
+
+# What takes the place of masked patches and of masked stretches of sound, and where it is part of the outputs.
+_MASKED_WITH = ("mask_token", "masked_spec_embed", "mask_emb")
+_MASKING_IS_THE_TASK = ("vit_mae", "videomae", "hiera", "seggpt")
 
 
 @dataclass
@@ -34,6 +39,7 @@ class TorchEngine:
         detail: what a row says of how the model was run.
         ranks: the processes that share the model; this one alone, unless an engine says otherwise.
         resolved: what is known of the architecture; where `in_pieces`, set before the model is loaded, or found then.
+        absent: parameters that the checkpoint lacks and that only training uses.
     """
 
     tap_by_tap: ClassVar[bool] = False
@@ -44,6 +50,7 @@ class TorchEngine:
     detail: str = field(default="resident on one device")
     ranks: Ranks = field(default=Ranks())
     resolved: Resolved | None = None
+    absent: list[str] = field(default_factory=list)
 
     def load_random(self, config: Any, seed: int, dtype: torch.dtype, *, published: bool = False) -> nn.Module:
         """transformers' own initialisation: `set_seed(seed)`, `AutoModel.from_config` in float32, cast to `dtype`.
@@ -76,25 +83,20 @@ class TorchEngine:
         Raises:
             CheckpointError: weights that transformers cannot load, or that miss tensors of the architecture.
         """
-        import transformers
-
-        try:
-            model, report = (model_class or transformers.AutoModel).from_pretrained(
-                folder,
-                dtype=dtype,
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are named below
-                **placement,
-            )
-        except Exception as error:
-            raise CheckpointError(f"{folder}: cannot be loaded ({reason_of(error)})") from error
+        model, report = _load(folder, dtype, model_class, placement)
+        mended = unwrapping() if wrapped(report["unexpected_keys"]) else {}
+        if mended:
+            model, report = _load(folder, dtype, model_class, placement | {"key_mapping": mended})
+        if tied := _stored_as_head(model, report):
+            model, report = _load(folder, dtype, model_class, placement | {"key_mapping": mended | tied})
         for name, stored, expected in sorted(report["mismatched_keys"])[:1]:
             raise CheckpointError(f"{folder}: {mismatch(name, stored, expected)}")
+        self.absent = sorted(name for name in report["missing_keys"] if _only_in_training(name, model))
+        with torch.no_grad():
+            for name in self.absent:
+                model.get_parameter(name).fill_(torch.nan)  # should a forward pass use it, no row comes of it
         # Poolers come after the final norm and are often not stored.
-        missing = sorted(name for name in report["missing_keys"] if "pooler" not in name)
+        missing = sorted(n for n in report["missing_keys"] if "pooler" not in n and n not in self.absent)
         if missing:
             raise CheckpointError(
                 f"{folder}: the weights lack {len(missing)} tensors of {type(model).__name__}, {missing[0]} among them"
@@ -187,6 +189,46 @@ class PartEngine(TorchEngine):
         if self.resolved is None:
             self.resolved = resolve_without_weights(config)
         return self.resolved
+
+
+def _load(folder: Path, dtype: torch.dtype, model_class: Any, placement: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The model and transformers' report of its loading."""
+    import transformers
+
+    try:
+        return (model_class or transformers.AutoModel).from_pretrained(  # type: ignore[no-any-return]
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are named by who asked
+            **placement,
+        )
+    except Exception as error:
+        raise CheckpointError(f"{folder}: cannot be loaded ({reason_of(error)})") from error
+
+
+def _only_in_training(name: str, model: Any) -> bool:
+    """Whether a parameter stands for what training masks, which an evaluating forward pass does not."""
+    return name.endswith(_MASKED_WITH) and model.config.model_type not in _MASKING_IS_THE_TASK
+
+
+def _stored_as_head(model: Any, report: dict[str, Any]) -> dict[str, str]:
+    """Where an embedding is stored only as the head that the published class ties to it: the head's name, its own."""
+    published = published_class(model.config)
+    unexpected = set(report["unexpected_keys"])
+    if published is None or isinstance(model, published) or not (report["missing_keys"] and unexpected):
+        return {}
+    whole: Any = build_published(model.config, "meta")
+    prefix = f"{whole.base_model_prefix}."
+    own = {head: source.removeprefix(prefix) for head, source in whole.all_tied_weights_keys.items()}
+    return {
+        f"^{re.escape(head)}$": source
+        for head, source in own.items()
+        if head in unexpected and source in report["missing_keys"]
+    }
 
 
 def _further_blocks(unexpected: Iterable[str], model: nn.Module) -> list[str]:

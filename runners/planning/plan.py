@@ -16,7 +16,7 @@ from deadbench.runners.planning.needs import needs
 from deadbench.runners.planning.placement import Placement, fit, fit_whole, joined, replicated
 from deadbench.runners.planning.sizes import ModelSize, measure
 from deadbench.suite.checkpoints.checkpoint import Checkpoint
-from deadbench.suite.checkpoints.tensors import TensorEntry, read_headers
+from deadbench.suite.checkpoints.tensors import TensorEntry
 from deadbench.suite.errors import CheckpointError
 from deadbench.suite.read_specs import READ_SPECS
 
@@ -93,7 +93,7 @@ def _described(read: ReadJob) -> tuple[dict[str, Any], dict[str, TensorEntry] | 
     try:
         return (
             checkpoint.config(),
-            read_headers(checkpoint) if weights else None,
+            checkpoint.headers() if weights else None,
             False,
         )
     except CheckpointError as error:

@@ -68,6 +68,8 @@ def read_forward(read: ReadJob, config: Configuration, weights: Weights) -> Read
     module = part.get_submodule(final.path)
     assert final.hidden_size is not None
     norm = live_norm(module, final.behaviour, final.hidden_size)
+    if engine.absent:
+        row["engine_detail"] = f"{row['engine_detail']}; not stored, and used by training alone: {engine.absent[0]}"
     unlawful = departure(norm, final.path) if isinstance(weights, RandomWeights) else None
     if unlawful:
         row["engine_detail"] = f"{row['engine_detail']}; {unlawful}"

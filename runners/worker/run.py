@@ -47,6 +47,7 @@ def is_poisoned(error: BaseException) -> bool:
 def _read_parameters(read: ReadJob) -> Reading:
     from deadbench.runners.jobs.resolved import Configuration, num_parameters
     from deadbench.suite.architectures.build import objective
+    from deadbench.suite.architectures.unexpected_tensors import refuse_unexpected
     from deadbench.suite.checkpoints.checkpoint import Checkpoint
     from deadbench.suite.reads.norms_table import list_norms
     from deadbench.suite.reads.parameters import read_parameters
@@ -55,6 +56,7 @@ def _read_parameters(read: ReadJob) -> Reading:
     result = read_parameters(checkpoint)
     if result.final.family == "undetermined":
         raise ValueError(f"the final norm cannot be determined: {result.reason}")
+    refuse_unexpected(checkpoint.config(), result.entries, checkpoint.source)
     yield Progress(read.label(), "norms")
     row = result.columns() | {"error": result.reason, "dtype": result.stored_dtype}
     row["objective"] = objective(checkpoint.config())
@@ -97,14 +99,24 @@ def _read_random(read: ReadJob) -> Reading:
 def _read_trained(read: ReadJob) -> Reading:
     from deadbench.runners.jobs.resolved import Configuration
     from deadbench.runners.worker.request import StoredWeights
+    from deadbench.suite.architectures.unexpected_tensors import refuse_unexpected
     from deadbench.suite.checkpoints.checkpoint import Checkpoint
-    from deadbench.suite.checkpoints.tensors import read_headers
 
     checkpoint = Checkpoint(read.model.source or "", read.revision, read.base)
     config = Configuration(checkpoint.config())
-    entries = read_headers(checkpoint)  # refuses pickles and broken files before anything is loaded
+    entries = checkpoint.headers()  # refuses pickles and broken files before anything is loaded
+    left_out = refuse_unexpected(checkpoint.config(), entries, checkpoint.source)
     with checkpoint.local_copy() as folder:
-        return (yield from _model_reader(read)(read, config, StoredWeights(folder, entries)))
+        rows = yield from _model_reader(read)(read, config, StoredWeights(folder, entries))
+    if left_out:
+        row = rows["reads"][0]
+        row["engine_detail"] = f"{row['engine_detail']}; not loaded, and of no effect: {_named(left_out)}"
+    return rows
+
+
+def _named(tensors: list[str]) -> str:
+    """The first of them, and how many there are."""
+    return tensors[0] + (f" and {len(tensors) - 1} more" if len(tensors) > 1 else "")
 
 
 def _model_reader(read: ReadJob) -> Callable[..., Reading]:
@@ -123,8 +135,9 @@ def _read_functional(read: ReadJob) -> Reading:
     from deadbench.runners.jobs.resolved import Configuration
     from deadbench.runners.worker.functional import read_functional
     from deadbench.runners.worker.request import RandomWeights, StoredWeights
+    from deadbench.suite.architectures.unexpected_tensors import refuse_unexpected
     from deadbench.suite.checkpoints.checkpoint import Checkpoint
-    from deadbench.suite.checkpoints.tensors import PICKLED_SUFFIXES, read_headers
+    from deadbench.suite.checkpoints.weight_files import PICKLED_SUFFIXES
 
     if read.model.source is None:
         assert read.model.config is not None
@@ -132,7 +145,9 @@ def _read_functional(read: ReadJob) -> Reading:
     checkpoint = Checkpoint(read.model.source, read.revision, read.base)
     # A configuration alone is an architecture at random initialisation; weights that are there are never passed over.
     trained = any(name.endswith((".safetensors", *PICKLED_SUFFIXES)) for name in checkpoint.names())
-    entries = read_headers(checkpoint) if trained else None
+    entries = checkpoint.headers() if trained else None
+    if entries is not None:
+        refuse_unexpected(checkpoint.config(), entries, checkpoint.source, published=True)
     config = Configuration(checkpoint.config())
     with checkpoint.local_copy() as folder:
         weights = RandomWeights(read.seed, folder) if entries is None else StoredWeights(folder, entries)

@@ -32,6 +32,7 @@ from deadbench.runners.jobs.resolved import (
 )
 from deadbench.runners.worker.passes import accumulator_bytes
 from deadbench.runners.worker.request import StoredWeights, Weights, entries_of, make_inputs, tensor_name
+from deadbench.suite.architectures.stored_names import wrapped
 from deadbench.suite.inputs.batches import Inputs, check_count
 from deadbench.suite.reads.columns import architecture_columns
 from deadbench.suite.reads.residual import ResidualRead
@@ -50,6 +51,11 @@ def read_vllm(read: ReadJob, config: Configuration, weights: Weights) -> Reading
         raise ValueError(missing)
     if read.model.modality != "text":
         raise ValueError(f"the vLLM engine reads text models, not {read.model.modality}; give --engine torch")
+    if wrapper := wrapped(entries_of(weights) or ()):
+        raise ValueError(
+            f"{weights.folder}: the tensor {wrapper} carries the name of a wrapper, which vLLM does not know; "
+            "save the model that is wrapped, or give --engine torch"
+        )
     dtype = dtype_name(read.dtype, config.build(), entries_of(weights))
     resolved = resolved_without_weights(config, "text", "decoder")  # the whole model, whatever its halves
     final, whole = resolved.final, resolved.skeleton

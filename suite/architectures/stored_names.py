@@ -69,6 +69,29 @@ def renamings(model: Any) -> tuple[Renaming, ...]:
     )
 
 
+# Parts that torch.compile, activation checkpointing, FSDP and DeepSpeed put into the paths of what they wrap.
+_WRAPPERS = r"(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|_forward_module)\."
+_INSIDE, _LEADING, _PARALLEL = rf"\.(?:{_WRAPPERS})+", rf"^(?:{_WRAPPERS})+", r"^(?:module\.)+"
+_RUNS = 4  # of wrappers in one path: transformers' rules replace one at a time
+
+
+def unwrapped(name: str) -> str:
+    """A stored name without what wrappers have left in it; DataParallel's `module.` only at its beginning."""
+    plain = re.sub(_INSIDE, ".", re.sub(_LEADING, "", name))
+    return re.sub(_LEADING, "", re.sub(_PARALLEL, "", plain))
+
+
+def wrapped(names: Iterable[str]) -> str | None:
+    """The first name that a wrapper has left something in; None if there is none."""
+    return next((name for name in names if unwrapped(name) != name), None)
+
+
+def unwrapping() -> dict[str, str]:
+    """`unwrapped` as rules for `from_pretrained(key_mapping=…)`."""
+    inside = {_INSIDE + "(?:)" * run: "." for run in range(_RUNS)}
+    return {_LEADING: "", _PARALLEL: "", f"{_LEADING}(?:)": ""} | inside
+
+
 @functools.cache
 def _compiled(source: str) -> re.Pattern[str]:
     return re.compile(source.replace("*.", r".*\."))
@@ -80,12 +103,15 @@ _LEGACY_NAMES = {"weight": "gamma", "bias": "beta"}  # tensor names of checkpoin
 def stored_tensor(
     entries: dict[str, TensorEntry], path: str, parameter: str | None, rules: Sequence[Renaming] = ()
 ) -> TensorEntry | None:
-    """The tensor of a module's parameter: as transformers names it, or the only one that adds a prefix to it."""
+    """The tensor of a module's parameter: as transformers names it, or the only one that adds a prefix to it.
+
+    What wrappers leave in names is passed over.
+    """
     if parameter is None:
         return None
     for name in (parameter, _LEGACY_NAMES.get(parameter, parameter)):
         wanted = f"{path}.{name}"
-        own = {stored: renamed(stored, rules) for stored, e in entries.items() if len(e.shape) < 2 or stored == wanted}
+        own = {n: renamed(unwrapped(n), rules) for n, e in entries.items() if len(e.shape) < 2 or n == wanted}
         for fits in (str.__eq__, lambda called, ending: called.endswith(f".{ending}")):
             found = [entries[stored] for stored, called in own.items() if fits(called, wanted)]
             if len(found) == 1 or (found and fits is str.__eq__):

@@ -4,6 +4,8 @@ Everything is read through fsspec, by byte ranges, and counted. Nothing is execu
 """
 
 import contextlib
+import copy
+import glob
 import hashlib
 import json
 import re
@@ -16,7 +18,9 @@ from deadbench.suite.checkpoints.fsspec_folder import FsspecFolder, one_line_err
 from deadbench.suite.checkpoints.http_folder import HttpFolder
 from deadbench.suite.checkpoints.hub_folder import HubFolder
 from deadbench.suite.checkpoints.strict_json import MAX_JSON_BYTES, parse_object
-from deadbench.suite.errors import CheckpointError
+from deadbench.suite.checkpoints.tensors import TensorEntry, read_headers
+from deadbench.suite.checkpoints.weight_files import NAMED_BY, WeightFiles, as_transformers_expects, weight_files
+from deadbench.suite.errors import CheckpointError, UnreachableError
 from deadbench.suite.secrets import scrubbed
 from deadbench.suite.storage import open_place
 
@@ -31,12 +35,7 @@ _STEPS = [
     for word in ("step", r"(?<![a-z])iter(?:ation)?", r"(?<![a-z\d])ba", r"(?<![a-z])(?:checkpoint|ckpt)")
 ]
 _WITHIN_EPOCH = re.compile(r"ep(?:och)?[-_=]?\d+.*(?<![a-z])iter", re.IGNORECASE)  # may begin anew in each
-LOADED_PATTERNS = [
-    "*.json",
-    "*.safetensors",
-    "*.txt",
-    "*.model",
-]  # what a forward pass needs; never code, never pickles
+LOADED_PATTERNS = ["*.json", "*.txt", "*.model"]  # what a forward pass needs beside weights; never code
 
 
 class Checkpoint:
@@ -56,6 +55,8 @@ class Checkpoint:
         self.source, self.revision = scrubbed(source), revision
         self._called = f"{source}@{revision}"
         self._names: list[str] | None = None
+        self._config: dict[str, Any] | None = None
+        self._weights: WeightFiles | None = None
         self._local: Path | None = _local_folder(source, base)
         self._hub_id: str | None = None
         self._folder: HttpFolder | FsspecFolder
@@ -100,7 +101,8 @@ class Checkpoint:
 
     def has(self, name: str) -> bool:
         """Whether there is such a file; a server without listings is asked for this one alone."""
-        if self._names is None and isinstance(self._folder, HttpFolder) and not self._folder.lists:
+        unlisted = self._names is None and isinstance(self._folder, HttpFolder) and not self._folder.lists
+        if unlisted or "/" in name:
             with one_line_errors(f"{self.source}: {name}"):
                 return self._folder.has(name)
         return name in self.names()
@@ -115,9 +117,23 @@ class Checkpoint:
         with one_line_errors(f"{self.source}: {name}"):
             return self._folder.read(name, start, end)
 
+    def weights(self) -> WeightFiles:
+        """The files that hold the weights: those that transformers would open.
+
+        Raises:
+            CheckpointError: there are none, or a broken index.
+        """
+        if self._weights is None:
+            self._weights = weight_files(self, self.config().get(NAMED_BY))
+        return self._weights
+
+    def headers(self) -> dict[str, TensorEntry]:
+        """All tensors by name, from the headers alone; raises as `weights` does, and for malformed headers."""
+        return read_headers(self, self.weights())
+
     def bytes_total(self) -> int:
-        """Bytes of all weight files."""
-        return sum(self.size(name) for name in self.names() if name.endswith(".safetensors"))
+        """Bytes of all files that hold the weights."""
+        return sum(self.size(name) for name in self.weights().shards)
 
     def config(self) -> dict[str, Any]:
         """The contents of config.json.
@@ -125,13 +141,16 @@ class Checkpoint:
         Raises:
             CheckpointError: missing, not JSON, or not an object.
         """
+        if self._config is not None:
+            return copy.deepcopy(self._config)
         if not self.has("config.json"):
             raise CheckpointError(f"{self.source}: no config.json; not a transformers checkpoint")
         if self.size("config.json") > MAX_JSON_BYTES:
             raise CheckpointError(f"{self.source}: config.json is larger than {MAX_JSON_BYTES} bytes")
         config = parse_object(self.read("config.json"), f"{self.source}: config.json")
         _check_counts(config, self.source)
-        return {key: _plain_floats(value) for key, value in config.items()}
+        self._config = {key: _plain_floats(value) for key, value in config.items()}
+        return copy.deepcopy(self._config)
 
     def fingerprint(self, names: Iterable[str] | None = None) -> str:
         """Hash that changes when the checkpoint does: the Hub's commit, else sizes and times of its files.
@@ -145,6 +164,7 @@ class Checkpoint:
             if commit:
                 return str(commit)
             chosen = [name for name in there if name.endswith((".safetensors", ".json"))]
+            chosen += [] if names is not None else [shard for shard in self._shards() if "/" in shard]
             facts = [[name, self._folder.size(name), self._folder.stamp(name)] for name in chosen]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
@@ -157,16 +177,29 @@ class Checkpoint:
         What comes from the Hub is in the Hub's cache, everything else below `cache_folder`.
         """
         if self._local is not None:
-            yield self._local
-            return
-        patterns = [p for p in LOADED_PATTERNS if weights or p != "*.safetensors"]
-        with one_line_errors(self.source):
-            names = [name for name in self.names() if any(Path(name).match(p) for p in patterns)]
-            if self._hub_id and getattr(self._folder, "commit", None):
-                folder = self._snapshot(self._hub_id, patterns)
-            else:
-                folder = fetch_once(self._folder, self._called, self.fingerprint(), names)
-        yield folder
+            folder = self._local
+        else:
+            chosen = list(self._shards()) if weights else []
+            with one_line_errors(self.source):
+                beside = [name for name in self.names() if any(Path(name).match(p) for p in LOADED_PATTERNS)]
+                if self._hub_id and getattr(self._folder, "commit", None):
+                    folder = self._snapshot(self._hub_id, [*LOADED_PATTERNS, *map(glob.escape, chosen)])
+                else:
+                    folder = fetch_once(self._folder, self._called, self.fingerprint(), [*beside, *chosen])
+        if weights and self._shards():
+            with as_transformers_expects(folder, self.weights()) as prepared:
+                yield prepared
+        else:
+            yield folder
+
+    def _shards(self) -> tuple[str, ...]:
+        """The files that hold the weights; none where there are none that can be read."""
+        try:
+            return self.weights().shards
+        except UnreachableError:
+            raise
+        except CheckpointError:
+            return ()
 
     def _snapshot(self, hub_id: str, patterns: list[str]) -> Path:
         """The folder in the Hub's cache, completed by one process at a time: its own locks are flock's."""

@@ -93,6 +93,7 @@ def _download(source: Source, called: str, folder: Path, names: list[str], check
             "make room, or set DEADBENCH_CACHE to another disk"
         )
     for name, part in parts.items():
+        part.parent.mkdir(parents=True, exist_ok=True)
         source.download(name, part)
         check()
         if part.stat().st_size != left[name]:

@@ -49,6 +49,13 @@ class FsspecFolder:
         self._infos = {name: info for name, info in found.items() if info["type"] == "file" and name not in links}
         return sorted([*self._infos, *links])
 
+    def has(self, name: str) -> bool:
+        """Whether there is such a file, in the folder or below it."""
+        folder = Path(self._root)
+        if folder.is_absolute() and (folder / name).is_file():  # a bucket's is not
+            _check_link(folder, name)
+        return bool(self._fs.isfile(f"{self._root}/{name}"))
+
     def size(self, name: str) -> int:
         """Bytes of a file."""
         known = self._infos.get(name, {}).get("size")

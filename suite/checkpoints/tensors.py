@@ -8,20 +8,18 @@ import concurrent.futures
 import itertools
 import math
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from deadbench.suite.checkpoints.strict_json import MAX_JSON_BYTES, parse_object, shown
+from deadbench.suite.checkpoints.strict_json import parse_object, shown
+from deadbench.suite.checkpoints.weight_files import Files, WeightFiles, weight_files
 from deadbench.suite.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
 MAX_DIMENSIONS, MAX_EXTENT = 32, 2**48
 _CONCURRENT_HEADERS = 8  # shards of a remote checkpoint are opened together
-PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5")
 
 _ITEM_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2,
@@ -29,22 +27,6 @@ _ITEM_BYTES = {
 }  # fmt: skip
 _FLOAT_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
 DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-
-
-class Files(Protocol):
-    """Where a checkpoint's files are; implemented by `suite/checkpoints/checkpoint.py:Checkpoint`."""
-
-    def names(self) -> list[str]:
-        """File names in the checkpoint folder."""
-
-    def has(self, name: str) -> bool:
-        """Whether there is such a file."""
-
-    def size(self, name: str) -> int:
-        """Bytes of a file."""
-
-    def read(self, name: str, start: int = 0, end: int | None = None) -> bytes:
-        """Bytes `start` to `end` of a file."""
 
 
 @dataclass(frozen=True)
@@ -59,39 +41,29 @@ class TensorEntry:
     end: int
 
 
-def read_headers(files: Files) -> dict[str, TensorEntry]:
-    """All tensors of a checkpoint by name, from its headers alone; single file or sharded with an index.
+def read_headers(files: Files, weights: WeightFiles | None = None) -> dict[str, TensorEntry]:
+    """All tensors of a checkpoint by name, from its headers alone; `weights` are its files, where they are known.
 
     Raises:
         CheckpointError: no safetensors, a missing shard, an index that leaves the folder, a malformed header.
     """
-    weight_map: dict[str, str] = {}
-    if files.has(INDEX_FILE):
-        weight_map = _read_index(files)
-        shards = sorted(set(weight_map.values()))
-    elif files.has(SINGLE_FILE):
-        shards = [SINGLE_FILE]
-    else:
-        names = files.names()
-        shards = sorted(n for n in names if n.endswith(".safetensors") and not n.startswith("adapter_"))
-        if len(shards) != 1:
-            raise _no_weights(names, shards)
+    weights = weights or weight_files(files)
+    shards = weights.shards
     if len(shards) == 1:
         headers = [_read_header(files, shards[0])]
     else:
         with concurrent.futures.ThreadPoolExecutor(_CONCURRENT_HEADERS) as pool:
             headers = list(pool.map(lambda shard: _read_header(files, shard), shards))
     held = {shard: {entry.name: entry for entry in header} for shard, header in zip(shards, headers, strict=True)}
+    loaded = {name: entry for shard in shards for name, entry in held[shard].items()}  # the last one counts
     entries: dict[str, TensorEntry] = {}
-    for tensor, shard in weight_map.items():
+    for tensor, shard in weights.weight_map.items():
         if tensor not in held[shard]:
             raise CheckpointError(
-                f"{INDEX_FILE}: says that {shard} holds {tensor!r}, which it does not; download the checkpoint again"
+                f"{weights.index}: says that {shard} holds {tensor!r}, which it does not; download the checkpoint again"
             )
-        entries[tensor] = held[shard][tensor]
-    for tensors in held.values():
-        entries = tensors | entries  # what the index does not list is listed after what it does
-    return entries
+        entries[tensor] = loaded[tensor]
+    return loaded if not entries else entries | {n: e for n, e in loaded.items() if n not in entries}
 
 
 def read_vector(files: Files, entry: TensorEntry) -> NDArray[np.float64]:
@@ -125,42 +97,6 @@ def stored_dtype(entries: dict[str, TensorEntry]) -> str | None:
         if entry.dtype in DTYPE_NAMES:
             sizes[entry.dtype] = sizes.get(entry.dtype, 0) + math.prod(entry.shape)
     return DTYPE_NAMES[max(sizes, key=lambda dtype: sizes[dtype])] if sizes else None
-
-
-def _read_index(files: Files) -> dict[str, str]:
-    """The index's shard of every tensor; each shard is a file that is there."""
-    if files.size(INDEX_FILE) > MAX_JSON_BYTES:
-        raise CheckpointError(f"{INDEX_FILE}: larger than {MAX_JSON_BYTES} bytes; no index of a checkpoint")
-    weight_map = parse_object(files.read(INDEX_FILE), f"{INDEX_FILE}: the index").get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise CheckpointError(f"{INDEX_FILE}: not a safetensors index (weight_map is no object)")
-    shards = sorted({shard if isinstance(shard, str) else f"../{shown(shard)}" for shard in weight_map.values()})
-    if not shards:
-        raise CheckpointError(f"{INDEX_FILE}: its weight_map is empty; download the checkpoint again")
-    for shard in shards:
-        if "/" in shard or "\\" in shard or shard.startswith("."):
-            raise CheckpointError(f"{INDEX_FILE}: names the file {shown(shard)} outside the checkpoint folder")
-        if not shard.endswith(".safetensors"):
-            raise CheckpointError(f"{INDEX_FILE}: names {shown(shard)}, which is no .safetensors file")
-    with concurrent.futures.ThreadPoolExecutor(_CONCURRENT_HEADERS) as pool:
-        for shard, there in zip(shards, pool.map(files.has, shards), strict=True):
-            if not there:
-                raise CheckpointError(f"{INDEX_FILE}: names {shard}, which is missing; download the checkpoint again")
-    return dict(weight_map)
-
-
-def _no_weights(names: list[str], shards: list[str]) -> CheckpointError:
-    if shards:
-        return CheckpointError(
-            f"{len(shards)} safetensors files and no {INDEX_FILE}: cannot tell which belong together"
-        )
-    pickled = sorted(n for n in names if n.endswith(PICKLED_SUFFIXES))
-    if pickled:
-        return CheckpointError(
-            f"only pickled weights ({pickled[0]}), which can run code when opened and are refused; "
-            "convert them to safetensors"
-        )
-    return CheckpointError(f"no {SINGLE_FILE} and no {INDEX_FILE}")
 
 
 def _read_header(files: Files, name: str) -> list[TensorEntry]:

@@ -7,6 +7,7 @@ Shapes: B items, T positions.
 """
 
 import inspect
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +33,7 @@ from deadbench.suite.inputs.tokens import token_batches
 from deadbench.suite.tracing.meta_passes import attempts
 from deadbench.suite.tracing.minimal_inputs import minimal_inputs, placed
 
+_POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe", "char_position_embeddings")
 _LENGTH_KEYS = ("max_position_embeddings", "max_encoder_position_embeddings", "max_sequence_length", "max_seq_len")
 _DECODED = 32  # tokens a decoder is given beside pictures or sound
 _RANDOM_IDS = ("input_ids", "decoder_input_ids")
@@ -131,7 +133,7 @@ def _feed_tokens(
     def tokens(count: int) -> Inputs:
         return token_batches(
             spec,
-            vocab_size=text_config.vocab_size,
+            vocab_size=_vocabulary(text_config),
             num_tokens=count,
             sequence_length=sequence_length,
             seed=seed,
@@ -260,10 +262,16 @@ def _longest(part: nn.Module) -> int:
     for name, module in part.named_modules():
         # x_, y_, h_ and w_position_embeddings of document models are of the page, not of the text.
         leaf = name.rpartition(".")[2]
-        if isinstance(module, nn.Embedding) and leaf in ("position_embeddings", "embed_positions", "wpe"):
+        if isinstance(module, nn.Embedding) and leaf in _POSITION_TABLES:
             taken = getattr(module, "offset", 0) or (module.padding_idx + 1 if module.padding_idx is not None else 0)
             limits.append(module.num_embeddings - int(taken))
     return min(limits, default=1 << 30)
+
+
+def _vocabulary(config: Any) -> int:
+    """How many ids the model knows; one that hashes them (CANINE) knows every code point."""
+    size: int = config.vocab_size if hasattr(config, "vocab_size") else sys.maxunicode + 1
+    return size
 
 
 def _special_ids(config: Any) -> Sequence[int]:

@@ -11,6 +11,7 @@ Shapes: S sequences, T positions, N tokens, B images.
 """
 
 import itertools
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,7 @@ def _load_tokenizer(spec: str, folder: Path | None) -> Any:
     from transformers import AutoTokenizer
 
     # transformers 5 builds an empty tokenizer where there are no files; that would be a silent fallback.
-    if folder is None or not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if folder is None or not (any((folder / name).is_file() for name in TOKENIZER_FILES) or _has_no_files(folder)):
         raise InputError(
             f"input {spec!r} needs the model's tokenizer, and there is none"
             f"{f' in {folder}' if folder else ''}; give --input tokens:random or tokens:FILE.npy"
@@ -127,6 +128,18 @@ def _load_tokenizer(spec: str, folder: Path | None) -> Any:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise InputError(f"the tokenizer in {folder} cannot be loaded ({reason_of(error)})") from error
+
+
+def _has_no_files(folder: Path) -> bool:
+    """Whether the tokenizer is one of bytes or code points, whose class is all there is of it."""
+    import transformers
+
+    try:
+        told = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        tokenizer_class = getattr(transformers, str(told["tokenizer_class"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+    return getattr(tokenizer_class, "vocab_files_names", None) == {}
 
 
 def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:

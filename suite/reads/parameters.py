@@ -16,7 +16,7 @@ from deadbench.suite.architectures.norms import EffectiveNorm, FinalNorm, NormBe
 from deadbench.suite.architectures.stored_names import stored_tensor
 from deadbench.suite.atlas.lookup import lookup
 from deadbench.suite.checkpoints.checkpoint import Checkpoint
-from deadbench.suite.checkpoints.tensors import DTYPE_NAMES, TensorEntry, read_headers, read_vector
+from deadbench.suite.checkpoints.tensors import DTYPE_NAMES, TensorEntry, read_vector
 from deadbench.suite.errors import ArchitectureError, CheckpointError, RemoteCodeError
 from deadbench.suite.reads.columns import architecture_columns, scale_columns
 from deadbench.suite.schema import Row
@@ -64,7 +64,7 @@ def read_parameters(checkpoint: Checkpoint, verify: bool = False) -> ParametersR
             read is then undetermined, with the reason.
     """
     raw_config = checkpoint.config()
-    entries = read_headers(checkpoint)
+    entries = checkpoint.headers()
     refused = False
     try:
         final = _resolve(raw_config, verify)

@@ -4,7 +4,15 @@ import pytest
 from transformers.core_model_loading import revert_weight_conversion
 
 from deadbench.suite.architectures.build import build_config, build_model
-from deadbench.suite.architectures.stored_names import Renaming, renamed, renamings, stored_tensor
+from deadbench.suite.architectures.stored_names import (
+    Renaming,
+    renamed,
+    renamings,
+    stored_tensor,
+    unwrapped,
+    unwrapping,
+    wrapped,
+)
 from deadbench.suite.atlas.config_keys import nest
 from deadbench.suite.atlas.small_configs import small_config
 from deadbench.suite.checkpoints.tensors import TensorEntry
@@ -58,3 +66,27 @@ def test_a_tensor_is_found_by_rule_by_prefix_and_never_by_guess():
     assert stored_tensor(stored, "norm", "weight") is None  # two could be it
     assert stored_tensor({"norm.gamma": entry("norm.gamma")}, "norm", "weight").name == "norm.gamma"
     assert stored_tensor(stored, "norm", None) is None
+
+
+@pytest.mark.parametrize(
+    ("stored", "plain"),
+    [
+        ("transformer.h.0._orig_mod.ln_1.weight", "transformer.h.0.ln_1.weight"),
+        ("_orig_mod.transformer.h.0.ln_1.weight", "transformer.h.0.ln_1.weight"),
+        ("module._orig_mod.h.0.ln_1.weight", "h.0.ln_1.weight"),
+        ("_orig_mod.module.h.0.ln_1.weight", "h.0.ln_1.weight"),
+        ("h.0._checkpoint_wrapped_module.attn._orig_mod.c_attn.bias", "h.0.attn.c_attn.bias"),
+        ("_fsdp_wrapped_module.h.0._fsdp_wrapped_module._checkpoint_wrapped_module.ln_1.bias", "h.0.ln_1.bias"),
+        ("h.0.module.ln_1.weight", "h.0.module.ln_1.weight"),
+        ("my_orig_mod.weight", "my_orig_mod.weight"),
+        ("h.0.ln_1.weight", "h.0.ln_1.weight"),
+    ],
+)
+def test_what_wrappers_leave_in_names_is_taken_out(stored, plain):
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    assert unwrapped(stored) == plain
+    assert wrapped([plain, stored]) == (stored if stored != plain else None)
+    rules = [WeightRenaming(source_patterns=k, target_patterns=v) for k, v in unwrapping().items()]
+    assert rename_source_key(stored, rules, [])[0] == plain
+    assert stored_tensor({stored: entry(stored)}, plain.rpartition(".")[0], plain.rpartition(".")[2]).name == stored

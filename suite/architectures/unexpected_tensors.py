@@ -1,0 +1,126 @@
+"""Stored tensors that the architecture of a configuration has no place for, by their headers alone.
+
+transformers drops them. Some cannot matter: heads and towers beside what is read, buffers of earlier versions. Others
+say that the weights are of another model than the configuration's: a bias, the scales of quantised numbers, the halves
+of an adapter that is not merged. What belongs to a module of a block, or to any module without parts, is of the latter.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from deadbench.suite.architectures.build import build_config, build_model, build_published
+from deadbench.suite.architectures.stored_names import unwrapped
+from deadbench.suite.checkpoints.tensors import TensorEntry
+from deadbench.suite.errors import CheckpointError
+
+# What cannot matter although it lies in a module of the model, and why.
+_IMMATERIAL = {
+    r"(^|\.)(attn|attention|self_attn|crossattention|self)\.(bias|masked_bias|mask|attn_mask|causal_mask)$": "masks",
+    r"(^|\.)attn_mask$": "masks of shifted windows",
+    r"inv_freq$|(^|[._])(cos|sin)(_cached)?$|(^|\.)freqs(_cis)?$": "rotary angles, computed from the configuration",
+    r"(^|\.)(position_ids|token_type_ids|relative_position_index)$": "counted positions",
+    r"(^|\.)embed_positions\.(weights|_float_tensor)$": "sinusoids of fairseq, computed from the configuration",
+    r"(^|\.)num_batches_tracked$": "a counter that only training uses",
+    r"(^|\.)(mask_token|masked_spec_embed|mask_emb)$": "a vector that only training uses",
+    r"(^|\.)_extra_state$": "the state of FP8 training",
+    r"(^|\.)(k|v|kv|q|prob)_scale$": "scales of a cache that is not quantised here",
+}
+_ADAPTER = re.compile(r"(^|[._])lora_(A|B|embedding_A|embedding_B|magnitude_vector)(\.|$)")
+_SCALES = re.compile(r"scale|absmax|zeros|quant", re.IGNORECASE)
+
+
+def refuse_unexpected(
+    raw_config: Mapping[str, Any], entries: Mapping[str, TensorEntry], source: str, *, published: bool = False
+) -> list[str]:
+    """Stored tensors inside the model that it has no place for and that cannot matter.
+
+    Heads and towers beside the model that is read, and what transformers itself leaves out, are not among them.
+
+    Args:
+        raw_config: the contents of config.json; where it says that the weights are quantised, nothing is refused:
+            transformers then puts other modules in the place of the model's.
+        entries: the tensors of the checkpoint.
+        source: what the checkpoint is called.
+        published: whether the published class is read, not AutoModel's.
+
+    Raises:
+        CheckpointError: a tensor without a place, beside or inside a module that the model has.
+        ArchitectureError: transformers cannot build the model.
+    """
+    if _quantised(raw_config):
+        return []
+    model: Any = (build_published if published else build_model)(build_config(raw_config), "meta")
+    modules = dict(model.named_modules())
+    computed = {name for name, _ in model.named_buffers()}
+    immaterial = []
+    for stored, name in _without_place(model, entries):
+        name = _nearest(name, modules, model)
+        owner = _owner(name, modules)
+        if name in computed:
+            continue
+        bias = name.endswith("bias") and len(entries[stored].shape) == 1  # a mask of that name has more axes
+        if not bias and any(re.search(pattern, name) for pattern in _IMMATERIAL):
+            immaterial.append(stored)
+        elif _ADAPTER.search(stored) or (owner and _is_part(owner, modules[owner])):
+            raise CheckpointError(f"{source}: {_told(stored, type(model).__name__, entries[stored].file)}")
+        elif owner and owner != model.base_model_prefix:
+            immaterial.append(stored)
+    return immaterial
+
+
+def _quantised(raw_config: Mapping[str, Any]) -> bool:
+    below = [value for value in raw_config.values() if isinstance(value, dict)]
+    return bool(raw_config.get("quantization_config")) or any(map(_quantised, below))
+
+
+def _told(stored: str, model: str, file: str) -> str:
+    if _ADAPTER.search(stored):
+        return (
+            f"{file}: {stored} is of an adapter beside its base, which {model} leaves out; merge it (merge_and_unload)"
+        )
+    told = f"{file}: {stored} has no place in the {model} of config.json, which transformers would load without it"
+    if _SCALES.search(stored.rpartition(".")[2]):
+        return f"{told}; give config.json the quantization_config of these weights"
+    return f"{told}; take both from the same place"
+
+
+def _without_place(model: Any, stored: Iterable[str]) -> list[tuple[str, str]]:
+    """(stored name, transformers' name) of what transformers calls unexpected."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    rules = [each for each in mapping if isinstance(each, WeightRenaming)]
+    converters = [each for each in mapping if isinstance(each, WeightConverter)]
+    places, base = model.state_dict(), model.base_model_prefix
+    left_out = [re.compile(each) for each in model._keys_to_ignore_on_load_unexpected or ()]
+    found = []
+    for stored_name in sorted(stored):
+        name = unwrapped(stored_name)
+        own = rename_source_key(name, rules, converters, base, places)[0]
+        if own not in places:
+            plain = rename_source_key(name, [], [], base, places)[0]
+            if plain not in places and not any(pattern.search(own) for pattern in left_out):
+                found.append((stored_name, own))
+    return found
+
+
+def _nearest(name: str, modules: dict[str, nn.Module], model: Any) -> str:
+    """`name` without or with the prefix of the base model, whichever leads deepest into the model."""
+    prefix = f"{model.base_model_prefix}."
+    return max((name, name.removeprefix(prefix), prefix + name), key=lambda each: len(_owner(each, modules)))
+
+
+def _owner(name: str, modules: dict[str, nn.Module]) -> str:
+    """The innermost module of the model on the way to a tensor."""
+    parts = name.split(".")[:-1]
+    paths = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
+    return next((path for path in paths if path in modules), "")
+
+
+def _is_part(path: str, module: nn.Module) -> bool:
+    """Whether a module is one of a block, or has no parts: what holds blocks and towers may hold heads beside them."""
+    return not any(True for _ in module.children()) or bool(re.search(r"(^|\.)\d+(\.|$)", path))
