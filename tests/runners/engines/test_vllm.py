@@ -174,6 +174,14 @@ def marked(mark):
     return found
 
 
+def is_rank(process):
+    """Whether a process is one of vLLM's ranks, before it has named itself or after."""
+    with contextlib.suppress(psutil.Error):
+        command = " ".join(process.cmdline())
+        return "spawn_main" in command or "VLLM::Worker" in command
+    return False
+
+
 def assert_all_gone(mark):
     deadline = time.monotonic() + 30
     while marked(mark) and time.monotonic() < deadline:
@@ -211,7 +219,8 @@ def test_a_rank_of_vllm_that_dies_is_a_failed_row_and_nothing_is_left(registry, 
     while len(ranks) < 2 and command.poll() is None:
         time.sleep(0.2)
         cores = [process for process in marked(str(tmp_path)) if "EngineCore" in " ".join(process.cmdline())]
-        ranks = [child for core in cores for child in core.children() if "spawn_main" in " ".join(child.cmdline())]
+        children = [child for core in cores for child in core.children()]
+        ranks = [each for each in children if is_rank(each)]
     assert command.returncode is None, command.communicate()[1][-3000:]
     ranks[1].kill()
     killed = time.monotonic()
