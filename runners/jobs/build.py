@@ -4,10 +4,11 @@ A `ModelJob` is what one actor does; its `ReadJob`s carry the key under which th
 read is recognised before anything is loaded.
 """
 
+import contextlib
 import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def build_jobs(
             model=model,
             reads=[read for read in READ_SPECS if read in wanted],
             input=overrides.input or entry.input or model.input or DEFAULT_INPUT[model.modality],
-            protocol_name=protocol_name + overrides.label(),
+            protocol_name=protocol_name + _label(registry, protocol_name, model, overrides),
             protocol=registry.protocols[protocol_name],
             overrides=overrides,
             base=registry_path.resolve().parent,
@@ -93,6 +94,26 @@ def build_jobs(
 
     with ThreadPoolExecutor(_CONCURRENT_MODELS) as pool:  # each waits for its server
         return list(pool.map(job_of, entries))
+
+
+def _label(registry: Registry, protocol_name: str, model: Model, overrides: Overrides) -> str:
+    """What the command line changes; an input that the registry gives the model under that protocol changes nothing."""
+    if overrides.input is None:
+        return overrides.label()
+    suites = [suite for suite in registry.suites.values() if suite.protocol == protocol_name]
+    entries = [entry.input for suite in suites for entry in suite.entries() if entry.model == model.id]
+    own = model.input or DEFAULT_INPUT[model.modality]
+    same = any(_same_input(given or own, overrides.input) for given in [*entries, None])
+    return (replace(overrides, input=None) if same else overrides).label()
+
+
+def _same_input(one: str, other: str) -> bool:
+    """Whether two inputs are of one kind and content, which is what the protocol's hash goes by."""
+    if one.partition(":")[0] != other.partition(":")[0]:
+        return False
+    with contextlib.suppress(OSError, InputError):  # what is not here is another, or is told where it is asked for
+        return content_hash(one) == content_hash(other)
+    return False
 
 
 def _wished(model: Model, base: Path, assumed: bool) -> str:
