@@ -18,7 +18,7 @@ from deadbench.suite.checkpoints.hub_folder import HubFolder
 from deadbench.suite.checkpoints.strict_json import MAX_JSON_BYTES, parse_object
 from deadbench.suite.errors import CheckpointError
 from deadbench.suite.secrets import scrubbed
-from deadbench.suite.storage import open_place
+from deadbench.suite.storage import is_hidden, open_place
 
 # Numbers in a configuration that make transformers build so many objects, whatever the device.
 _COUNTS = re.compile(r"^(n_layers?|num_.*layers|.*_layers|depths?|num_labels|(n|num)_.*experts)$")
@@ -197,7 +197,7 @@ def list_revisions(source: str, base: Path | None = None) -> list[str]:
     """
     local, hub_id = _local_folder(source, base), source.removeprefix("hf://")
     if local is not None:
-        return sorted(p.name for p in local.iterdir() if p.is_dir())
+        return _folders(local)
     with one_line_errors(source):
         if _HUB_ID.match(hub_id):
             from huggingface_hub import HfApi
@@ -205,7 +205,8 @@ def list_revisions(source: str, base: Path | None = None) -> list[str]:
             refs = HfApi().list_repo_refs(hub_id)
             return sorted({ref.name for ref in (*refs.branches, *refs.tags)})
         fs, root = open_place(source)
-        return sorted(f["name"].rsplit("/", 1)[-1] for f in fs.ls(root, detail=True) if f["type"] == "directory")
+        folders = (f["name"].rsplit("/", 1)[-1] for f in fs.ls(root, detail=True) if f["type"] == "directory")
+        return sorted(name for name in folders if not is_hidden(name))
 
 
 def _cached(hub_id: str, revision: str) -> Path | None:
@@ -262,4 +263,8 @@ def _local_folder(source: str, base: Path | None) -> Path | None:
 
 
 def _listing(folder: Path) -> str:
-    return ", ".join(sorted(p.name for p in folder.iterdir() if p.is_dir())[:8]) or "none"
+    return ", ".join(_folders(folder)[:8]) or "none"
+
+
+def _folders(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not is_hidden(p.name))
