@@ -124,7 +124,8 @@ def _read_functional(read: ReadJob) -> Reading:
     from deadbench.runners.worker.functional import read_functional
     from deadbench.runners.worker.request import RandomWeights, StoredWeights
     from deadbench.suite.checkpoints.checkpoint import Checkpoint
-    from deadbench.suite.checkpoints.tensors import PICKLED_SUFFIXES, read_headers
+    from deadbench.suite.checkpoints.no_weights import PICKLED_SUFFIXES
+    from deadbench.suite.checkpoints.tensors import read_headers
 
     if read.model.source is None:
         assert read.model.config is not None

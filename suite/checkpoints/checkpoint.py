@@ -15,6 +15,7 @@ from deadbench.suite.checkpoints.download_cache import fetch_once, lease
 from deadbench.suite.checkpoints.fsspec_folder import FsspecFolder, one_line_errors
 from deadbench.suite.checkpoints.http_folder import HttpFolder
 from deadbench.suite.checkpoints.hub_folder import HubFolder
+from deadbench.suite.checkpoints.no_weights import no_config
 from deadbench.suite.checkpoints.strict_json import MAX_JSON_BYTES, parse_object
 from deadbench.suite.errors import CheckpointError
 from deadbench.suite.secrets import scrubbed
@@ -91,6 +92,11 @@ class Checkpoint:
         """Bytes of file content read so far."""
         return self._folder.bytes_read
 
+    @property
+    def folder(self) -> Path | None:
+        """The folder on this machine, None where it is elsewhere."""
+        return self._local
+
     def names(self) -> list[str]:
         """File names in the folder (not below it)."""
         if self._names is None:
@@ -126,7 +132,7 @@ class Checkpoint:
             CheckpointError: missing, not JSON, or not an object.
         """
         if not self.has("config.json"):
-            raise CheckpointError(f"{self.source}: no config.json; not a transformers checkpoint")
+            raise no_config(self)
         if self.size("config.json") > MAX_JSON_BYTES:
             raise CheckpointError(f"{self.source}: config.json is larger than {MAX_JSON_BYTES} bytes")
         config = parse_object(self.read("config.json"), f"{self.source}: config.json")

@@ -70,8 +70,8 @@ class HubFolder(HttpFolder):
             answer = self._requests.ask(self._api, self.source, dict, lambda each: body_of(each, _MAX_API_BYTES))
             listing = json.loads(answer)
             self.commit = listing.get("sha")
-            names = (f["rfilename"] for f in listing["siblings"])
-            return sorted(name for name in names if "/" not in name and not is_hidden(name))
+            listed = (f["rfilename"] for f in listing["siblings"])
+            return sorted(name for name in listed if "/" not in name and not is_hidden(name))
         except _NotOnHubError as error:
             raise CheckpointError(str(error)) from error
         except CheckpointError:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from deadbench.suite.checkpoints.no_weights import no_safetensors, no_weights
 from deadbench.suite.checkpoints.strict_json import MAX_JSON_BYTES, parse_object, shown
 from deadbench.suite.errors import CheckpointError
 
@@ -21,7 +22,6 @@ INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 MAX_DIMENSIONS, MAX_EXTENT = 32, 2**48
 _CONCURRENT_HEADERS = 8  # shards of a remote checkpoint are opened together
-PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5")
 
 _ITEM_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2,
@@ -75,7 +75,7 @@ def read_headers(files: Files) -> dict[str, TensorEntry]:
         names = files.names()
         shards = sorted(n for n in names if n.endswith(".safetensors") and not n.startswith("adapter_"))
         if len(shards) != 1:
-            raise _no_weights(names, shards)
+            raise no_weights(files, shards)
     if len(shards) == 1:
         headers = [_read_header(files, shards[0])]
     else:
@@ -149,29 +149,13 @@ def _read_index(files: Files) -> dict[str, str]:
     return dict(weight_map)
 
 
-def _no_weights(names: list[str], shards: list[str]) -> CheckpointError:
-    if shards:
-        return CheckpointError(
-            f"{len(shards)} safetensors files and no {INDEX_FILE}: cannot tell which belong together"
-        )
-    pickled = sorted(n for n in names if n.endswith(PICKLED_SUFFIXES))
-    if pickled:
-        return CheckpointError(
-            f"only pickled weights ({pickled[0]}), which can run code when opened and are refused; "
-            "convert them to safetensors"
-        )
-    return CheckpointError(f"no {SINGLE_FILE} and no {INDEX_FILE}")
-
-
 def _read_header(files: Files, name: str) -> list[TensorEntry]:
     size = files.size(name)
     if size < 8:
         raise CheckpointError(f"{name}: {size} bytes, too short for a safetensors file")
     length = int.from_bytes(files.read(name, 0, 8), "little")
     if length > min(MAX_HEADER_BYTES, size - 8):
-        raise CheckpointError(
-            f"{name}: the header claims {length} bytes, the file has {size}; truncated or not a safetensors file"
-        )
+        raise no_safetensors(files, name, length, size)
     raw = files.read(name, 8, 8 + length)
     if len(raw) != length:
         raise CheckpointError(f"{name}: the header is cut off; download the file again")
