@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from deadbench.runners.engines.registry import DEFAULT, ENGINES, refused_together
-from deadbench.runners.jobs.job import JobError, ModelJob, Overrides, ReadJob
+from deadbench.runners.jobs.job import JobError, ModelJob, Overrides, ReadJob, Unfit
 from deadbench.runners.jobs.opening import Opened, fingerprint_of, needs_config_alone, open_all, revisions_of
 from deadbench.suite.checkpoints.checkpoint import Checkpoint
 from deadbench.suite.errors import CheckpointError, InputError
+from deadbench.suite.inputs.early_checks import check_config
 from deadbench.suite.inputs.specs import MODALITIES, check_spec, content_hash
 from deadbench.suite.read_specs import DEFAULT_READS, READ_SPECS
 from deadbench.suite.registry.entries import Model, Protocol, Registry, SuiteEntry
@@ -187,6 +188,7 @@ def _model_job(asked: _Asked, series: bool) -> ModelJob:
             raise JobError(f"{model.id}: {error}") from error
         tensor_parallel = overrides.tensor_parallel or (model.gpus if overrides.replicas == 1 else 1)
         _check_divides(model, tensor_parallel, asked.base)
+    unfit = _unfit(asked)
     engine = _engine(asked)
     revisions, unlisted = revisions_of(model, asked.base) if series else ([model.revision], None)
     if unlisted is not None or all(needs_config_alone(model, read) for read in asked.reads):
@@ -199,8 +201,27 @@ def _model_job(asked: _Asked, series: bool) -> ModelJob:
         for read in asked.reads:
             if READ_SPECS[read].per_checkpoint or revision == revisions[0]:
                 found = fingerprint_of(model, revision, read, opened) if unlisted is None else (None, unlisted)
+                if unfit is not None and READ_SPECS[read].runs_model and found[1] is None:
+                    found = found[0], unfit
                 jobs.append(_read_job(asked, read, revision, engine, found))
     return ModelJob(model.id, tuple(jobs), _tensor_parallel(model, overrides, engine))
+
+
+def _unfit(asked: _Asked) -> Unfit | None:
+    """Why the model cannot take its input, as far as its configuration and the names of its files tell."""
+    model = asked.model
+    if not any(READ_SPECS[read].runs_model for read in asked.reads):
+        return None
+    try:
+        checkpoint = Checkpoint(model.source, model.main_checkpoint(), asked.base) if model.source else None
+        here = checkpoint if checkpoint is not None and checkpoint.folder is not None else None
+        config = model.config or (checkpoint.config() if checkpoint is not None else {})
+        check_config(asked.input, config, None if here is None else here.names())
+    except InputError as error:
+        return Unfit(error)
+    except CheckpointError:
+        pass  # which the read will say
+    return None
 
 
 def _read_job(asked: _Asked, read: str, revision: str | None, engine: str, opened: Opened) -> ReadJob:
