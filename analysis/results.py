@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from deadbench.suite.errors import message
 from deadbench.suite.schema import KEY, SCHEMA_VERSION, TABLES, arrow_schema
 from deadbench.suite.secrets import scrubbed
-from deadbench.suite.storage import is_local, open_place, refusal
+from deadbench.suite.storage import is_hidden, is_local, open_place, refusal
 
 
 class ResultsError(ValueError):
@@ -120,7 +120,7 @@ def _parquet_files(filesystem: Any, folder: str) -> list[str]:
         return []
     entries = [(entry["name"], entry["type"]) for entry in filesystem.ls(folder, detail=True, refresh=True)]
     names = [name for name, kind in entries if kind != "directory" and name.endswith(".parquet")]
-    return sorted(name for name in names if not name.rsplit("/", 1)[-1].startswith("."))
+    return sorted(name for name in names if not is_hidden(name))
 
 
 def _check_file(location: str, path: str, source: str | bytes, table: str) -> None:

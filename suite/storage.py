@@ -15,6 +15,12 @@ from deadbench.suite.errors import message
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "abfs": "azure", "abfss": "azure", "az": "azure"}
 
 
+def is_hidden(path: str) -> bool:
+    """Whether a file or folder is nobody's data: its name begins with a dot, as macOS's `._NAME` beside NAME does."""
+    name = path.rstrip("/").rsplit("/", 1)[-1]
+    return name.startswith(".") and name.strip(".") != ""
+
+
 def open_place(location: str) -> tuple[Any, str]:
     """The file system of a path or URI, and the path on it.
 

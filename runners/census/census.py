@@ -23,7 +23,7 @@ from deadbench.suite.checkpoints.checkpoint import identify
 from deadbench.suite.errors import message
 from deadbench.suite.schema import arrow_schema, to_table
 from deadbench.suite.secrets import scrubbed
-from deadbench.suite.storage import open_place
+from deadbench.suite.storage import is_hidden, open_place
 
 _BLOCK = 16  # sources that one task reads
 _TASKS = 4  # that a worker has at once: a slow source holds up its block, not the worker
@@ -50,7 +50,9 @@ class Outcome:
 
 
 def list_sources(file: str) -> list[str]:
-    """The sources that a text file (a path or fsspec URI) names, one a line; blank lines and `#` comments are left out.
+    """The sources that a text file (a path or fsspec URI) names, one a line.
+
+    Blank lines, `#` comments and names that begin with a dot are left out.
 
     Of two spellings of one checkpoint the first stays.
 
@@ -70,7 +72,7 @@ def list_sources(file: str) -> list[str]:
     sources: dict[tuple[str, str | None], str] = {}
     for number, line in enumerate(lines, 1):
         source = line.partition(" #")[0].strip()
-        if not source or source.startswith("#"):
+        if not source or source.startswith("#") or is_hidden(source):
             continue
         if not source.isprintable():
             raise CensusError(f"{shown}:{number}: not printable text; give a file with one SOURCE a line")

@@ -88,6 +88,8 @@ def jobs_and_cluster(
         ValueError: a registry, model, read or cluster that cannot be understood or reached; one line.
     """
     from deadbench.runners.jobs.build import build_jobs
+    from deadbench.runners.jobs.job import JobError
+    from deadbench.runners.jobs.opening import all_unfit
     from deadbench.runners.planning.hardware import parse_cluster, ray_cluster, this_machine
     from deadbench.suite.registry.loading import find_registry, load_registry
 
@@ -95,6 +97,8 @@ def jobs_and_cluster(
     path = find_registry(registry)
     wanted = [part.strip() for part in reads.split(",")] if reads is not None else None
     jobs = build_jobs(load_registry(path), path, models or [], suite, wanted, overrides, assumed=assume is not None)
+    if unfit := all_unfit(jobs):
+        raise JobError(unfit)
     if cluster is None:
         cluster = this_machine() if address in (None, "local") else ray_cluster(str(address))
     return jobs, cluster

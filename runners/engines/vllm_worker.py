@@ -17,6 +17,7 @@ from vllm.forward_context import get_forward_context
 import deadbench.runners.engines.vllm_random_weights  # noqa: F401 - registers its loader, in every worker
 from deadbench.suite.architectures.norms import EffectiveNorm, FinalNorm, effective_norm
 from deadbench.suite.architectures.parts import block_list
+from deadbench.suite.inputs.batches import check_distinct
 from deadbench.suite.ranks import Ranks
 from deadbench.suite.reads.columns import scale_columns
 from deadbench.suite.reads.final_norm import FinalNormRead
@@ -93,6 +94,8 @@ class _HookedRead:
                     raise ValueError(self.error)
                 if self.rows != self.num_tokens:
                     raise ValueError(f"vLLM ran {self.rows} rows for {self.num_tokens} tokens")
+                if self.first_pass and self.measured is not None and not self.ranks.rank:
+                    check_distinct(self.measured.distinct.count(), self.rows, self.stream.hidden_size)
             self.stream.end_pass()
         except Exception as error:
             return {"error": f"{error}"}

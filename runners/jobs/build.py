@@ -4,18 +4,20 @@ A `ModelJob` is what one actor does; its `ReadJob`s carry the key under which th
 read is recognised before anything is loaded.
 """
 
+import contextlib
 import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from deadbench.runners.engines.registry import DEFAULT, ENGINES, refused_together
-from deadbench.runners.jobs.job import JobError, ModelJob, Overrides, ReadJob
+from deadbench.runners.jobs.job import JobError, ModelJob, Overrides, ReadJob, Unfit
 from deadbench.runners.jobs.opening import Opened, fingerprint_of, needs_config_alone, open_all, revisions_of
 from deadbench.suite.checkpoints.checkpoint import Checkpoint
 from deadbench.suite.errors import CheckpointError, InputError
+from deadbench.suite.inputs.early_checks import check_config
 from deadbench.suite.inputs.specs import MODALITIES, check_spec, content_hash
 from deadbench.suite.read_specs import DEFAULT_READS, READ_SPECS
 from deadbench.suite.registry.entries import Model, Protocol, Registry, SuiteEntry
@@ -82,7 +84,7 @@ def build_jobs(
             model=model,
             reads=[read for read in READ_SPECS if read in wanted],
             input=overrides.input or entry.input or model.input or DEFAULT_INPUT[model.modality],
-            protocol_name=protocol_name + overrides.label(),
+            protocol_name=protocol_name + _label(registry, protocol_name, model, overrides),
             protocol=registry.protocols[protocol_name],
             overrides=overrides,
             base=registry_path.resolve().parent,
@@ -93,6 +95,26 @@ def build_jobs(
 
     with ThreadPoolExecutor(_CONCURRENT_MODELS) as pool:  # each waits for its server
         return list(pool.map(job_of, entries))
+
+
+def _label(registry: Registry, protocol_name: str, model: Model, overrides: Overrides) -> str:
+    """What the command line changes; an input that the registry gives the model under that protocol changes nothing."""
+    if overrides.input is None:
+        return overrides.label()
+    suites = [suite for suite in registry.suites.values() if suite.protocol == protocol_name]
+    entries = [entry.input for suite in suites for entry in suite.entries() if entry.model == model.id]
+    own = model.input or DEFAULT_INPUT[model.modality]
+    same = any(_same_input(given or own, overrides.input) for given in [*entries, None])
+    return (replace(overrides, input=None) if same else overrides).label()
+
+
+def _same_input(one: str, other: str) -> bool:
+    """Whether two inputs are of one kind and content, which is what the protocol's hash goes by."""
+    if one.partition(":")[0] != other.partition(":")[0]:
+        return False
+    with contextlib.suppress(OSError, InputError):  # what is not here is another, or is told where it is asked for
+        return content_hash(one) == content_hash(other)
+    return False
 
 
 def _wished(model: Model, base: Path, assumed: bool) -> str:
@@ -166,6 +188,7 @@ def _model_job(asked: _Asked, series: bool) -> ModelJob:
             raise JobError(f"{model.id}: {error}") from error
         tensor_parallel = overrides.tensor_parallel or (model.gpus if overrides.replicas == 1 else 1)
         _check_divides(model, tensor_parallel, asked.base)
+    unfit = _unfit(asked)
     engine = _engine(asked)
     revisions, unlisted = revisions_of(model, asked.base) if series else ([model.revision], None)
     if unlisted is not None or all(needs_config_alone(model, read) for read in asked.reads):
@@ -178,8 +201,27 @@ def _model_job(asked: _Asked, series: bool) -> ModelJob:
         for read in asked.reads:
             if READ_SPECS[read].per_checkpoint or revision == revisions[0]:
                 found = fingerprint_of(model, revision, read, opened) if unlisted is None else (None, unlisted)
+                if unfit is not None and READ_SPECS[read].runs_model and found[1] is None:
+                    found = found[0], unfit
                 jobs.append(_read_job(asked, read, revision, engine, found))
     return ModelJob(model.id, tuple(jobs), _tensor_parallel(model, overrides, engine))
+
+
+def _unfit(asked: _Asked) -> Unfit | None:
+    """Why the model cannot take its input, as far as its configuration and the names of its files tell."""
+    model = asked.model
+    if not any(READ_SPECS[read].runs_model for read in asked.reads):
+        return None
+    try:
+        checkpoint = Checkpoint(model.source, model.main_checkpoint(), asked.base) if model.source else None
+        here = checkpoint if checkpoint is not None and checkpoint.folder is not None else None
+        config = model.config or (checkpoint.config() if checkpoint is not None else {})
+        check_config(asked.input, config, None if here is None else here.names())
+    except InputError as error:
+        return Unfit(error)
+    except CheckpointError:
+        pass  # which the read will say
+    return None
 
 
 def _read_job(asked: _Asked, read: str, revision: str | None, engine: str, opened: Opened) -> ReadJob:

@@ -20,6 +20,10 @@ class Unreached(str):
     """The error of a read whose source cannot be reached from here: where the read runs it may be."""
 
 
+class Unfit(str):
+    """The error of a read whose input does not fit its model, which was seen before anything ran."""
+
+
 @dataclass(frozen=True)
 class Overrides:
     """What the command line changes in the protocol; None leaves it.

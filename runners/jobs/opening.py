@@ -5,7 +5,7 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from deadbench.runners.jobs.job import ModelJob, Unreached
+from deadbench.runners.jobs.job import ModelJob, Unfit, Unreached
 from deadbench.suite.checkpoints.checkpoint import Checkpoint, list_revisions
 from deadbench.suite.errors import CheckpointError, UnreachableError
 from deadbench.suite.read_specs import READ_SPECS
@@ -17,6 +17,14 @@ _CONCURRENT_CHECKPOINTS = 8
 def unreachable(jobs: list[ModelJob]) -> list[str]:
     """What of the jobs cannot be opened (gated, missing, broken), one line each; their reads will be failed rows."""
     return list(dict.fromkeys(f"{read.model.id}: {read.error}" for job in jobs for read in job.reads if read.error))
+
+
+def all_unfit(jobs: list[ModelJob]) -> str | None:
+    """The first read's reason where none of the reads can run with its input: there is nothing to start."""
+    reads = [read for job in jobs for read in job.reads]
+    if reads and all(isinstance(read.error, Unfit) for read in reads):
+        return f"{reads[0].model.id}: {reads[0].error}"
+    return None
 
 
 def revisions_of(model: Model, base: Path) -> tuple[list[str | None], str | None]:

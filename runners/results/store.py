@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from deadbench.suite.schema import KEY, SCHEMA_VERSION, TABLES
 from deadbench.suite.secrets import scrubbed
-from deadbench.suite.storage import is_local, open_place, refusal, renames, write_whole
+from deadbench.suite.storage import is_hidden, is_local, open_place, refusal, renames, write_whole
 
 _FOOTER_BYTES = 2**17  # as much of a remote file's end as holds its schema
 
@@ -106,10 +106,11 @@ class ResultStore:
     def _files(self, table: str) -> list[str]:
         folder = f"{self._root}/{table}"
         try:
-            listed = self._fs.ls(folder, detail=False, refresh=True)  # what others wrote meanwhile is there too
+            listed = self._fs.ls(folder, detail=True, refresh=True)  # what others wrote meanwhile is there too
         except FileNotFoundError:
             return []
-        return sorted(path for path in listed if path.endswith(".parquet"))
+        files = (entry["name"] for entry in listed if entry["type"] != "directory")
+        return sorted(path for path in files if path.endswith(".parquet") and not is_hidden(path))
 
     def _sources(self, table: str) -> list[tuple[str, Any]]:
         """(path, what pyarrow opens) of a table's files; remote ones are fetched together."""

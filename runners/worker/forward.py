@@ -34,7 +34,7 @@ from deadbench.suite.architectures.build import objective
 from deadbench.suite.architectures.kernel_test import live_norm
 from deadbench.suite.architectures.norms import FinalNorm, departure
 from deadbench.suite.architectures.resolve import Resolved
-from deadbench.suite.inputs.batches import check_count
+from deadbench.suite.inputs.batches import check_distinct, check_inputs
 from deadbench.suite.reads.columns import architecture_columns, scale_columns
 from deadbench.suite.reads.residual import TAP_BYTES
 from deadbench.suite.schema import Row
@@ -78,7 +78,7 @@ def read_forward(read: ReadJob, config: Configuration, weights: Weights) -> Read
     yield Progress(read.label(), "input", 0, wanted)
     for batch_tokens in (BATCH_TOKENS, BATCH_TOKENS // 2)[read.half_batch :]:
         inputs = make_inputs(read, runnable, weights.folder, wanted, batch_tokens, resolved=resolved)
-        check_count(inputs.num_tokens, final.hidden_size)
+        check_inputs(inputs, final.hidden_size)
         if engine.tap_by_tap and replicas and len(inputs.batches) < engine.ranks.size:
             raise ValueError(
                 f"{engine.ranks.size} replicas for {len(inputs.batches)} batches of about {batch_tokens} tokens: block "
@@ -98,6 +98,7 @@ def read_forward(read: ReadJob, config: Configuration, weights: Weights) -> Read
     if engine.ranks.rank > 0:
         return {"reads": [row]}  # rank 0 has every row and tells
     yield Progress(read.label(), "spectrum", inputs.num_tokens, inputs.num_tokens)
+    check_distinct(measured.distinct.count(), measured.num_tokens, final.hidden_size)
     started = time.perf_counter()
     columns, final_spectrum = measured.finish()
     stream_columns, blocks, spectra = stream.finish()

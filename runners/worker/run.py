@@ -137,14 +137,15 @@ def _read_functional(read: ReadJob) -> Reading:
     from deadbench.runners.worker.request import RandomWeights, StoredWeights
     from deadbench.suite.architectures.unexpected_tensors import refuse_unexpected
     from deadbench.suite.checkpoints.checkpoint import Checkpoint
-    from deadbench.suite.checkpoints.weight_files import PICKLED_SUFFIXES
+    from deadbench.suite.checkpoints.no_weights import PICKLED_SUFFIXES
 
     if read.model.source is None:
         assert read.model.config is not None
         return (yield from read_functional(read, Configuration(read.model.config), RandomWeights(read.seed)))
     checkpoint = Checkpoint(read.model.source, read.revision, read.base)
     # A configuration alone is an architecture at random initialisation; weights that are there are never passed over.
-    trained = any(name.endswith((".safetensors", *PICKLED_SUFFIXES)) for name in checkpoint.names())
+    stored = (".safetensors", ".safetensors.index.json", *PICKLED_SUFFIXES)  # an index may list shards in a subfolder
+    trained = any(name.endswith(stored) for name in checkpoint.names())
     entries = checkpoint.headers() if trained else None
     if entries is not None:
         refuse_unexpected(checkpoint.config(), entries, checkpoint.source, published=True)

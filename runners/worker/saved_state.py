@@ -30,7 +30,7 @@ from deadbench.suite.spectra.arrow_state import StateError, struct
 from deadbench.suite.storage import put_in_place, written_aside
 
 FOLDER = "_progress"
-_VERSION = 1  # of the states: raised when what is in them changes its meaning
+_VERSION = 2  # of the states: raised when what is in them changes its meaning
 _WRITING_SHARE = 20  # the time between two checkpoints is at least so many times what the last took to write
 _DISK_SHARE = 2  # of what is free on a local disk, a checkpoint takes at most one part in so many
 _FILE = pa.schema(

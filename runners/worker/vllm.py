@@ -33,7 +33,7 @@ from deadbench.runners.jobs.resolved import (
 from deadbench.runners.worker.passes import accumulator_bytes
 from deadbench.runners.worker.request import StoredWeights, Weights, entries_of, make_inputs, tensor_name
 from deadbench.suite.architectures.stored_names import wrapped
-from deadbench.suite.inputs.batches import Inputs, check_count
+from deadbench.suite.inputs.batches import Inputs, check_inputs
 from deadbench.suite.reads.columns import architecture_columns
 from deadbench.suite.reads.residual import ResidualRead
 from deadbench.suite.schema import Row
@@ -68,7 +68,7 @@ def read_vllm(read: ReadJob, config: Configuration, weights: Weights) -> Reading
     wanted = num_tokens(read.protocol.tokens, final.hidden_size)
     yield Progress(read.label(), "input", 0, wanted)
     inputs = make_inputs(read, whole, weights.folder, wanted, BATCH_TOKENS, resolved=resolved)
-    check_count(inputs.num_tokens, final.hidden_size)
+    check_inputs(inputs, final.hidden_size)
     prompts = list(_prompts(inputs))
     row: Row = architecture_columns(final) | {"num_parameters": num_parameters(Configuration(raw_config))}
 

@@ -17,12 +17,13 @@ from deadbench.suite.checkpoints.download_cache import fetch_once, lease
 from deadbench.suite.checkpoints.fsspec_folder import FsspecFolder, one_line_errors
 from deadbench.suite.checkpoints.http_folder import HttpFolder
 from deadbench.suite.checkpoints.hub_folder import HubFolder
+from deadbench.suite.checkpoints.no_weights import no_config
 from deadbench.suite.checkpoints.strict_json import MAX_JSON_BYTES, parse_object
 from deadbench.suite.checkpoints.tensors import TensorEntry, read_headers
 from deadbench.suite.checkpoints.weight_files import NAMED_BY, WeightFiles, as_transformers_expects, weight_files
 from deadbench.suite.errors import CheckpointError, UnreachableError
 from deadbench.suite.secrets import scrubbed
-from deadbench.suite.storage import open_place
+from deadbench.suite.storage import is_hidden, open_place
 
 # Numbers in a configuration that make transformers build so many objects, whatever the device.
 _COUNTS = re.compile(r"^(n_layers?|num_.*layers|.*_layers|depths?|num_labels|(n|num)_.*experts)$")
@@ -92,6 +93,11 @@ class Checkpoint:
         """Bytes of file content read so far."""
         return self._folder.bytes_read
 
+    @property
+    def folder(self) -> Path | None:
+        """The folder on this machine, None where it is elsewhere."""
+        return self._local
+
     def names(self) -> list[str]:
         """File names in the folder (not below it)."""
         if self._names is None:
@@ -144,7 +150,7 @@ class Checkpoint:
         if self._config is not None:
             return copy.deepcopy(self._config)
         if not self.has("config.json"):
-            raise CheckpointError(f"{self.source}: no config.json; not a transformers checkpoint")
+            raise no_config(self)
         if self.size("config.json") > MAX_JSON_BYTES:
             raise CheckpointError(f"{self.source}: config.json is larger than {MAX_JSON_BYTES} bytes")
         config = parse_object(self.read("config.json"), f"{self.source}: config.json")
@@ -230,7 +236,7 @@ def list_revisions(source: str, base: Path | None = None) -> list[str]:
     """
     local, hub_id = _local_folder(source, base), source.removeprefix("hf://")
     if local is not None:
-        return sorted(p.name for p in local.iterdir() if p.is_dir())
+        return _folders(local)
     with one_line_errors(source):
         if _HUB_ID.match(hub_id):
             from huggingface_hub import HfApi
@@ -238,7 +244,8 @@ def list_revisions(source: str, base: Path | None = None) -> list[str]:
             refs = HfApi().list_repo_refs(hub_id)
             return sorted({ref.name for ref in (*refs.branches, *refs.tags)})
         fs, root = open_place(source)
-        return sorted(f["name"].rsplit("/", 1)[-1] for f in fs.ls(root, detail=True) if f["type"] == "directory")
+        folders = (f["name"].rsplit("/", 1)[-1] for f in fs.ls(root, detail=True) if f["type"] == "directory")
+        return sorted(name for name in folders if not is_hidden(name))
 
 
 def _cached(hub_id: str, revision: str) -> Path | None:
@@ -295,4 +302,8 @@ def _local_folder(source: str, base: Path | None) -> Path | None:
 
 
 def _listing(folder: Path) -> str:
-    return ", ".join(sorted(p.name for p in folder.iterdir() if p.is_dir())[:8]) or "none"
+    return ", ".join(_folders(folder)[:8]) or "none"
+
+
+def _folders(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not is_hidden(p.name))

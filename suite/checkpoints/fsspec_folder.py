@@ -7,7 +7,7 @@ from typing import Any
 
 from deadbench.suite.errors import CheckpointError, UnreachableError, first_line, reason_of
 from deadbench.suite.secrets import scrubbed
-from deadbench.suite.storage import open_place
+from deadbench.suite.storage import is_hidden, open_place
 
 # By the names of their classes: the libraries that raise them are not imported before they are used.
 _UNREACHED = {
@@ -40,9 +40,9 @@ class FsspecFolder:
         self._infos: dict[str, dict[str, Any]] = {}
 
     def names(self) -> list[str]:
-        """File names in the folder (not below it)."""
+        """File names in the folder (not below it), less those that begin with a dot."""
         listed = self._fs.ls(self._root, detail=True)
-        found = {f["name"].rsplit("/", 1)[-1]: f for f in listed}
+        found = {f["name"].rsplit("/", 1)[-1]: f for f in listed if not is_hidden(f["name"])}
         links = [name for name, info in found.items() if info.get("islink") and Path(self._root, name).is_file()]
         for name in links:
             _check_link(Path(self._root), name)

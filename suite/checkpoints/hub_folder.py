@@ -9,6 +9,7 @@ from deadbench.suite.checkpoints.http_folder import HttpFolder
 from deadbench.suite.checkpoints.http_requests import Requests, body_of
 from deadbench.suite.errors import CheckpointError
 from deadbench.suite.secrets import scrubbed
+from deadbench.suite.storage import is_hidden
 
 _MAX_API_BYTES = 64_000_000
 
@@ -69,7 +70,8 @@ class HubFolder(HttpFolder):
             answer = self._requests.ask(self._api, self.source, dict, lambda each: body_of(each, _MAX_API_BYTES))
             listing = json.loads(answer)
             self.commit = listing.get("sha")
-            return sorted(f["rfilename"] for f in listing["siblings"] if "/" not in f["rfilename"])
+            listed = (f["rfilename"] for f in listing["siblings"])
+            return sorted(name for name in listed if "/" not in name and not is_hidden(name))
         except _NotOnHubError as error:
             raise CheckpointError(str(error)) from error
         except CheckpointError:

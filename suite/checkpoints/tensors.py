@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from deadbench.suite.checkpoints.no_weights import no_safetensors
 from deadbench.suite.checkpoints.strict_json import parse_object, shown
 from deadbench.suite.checkpoints.weight_files import Files, WeightFiles, weight_files
 from deadbench.suite.errors import CheckpointError
@@ -105,9 +106,7 @@ def _read_header(files: Files, name: str) -> list[TensorEntry]:
         raise CheckpointError(f"{name}: {size} bytes, too short for a safetensors file")
     length = int.from_bytes(files.read(name, 0, 8), "little")
     if length > min(MAX_HEADER_BYTES, size - 8):
-        raise CheckpointError(
-            f"{name}: the header claims {length} bytes, the file has {size}; truncated or not a safetensors file"
-        )
+        raise no_safetensors(files, name, length, size)
     raw = files.read(name, 8, 8 + length)
     if len(raw) != length:
         raise CheckpointError(f"{name}: the header is cut off; download the file again")

@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from deadbench.suite.checkpoints.no_weights import PICKLED_SUFFIXES, no_weights
 from deadbench.suite.checkpoints.strict_json import MAX_JSON_BYTES, parse_object, shown
 from deadbench.suite.errors import CheckpointError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 NAMED_BY = "transformers_weights"  # the key of config.json that names another file, or another index
-PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5")
 _PICKLED_DEFAULTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")  # what transformers falls back to
 _CONCURRENT = 8
 
@@ -78,7 +78,7 @@ def weight_files(files: Files, named: object = None) -> WeightFiles:
             f"refused; to have {shards[0]} read, rename it to {SINGLE_FILE}"
         )
     if len(shards) != 1:
-        raise _no_weights(names, shards)
+        raise no_weights(files, shards)
     return WeightFiles((shards[0],))
 
 
@@ -156,17 +156,3 @@ def _check_inside(where: str, name: str) -> None:
     """Refuse a path that is not one of a file in the folder or below it."""
     if "\\" in name or not name.isprintable() or any(not part or part.startswith(".") for part in name.split("/")):
         raise CheckpointError(f"{where}: names the file {shown(name)} outside the checkpoint folder")
-
-
-def _no_weights(names: list[str], shards: list[str]) -> CheckpointError:
-    if shards:
-        return CheckpointError(
-            f"{len(shards)} safetensors files and no {INDEX_FILE}: cannot tell which belong together"
-        )
-    pickled = sorted(n for n in names if n.endswith(PICKLED_SUFFIXES))
-    if pickled:
-        return CheckpointError(
-            f"only pickled weights ({pickled[0]}), which can run code when opened and are refused; "
-            "convert them to safetensors"
-        )
-    return CheckpointError(f"no {SINGLE_FILE} and no {INDEX_FILE}")

@@ -8,7 +8,7 @@ Shapes: B items, T positions.
 
 import inspect
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from deadbench.suite.architectures.norms import FinalNorm
 from deadbench.suite.architectures.parts import PICTURE_NAMES, SOUND_NAMES
 from deadbench.suite.errors import InputError, first_line, reason_of
 from deadbench.suite.inputs.batches import Batch, Inputs
+from deadbench.suite.inputs.early_checks import check_positions
 from deadbench.suite.inputs.signals import (
     distinct_patches,
     noise_like,
@@ -131,7 +132,7 @@ def _feed_tokens(
     sequence_length = min(sequence_length, num_tokens, _longest(part))
 
     def tokens(count: int) -> Inputs:
-        return token_batches(
+        made = token_batches(
             spec,
             vocab_size=_vocabulary(text_config),
             num_tokens=count,
@@ -141,6 +142,10 @@ def _feed_tokens(
             batch_tokens=batch_tokens,
             avoided_ids=_special_ids(config),
         )
+        if getattr(config, "position_embedding_type", "absolute") == "absolute":
+            longest = max(batch.model_inputs["input_ids"].shape[1] for batch in made.batches)
+            check_positions(longest, max(_tables(part), default=None))  # a smaller table may be another tower's
+        return made
 
     if not whole_rows:  # rows of pictures and text together: whole sequences only, and as many as give the rows
         sample = Batch({"input_ids": torch.full((1, sequence_length), 5)})
@@ -259,13 +264,17 @@ def _longest(part: nn.Module) -> int:
     config: Any = part.config
     said = [getattr(c, key, None) for c in (config, config.get_text_config()) for key in _LENGTH_KEYS]
     limits = [n for n in said if isinstance(n, int) and n > 0]
+    return min([*limits, *_tables(part)], default=1 << 30)
+
+
+def _tables(part: nn.Module) -> Iterator[int]:
+    """Positions of each table of them."""
     for name, module in part.named_modules():
         # x_, y_, h_ and w_position_embeddings of document models are of the page, not of the text.
         leaf = name.rpartition(".")[2]
         if isinstance(module, nn.Embedding) and leaf in _POSITION_TABLES:
             taken = getattr(module, "offset", 0) or (module.padding_idx + 1 if module.padding_idx is not None else 0)
-            limits.append(module.num_embeddings - int(taken))
-    return min(limits, default=1 << 30)
+            yield module.num_embeddings - int(taken)
 
 
 def _vocabulary(config: Any) -> int:

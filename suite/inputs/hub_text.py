@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from deadbench.suite.errors import reason_of
+from deadbench.suite.storage import is_hidden
 
 
 class DatasetError(ValueError):
@@ -55,7 +56,7 @@ def _parquet_files(filesystem: Any, dataset: str, config: str, split: str) -> li
     """Parquet files whose path names the split and, if given, the configuration."""
     for revision in ("", "@refs%2Fconvert%2Fparquet"):
         root = f"datasets/{dataset}{revision}"
-        found = sorted(filesystem.glob(f"{root}/**/*.parquet"))
+        found = sorted(path for path in filesystem.glob(f"{root}/**/*.parquet") if not is_hidden(path))
         below = [(path, path.removeprefix(root).strip("/")) for path in found]
         chosen = [path for path, rest in below if split in rest and (not config or f"{config}/" in f"{rest}/")]
         if chosen and not config:

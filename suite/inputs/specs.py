@@ -8,8 +8,12 @@ from importlib import resources
 from pathlib import Path
 
 from deadbench.suite.errors import InputError
+from deadbench.suite.storage import is_hidden
 
 MODALITIES = {"text": "text", "tokens": "text", "hf": "text", "image": "image", "audio": "audio"}
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model",
+)  # fmt: skip
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
@@ -56,7 +60,8 @@ def photo_files(folder: str) -> list[Path]:
         InputError: there are none.
     """
     root = Path(folder) if folder else Path(str(resources.files("deadbench.suite").joinpath("data/photos")))
-    photos = sorted(p for p in root.iterdir() if p.suffix.lower() in PHOTO_SUFFIXES)
+    there = (p for p in root.iterdir() if p.suffix.lower() in PHOTO_SUFFIXES and not is_hidden(p.name))
+    photos = sorted(p for p in there if p.is_file())
     if not photos:
         raise InputError(f"{root}: no photographs ({', '.join(PHOTO_SUFFIXES)})")
     return photos

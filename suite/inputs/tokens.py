@@ -22,12 +22,10 @@ from numpy.typing import NDArray
 
 from deadbench.suite.errors import InputError, reason_of
 from deadbench.suite.inputs.batches import Batch, Inputs
+from deadbench.suite.inputs.early_checks import check_vocabulary, open_ids
 from deadbench.suite.inputs.hub_text import read_hub_text
-from deadbench.suite.inputs.specs import text_path
+from deadbench.suite.inputs.specs import TOKENIZER_FILES, text_path
 
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model",
-)  # fmt: skip
 _CHARACTERS_PER_PIECE = 100_000
 
 
@@ -74,15 +72,8 @@ def token_batches(
 
 
 def _load_ids(path: Path, vocab_size: int) -> NDArray[np.int64]:
-    try:
-        ids = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path}: not a .npy array ({error})") from error
-    if not isinstance(ids, np.ndarray) or ids.ndim != 2 or ids.dtype.kind not in "iu" or ids.size == 0:
-        found = f"{ids.dtype} of shape {ids.shape}" if isinstance(ids, np.ndarray) else "an archive"
-        raise InputError(f"{path}: expected an integer array (sequences x length), found {found}")
-    if ids.min() < 0 or ids.max() >= vocab_size:
-        raise InputError(f"{path}: token ids {ids.min()} to {ids.max()}, the model knows 0 to {vocab_size - 1}")
+    ids = open_ids(path)
+    check_vocabulary(ids, str(path), vocab_size)
     return ids.astype(np.int64)
 
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from deadbench.suite.architectures.norms import EffectiveNorm
+from deadbench.suite.reads.distinct_rows import CELLS, MIN_DISTINCT, DistinctRows
 from deadbench.suite.reads.rows import check_rows, token_rows
 from deadbench.suite.reads.verdicts import KERNEL_SLOPE, EarlyVerdict, precision_slope
 from deadbench.suite.schema import Row
@@ -40,6 +41,7 @@ STATE = pa.schema(
         "along_float64": pa.struct(ALONG_STATE),
         "along_executed": pa.struct(ALONG_STATE),
         "sequences": VECTOR,
+        "distinct": CELLS,
     }
 )
 DEAD_THRESHOLDS = {"num_dead_1e4": 1e-4, "num_dead_1e6": 1e-6, "num_dead_1e8": 1e-8, "num_dead_1e10": 1e-10}
@@ -69,6 +71,7 @@ class FinalNormRead:
         self.along_float32 = VarianceAlong(direction_D, shift_D)
         self.along_float64 = VarianceAlong(direction_D, shift_D, ExactProjection)
         self.sequences = SequenceSums(shift_D)
+        self.distinct = DistinctRows(D, MIN_DISTINCT * D)
         self.along_executed: VarianceAlong | None = None  # the float32 replay is what a float32 model on CPU executed
 
     def update(self, input_BTD: Tensor, output_BTD: Tensor, mask_BT: Bool[Tensor, "B T"] | None = None) -> None:
@@ -95,6 +98,7 @@ class FinalNormRead:
             exact_chunk = self.norm(x_chunk)
             self.along_float64.update(exact_chunk)
             self._early.update(replay_chunk, exact_chunk)
+            self.distinct.update(exact_chunk)
 
     def merge(self, other: "FinalNormRead") -> None:
         """Add what another worker read of the same norm on other tokens; in the order of the tokens."""
@@ -108,6 +112,7 @@ class FinalNormRead:
             else:
                 self.along_executed.merge(other.along_executed)
         self._early.float64.merge(other._early.float64)
+        self.distinct.merge(other.distinct)
 
     def to_arrow(self) -> pa.RecordBatch:
         """The exact state as one Arrow row; the norm itself is not in it."""
@@ -119,6 +124,7 @@ class FinalNormRead:
             "along_float64": self.along_float64.to_arrow(),
             "along_executed": None if executed is None else executed.to_arrow(),
             "sequences": vector(torch.from_numpy(self.sequences.sums_S4)),
+            "distinct": self.distinct.to_arrow(),
         }
         return struct(columns, STATE)
 
@@ -136,6 +142,7 @@ class FinalNormRead:
         self.along_float32.restore(row["along_float32"])
         self.along_float64.restore(row["along_float64"])
         self.sequences.sums_S4 = row["sequences"].values.to_numpy().reshape(-1, 4).copy()
+        self.distinct.restore(row["distinct"])
         if row["along_executed"].is_valid:
             self.along_executed = self._new_along()
             self.along_executed.restore(row["along_executed"])

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from deadbench.suite.ranks import Ranks
+from deadbench.suite.reads.distinct_rows import MIN_DISTINCT
 from deadbench.suite.reads.rows import check_rows, token_rows
 from deadbench.suite.reads.tap import TAP_STATE, Tap
 from deadbench.suite.schema import Row
@@ -26,7 +27,6 @@ from deadbench.suite.spectra.directions import UNIT_ROUNDOFF, leading_coordinate
 
 COLLAPSE_RATIO = 0.8  # at random initialisation the ratio is 1.0 to 1.9, spread 0.045 over samples of 4D tokens
 SAME_DEAD = 0.9  # containment above which dead directions of two taps are the same
-MIN_DISTINCT = 4  # in D: fewer distinct rows, and the rank is that of the input
 _FLOORS = {"bfloat16": 8.0, "float16": 8.0, "float32": 32.0, "float64": 32.0}
 STREAM_STATE = pa.schema(
     {"results": pa.string(), "tap": pa.int64(), "of_pass_before": pa.bool_(), "state": pa.struct(TAP_STATE)}

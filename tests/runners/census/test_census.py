@@ -48,7 +48,9 @@ def reads(out):
 
 def test_the_file_of_sources(tmp_path):
     path = tmp_path / "s.txt"
-    path.write_text("\n# ours\norg/a\n\n  org/a@main  # again\nhf://org/a\norg/a@step7\nhttps://x/y/\nhttps://x/y\n")
+    path.write_text(
+        "\n# ours\norg/a\n\n  org/a@main  # again\nhf://org/a\norg/a@step7\nhttps://x/y/\nhttps://x/y\nruns/._a\n.DS_Store\n"
+    )
     assert list_sources(str(path)) == ["org/a", "org/a@step7", "https://x/y/"]
 
 

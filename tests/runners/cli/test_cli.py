@@ -18,6 +18,10 @@ from safetensors.numpy import load_file
 
 from deadbench.runners.cli import main as cli
 from deadbench.runners.driver import driver
+from deadbench.runners.jobs.build import build_jobs
+from deadbench.runners.jobs.job import Overrides
+from deadbench.runners.jobs.opening import all_unfit
+from deadbench.suite.registry.loading import load_registry
 from tests.conftest import ROOT, TWINS, save_tiny, write_checkpoint
 
 # Every option of every command, as --help lists them: what scripts out there rely on.
@@ -211,6 +215,29 @@ def test_run_reports_failures_and_keeps_the_rest(results):
     failed = frame.filter(pl.col("status") == "failed")
     assert set(failed["read"]) == {"parameters", "trained"}
     assert all("broken" in model for model in failed["model"])
+
+
+def test_an_input_that_does_not_fit_is_told_before_anything_starts(deadbench, tmp_path, monkeypatch, capsys):
+    """Where some reads need no input they run, and the others are failed rows."""
+    source, out = save_tiny(tmp_path / "m"), tmp_path / "out"
+    np.save(tmp_path / "ids.npy", np.full((4, 8), 10**6))
+    capsys.readouterr()  # of the saving
+    monkeypatch.setattr("deadbench.runners.driver.driver.execute", lambda *_: pytest.fail("it started"))
+    for spec, message in (
+        ("text", "needs the model's tokenizer"),
+        (f"tokens:{tmp_path / 'ids.npy'}", "token ids 1000000 to 1000000, the model knows 0 to"),
+        ("image", "takes text"),
+    ):
+        code, _, err = deadbench("run", source, "--reads", "random,trained", "--input", spec, "--out", out)
+        assert (code, err.count("\n"), err.startswith(f"deadbench: {source}: ")) == (2, 1, True), err
+        assert message in err
+    jobs = build_jobs(
+        load_registry(ROOT / "models.yaml"), ROOT / "models.yaml", [str(source)], None, None, Overrides(input="text")
+    )
+    errors = {read.read: read.error for job in jobs for read in job.reads}
+    assert errors["parameters"] is None
+    assert "needs the model's tokenizer" in errors["trained"]
+    assert all_unfit(jobs) is None
 
 
 def test_a_second_run_starts_nothing(deadbench, results, monkeypatch):

@@ -69,6 +69,33 @@ def test_an_input_file_counts_by_content(tmp_path):
     assert a == b != c
 
 
+def test_the_input_of_a_suites_entry_given_by_flag_is_the_same_protocol(tmp_path):
+    """By content: under another path, and without naming the suite; another file is another protocol."""
+    np.save(tmp_path / "ids.npy", np.zeros((2, 2), int))
+    np.save(tmp_path / "copy.npy", np.zeros((2, 2), int))
+    np.save(tmp_path / "other.npy", np.ones((2, 2), int))
+    entry = f"tokens:{tmp_path / 'ids.npy'}"
+    path = tmp_path / "models.yaml"
+    path.write_text(
+        "protocols: {standard: {tokens: 8D, sequence_length: 32}, other: {tokens: 8D, sequence_length: 16}}\n"
+        f"suites: {{mine: {{protocol: standard, models: [{{model: gpt2, input: '{entry}'}}]}}}}\n"
+        "models:\n  - {id: gpt2, source: openai-community/gpt2, config: {model_type: gpt2}}\n"
+    )
+
+    def built(models=(), suite=None, **overrides):
+        (job,) = build_jobs(load_registry(path), path, list(models), suite, ["random"], Overrides(**overrides))
+        return job.reads[0].protocol_name, job.reads[0].identity()
+
+    by_entry = built(suite="mine")
+    assert by_entry[0] == "standard"
+    for spec in (entry, f"tokens:{tmp_path / 'copy.npy'}"):
+        assert built(["gpt2"], input=spec) == built(suite="mine", input=spec) == by_entry
+    other = f"tokens:{tmp_path / 'other.npy'}"
+    assert built(["gpt2"], input=other)[0] == f"standard[input={other}]"
+    assert built(["gpt2"], input="text") == built(["gpt2"]), "as is what it reads anyway"
+    assert built(["gpt2"], input=entry, tokens=99)[0] == "standard[tokens=99]"
+
+
 def test_a_parameters_read_does_not_depend_on_the_input():
     plain = only(["twin-layernorm"], "parameters")
     other = only(["twin-layernorm"], "parameters", tokens=999, input="tokens:random")

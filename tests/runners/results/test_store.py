@@ -53,6 +53,14 @@ def test_undeclared_columns_are_refused():
         to_table("reads", [{"dept": 1.0}])
 
 
+def test_hidden_files_and_folders_named_like_files_are_left_out(tmp_path):
+    ResultStore(str(tmp_path)).write(tables())
+    for table in ("reads", "spectra"):
+        (tmp_path / table / "._x.parquet").write_bytes(b"\0\5\26\7\0\2\0\0Mac OS X        ")
+        (tmp_path / table / "folder.parquet").mkdir()
+    assert len(ResultStore(str(tmp_path)).finished()) == 1
+
+
 def test_only_ok_reads_are_finished(tmp_path):
     store = ResultStore(str(tmp_path))
     assert store.finished() == set()

@@ -6,6 +6,7 @@ import signal
 import threading
 from dataclasses import replace
 
+import numpy as np
 import polars as pl
 import pytest
 import torch
@@ -243,6 +244,36 @@ def test_replicas_in_threads(registry, undisturbed, monkeypatch, small_batches, 
     first, *others = in_ranks(size, work)
     assert_same(rows_of(first), undisturbed["neox"])
     assert all("spectra" not in rows_of(events) for events in others), "the first tells"
+
+
+def test_replicas_and_a_resumed_read_refuse_repeated_rows_alike(registry, tmp_path, monkeypatch, small_batches):
+    """One id all along is one row of a model without absolute positions; each replica sees all of them."""
+    np.save(tmp_path / "ids.npy", np.arange(16)[:, None] % 12 + np.full((16, 32), 5))
+    spec, mine, lock = f"tokens:{tmp_path / 'ids.npy'}", threading.local(), threading.Lock()
+    load = TorchEngine.load_trained
+
+    def one_at_a_time(self, *arguments):
+        with lock:
+            return load(self, *arguments)
+
+    def job(**overrides):
+        return job_of(registry, "llama", input=spec, dtype="float32", **overrides)
+
+    def told(events):
+        (event,) = (e for e in events if isinstance(e, Finished))
+        return event.row["error"]
+
+    def work(ranks):
+        mine.ranks = ranks
+        return list(run_model(job(replicas=2), "run", 1))
+
+    expected = told(run_model(job(), "run", 1))
+    assert "of 512 rows differ, for hidden size 16" in expected
+    resumed = interrupted(job(), registry, tmp_path, monkeypatch)
+    assert told(run_model(resumed, "run", 2)) == expected
+    monkeypatch.setattr(TorchEngine, "load_trained", one_at_a_time)
+    monkeypatch.setattr(forward, "make_engine", lambda *_: TorchEngine(torch.device("cpu"), ranks=mine.ranks))
+    assert told(in_ranks(2, work)[0]) == expected
 
 
 @pytest.mark.parametrize("torn", [False, True], ids=["both saved", "one did not"])

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deadbench.suite.checkpoints.checkpoint import Checkpoint, checkpoint_step, list_revisions
+from deadbench.suite.checkpoints.tensors import read_headers
 from deadbench.suite.errors import CheckpointError
 from tests.conftest import ROOT, save_tiny
 
@@ -25,6 +26,26 @@ from tests.conftest import ROOT, save_tiny
 def test_sources_that_are_none(source, message):
     with pytest.raises(CheckpointError, match=message):
         Checkpoint(source)
+
+
+def test_hidden_files_are_no_part_of_a_checkpoint(tmp_path):
+    """`._NAME` of macOS beside the weights, an editor's copy of the configuration, a folder of git among a series."""
+    series = tmp_path / "series"
+    folder = save_tiny(series / "step1")
+    (folder / "model.safetensors").rename(folder / "model.fp16.safetensors")
+    plain = Checkpoint(str(folder)).fingerprint()
+    for name in ("._model.fp16.safetensors", ".config.json"):
+        (folder / name).write_bytes(b"\0\5\26\7\0\2\0\0Mac OS X        ")
+    (folder / "._link.safetensors").symlink_to(__file__)
+    (series / ".git").mkdir()
+    checkpoint = Checkpoint(str(folder))
+    assert not [name for name in checkpoint.names() if name.startswith(".")]
+    assert checkpoint.fingerprint() == plain
+    assert read_headers(checkpoint)
+    assert list_revisions(str(series)) == ["step1"]
+    hidden = tmp_path / ".cache"
+    series.rename(hidden)
+    assert read_headers(Checkpoint(str(hidden / "step1"))), "a folder that is named is read whatever its name"
 
 
 def test_a_file_is_not_a_checkpoint(tmp_path):

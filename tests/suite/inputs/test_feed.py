@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -104,6 +105,16 @@ def test_sequences_are_no_longer_than_the_model_has_positions_for():
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_given_sequences_longer_than_the_table_of_positions_are_refused(tmp_path):
+    """By the model's own table; rotary positions have no end."""
+    np.save(tmp_path / "ids.npy", np.arange(400).reshape(8, 50) % 90)
+    spec = f"tokens:{tmp_path / 'ids.npy'}"
+    with pytest.raises(InputError, match="50 tokens a sequence, and the model has 40 positions"):
+        made("bert", TEXT | {"max_position_embeddings": 40}, spec)
+    assert made("bert", TEXT | {"max_position_embeddings": 50}, spec)[2].num_tokens == 400
+    assert made("llama", TEXT | {"max_position_embeddings": 40}, spec)[2].num_tokens == 400
+
+
 def test_tokens_stand_for_no_picture():
     _, _, inputs = made("llava", LLAVA, num_tokens=2000)
     assert all(98 not in batch.model_inputs["input_ids"] for batch in inputs.batches)

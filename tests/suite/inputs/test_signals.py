@@ -14,6 +14,7 @@ from deadbench.suite.inputs.signals import (
     photo_crops,
     plain_pictures,
 )
+from deadbench.suite.inputs.specs import content_hash, photo_files
 
 
 def test_photographs_are_real_and_distinct():
@@ -38,6 +39,16 @@ def test_a_folder_of_photographs(tmp_path):
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
     with pytest.raises(InputError, match="broken.jpg: not a photograph"):
         photo_crops(str(tmp_path), 2, 0)
+
+
+def test_hidden_files_and_folders_named_like_photographs_are_none(tmp_path):
+    picture = photo_files("")[0].read_bytes()
+    (tmp_path / "0.jpg").write_bytes(picture)
+    hashed = content_hash(f"image:{tmp_path}")
+    (tmp_path / "._0.jpg").write_bytes(b"\0\5\26\7\0\2\0\0Mac OS X        ")
+    (tmp_path / "1.jpg").mkdir()
+    assert photo_files(str(tmp_path)) == [tmp_path / "0.jpg"]
+    assert content_hash(f"image:{tmp_path}") == hashed
 
 
 def test_other_forms_of_the_same_photographs():

@@ -139,6 +139,7 @@ def test_a_final_norms_read_cut_anywhere_gives_one_row(kind, D, sequences, cuts,
     (row, spectrum), (expected, reference) = merged.finish(), whole.finish()
     assert_same_row(row, expected)
     assert spectrum["verdicts"] == reference["verdicts"]
+    assert merged.distinct.count() == whole.distinct.count()
     assert_same_spectrum(spectrum["eigenvalues"], reference["eigenvalues"], expected["spectrum_floor"])
 
 

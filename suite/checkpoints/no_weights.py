@@ -1,0 +1,113 @@
+"""Why a folder has no weights or no configuration, by what is there instead, and what to do: one line each."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from deadbench.suite.checkpoints.strict_json import MAX_JSON_BYTES, parse_object
+from deadbench.suite.errors import CheckpointError
+from deadbench.suite.storage import is_hidden
+
+_ADAPTER_FILE = "adapter_config.json"
+PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5")
+_POINTER = b"version https://git-lfs"
+_CACHED = re.compile(r"models--(.+)")
+
+
+def no_config(files: Any) -> CheckpointError:
+    """That the checkpoint `files` has no config.json, and why."""
+    return CheckpointError(_called(files) + (_instead(files) or "no config.json; not a transformers checkpoint"))
+
+
+def no_weights(files: Any, shards: Sequence[str]) -> CheckpointError:
+    """That it has no weights that can be read, or `shards` of which nothing says that they belong together."""
+    if shards:
+        text = f"{len(shards)} safetensors files and no model.safetensors.index.json: cannot tell which belong together"
+    else:
+        pickled = sorted(name for name in files.names() if name.endswith(PICKLED_SUFFIXES))
+        text = _instead(files) or "no model.safetensors and no model.safetensors.index.json"
+        if pickled:
+            text = (
+                f"only pickled weights ({pickled[0]}), which can run code when opened and are refused; "
+                "convert them to safetensors"
+            )
+    return CheckpointError(_called(files) + text)
+
+
+def no_safetensors(files: Any, name: str, length: int, size: int) -> CheckpointError:
+    """That the file `name` of `size` bytes is none: its header would be of `length` bytes."""
+    if files.read(name, 0, len(_POINTER)) == _POINTER:
+        return CheckpointError(
+            f"{_called(files)}{name} is a Git LFS pointer, not the weights: run `git lfs pull` in that folder, "
+            "or download the checkpoint from the Hub"
+        )
+    return CheckpointError(
+        f"{_called(files)}{name}: the header claims {length} bytes, the file has {size}; truncated or not a "
+        "safetensors file"
+    )
+
+
+def _called(files: Any) -> str:
+    source = getattr(files, "source", None)
+    return f"{source}: " if source else ""
+
+
+def _instead(files: Any) -> str | None:
+    """What is there instead, and what to do; None where nothing tells."""
+    names = files.names()
+    if _ADAPTER_FILE in names:
+        return (
+            f"an adapter alone ({_ADAPTER_FILE}), without its base {_base(files)}; merge it into the base "
+            "(merge_and_unload of peft, then save_pretrained) and give that folder"
+        )
+    for suffixes, text in (
+        ((".gguf",), "a GGUF ({}), which is not safetensors; give the checkpoint that it was converted from"),
+        (
+            (".distcp",),
+            "shards of torch.distributed.checkpoint ({}), which are not safetensors; convert them with "
+            "`python -m torch.distributed.checkpoint.format_utils dcp_to_torch` and save_pretrained",
+        ),
+    ):
+        found = sorted(name for name in names if name.endswith(suffixes))
+        if found:
+            return text.format(found[0])
+    folder = getattr(files, "folder", None)
+    return None if folder is None else _of_folder(folder)
+
+
+def _base(files: Any) -> str:
+    """What an adapter's configuration calls its base."""
+    try:
+        if files.size(_ADAPTER_FILE) <= MAX_JSON_BYTES:
+            named = parse_object(files.read(_ADAPTER_FILE), _ADAPTER_FILE).get("base_model_name_or_path")
+            if isinstance(named, str) and named.isprintable():
+                return named[:200]
+    except CheckpointError:
+        pass
+    return "model"
+
+
+def _of_folder(folder: Path) -> str | None:
+    """What a local folder's links and subfolders tell."""
+    there = sorted(path for path in folder.iterdir() if not is_hidden(path.name))
+    gone = [path.name for path in there if path.is_symlink() and not path.exists()]
+    if gone:
+        known = next((match[1] for part in folder.parts if (match := _CACHED.fullmatch(part))), None)
+        what = f": hf download {known.replace('--', '/', 1)}" if known else ""
+        return (
+            f"links to files that are gone ({', '.join(gone[:3])}), as in a Hub cache that was moved or cleaned; "
+            f"download it again{what}"
+        )
+    if (folder / "snapshots").is_dir():
+        inside = sorted(path for path in (folder / "snapshots").iterdir() if path.is_dir() and not is_hidden(path.name))
+        give = inside[-1] if inside else "the Hub id, which downloads it again"
+        return f"the root of a model in the Hub's cache, not the model; give {give}"
+    cached = [match[1].replace("--", "/", 1) for path in there if (match := _CACHED.fullmatch(path.name))]
+    if cached:
+        return f"a cache of the Hub, not a model; give one of its Hub ids: {', '.join(cached[:4])}"
+    below = [path.name for path in there if (path / "config.json").is_file()]
+    if below:
+        each = ", ".join(f"{folder.name}/{name}" for name in below[:4])
+        return f"no checkpoint itself, but a folder of them; give one: {each}"
+    return None if there else "an empty folder"

@@ -1,0 +1,78 @@
+"""A folder without weights says what is there instead and what to do, and which folder it is."""
+
+import json
+
+import pytest
+
+from deadbench.suite.checkpoints.checkpoint import Checkpoint
+from deadbench.suite.checkpoints.tensors import read_headers
+from deadbench.suite.errors import CheckpointError
+
+CONFIG = json.dumps({"model_type": "gpt2", "n_embd": 32})
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 145448\n"
+
+
+def folder(root, **files):
+    root.mkdir(parents=True)
+    for name, text in files.items():
+        (root / name.replace("__", ".")).write_text(text)
+    return root
+
+
+def told(source):
+    """The one line, of whichever is asked for first: configuration or weights."""
+    checkpoint = Checkpoint(str(source))
+    with pytest.raises(CheckpointError) as caught:
+        _ = checkpoint.config() and read_headers(checkpoint)
+    text = str(caught.value)
+    assert text.startswith(f"{source}: ")
+    assert "\n" not in text
+    return text
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (
+            {"adapter_config__json": '{"base_model_name_or_path": "org/base"}', "adapter_model__safetensors": "x" * 20},
+            "an adapter alone (adapter_config.json), without its base org/base; merge it",
+        ),
+        ({"adapter_config__json": "[]", "config__json": CONFIG}, "an adapter alone (adapter_config.json)"),
+        ({"config__json": CONFIG, "model__gguf": "GGUF"}, "a GGUF (model.gguf), which is not safetensors"),
+        ({"model__gguf": "GGUF"}, "a GGUF (model.gguf), which is not safetensors"),
+        (
+            {"config__json": CONFIG, "__metadata": "x", "shard__distcp": "x"},
+            "shards of torch.distributed.checkpoint (shard.distcp)",
+        ),
+        ({"config__json": CONFIG, "pytorch_model__bin": "x"}, "only pickled weights (pytorch_model.bin)"),
+        ({"config__json": CONFIG, "model__safetensors": POINTER}, "a Git LFS pointer, not the weights: run `git lfs"),
+        ({"config__json": CONFIG, "model__safetensors": "x" * 200}, "the header claims"),
+        ({"config__json": CONFIG}, "no model.safetensors and no model.safetensors.index.json"),
+        ({"notes__txt": "x"}, "no config.json; not a transformers checkpoint"),
+        ({}, "an empty folder"),
+    ],
+)
+def test_each_cause_is_named_with_its_remedy(files, expected, tmp_path):
+    assert expected in told(folder(tmp_path / "model", **files))
+
+
+def test_links_of_a_cache_whose_files_are_gone(tmp_path):
+    snapshot = folder(tmp_path / "models--org--name" / "snapshots" / "abc")
+    for file in ("config.json", "model.safetensors"):
+        (snapshot / file).symlink_to(f"../../blobs/{file}")
+    text = told(snapshot)
+    assert "links to files that are gone (config.json, model.safetensors)" in text
+    assert text.endswith("download it again: hf download org/name")
+    assert f"give {snapshot}" in told(snapshot.parents[1])
+    assert "give one of its Hub ids: org/name" in told(tmp_path)
+
+
+def test_weights_that_are_gone_beside_a_configuration(tmp_path):
+    root = folder(tmp_path / "model", config__json=CONFIG)
+    (root / "model.safetensors").symlink_to("../blobs/gone")
+    assert "links to files that are gone (model.safetensors)" in told(root)
+
+
+def test_a_folder_of_checkpoints(tmp_path):
+    folder(tmp_path / "run" / "checkpoint-10", config__json=CONFIG)
+    assert "give one: run/checkpoint-10" in told(tmp_path / "run")
