@@ -60,8 +60,9 @@ def plan(
 def _finished(out: str) -> set[tuple[Any, ...]]:
     """What is finished in the result set at `out`; a folder that is not there is not made."""
     from deadbench.runners.results.store import ResultStore
+    from deadbench.suite.storage import is_url
 
-    return ResultStore(out).finished() if "://" in out or Path(out).exists() else set()
+    return ResultStore(out).finished() if is_url(out) or Path(out).exists() else set()
 
 
 def _print(rows: list[dict[str, Any]], label: str) -> None:

@@ -20,6 +20,7 @@ from deadbench.suite.inputs.specs import MODALITIES, check_spec, content_hash
 from deadbench.suite.read_specs import DEFAULT_READS, READ_SPECS
 from deadbench.suite.registry.entries import Model, Protocol, Registry, SuiteEntry
 from deadbench.suite.secrets import scrubbed
+from deadbench.suite.storage import is_url
 
 DEFAULT_INPUT = {"text": "text", "image": "image", "audio": "audio:noise"}
 _SOUND_KEYS = ("num_mel_bins", "input_feat_per_channel", "sampling_rate", "feat_extract_norm")
@@ -140,7 +141,7 @@ def _own_model(source: str, overrides: Overrides) -> Model:
     modality = told or _main_modality(config)
     revision = None if "@" in source else checkpoint.revision
     return Model.model_construct(
-        id=scrubbed(source), source=source, revision=revision if "://" not in source else None, modality=modality
+        id=scrubbed(source), source=source, revision=None if is_url(source) else revision, modality=modality
     )
 
 

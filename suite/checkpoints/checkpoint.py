@@ -18,7 +18,7 @@ from deadbench.suite.checkpoints.hub_folder import HubFolder
 from deadbench.suite.checkpoints.strict_json import MAX_JSON_BYTES, parse_object
 from deadbench.suite.errors import CheckpointError
 from deadbench.suite.secrets import scrubbed
-from deadbench.suite.storage import open_place
+from deadbench.suite.storage import is_url, open_place
 
 # Numbers in a configuration that make transformers build so many objects, whatever the device.
 _COUNTS = re.compile(r"^(n_layers?|num_.*layers|.*_layers|depths?|num_labels|(n|num)_.*experts)$")
@@ -77,7 +77,7 @@ class Checkpoint:
             address, mark, query = source.partition("?")
             below = address.rstrip("/") + (f"/{revision}" if revision else "")
             self._folder = HttpFolder(source, below + mark + query)
-        elif "://" in source:
+        elif is_url(source):
             self._folder = FsspecFolder(source, source.rstrip("/") + (f"/{revision}" if revision else ""))
         elif Path(source).exists():
             raise CheckpointError(f"{source}: not a directory; give the folder that holds config.json")
