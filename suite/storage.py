@@ -1,8 +1,8 @@
 """Places that are read from or written to, any that fsspec opens; files are written whole or not at all.
 
-A location is a URL if it begins with `SCHEME://`, or with the names of file systems that stand before another one's URL,
-as in `simplecache::s3://bucket/run`, and no file or folder here begins so. All else is a path of this machine, with
-whatever colons; and a URL is a chain only where its scheme is of a file system that lies in another place.
+A location is a URL if it begins with `SCHEME://`, or with the names of file systems that stand before the URL of
+another, as in `simplecache::s3://bucket/run`, and no file or folder here begins so. All else is a path of this machine,
+with whatever colons; and a URL is a chain only where its scheme is of a file system that lies in another place.
 """
 
 import contextlib

@@ -81,20 +81,24 @@ def jobs_and_cluster(
     *,
     assume: str | None = None,
     address: str | None = None,
-) -> "tuple[list[ModelJob], Cluster]":
-    """The jobs that the flags ask for, and the cluster that is assumed, that Ray at `address` reports, or this machine.
+) -> "tuple[list[ModelJob], Cluster, list[str]]":
+    """The jobs that the flags ask for, on which cluster, and what there is to say of the names that were given.
+
+    The cluster is the one that is assumed, that Ray at `address` reports, or this machine.
 
     Raises:
         ValueError: a registry, model, read or cluster that cannot be understood or reached; one line.
     """
     from deadbench.runners.jobs.build import build_jobs
+    from deadbench.runners.jobs.opening import which_are_meant
     from deadbench.runners.planning.hardware import parse_cluster, ray_cluster, this_machine
     from deadbench.suite.registry.loading import find_registry, load_registry
 
     cluster = parse_cluster(assume) if assume is not None else None  # a mistake in it is told before anything is opened
     path = find_registry(registry)
+    known, names = load_registry(path), models or []
     wanted = [part.strip() for part in reads.split(",")] if reads is not None else None
-    jobs = build_jobs(load_registry(path), path, models or [], suite, wanted, overrides, assumed=assume is not None)
+    jobs = build_jobs(known, path, names, suite, wanted, overrides, assumed=assume is not None)
     if cluster is None:
         cluster = this_machine() if address in (None, "local") else ray_cluster(str(address))
-    return jobs, cluster
+    return jobs, cluster, which_are_meant(known, names)

@@ -14,7 +14,7 @@ from typing import Any
 from deadbench.runners.engines.registry import DEFAULT, ENGINES, refused_together
 from deadbench.runners.jobs.job import JobError, ModelJob, Overrides, ReadJob
 from deadbench.runners.jobs.opening import Opened, fingerprint_of, needs_config_alone, open_all, revisions_of
-from deadbench.suite.checkpoints.checkpoint import Checkpoint
+from deadbench.suite.checkpoints.checkpoint import Checkpoint, locate
 from deadbench.suite.errors import CheckpointError, InputError
 from deadbench.suite.inputs.specs import MODALITIES, check_spec, content_hash
 from deadbench.suite.read_specs import DEFAULT_READS, READ_SPECS
@@ -203,6 +203,7 @@ def _read_job(asked: _Asked, read: str, revision: str | None, engine: str, opene
         dtype=dtype,
         fingerprint=fingerprint,
         base=asked.base,
+        place=locate(asked.model.source, asked.base) if asked.model.source else None,
         error=error,
         accumulator_gb=overrides.accumulator_gb,
         replicas=overrides.replicas if spec.divides else 1,

@@ -6,7 +6,9 @@ Everything is read through fsspec, by byte ranges, and counted. Nothing is execu
 import contextlib
 import hashlib
 import json
+import os
 import re
+import socket
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from deadbench.suite.storage import is_url, open_place
 # Numbers in a configuration that make transformers build so many objects, whatever the device.
 _COUNTS = re.compile(r"^(n_layers?|num_.*layers|.*_layers|depths?|num_labels|(n|num)_.*experts)$")
 _MAX_COUNT = 100_000
+_HUB = "hf://"
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?$")
 # How people name the steps of training, the surest first; 50k are 50 000.
 _COUNT = r"s?[-_=]?(\d{1,15})(?![\d]|\.\d)([km]?)(?![a-z\d])"
@@ -47,8 +50,10 @@ class Checkpoint:
         revision: Hub revision, or the checkpoint folder below a series' source; None where there is only one.
     """
 
-    def __init__(self, source: str, revision: str | None = None, base: Path | None = None):
+    def __init__(self, source: str, revision: str | None = None, base: Path | None = None, place: str | None = None):
         """Open `source`; a relative local path is looked up below `base` too (the registry's folder).
+
+        With `place`, what `locate` found elsewhere, nothing is looked up: it is opened, or it is not there.
 
         Raises:
             CheckpointError: no such folder, or nothing that could be a Hub id or URL.
@@ -56,16 +61,20 @@ class Checkpoint:
         self.source, self.revision = scrubbed(source), revision
         self._called = f"{source}@{revision}"
         self._names: list[str] | None = None
-        self._local: Path | None = _local_folder(source, base)
+        self._local: Path | None = None
         self._hub_id: str | None = None
         self._folder: HttpFolder | FsspecFolder
-        hub_id = source.removeprefix("hf://")
-        if self._local is not None:
-            series, self._local = self._local, self._local / revision if revision else self._local
+        told, place = place is not None, place or locate(source, base)
+        if os.path.isabs(place) and Path(place).is_dir():
+            series = Path(place).resolve()
+            self._local = series / revision if revision else series
             if not self._local.is_dir():
                 raise CheckpointError(f"{self._local}: no such directory; the checkpoints are {_listing(series)}")
             self._folder = FsspecFolder(source, str(self._local))
-        elif _HUB_ID.match(hub_id):
+        elif os.path.isabs(place) and told:
+            here = f"on this node ({socket.gethostname()})"
+            raise CheckpointError(f"{place}: no such directory {here}; put the checkpoint where every node sees it")
+        elif hub_id := _hub_id(place):
             self._hub_id, _, own_revision = hub_id.partition("@")
             self.revision = own_revision or revision or "main"
             self._local = _cached(self._hub_id, self.revision)
@@ -177,13 +186,31 @@ class Checkpoint:
             return Path(snapshot_download(hub_id, revision=self.revision, allow_patterns=patterns))
 
 
-def identify(source: str, base: Path | None = None) -> tuple[str, str | None]:
+def locate(source: str, base: Path | None = None) -> str:
+    """What a SOURCE is, as every process and node understands it: a folder's absolute path, `hf://ID`, or as it is.
+
+    `team/model` is a folder where there is one here, or below `base`, else a Hub id: who carries the answer along need
+    not ask again where other folders are.
+    """
+    if not source.startswith(_HUB):
+        for candidate in (Path(source).expanduser(), *([base / source] if base else [])):
+            if candidate.is_dir():
+                return str(candidate.absolute())
+    return f"{_HUB}{source}" if _HUB_ID.match(source) else source
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether a SOURCE has the form `org/name[@revision]`, be there a folder of that name or not."""
+    return _HUB_ID.match(source) is not None
+
+
+def identify(source: str, place: str | None = None) -> tuple[str, str | None]:
     """(model, revision) of a SOURCE, as rows name it: spellings of one checkpoint are one, and secrets are left out.
 
-    Nothing is opened.
+    Nothing is opened; `place` is what `locate` says of it.
     """
-    hub_id = source.removeprefix("hf://")
-    if _local_folder(source, base) is None and _HUB_ID.match(hub_id):
+    hub_id = _hub_id(place or locate(source))
+    if hub_id:
         name, _, revision = hub_id.partition("@")
         return name, revision or "main"
     return scrubbed(source).rstrip("/"), None
@@ -195,17 +222,24 @@ def list_revisions(source: str, base: Path | None = None) -> list[str]:
     Raises:
         CheckpointError: it cannot be listed.
     """
-    local, hub_id = _local_folder(source, base), source.removeprefix("hf://")
-    if local is not None:
-        return sorted(p.name for p in local.iterdir() if p.is_dir())
+    place = locate(source, base)
+    hub_id = _hub_id(place)
+    if os.path.isabs(place):
+        return sorted(p.name for p in Path(place).iterdir() if p.is_dir())
     with one_line_errors(source):
-        if _HUB_ID.match(hub_id):
+        if hub_id:
             from huggingface_hub import HfApi
 
             refs = HfApi().list_repo_refs(hub_id)
             return sorted({ref.name for ref in (*refs.branches, *refs.tags)})
         fs, root = open_place(source)
         return sorted(f["name"].rsplit("/", 1)[-1] for f in fs.ls(root, detail=True) if f["type"] == "directory")
+
+
+def _hub_id(place: str) -> str | None:
+    """`org/name[@revision]` of a place on the Hub."""
+    hub_id = place.removeprefix(_HUB)
+    return hub_id if place.startswith(_HUB) and _HUB_ID.match(hub_id) else None
 
 
 def _cached(hub_id: str, revision: str) -> Path | None:
@@ -252,13 +286,6 @@ def _plain_floats(value: Any) -> Any:
             return float(value["__float__"])
         return {key: _plain_floats(each) for key, each in value.items()}
     return [_plain_floats(each) for each in value] if isinstance(value, list) else value
-
-
-def _local_folder(source: str, base: Path | None) -> Path | None:
-    for candidate in (Path(source).expanduser(), *([base / source] if base else [])):
-        if candidate.is_dir():
-            return candidate.resolve()
-    return None
 
 
 def _listing(folder: Path) -> str:

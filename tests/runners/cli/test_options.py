@@ -40,7 +40,7 @@ def test_a_mistake_in_the_cluster_is_told_before_anything_is_opened(monkeypatch)
 def test_ray_is_asked_for_its_nodes_only_where_one_is_named(monkeypatch, address, expected):
     monkeypatch.setattr("deadbench.runners.planning.hardware.this_machine", lambda: "here")
     monkeypatch.setattr("deadbench.runners.planning.hardware.ray_cluster", lambda named: f"Ray at {named}")
-    jobs, cluster = jobs_and_cluster(["gpt2", "pythia-160m"], None, None, " random ", Overrides(), address=address)
+    jobs, cluster, _ = jobs_and_cluster(["gpt2", "pythia-160m"], None, None, " random ", Overrides(), address=address)
     assert cluster == expected
     assert [(job.model_id, [read.read for read in job.reads]) for job in jobs] == [
         ("gpt2", ["random"]),
