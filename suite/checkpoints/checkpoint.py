@@ -204,6 +204,12 @@ def is_hub_id(source: str) -> bool:
     return _HUB_ID.match(source) is not None
 
 
+def is_source(name: str) -> bool:
+    """Whether `name` is a folder here, a Hub id by its form, or a URL."""
+    place = locate(name)
+    return os.path.isabs(place) or place.startswith(_HUB) or is_url(place)
+
+
 def identify(source: str, place: str | None = None) -> tuple[str, str | None]:
     """(model, revision) of a SOURCE, as rows name it: spellings of one checkpoint are one, and secrets are left out.
 
