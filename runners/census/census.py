@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from deadbench.runners.census.worker import PROTOCOL_HASH, CensusWorker, PauseBoard, failure, outline
 from deadbench.runners.results.store import ResultStore
-from deadbench.suite.checkpoints.checkpoint import identify, locate
+from deadbench.suite.checkpoints.sources import identify, locate
 from deadbench.suite.errors import message
 from deadbench.suite.schema import arrow_schema, to_table
 from deadbench.suite.secrets import scrubbed

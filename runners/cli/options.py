@@ -114,7 +114,7 @@ def _registry(named: Path | None, *, needed: bool, names: list[str]) -> "tuple[e
     Raises:
         RegistryError: it cannot be read, and it was named, or is `needed`, or one of `names` is no SOURCE.
     """
-    from deadbench.suite.checkpoints.checkpoint import is_source
+    from deadbench.suite.checkpoints.sources import is_source
     from deadbench.suite.registry.entries import RegistryError
     from deadbench.suite.registry.loading import find_registry, load_registry, own_registry
 

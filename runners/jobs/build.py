@@ -14,7 +14,8 @@ from typing import Any
 from deadbench.runners.engines.registry import DEFAULT, ENGINES, refused_together
 from deadbench.runners.jobs.job import JobError, ModelJob, Overrides, ReadJob
 from deadbench.runners.jobs.opening import Opened, fingerprint_of, needs_config_alone, open_all, revisions_of
-from deadbench.suite.checkpoints.checkpoint import Checkpoint, locate
+from deadbench.suite.checkpoints.checkpoint import Checkpoint
+from deadbench.suite.checkpoints.sources import locate
 from deadbench.suite.errors import CheckpointError, InputError
 from deadbench.suite.inputs.specs import MODALITIES, check_spec, content_hash
 from deadbench.suite.read_specs import DEFAULT_READS, READ_SPECS

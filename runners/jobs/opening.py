@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from deadbench.runners.jobs.job import ModelJob, Unreached
-from deadbench.suite.checkpoints.checkpoint import Checkpoint, is_hub_id, list_revisions, locate
+from deadbench.suite.checkpoints.checkpoint import Checkpoint, list_revisions
+from deadbench.suite.checkpoints.sources import is_hub_id, locate
 from deadbench.suite.errors import CheckpointError, UnreachableError
 from deadbench.suite.read_specs import READ_SPECS
 from deadbench.suite.registry.entries import CheckpointPattern, Model, Registry

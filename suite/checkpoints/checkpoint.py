@@ -17,16 +17,15 @@ from deadbench.suite.checkpoints.download_cache import fetch_once, lease
 from deadbench.suite.checkpoints.fsspec_folder import FsspecFolder, one_line_errors
 from deadbench.suite.checkpoints.http_folder import HttpFolder
 from deadbench.suite.checkpoints.hub_folder import HubFolder
+from deadbench.suite.checkpoints.sources import hub_id_of, locate
 from deadbench.suite.checkpoints.strict_json import MAX_JSON_BYTES, parse_object
-from deadbench.suite.errors import CheckpointError
+from deadbench.suite.errors import CheckpointError, UnreachableError
 from deadbench.suite.secrets import scrubbed
 from deadbench.suite.storage import is_url, open_place
 
 # Numbers in a configuration that make transformers build so many objects, whatever the device.
 _COUNTS = re.compile(r"^(n_layers?|num_.*layers|.*_layers|depths?|num_labels|(n|num)_.*experts)$")
 _MAX_COUNT = 100_000
-_HUB = "hf://"
-_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?$")
 # How people name the steps of training, the surest first; 50k are 50 000.
 _COUNT = r"s?[-_=]?(\d{1,15})(?![\d]|\.\d)([km]?)(?![a-z\d])"
 _STEPS = [
@@ -48,7 +47,10 @@ class Checkpoint:
     Attributes:
         source: as the user gave it.
         revision: Hub revision, or the checkpoint folder below a series' source; None where there is only one.
+        remark: what is to be said of where it was read; None mostly.
     """
+
+    remark: str | None = None
 
     def __init__(self, source: str, revision: str | None = None, base: Path | None = None, place: str | None = None):
         """Open `source`; a relative local path is looked up below `base` too (the registry's folder).
@@ -74,7 +76,7 @@ class Checkpoint:
         elif os.path.isabs(place) and told:
             here = f"on this node ({socket.gethostname()})"
             raise CheckpointError(f"{place}: no such directory {here}; put the checkpoint where every node sees it")
-        elif hub_id := _hub_id(place):
+        elif hub_id := hub_id_of(place):
             self._hub_id, _, own_revision = hub_id.partition("@")
             self.revision = own_revision or revision or "main"
             self._local = _cached(self._hub_id, self.revision)
@@ -104,8 +106,21 @@ class Checkpoint:
         """File names in the folder (not below it)."""
         if self._names is None:
             with one_line_errors(self.source):
-                self._names = self._folder.names()
+                try:
+                    self._names = self._folder.names()
+                except UnreachableError:
+                    if not self._take_from_cache():
+                        raise
+                    self._names = self._folder.names()
         return self._names
+
+    def _take_from_cache(self) -> bool:
+        """Where the Hub cannot be reached, take what its cache has of the repository, as the Hub's own library does."""
+        folder = _cached(self._hub_id, str(self.revision), always=True) if self._hub_id else None
+        if folder is not None:
+            self._local, self._folder = folder, FsspecFolder(self.source, str(folder))
+            self.remark = f"the Hub cannot be reached: read from its cache, {folder}"
+        return folder is not None
 
     def has(self, name: str) -> bool:
         """Whether there is such a file; a server without listings is asked for this one alone."""
@@ -165,6 +180,8 @@ class Checkpoint:
 
         What comes from the Hub is in the Hub's cache, everything else below `cache_folder`.
         """
+        if self._local is None:
+            self.names()  # which are the cache's where the Hub cannot be reached
         if self._local is not None:
             yield self._local
             return
@@ -186,42 +203,6 @@ class Checkpoint:
             return Path(snapshot_download(hub_id, revision=self.revision, allow_patterns=patterns))
 
 
-def locate(source: str, base: Path | None = None) -> str:
-    """What a SOURCE is, as every process and node understands it: a folder's absolute path, `hf://ID`, or as it is.
-
-    `team/model` is a folder where there is one here, or below `base`, else a Hub id: who carries the answer along need
-    not ask again where other folders are.
-    """
-    if not source.startswith(_HUB):
-        for candidate in (Path(source).expanduser(), *([base / source] if base else [])):
-            if candidate.is_dir():
-                return str(candidate.absolute())
-    return f"{_HUB}{source}" if _HUB_ID.match(source) else source
-
-
-def is_hub_id(source: str) -> bool:
-    """Whether a SOURCE has the form `org/name[@revision]`, be there a folder of that name or not."""
-    return _HUB_ID.match(source) is not None
-
-
-def is_source(name: str) -> bool:
-    """Whether `name` is a folder here, a Hub id by its form, or a URL."""
-    place = locate(name)
-    return os.path.isabs(place) or place.startswith(_HUB) or is_url(place)
-
-
-def identify(source: str, place: str | None = None) -> tuple[str, str | None]:
-    """(model, revision) of a SOURCE, as rows name it: spellings of one checkpoint are one, and secrets are left out.
-
-    Nothing is opened; `place` is what `locate` says of it.
-    """
-    hub_id = _hub_id(place or locate(source))
-    if hub_id:
-        name, _, revision = hub_id.partition("@")
-        return name, revision or "main"
-    return scrubbed(source).rstrip("/"), None
-
-
 def list_revisions(source: str, base: Path | None = None) -> list[str]:
     """Names of the checkpoints of `source`: branches and tags of a Hub repository, else the folders below it.
 
@@ -229,7 +210,7 @@ def list_revisions(source: str, base: Path | None = None) -> list[str]:
         CheckpointError: it cannot be listed.
     """
     place = locate(source, base)
-    hub_id = _hub_id(place)
+    hub_id = hub_id_of(place)
     if os.path.isabs(place):
         return sorted(p.name for p in Path(place).iterdir() if p.is_dir())
     with one_line_errors(source):
@@ -242,18 +223,12 @@ def list_revisions(source: str, base: Path | None = None) -> list[str]:
         return sorted(f["name"].rsplit("/", 1)[-1] for f in fs.ls(root, detail=True) if f["type"] == "directory")
 
 
-def _hub_id(place: str) -> str | None:
-    """`org/name[@revision]` of a place on the Hub."""
-    hub_id = place.removeprefix(_HUB)
-    return hub_id if place.startswith(_HUB) and _HUB_ID.match(hub_id) else None
-
-
-def _cached(hub_id: str, revision: str) -> Path | None:
-    """The folder in the Hub's cache, where HF_HUB_OFFLINE says that there is nothing else."""
+def _cached(hub_id: str, revision: str, *, always: bool = False) -> Path | None:
+    """The folder in the Hub's cache, where HF_HUB_OFFLINE says that there is nothing else, or `always`."""
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    if constants.HF_HUB_OFFLINE:
+    if constants.HF_HUB_OFFLINE or always:
         with contextlib.suppress(LocalEntryNotFoundError):
             return Path(snapshot_download(hub_id, revision=revision, local_files_only=True))
     return None

@@ -11,7 +11,7 @@ import pytest
 from deadbench.runners.census.census import new_outcome, take_census
 from deadbench.runners.census.worker import census_row
 from deadbench.runners.results.store import ResultStore
-from deadbench.suite.checkpoints.checkpoint import locate
+from deadbench.suite.checkpoints.sources import locate
 from tests.runners.many_checkpoints import serving, sparse_checkpoint
 
 pytestmark = [

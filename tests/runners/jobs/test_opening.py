@@ -11,7 +11,7 @@ from deadbench.runners.jobs.events import Finished
 from deadbench.runners.jobs.job import Overrides
 from deadbench.runners.jobs.opening import which_are_meant
 from deadbench.runners.worker.run import run_model
-from deadbench.suite.checkpoints.checkpoint import locate
+from deadbench.suite.checkpoints.sources import locate
 from deadbench.suite.registry.loading import load_registry
 from tests.conftest import ROOT, TINY_NEOX, save_tiny
 
