@@ -1,7 +1,13 @@
-"""Places that are read from or written to, any that fsspec opens; files are written whole or not at all."""
+"""Places that are read from or written to, any that fsspec opens; files are written whole or not at all.
+
+A location is a URL if it begins with `SCHEME://`, or with the names of file systems that stand before the URL of
+another, as in `simplecache::s3://bucket/run`, and no file or folder here begins so. All else is a path of this machine,
+with whatever colons; and a URL is a chain only where its scheme is of a file system that lies in another place.
+"""
 
 import contextlib
 import os
+import re
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +19,19 @@ from deadbench.suite.errors import message
 
 # The extra that brings the library for a protocol.
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "abfs": "azure", "abfss": "azure", "az": "azure"}
+
+# File systems that lie in another place, which follows behind `::`.
+_WITHIN = {"blockcache", "cached", "dir", "filecache", "libarchive", "reference", "simplecache", "tar", "zip"}
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")  # one letter is a drive
+_CHAIN = re.compile(r"([a-z]+)::(?:[a-z]+::)*[A-Za-z][A-Za-z0-9+.-]+://")
+
+
+def is_url(location: str) -> bool:
+    """Whether a location is a URL, else a path of this machine."""
+    chain = _CHAIN.match(location)
+    return _URL.match(location) is not None or (
+        chain is not None and chain[1] in _WITHIN and not os.path.lexists(location.partition("/")[0])
+    )
 
 
 def is_hidden(path: str) -> bool:
@@ -27,10 +46,18 @@ def open_place(location: str) -> tuple[Any, str]:
     Raises:
         ImportError, ValueError: no such protocol, or its library is not installed; one line that says what to install.
     """
+    if not is_url(location):
+        return fsspec.filesystem("file"), str(Path(os.path.expanduser(location)).absolute())
+    url = _URL.match(location)
+    protocol = url[1] if url else location.partition("://")[0]
     try:
-        fs, root = fsspec.core.url_to_fs(location)
+        if protocol in _WITHIN or not url:
+            fs, root = fsspec.core.url_to_fs(location)
+        else:
+            there = fsspec.get_filesystem_class(protocol)
+            fs = fsspec.filesystem(protocol, **there._get_kwargs_from_urls(location))
+            root = there._strip_protocol(location)
     except ImportError as error:
-        protocol = location.partition("://")[0]
         if protocol not in _EXTRAS:
             raise
         raise ImportError(f"{protocol}:// needs a library: pip install 'deadbench[{_EXTRAS[protocol]}]'") from error

@@ -23,7 +23,7 @@ from deadbench.analysis.pages.report import provenance, write_report
 from deadbench.analysis.results import ResultsError, collected, scan
 from deadbench.suite.errors import message
 from deadbench.suite.schema import TABLES, arrow_schema
-from deadbench.suite.storage import write_whole
+from deadbench.suite.storage import is_url, write_whole
 
 HUB = "hf://datasets/"
 _LEADERBOARD_COLUMNS = [
@@ -50,7 +50,7 @@ def publish(
         with tempfile.TemporaryDirectory() as folder:
             _write(locations, Path(folder), title, license)
             return _upload(Path(folder), repository, private)
-    if "://" in target:
+    if is_url(target):
         raise ResultsError(f"--to {target}: a folder or {HUB}OWNER/NAME is expected")
     final = Path(target)
     if final.exists():

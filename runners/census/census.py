@@ -12,14 +12,13 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from deadbench.runners.census.worker import PROTOCOL_HASH, CensusWorker, PauseBoard, failure, outline
 from deadbench.runners.results.store import ResultStore
-from deadbench.suite.checkpoints.checkpoint import identify
+from deadbench.suite.checkpoints.sources import identify, locate
 from deadbench.suite.errors import message
 from deadbench.suite.schema import arrow_schema, to_table
 from deadbench.suite.secrets import scrubbed
@@ -104,13 +103,16 @@ def take_census(sources: list[str], store: ResultStore, outcome: Outcome, thread
     import ray
 
     started = time.monotonic()
-    base, left = Path.cwd(), {identify(source): source for source in sources}
+    places = {source: locate(source) for source in sources}
+    left = {identify(source, places[source]): source for source in sources}
     board = ray.remote(num_cpus=0)(PauseBoard).remote()
     writer = _Writer(store)
     try:
         for block in (_BLOCK, 1):
-            arguments = (outcome.run_id, base, threads, board)
-            for table in _stream(list(left.values()), block, arguments) if left else ():
+            arguments = (outcome.run_id, threads, board)
+            for table in (
+                _stream({source: places[source] for source in left.values()}, block, arguments) if left else ()
+            ):
                 writer.add(table)
                 rows = table.select(_COUNTED).to_pylist()
                 for row in rows:
@@ -119,7 +121,7 @@ def take_census(sources: list[str], store: ResultStore, outcome: Outcome, thread
         if left:
             now = {"started_at": datetime.now(UTC), "finished_at": datetime.now(UTC), "attempt": 2}
             died = failure("the process that read it died twice (killed, crashed or out of memory)")
-            rows = [outline(source, base, outcome.run_id) | now | died for source in left.values()]
+            rows = [outline(source, places[source], outcome.run_id) | now | died for source in left.values()]
             writer.add(to_table("reads", rows))
             yield _count(outcome, rows, started)
     finally:
@@ -127,8 +129,8 @@ def take_census(sources: list[str], store: ResultStore, outcome: Outcome, thread
         ray.kill(board)
 
 
-def _stream(sources: list[str], block: int, arguments: tuple[Any, ...]) -> Iterator[pa.Table]:
-    """Tables of rows as Ray Data finishes them, in whatever order."""
+def _stream(places: dict[str, str], block: int, arguments: tuple[Any, ...]) -> Iterator[pa.Table]:
+    """Tables of the rows of sources, by where they are, as Ray Data finishes them, in whatever order."""
     import ray
     from ray.util.annotations import RayDeprecationWarning
 
@@ -137,10 +139,12 @@ def _stream(sources: list[str], block: int, arguments: tuple[Any, ...]) -> Itera
     context.max_errored_blocks = -1  # what a dead process took with it is read again
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     workers = max(1, int(ray.cluster_resources().get("CPU", 1)))
-    blocks = -(-len(sources) // block)
+    blocks = -(-len(places) // block)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RayDeprecationWarning)  # without a successor for max_task_retries, in 2.60
-        read = ray.data.from_items([{"source": source} for source in sources], override_num_blocks=blocks).map_batches(
+        read = ray.data.from_items(
+            [{"source": source, "place": place} for source, place in places.items()], override_num_blocks=blocks
+        ).map_batches(
             CensusWorker,
             fn_constructor_args=arguments,
             batch_size=None,

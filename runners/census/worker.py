@@ -11,14 +11,14 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from deadbench.runners.results.versions import versions
-from deadbench.suite.checkpoints.checkpoint import Checkpoint, checkpoint_step, identify
+from deadbench.suite.checkpoints.checkpoint import Checkpoint, checkpoint_step
 from deadbench.suite.checkpoints.rate_limits import LIMITS
+from deadbench.suite.checkpoints.sources import identify
 from deadbench.suite.errors import one_line
 from deadbench.suite.read_specs import READ_SPECS
 from deadbench.suite.reads.parameters import ParametersRead, read_parameters
@@ -53,11 +53,11 @@ class PauseBoard:
 
 
 class CensusWorker:
-    """Reads batches of sources, as Ray Data calls it: a column `source` in, rows of `reads` out."""
+    """Reads batches of sources, as Ray Data calls it: a column `source` and their `place` in, rows of `reads` out."""
 
-    def __init__(self, run_id: str, base: Path, threads: int, board: Any):
-        """Read relative local sources below `base`, `threads` sources at once; `board` is the actor `PauseBoard`."""
-        self._run_id, self._base = run_id, base
+    def __init__(self, run_id: str, threads: int, board: Any):
+        """Read `threads` sources at once; `board` is the actor `PauseBoard`."""
+        self._run_id = run_id
         self._threads = ThreadPoolExecutor(threads)
         LIMITS.longest_wait, LIMITS.attempts = _LONGEST_WAIT_SECONDS, _REFUSALS
         LIMITS.on_pause = lambda host, seconds: board.tell.remote(host, seconds)
@@ -65,19 +65,19 @@ class CensusWorker:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """The rows of a batch, in its order."""
-        sources = batch["source"].to_pylist()
-        return to_table("reads", list(self._threads.map(self._read, sources)))
+        columns = (batch[name].to_pylist() for name in ("source", "place"))
+        return to_table("reads", list(self._threads.map(self._read, *columns)))
 
-    def _read(self, source: str) -> Row:
-        return census_row(source, self._base, self._run_id)
+    def _read(self, source: str, place: str) -> Row:
+        return census_row(source, place, self._run_id)
 
 
-def census_row(source: str, base: Path, run_id: str) -> Row:
-    """The row of `reads` of one source; never raises for what a source holds."""
+def census_row(source: str, place: str, run_id: str) -> Row:
+    """The row of `reads` of one source, of which `locate` says `place`; never raises for what a source holds."""
     started_at = datetime.now(UTC)
     measured: Row
     try:
-        checkpoint = Checkpoint(source, base=base)
+        checkpoint = Checkpoint(source, place=place)
         read = read_parameters(checkpoint)
         if read.final.family == "undetermined":
             raise ValueError(f"the final norm cannot be determined: {read.reason}")
@@ -85,12 +85,12 @@ def census_row(source: str, base: Path, run_id: str) -> Row:
         measured["source_fingerprint"] = checkpoint.fingerprint(_opened(read))
     except Exception as error:  # hostile files find what nobody foresaw; a census goes on
         measured = failure(error)
-    return outline(source, base, run_id) | measured | {"started_at": started_at, "finished_at": datetime.now(UTC)}
+    return outline(source, place, run_id) | measured | {"started_at": started_at, "finished_at": datetime.now(UTC)}
 
 
-def outline(source: str, base: Path, run_id: str) -> Row:
+def outline(source: str, place: str, run_id: str) -> Row:
     """What is known of a source's row before it is read."""
-    model, revision = identify(source, base)
+    model, revision = identify(source, place)
     return {
         "run_id": run_id,
         "model": model,

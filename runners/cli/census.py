@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from deadbench.runners.cli.console import EXIT_FALSE, Debug, Json, UserError, check_out
+from deadbench.runners.cli.console import EXIT_FALSE, Debug, Json, check_out
 from deadbench.runners.cli.options import Address, Out
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def census(
     Example: [bold]deadbench census sources.txt --out s3://bucket/census[/bold]
     """
     from deadbench.runners.census.census import list_sources, new_outcome, take_census, unfinished
-    from deadbench.runners.driver.driver import DriverError, connect
+    from deadbench.runners.cluster.joining import connect
     from deadbench.runners.results.store import ResultStore
     from deadbench.suite.secrets import scrubbed
 
@@ -53,10 +53,7 @@ def census(
     if left:
         import ray
 
-        try:
-            started_here = connect(address)
-        except DriverError as error:
-            raise UserError(str(error)) from error
+        started_here = connect(address)
         previous = signal.signal(signal.SIGTERM, _interrupt)  # after ray.init, which installs its own
         try:
             with contextlib.redirect_stdout(sys.stderr):  # where Ray tells of workers that died

@@ -38,7 +38,9 @@ def one_of(option: str, value: str | None, allowed: tuple[str, ...]) -> None:
 
 def check_out(out: str) -> None:
     """Refuse a relative `--out` inside a Ray job, whose folder goes when the job ends."""
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and "://" not in out and not Path(out).is_absolute():
+    from deadbench.suite.storage import is_url
+
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not is_url(out) and not Path(out).is_absolute():
         raise UserError(
             f"--out {out}: a Ray job runs in a folder that Ray deletes; give an absolute path or a URI (s3://…)"
         )

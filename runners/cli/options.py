@@ -10,6 +10,7 @@ from deadbench.runners.cli.console import UserError, one_of
 if TYPE_CHECKING:
     from deadbench.runners.jobs.job import ModelJob, Overrides
     from deadbench.runners.planning.hardware import Cluster
+    from deadbench.suite.registry import entries
 
 # What is read.
 Models = Annotated[
@@ -81,24 +82,51 @@ def jobs_and_cluster(
     *,
     assume: str | None = None,
     address: str | None = None,
-) -> "tuple[list[ModelJob], Cluster]":
-    """The jobs that the flags ask for, and the cluster that is assumed, that Ray at `address` reports, or this machine.
+) -> "tuple[list[ModelJob], Cluster, list[str]]":
+    """The jobs that the flags ask for, on which cluster, and what there is to say of the names that were given.
+
+    The cluster is the one that is assumed, that Ray at `address` reports, or this machine.
 
     Raises:
         ValueError: a registry, model, read or cluster that cannot be understood or reached; one line.
     """
+    from deadbench.runners.cluster.joining import connect
     from deadbench.runners.jobs.build import build_jobs
     from deadbench.runners.jobs.job import JobError
-    from deadbench.runners.jobs.opening import all_unfit
+    from deadbench.runners.jobs.opening import all_unfit, which_are_meant
     from deadbench.runners.planning.hardware import parse_cluster, ray_cluster, this_machine
-    from deadbench.suite.registry.loading import find_registry, load_registry
 
     cluster = parse_cluster(assume) if assume is not None else None  # a mistake in it is told before anything is opened
-    path = find_registry(registry)
+    names = models or []
+    known, path, passed_over = _registry(registry, needed=suite is not None or not names, names=names)
     wanted = [part.strip() for part in reads.split(",")] if reads is not None else None
-    jobs = build_jobs(load_registry(path), path, models or [], suite, wanted, overrides, assumed=assume is not None)
+    jobs = build_jobs(known, path, names, suite, wanted, overrides, assumed=assume is not None)
     if unfit := all_unfit(jobs):
         raise JobError(unfit)
-    if cluster is None:
-        cluster = this_machine() if address in (None, "local") else ray_cluster(str(address))
-    return jobs, cluster
+    if cluster is None and address in (None, "local"):
+        cluster = this_machine()
+    elif cluster is None:
+        connect(address)
+        cluster = ray_cluster(str(address))
+    return jobs, cluster, [*passed_over, *which_are_meant(known, names)]
+
+
+def _registry(named: Path | None, *, needed: bool, names: list[str]) -> "tuple[entries.Registry, Path, list[str]]":
+    """The registry, where it is, and a remark where ./models.yaml, which is none, was passed over.
+
+    Raises:
+        RegistryError: it cannot be read, and it was named, or is `needed`, or one of `names` is no SOURCE.
+    """
+    from deadbench.suite.checkpoints.sources import is_source
+    from deadbench.suite.registry.entries import RegistryError
+    from deadbench.suite.registry.loading import find_registry, load_registry, own_registry
+
+    path = find_registry(named)
+    try:
+        return load_registry(path), path, []
+    except RegistryError as error:
+        if named is not None or needed or not all(is_source(name) for name in names):
+            raise
+        own = own_registry()
+        remark = f"{error}; passed over, since a SOURCE needs no registry"
+        return load_registry(own).model_copy(update={"models": []}), own, [remark]

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from deadbench.runners.cli import options
-from deadbench.runners.cli.console import EXIT_FALSE, Debug, Json, console
+from deadbench.runners.cli.console import EXIT_FALSE, Debug, Json, console, say
 
 
 def plan(
@@ -46,7 +46,11 @@ def plan(
         engine=engine, tokens=tokens, input_spec=input_spec, dtype=dtype, seed=seed,
         accumulator_gb=accumulator_gb, tensor_parallel=tensor_parallel, replicas=replicas,
     )  # fmt: skip
-    jobs, cluster = options.jobs_and_cluster(models, suite, registry, reads, overrides, assume=assume, address=address)
+    jobs, cluster, names = options.jobs_and_cluster(
+        models, suite, registry, reads, overrides, assume=assume, address=address
+    )
+    for remark in names:
+        say(f"deadbench: {remark}")
     done = _finished(out) if out is not None and resume else set()
     rows = as_rows(make_plan(jobs, cluster, done))
     if as_json:
@@ -60,8 +64,9 @@ def plan(
 def _finished(out: str) -> set[tuple[Any, ...]]:
     """What is finished in the result set at `out`; a folder that is not there is not made."""
     from deadbench.runners.results.store import ResultStore
+    from deadbench.suite.storage import is_url
 
-    return ResultStore(out).finished() if "://" in out or Path(out).exists() else set()
+    return ResultStore(out).finished() if is_url(out) or Path(out).exists() else set()
 
 
 def _print(rows: list[dict[str, Any]], label: str) -> None:

@@ -63,11 +63,11 @@ def run(
         accumulator_gb=accumulator_gb, tensor_parallel=tensor_parallel, replicas=replicas,
     )  # fmt: skip
     added = parse_cluster(autoscale, "--autoscale").largest if autoscale is not None else None
-    jobs, cluster = options.jobs_and_cluster(models, suite, registry, reads, overrides, address=address)
+    jobs, cluster, names = options.jobs_and_cluster(models, suite, registry, reads, overrides, address=address)
     cannot_be_read = unreachable(jobs)
     jobs, remarks = place_jobs(jobs, cluster if added is None else cluster.with_node(added))
     settings = Settings(address, timeout, max_retries, added.gpus if added else 0, checkpoint_interval)
-    summary = _execute(jobs, out, resume, settings, [*cannot_be_read, *remarks], log_format, debug)
+    summary = _execute(jobs, out, resume, settings, [*names, *cannot_be_read, *remarks], log_format, debug)
     if as_json:
         print(json.dumps({"run_id": summary.run_id, "out": out, **_counts(summary), "reads": summary.reads}, indent=2))
     else:

@@ -8,6 +8,7 @@ from deadbench.runners.cluster.processes import Ended
 from deadbench.runners.jobs.events import GroupBrokenError
 from deadbench.runners.jobs.job import ModelJob, ReadJob
 from deadbench.suite.errors import message, one_line
+from deadbench.suite.secrets import scrubbed
 
 Kind = Literal["crash", "memory", "silence", "node", "unplaced", "broken"]
 
@@ -47,6 +48,9 @@ def death_of(ray: Any, error: Exception) -> Death:
         if isinstance(error.cause, GroupBrokenError):
             return Death("broken", "the ranks are out of step")
         return Death("crash", f"the worker failed: {message(error.cause, 300)}")
+    if isinstance(error, errors.ActorDiedError) and error.actor_init_failed:
+        last = str(error).strip().splitlines()[-1:]  # of Python's traceback, which names the exception there
+        return Death("crash", f"its process could not begin: {scrubbed(''.join(last))[:300]}")
     if isinstance(error, errors.ActorUnschedulableError) or "never ran" in text:
         return Death("unplaced", "its node was gone before it began")
     lost = (

@@ -13,6 +13,7 @@ from contextlib import redirect_stdout
 from typing import Any
 
 from deadbench.runners.cluster.head import HeadWatch, LostClusterError
+from deadbench.runners.cluster.joining import JoinError, connect
 from deadbench.runners.cluster.node_versions import check_versions
 from deadbench.runners.cluster.nodes import PlacementError
 from deadbench.runners.driver.loop import Run, Settings, Summary
@@ -22,12 +23,10 @@ from deadbench.runners.reporting.progress import Reporter
 from deadbench.runners.reporting.run_record import RunRecord
 from deadbench.runners.results.store import ResultStore
 from deadbench.runners.worker.saved_state import absolute
-from deadbench.suite.errors import one_line
 
 __all__ = ["DriverError", "Settings", "StoppedError", "Summary", "execute", "new_run_id"]
 
 _BESIDE = 32  # threads for what has to be waited for
-_LOCAL_OBJECT_STORE_BYTES = 200 * 2**20  # tables are small; weights never pass through
 
 
 class DriverError(RuntimeError):
@@ -61,7 +60,10 @@ def _execute(jobs: list[ModelJob], store: ResultStore, settings: Settings, repor
     import ray
 
     jobs = [job.checkpointed(settings.checkpoint_interval, absolute(store.location)) for job in jobs]
-    started_here = connect(settings.address)
+    try:
+        started_here = connect(settings.address)
+    except JoinError as error:
+        raise DriverError(str(error)) from error
     previous = signal.signal(signal.SIGTERM, _interrupt)  # after ray.init, which installs its own
     record = RunRecord(store, run_id, jobs, reporter.say)
     lost = False
@@ -104,23 +106,6 @@ def _execute(jobs: list[ModelJob], store: ResultStore, settings: Settings, repor
         signal.signal(signal.SIGTERM, previous)
         if started_here and not lost:
             ray.shutdown()
-
-
-def connect(address: str | None) -> bool:
-    """Join the Ray at `address`, or start one; True if it was started here."""
-    import ray
-
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    target = address or os.environ.get("RAY_ADDRESS") or "local"
-    if ray.is_initialized():
-        return False
-    local = {"include_dashboard": False, "object_store_memory": _LOCAL_OBJECT_STORE_BYTES} if target == "local" else {}
-    try:
-        ray.init(address=target, logging_level="ERROR", log_to_driver=False, **local)
-    except Exception as error:
-        raise DriverError(f"Ray at {target!r} cannot be joined ({one_line(error, 300)})") from error
-    return target == "local"
 
 
 def _interrupt(signum: int, frame: Any) -> None:

@@ -16,12 +16,14 @@ from deadbench.runners.engines.registry import DEFAULT, ENGINES, refused_togethe
 from deadbench.runners.jobs.job import JobError, ModelJob, Overrides, ReadJob, Unfit
 from deadbench.runners.jobs.opening import Opened, fingerprint_of, needs_config_alone, open_all, revisions_of
 from deadbench.suite.checkpoints.checkpoint import Checkpoint
+from deadbench.suite.checkpoints.sources import locate
 from deadbench.suite.errors import CheckpointError, InputError
 from deadbench.suite.inputs.early_checks import check_config
 from deadbench.suite.inputs.specs import MODALITIES, check_spec, content_hash
 from deadbench.suite.read_specs import DEFAULT_READS, READ_SPECS
 from deadbench.suite.registry.entries import Model, Protocol, Registry, SuiteEntry
 from deadbench.suite.secrets import scrubbed
+from deadbench.suite.storage import is_url
 
 DEFAULT_INPUT = {"text": "text", "image": "image", "audio": "audio:noise"}
 _SOUND_KEYS = ("num_mel_bins", "input_feat_per_channel", "sampling_rate", "feat_extract_norm")
@@ -162,7 +164,7 @@ def _own_model(source: str, overrides: Overrides) -> Model:
     modality = told or _main_modality(config)
     revision = None if "@" in source else checkpoint.revision
     return Model.model_construct(
-        id=scrubbed(source), source=source, revision=revision if "://" not in source else None, modality=modality
+        id=scrubbed(source), source=source, revision=None if is_url(source) else revision, modality=modality
     )
 
 
@@ -244,6 +246,7 @@ def _read_job(asked: _Asked, read: str, revision: str | None, engine: str, opene
         dtype=dtype,
         fingerprint=fingerprint,
         base=asked.base,
+        place=locate(asked.model.source, asked.base) if asked.model.source else None,
         error=error,
         accumulator_gb=overrides.accumulator_gb,
         replicas=overrides.replicas if spec.divides else 1,

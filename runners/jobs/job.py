@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from deadbench.suite.checkpoints.checkpoint import checkpoint_step
+from deadbench.suite.checkpoints.checkpoint import Checkpoint, checkpoint_step
+from deadbench.suite.checkpoints.sources import locate
 from deadbench.suite.read_specs import READ_SPECS
 from deadbench.suite.registry.entries import CheckpointPattern, ListedCheckpoints, Model, Protocol
 from deadbench.suite.schema import KEY
@@ -70,6 +71,15 @@ class ReadJob:
     replicas: int = 1  # processes that run the whole model, each on a part of the tokens
     checkpoint_interval: float = 0.0  # seconds between two checkpoints; 0: none
     checkpoint_location: str | None = None  # the result set, absolute; the driver sets both
+    place: str | None = None  # what `locate` says of the model's source, asked once, where the command was given
+
+    def opened(self, revision: str | None) -> Checkpoint:
+        """A checkpoint of the model's source.
+
+        Raises:
+            CheckpointError: it is not there, as this process sees it.
+        """
+        return Checkpoint(self.model.source or "", revision, self.base, self.place)
 
     def key_columns(self) -> dict[str, Any]:
         """The key columns of this read's rows."""
@@ -157,8 +167,7 @@ def read_step(job: ReadJob) -> int | None:
 
 def _trainer_step(job: ReadJob) -> int | None:
     """`global_step` of the `trainer_state.json` that transformers' Trainer leaves in a local checkpoint."""
-    source = Path(job.model.source or "").expanduser() / (job.revision or "")
-    folder = source if source.is_dir() else job.base / source
+    folder = Path(job.place or locate(job.model.source or "", job.base)) / (job.revision or "")
     try:
         step = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
     except (OSError, ValueError, KeyError, TypeError):

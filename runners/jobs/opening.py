@@ -2,14 +2,16 @@
 
 import hashlib
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from deadbench.runners.jobs.job import ModelJob, Unfit, Unreached
 from deadbench.suite.checkpoints.checkpoint import Checkpoint, list_revisions
+from deadbench.suite.checkpoints.sources import is_hub_id, locate
 from deadbench.suite.errors import CheckpointError, UnreachableError
 from deadbench.suite.read_specs import READ_SPECS
-from deadbench.suite.registry.entries import CheckpointPattern, Model
+from deadbench.suite.registry.entries import CheckpointPattern, Model, Registry
 
 _CONCURRENT_CHECKPOINTS = 8
 
@@ -25,6 +27,20 @@ def all_unfit(jobs: list[ModelJob]) -> str | None:
     if reads and all(isinstance(read.error, Unfit) for read in reads):
         return f"{reads[0].model.id}: {reads[0].error}"
     return None
+
+
+def which_are_meant(registry: Registry, names: list[str]) -> list[str]:
+    """Of names that could mean two things here, one line each that says which was taken."""
+    lines = []
+    for name in dict.fromkeys(names):
+        place = locate(name)
+        if not os.path.isabs(place):
+            continue
+        if registry.model(name) is not None:
+            lines.append(f"{name}: the registry's model is read; give ./{name} for the folder {place}")
+        elif is_hub_id(name):
+            lines.append(f"{name}: the folder {place} is read; give hf://{name} for the Hub's model")
+    return lines
 
 
 def revisions_of(model: Model, base: Path) -> tuple[list[str | None], str | None]:

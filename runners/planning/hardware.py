@@ -4,8 +4,6 @@ import math
 import re
 from dataclasses import dataclass
 
-from deadbench.suite.errors import one_line
-
 PROCESS_BYTES = 0.6e9  # what an actor holds with torch and transformers imported and no model
 SHARES = (0.125, 0.25, 0.5)  # of one device that a small model may ask for
 _USABLE = 0.9  # of a device's memory; the rest is the allocator's, the driver's and other processes'
@@ -95,19 +93,10 @@ def this_machine() -> Cluster:
 
 
 def ray_cluster(address: str) -> Cluster:
-    """The nodes of the Ray at `address`; GPU memory is asked of each node's driver.
-
-    Raises:
-        PlanError: no such Ray.
-    """
+    """The nodes of the Ray at `address`, which is joined; GPU memory is asked of each node's driver."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    try:
-        if not ray.is_initialized():
-            ray.init(address=address, logging_level="ERROR", log_to_driver=False)
-    except Exception as error:
-        raise PlanError(f"Ray at {address!r} cannot be joined ({one_line(error, 300)})") from error
     ask = ray.remote(num_cpus=0)(_smallest_gpu_bytes)
     found = []
     for node in (each for each in ray.nodes() if each["Alive"]):

@@ -15,7 +15,6 @@ from deadbench.runners.planning.hardware import Cluster, Room
 from deadbench.runners.planning.needs import needs
 from deadbench.runners.planning.placement import Placement, fit, fit_whole, joined, replicated
 from deadbench.runners.planning.sizes import ModelSize, measure
-from deadbench.suite.checkpoints.checkpoint import Checkpoint
 from deadbench.suite.checkpoints.tensors import TensorEntry
 from deadbench.suite.errors import CheckpointError
 from deadbench.suite.read_specs import READ_SPECS
@@ -89,7 +88,7 @@ def _described(read: ReadJob) -> tuple[dict[str, Any], dict[str, TensorEntry] | 
     weights = READ_SPECS[read.read].opens == "weights"
     if read.model.config is not None and not weights:
         return read.model.config, None, False
-    checkpoint = Checkpoint(read.model.source or "", read.revision or read.model.main_checkpoint(), read.base)
+    checkpoint = read.opened(read.revision or read.model.main_checkpoint())
     try:
         return (
             checkpoint.config(),

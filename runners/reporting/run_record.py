@@ -18,7 +18,7 @@ from deadbench.runners.jobs.job import ModelJob, ReadJob
 from deadbench.runners.results.store import ResultStore
 from deadbench.runners.results.versions import versions
 from deadbench.suite.errors import message
-from deadbench.suite.secrets import without_secrets
+from deadbench.suite.secrets import scrubbed, without_secrets
 
 _RECORD_VERSION = 1
 
@@ -78,7 +78,10 @@ class RunRecord:
 
 def _planned(job: ModelJob) -> dict[str, Any]:
     gpus = job.tensor_parallel or (job.gpus if job.gpu_share == 1.0 else job.gpu_share)
-    return {"model": job.model_id, "engine": job.engine, "gpus": gpus, "work": job.work, "reads": len(job.reads)}
+    place = job.reads[0].place if job.reads else None
+    source = scrubbed(place) if place else None
+    plan = {"engine": job.engine, "gpus": gpus, "work": job.work, "reads": len(job.reads)}
+    return {"model": job.model_id, "source": source} | plan
 
 
 def _key(read: ReadJob) -> dict[str, Any]:

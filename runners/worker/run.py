@@ -48,11 +48,10 @@ def _read_parameters(read: ReadJob) -> Reading:
     from deadbench.runners.jobs.resolved import Configuration, num_parameters
     from deadbench.suite.architectures.build import objective
     from deadbench.suite.architectures.unexpected_tensors import refuse_unexpected
-    from deadbench.suite.checkpoints.checkpoint import Checkpoint
     from deadbench.suite.reads.norms_table import list_norms
     from deadbench.suite.reads.parameters import read_parameters
 
-    checkpoint = Checkpoint(read.model.source or "", read.revision, read.base)
+    checkpoint = read.opened(read.revision)
     result = read_parameters(checkpoint)
     if result.final.family == "undetermined":
         raise ValueError(f"the final norm cannot be determined: {result.reason}")
@@ -71,18 +70,17 @@ def _read_parameters(read: ReadJob) -> Reading:
 def _read_random(read: ReadJob) -> Reading:
     from deadbench.runners.jobs.resolved import Configuration, published_wiring
     from deadbench.runners.worker.request import RandomWeights
-    from deadbench.suite.checkpoints.checkpoint import Checkpoint
     from deadbench.suite.errors import CheckpointError
 
     with ExitStack() as stack:
         raw_config, folder = read.model.config, None
         if raw_config is None:
-            checkpoint = Checkpoint(read.model.source or "", read.model.main_checkpoint(), read.base)
+            checkpoint = read.opened(read.model.main_checkpoint())
             raw_config = checkpoint.config()
         if read.input is not None and read.input.partition(":")[0] in ("text", "hf"):
             if read.model.source is None:
                 raise ValueError("text needs a tokenizer and the registry gives no source; use tokens:random")
-            checkpoint = Checkpoint(read.model.source, read.model.main_checkpoint(), read.base)
+            checkpoint = read.opened(read.model.main_checkpoint())
             try:
                 folder = stack.enter_context(checkpoint.local_copy(weights=False))
             except CheckpointError as error:
@@ -100,9 +98,8 @@ def _read_trained(read: ReadJob) -> Reading:
     from deadbench.runners.jobs.resolved import Configuration
     from deadbench.runners.worker.request import StoredWeights
     from deadbench.suite.architectures.unexpected_tensors import refuse_unexpected
-    from deadbench.suite.checkpoints.checkpoint import Checkpoint
 
-    checkpoint = Checkpoint(read.model.source or "", read.revision, read.base)
+    checkpoint = read.opened(read.revision)
     config = Configuration(checkpoint.config())
     entries = checkpoint.headers()  # refuses pickles and broken files before anything is loaded
     left_out = refuse_unexpected(checkpoint.config(), entries, checkpoint.source)
@@ -136,13 +133,12 @@ def _read_functional(read: ReadJob) -> Reading:
     from deadbench.runners.worker.functional import read_functional
     from deadbench.runners.worker.request import RandomWeights, StoredWeights
     from deadbench.suite.architectures.unexpected_tensors import refuse_unexpected
-    from deadbench.suite.checkpoints.checkpoint import Checkpoint
     from deadbench.suite.checkpoints.no_weights import PICKLED_SUFFIXES
 
     if read.model.source is None:
         assert read.model.config is not None
         return (yield from read_functional(read, Configuration(read.model.config), RandomWeights(read.seed)))
-    checkpoint = Checkpoint(read.model.source, read.revision, read.base)
+    checkpoint = read.opened(read.revision)
     # A configuration alone is an architecture at random initialisation; weights that are there are never passed over.
     stored = (".safetensors", ".safetensors.index.json", *PICKLED_SUFFIXES)  # an index may list shards in a subfolder
     trained = any(name.endswith(stored) for name in checkpoint.names())

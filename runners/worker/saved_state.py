@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 
 from deadbench.runners.jobs.job import ReadJob
@@ -27,7 +26,7 @@ from deadbench.suite.reads.final_norm import STATE as FINAL_NORM_STATE
 from deadbench.suite.reads.final_norm import FinalNormRead
 from deadbench.suite.reads.residual import STREAM_STATE, ResidualRead
 from deadbench.suite.spectra.arrow_state import StateError, struct
-from deadbench.suite.storage import put_in_place, written_aside
+from deadbench.suite.storage import is_url, open_place, put_in_place, written_aside
 
 FOLDER = "_progress"
 _VERSION = 2  # of the states: raised when what is in them changes its meaning
@@ -74,7 +73,7 @@ class SavedRead:
         if self.interval and read.checkpoint_location is not None:
             part = f"-{ranks.rank}of{ranks.size}" if ranks.size > 1 else ""
             self._target = f"{read.checkpoint_location}/{FOLDER}/{_name(read)}{part}.arrow"
-            if "://" not in self._target and not Path(read.checkpoint_location).is_dir():
+            if not is_url(self._target) and not Path(read.checkpoint_location).is_dir():
                 self.remark = f"no checkpoints: {read.checkpoint_location} is no folder of this node"
                 self._target = None
 
@@ -145,7 +144,7 @@ class SavedRead:
         assert self._target is not None
         aside = f"{self._target}.{uuid.uuid4().hex}"
         fs, room = _fs(aside), float("inf")
-        if "://" not in aside:
+        if not is_url(aside):
             Path(aside).parent.mkdir(exist_ok=True)
             room = shutil.disk_usage(Path(aside).parent).free / _DISK_SHARE
         with written_aside(aside, fs) as file, pa.ipc.new_file(file, _FILE) as writer:
@@ -168,7 +167,7 @@ def remove_checkpoints(location: str, read: ReadJob) -> None:
 
 def absolute(location: str) -> str:
     """A result set's place as every process of this machine understands it."""
-    return location.rstrip("/") if "://" in location else str(Path(location).absolute())
+    return location.rstrip("/") if is_url(location) else str(Path(location).absolute())
 
 
 def _name(read: ReadJob) -> str:
@@ -176,7 +175,7 @@ def _name(read: ReadJob) -> str:
 
 
 def _fs(path: str) -> Any:
-    return fsspec.core.url_to_fs(path)[0]
+    return open_place(path)[0]
 
 
 def _row(**columns: Any) -> pa.RecordBatch:

@@ -8,7 +8,9 @@ import copy
 import glob
 import hashlib
 import json
+import os
 import re
+import socket
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,17 +20,17 @@ from deadbench.suite.checkpoints.fsspec_folder import FsspecFolder, one_line_err
 from deadbench.suite.checkpoints.http_folder import HttpFolder
 from deadbench.suite.checkpoints.hub_folder import HubFolder
 from deadbench.suite.checkpoints.no_weights import no_config
+from deadbench.suite.checkpoints.sources import hub_id_of, locate
 from deadbench.suite.checkpoints.strict_json import MAX_JSON_BYTES, parse_object
 from deadbench.suite.checkpoints.tensors import TensorEntry, read_headers
 from deadbench.suite.checkpoints.weight_files import NAMED_BY, WeightFiles, as_transformers_expects, weight_files
 from deadbench.suite.errors import CheckpointError, UnreachableError
 from deadbench.suite.secrets import scrubbed
-from deadbench.suite.storage import is_hidden, open_place
+from deadbench.suite.storage import is_hidden, is_url, open_place
 
 # Numbers in a configuration that make transformers build so many objects, whatever the device.
 _COUNTS = re.compile(r"^(n_layers?|num_.*layers|.*_layers|depths?|num_labels|(n|num)_.*experts)$")
 _MAX_COUNT = 100_000
-_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?$")
 # How people name the steps of training, the surest first; 50k are 50 000.
 _COUNT = r"s?[-_=]?(\d{1,15})(?![\d]|\.\d)([km]?)(?![a-z\d])"
 _STEPS = [
@@ -45,10 +47,15 @@ class Checkpoint:
     Attributes:
         source: as the user gave it.
         revision: Hub revision, or the checkpoint folder below a series' source; None where there is only one.
+        remark: what is to be said of where it was read; None mostly.
     """
 
-    def __init__(self, source: str, revision: str | None = None, base: Path | None = None):
+    remark: str | None = None
+
+    def __init__(self, source: str, revision: str | None = None, base: Path | None = None, place: str | None = None):
         """Open `source`; a relative local path is looked up below `base` too (the registry's folder).
+
+        With `place`, what `locate` found elsewhere, nothing is looked up: it is opened, or it is not there.
 
         Raises:
             CheckpointError: no such folder, or nothing that could be a Hub id or URL.
@@ -58,16 +65,20 @@ class Checkpoint:
         self._names: list[str] | None = None
         self._config: dict[str, Any] | None = None
         self._weights: WeightFiles | None = None
-        self._local: Path | None = _local_folder(source, base)
+        self._local: Path | None = None
         self._hub_id: str | None = None
         self._folder: HttpFolder | FsspecFolder
-        hub_id = source.removeprefix("hf://")
-        if self._local is not None:
-            series, self._local = self._local, self._local / revision if revision else self._local
+        told, place = place is not None, place or locate(source, base)
+        if os.path.isabs(place) and Path(place).is_dir():
+            series = Path(place).resolve()
+            self._local = series / revision if revision else series
             if not self._local.is_dir():
                 raise CheckpointError(f"{self._local}: no such directory; the checkpoints are {_listing(series)}")
             self._folder = FsspecFolder(source, str(self._local))
-        elif _HUB_ID.match(hub_id):
+        elif os.path.isabs(place) and told:
+            here = f"on this node ({socket.gethostname()})"
+            raise CheckpointError(f"{place}: no such directory {here}; put the checkpoint where every node sees it")
+        elif hub_id := hub_id_of(place):
             self._hub_id, _, own_revision = hub_id.partition("@")
             self.revision = own_revision or revision or "main"
             self._local = _cached(self._hub_id, self.revision)
@@ -79,7 +90,7 @@ class Checkpoint:
             address, mark, query = source.partition("?")
             below = address.rstrip("/") + (f"/{revision}" if revision else "")
             self._folder = HttpFolder(source, below + mark + query)
-        elif "://" in source:
+        elif is_url(source):
             self._folder = FsspecFolder(source, source.rstrip("/") + (f"/{revision}" if revision else ""))
         elif Path(source).exists():
             raise CheckpointError(f"{source}: not a directory; give the folder that holds config.json")
@@ -102,8 +113,21 @@ class Checkpoint:
         """File names in the folder (not below it)."""
         if self._names is None:
             with one_line_errors(self.source):
-                self._names = self._folder.names()
+                try:
+                    self._names = self._folder.names()
+                except UnreachableError:
+                    if not self._take_from_cache():
+                        raise
+                    self._names = self._folder.names()
         return self._names
+
+    def _take_from_cache(self) -> bool:
+        """Where the Hub cannot be reached, take what its cache has of the repository, as the Hub's own library does."""
+        folder = _cached(self._hub_id, str(self.revision), always=True) if self._hub_id else None
+        if folder is not None:
+            self._local, self._folder = folder, FsspecFolder(self.source, str(folder))
+            self.remark = f"the Hub cannot be reached: read from its cache, {folder}"
+        return folder is not None
 
     def has(self, name: str) -> bool:
         """Whether there is such a file; a server without listings is asked for this one alone."""
@@ -182,6 +206,8 @@ class Checkpoint:
 
         What comes from the Hub is in the Hub's cache, everything else below `cache_folder`.
         """
+        if self._local is None:
+            self.names()  # which are the cache's where the Hub cannot be reached
         if self._local is not None:
             folder = self._local
         else:
@@ -216,29 +242,18 @@ class Checkpoint:
             return Path(snapshot_download(hub_id, revision=self.revision, allow_patterns=patterns))
 
 
-def identify(source: str, base: Path | None = None) -> tuple[str, str | None]:
-    """(model, revision) of a SOURCE, as rows name it: spellings of one checkpoint are one, and secrets are left out.
-
-    Nothing is opened.
-    """
-    hub_id = source.removeprefix("hf://")
-    if _local_folder(source, base) is None and _HUB_ID.match(hub_id):
-        name, _, revision = hub_id.partition("@")
-        return name, revision or "main"
-    return scrubbed(source).rstrip("/"), None
-
-
 def list_revisions(source: str, base: Path | None = None) -> list[str]:
     """Names of the checkpoints of `source`: branches and tags of a Hub repository, else the folders below it.
 
     Raises:
         CheckpointError: it cannot be listed.
     """
-    local, hub_id = _local_folder(source, base), source.removeprefix("hf://")
-    if local is not None:
-        return _folders(local)
+    place = locate(source, base)
+    hub_id = hub_id_of(place)
+    if os.path.isabs(place):
+        return _folders(Path(place))
     with one_line_errors(source):
-        if _HUB_ID.match(hub_id):
+        if hub_id:
             from huggingface_hub import HfApi
 
             refs = HfApi().list_repo_refs(hub_id)
@@ -248,12 +263,12 @@ def list_revisions(source: str, base: Path | None = None) -> list[str]:
         return sorted(name for name in folders if not is_hidden(name))
 
 
-def _cached(hub_id: str, revision: str) -> Path | None:
-    """The folder in the Hub's cache, where HF_HUB_OFFLINE says that there is nothing else."""
+def _cached(hub_id: str, revision: str, *, always: bool = False) -> Path | None:
+    """The folder in the Hub's cache, where HF_HUB_OFFLINE says that there is nothing else, or `always`."""
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    if constants.HF_HUB_OFFLINE:
+    if constants.HF_HUB_OFFLINE or always:
         with contextlib.suppress(LocalEntryNotFoundError):
             return Path(snapshot_download(hub_id, revision=revision, local_files_only=True))
     return None
@@ -292,13 +307,6 @@ def _plain_floats(value: Any) -> Any:
             return float(value["__float__"])
         return {key: _plain_floats(each) for key, each in value.items()}
     return [_plain_floats(each) for each in value] if isinstance(value, list) else value
-
-
-def _local_folder(source: str, base: Path | None) -> Path | None:
-    for candidate in (Path(source).expanduser(), *([base / source] if base else [])):
-        if candidate.is_dir():
-            return candidate.resolve()
-    return None
 
 
 def _listing(folder: Path) -> str:

@@ -26,7 +26,8 @@ def classify(source: str, verify: bool = False) -> tuple[dict[str, Any], NDArray
         read = read_parameters(checkpoint, verify)
         columns = read.columns()
         result |= {name: columns[name] for name in CLASSIFY_FIELDS if name in columns}
-        result |= {"revision": checkpoint.revision, "evidence": read.evidence, "bytes_total": checkpoint.bytes_total()}
+        result |= {"revision": checkpoint.revision, "bytes_total": checkpoint.bytes_total()}
+        result["evidence"] = [*read.evidence, *([checkpoint.remark] if checkpoint.remark else [])]
         result["error"] = f"{source}: {read.reason}" if read.needs_remote_code else None
         direction_D = read.direction_D
     except CheckpointError as error:

@@ -36,8 +36,17 @@ def find_registry(path: Path | None = None) -> Path:
         if not path.is_file():
             raise RegistryError(f"{path}: no such registry file")
         return path
+    return Path(DEFAULT_REGISTRY) if Path(DEFAULT_REGISTRY).is_file() else own_registry()
+
+
+def own_registry() -> Path:
+    """The registry that came with deadbench.
+
+    Raises:
+        RegistryError: no such file.
+    """
     suite = Path(__file__).resolve().parents[1]
-    for candidate in (Path(DEFAULT_REGISTRY), suite.parent / DEFAULT_REGISTRY, suite / "data" / DEFAULT_REGISTRY):
+    for candidate in (suite.parent / DEFAULT_REGISTRY, suite / "data" / DEFAULT_REGISTRY):
         if candidate.is_file():
             return candidate
     raise RegistryError(f"{DEFAULT_REGISTRY}: not found here nor beside deadbench; name one with --registry FILE")

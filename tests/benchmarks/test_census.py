@@ -5,13 +5,13 @@
 
 import json
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
 from deadbench.runners.census.census import new_outcome, take_census
 from deadbench.runners.census.worker import census_row
 from deadbench.runners.results.store import ResultStore
+from deadbench.suite.checkpoints.sources import locate
 from tests.runners.many_checkpoints import serving, sparse_checkpoint
 
 pytestmark = [
@@ -51,7 +51,7 @@ def test_sources_a_second(benchmark, ray_session, server, tmp_path, how):
 
     def threads_alone():
         with ThreadPoolExecutor(THREADS) as pool:
-            rows = list(pool.map(lambda source: census_row(source, Path.cwd(), "run"), sources))
+            rows = list(pool.map(lambda source: census_row(source, locate(source), "run"), sources))
         return sum(row["status"] == "ok" for row in rows)
 
     measured = census if how == "census" else threads_alone

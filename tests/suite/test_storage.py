@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from deadbench.suite import storage
-from deadbench.suite.storage import refusal, write_whole
+from deadbench.suite.storage import is_local, is_url, open_place, refusal, write_whole
 
 
 def plain(folder, monkeypatch):
@@ -179,3 +179,26 @@ def test_a_refusal_is_told_in_the_systems_words():
     assert refusal(OSError(28, "x", "/a/b")) == "No space left on device"
     assert refusal(ValueError("no\nsuch bucket https://me:pw@h/")) == "no such bucket https://h/"
     assert refusal(KeyError()) == "KeyError"
+
+
+@pytest.mark.parametrize("name", ["exp::1", "a::x", "zip::x", "file:x", "data:x", "s3:x", "x::memory://y", "::"])
+def test_a_path_of_this_machine_is_never_taken_for_a_url(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for location in (name, f"./{name}", f"{tmp_path}/{name}/"):
+        assert not is_url(location)
+        fs, root = open_place(location)
+        assert is_local(fs)
+        assert root == str(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("location", "root"), [("memory://runs/exp::1", "runs/exp::1"), ("simplecache::memory://runs/exp", "runs/exp")]
+)
+def test_a_url_is_a_chain_only_where_a_file_system_lies_in_another_place(location, root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fs, found = open_place(location)
+    assert is_url(location)
+    assert not is_local(fs)
+    assert found.lstrip("/") == root
+    (tmp_path / location.partition("/")[0]).mkdir()
+    assert is_url(location) == location.startswith("memory")

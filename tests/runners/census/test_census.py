@@ -75,7 +75,7 @@ def test_a_bad_file_of_sources_is_one_line(content, message, tmp_path, deadbench
 
 def test_a_row_says_what_classify_says(tmp_path):
     folder = save_tiny(tmp_path / "step7")
-    row, known = census_row(str(folder), tmp_path, "run"), classify(str(folder))[0]
+    row, known = census_row(str(folder), str(folder), "run"), classify(str(folder))[0]
     shared = [name for name in known if name in row and name not in ("source", "error")]
     assert {name: row[name] for name in shared} == {name: known[name] for name in shared}
     assert (row["status"], row["error"], row["checkpoint_step"], row["family"]) == ("ok", None, 7, "layernorm")
@@ -85,8 +85,8 @@ def test_a_row_says_what_classify_says(tmp_path):
 @pytest.mark.subprocess
 def test_no_worker_imports_torch(kinds):
     code = (
-        "import sys; from pathlib import Path; from deadbench.runners.census.worker import census_row\n"
-        f"row = census_row('neox', Path({str(kinds)!r}), 'run')\n"
+        "import sys; from deadbench.runners.census.worker import census_row\n"
+        f"row = census_row('neox', {str(kinds / 'neox')!r}, 'run')\n"
         "print(row['status'], row['family'], sorted({'torch', 'transformers'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -1,5 +1,7 @@
 """Options that several commands share are the same everywhere, and become jobs and a cluster in one place."""
 
+from pathlib import Path
+
 import pytest
 from typer.main import get_command
 
@@ -7,6 +9,8 @@ from deadbench.runners.cli.main import app
 from deadbench.runners.cli.options import jobs_and_cluster, overridden
 from deadbench.runners.jobs.job import Overrides
 from deadbench.runners.planning.hardware import PlanError
+from deadbench.suite.registry.entries import RegistryError
+from tests.conftest import save_tiny
 
 NOTHING = {
     "engine": "auto", "tokens": None, "input_spec": None, "dtype": None, "seed": 0, "accumulator_gb": None,
@@ -40,9 +44,31 @@ def test_a_mistake_in_the_cluster_is_told_before_anything_is_opened(monkeypatch)
 def test_ray_is_asked_for_its_nodes_only_where_one_is_named(monkeypatch, address, expected):
     monkeypatch.setattr("deadbench.runners.planning.hardware.this_machine", lambda: "here")
     monkeypatch.setattr("deadbench.runners.planning.hardware.ray_cluster", lambda named: f"Ray at {named}")
-    jobs, cluster = jobs_and_cluster(["gpt2", "pythia-160m"], None, None, " random ", Overrides(), address=address)
+    monkeypatch.setattr("deadbench.runners.cluster.joining.connect", lambda named: False)
+    jobs, cluster, _ = jobs_and_cluster(["gpt2", "pythia-160m"], None, None, " random ", Overrides(), address=address)
     assert cluster == expected
     assert [(job.model_id, [read.read for read in job.reads]) for job in jobs] == [
         ("gpt2", ["random"]),
         ("pythia-160m", ["random"]),
     ]
+
+
+FOREIGN = "models:\n  - name: llama\n    path: /srv/llama.gguf\n"
+
+
+@pytest.mark.parametrize("text", [FOREIGN, "models: [", "- 1", "\x00"])
+def test_a_registry_that_nobody_named_is_passed_over_for_a_source(tmp_path, monkeypatch, text):
+    save_tiny(tmp_path / "m")
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "models.yaml").write_text(text)
+    monkeypatch.chdir(tmp_path / "project")
+    ask = lambda models, suite=None, registry=None: jobs_and_cluster(  # noqa: E731
+        models, suite, registry, "parameters", Overrides(), assume="1x8GB"
+    )
+    (job,), _, (remark,) = ask(["../m"])
+    assert job.model_id == "../m"
+    assert remark.startswith("models.yaml")
+    assert remark.endswith("; passed over, since a SOURCE needs no registry")
+    for needed in (([],), (["gpt2"],), (["../m"], "quick"), (["../m"], None, Path("models.yaml"))):
+        with pytest.raises(RegistryError, match=r"^models\.yaml"):
+            ask(*needed)

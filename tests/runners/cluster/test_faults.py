@@ -15,11 +15,22 @@ def job(tmp_path):
     return job
 
 
-def died(message):
+def died(message, **how):
     """Ray's own error, with what it would say."""
     error = ray.exceptions.ActorDiedError()
     error.error_msg = message
+    vars(error).update(how)
     return error
+
+
+# As Ray 2.60 has it: the import's own traceback inside that of the actor that stands in for what cannot be imported.
+UNIMPORTED = """The actor died because of an error raised in its creation task, ray::ModelActor.__init__() (pid=1)
+RuntimeError: The actor with name ModelActor failed to import on the worker. its node has died
+
+ray::ModelActor.__init__() (pid=1)
+  File "cloudpickle.py", line 469, in subimport
+    __import__(name)
+ModuleNotFoundError: No module named 'deadbench'"""
 
 
 def failed_task(cause):
@@ -40,6 +51,11 @@ def failed_task(cause):
         (ray.exceptions.NodeDiedError("x"), "node", "its node was lost"),
         (ray.exceptions.ActorUnavailableError("Socket closed", bytes(16)), "node", "its node was lost"),
         (ray.exceptions.ActorUnschedulableError("no such node"), "unplaced", "before it began"),
+        (
+            died(UNIMPORTED, _actor_init_failed=True),
+            "crash",
+            "its process could not begin: ModuleNotFoundError: No module named 'deadbench'",
+        ),
         (died("The actor died because its node has died. Node Id: 1"), "node", "its node was lost"),
         (died("its node has died. The actor never ran - it was cancelled"), "unplaced", "before it began"),
         (died("Worker exits with an exit code 3. More"), "crash", "it ended with exit code 3"),

@@ -13,9 +13,10 @@ import polars as pl
 import psutil
 import pytest
 
-from deadbench.runners.cluster import actors, nodes, processes
-from deadbench.runners.driver import driver, loop
-from deadbench.runners.driver.driver import DriverError, execute
+from deadbench.runners.cluster import actors, joining, nodes, processes
+from deadbench.runners.cluster.joining import JoinError
+from deadbench.runners.driver import loop
+from deadbench.runners.driver.driver import execute
 from deadbench.runners.driver.loop import Settings
 from deadbench.runners.jobs.build import build_jobs
 from deadbench.runners.jobs.job import Overrides
@@ -319,5 +320,6 @@ def test_an_address_that_answers_nobody_is_one_line(monkeypatch):
         raise ConnectionError("no\nanswer")
 
     monkeypatch.setattr(ray, "init", refuse)
-    with pytest.raises(DriverError, match=r"Ray at 'host:1' cannot be joined \(ConnectionError: no answer\)"):
-        driver.connect("host:1")
+    monkeypatch.setattr(joining, "check_answers", lambda address: None)
+    with pytest.raises(JoinError, match=r"Ray at 'host:1' cannot be joined \(ConnectionError: no answer\)"):
+        joining.connect("host:1")

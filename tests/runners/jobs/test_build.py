@@ -198,7 +198,7 @@ def test_models_are_opened_side_by_side(tmp_path, monkeypatch):
     together = threading.Barrier(4, timeout=20)
 
     class Slow:
-        def __init__(self, source, revision=None, base=None):
+        def __init__(self, source, revision=None, base=None, place=None):
             self.source = source
 
         def config(self):
@@ -270,7 +270,7 @@ def test_a_functional_read_is_of_the_engine_that_runs_it(engine, tmp_path):
 def _read(checkpoints=None, source="series", revision=None, read="trained", base=ROOT):
     entry = REGISTRY.model("twin-layernorm").model_dump() | {"source": source, "checkpoints": checkpoints}
     model = type(REGISTRY.model("twin-layernorm")).model_validate(entry)
-    return replace(only(["twin-layernorm"]), model=model, revision=revision, read=read, base=base)
+    return replace(only(["twin-layernorm"]), model=model, revision=revision, read=read, base=base, place=None)
 
 
 @pytest.mark.parametrize(

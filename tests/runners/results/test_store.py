@@ -2,12 +2,14 @@
 
 import json
 from datetime import UTC, datetime
+from pathlib import Path
 
 import polars as pl
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
+from deadbench.analysis.results import scan
 from deadbench.runners.results.store import ResultStore, StoreError
 from deadbench.suite.schema import READS, SCHEMA_VERSION, TABLES, arrow_schema, to_table
 
@@ -67,6 +69,18 @@ def test_only_ok_reads_are_finished(tmp_path):
     store.write(tables())
     store.write(tables(model="n", status="failed"))
     assert store.finished() == {("m", None, "trained", 0, "p", "torch", "f")}
+
+
+@pytest.mark.parametrize("out", ["runs/exp::1", "a::x", "memory://runs::1/exp::1"])
+def test_results_with_colons_are_where_they_were_asked_for_and_nowhere_else(out, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ResultStore(out).write(tables())
+    if "://" not in out:
+        assert len(list((tmp_path / out / "reads").glob("*.parquet"))) == 1
+        assert {path.name for path in (tmp_path / out).parent.iterdir()} == {Path(out).name}
+    assert len(ResultStore(out).finished()) == 1
+    assert not ResultStore(out[:-1] + "2").finished()
+    assert scan(out).collect()["depth"].to_list() == [13.5]
 
 
 @pytest.mark.parametrize("place", ["write", "rename"])

@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deadbench.suite.checkpoints.checkpoint import Checkpoint, checkpoint_step, list_revisions
+from deadbench.suite.checkpoints.sources import identify
 from deadbench.suite.checkpoints.tensors import read_headers
 from deadbench.suite.errors import CheckpointError
-from tests.conftest import ROOT, save_tiny
+from tests.conftest import ROOT, save_tiny, write_checkpoint
 
 
 @pytest.mark.parametrize(
@@ -73,6 +74,19 @@ def test_relative_folders_are_found_beside_the_registry(tmp_path, monkeypatch):
     save_tiny(tmp_path / "models" / "m")
     monkeypatch.chdir("/")
     assert Checkpoint("models/m", base=tmp_path).config()["model_type"] == "gpt_neox"
+
+
+@pytest.mark.parametrize("name", ["exp::1", "a::x", "data:1", "zip::exp"])
+def test_a_folder_with_colons_is_that_folder(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint(tmp_path / "exp", {"model_type": "another"})
+    write_checkpoint(tmp_path / name, {"model_type": "gpt2"})
+    write_checkpoint(tmp_path / name / "step::1", {"model_type": "gpt_neox"})
+    for source in (name, f"./{name}", str(tmp_path / name)):
+        assert Checkpoint(source).config() == {"model_type": "gpt2"}
+        assert Checkpoint(source, "step::1").config() == {"model_type": "gpt_neox"}
+    assert identify(name) == (name, None)
+    assert list_revisions(name) == ["step::1"]
 
 
 def test_the_fingerprint_follows_the_files(tmp_path):

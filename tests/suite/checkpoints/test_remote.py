@@ -209,6 +209,30 @@ def test_nobody_there_is_one_line_at_once(online):
     assert "attempts" not in str(caught.value)
 
 
+def test_without_a_network_the_hubs_cache_is_read_and_said(online, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    online("http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    missing = classify("team/model")[0]
+    assert "cannot be reached" in missing["error"]
+    cached = tmp_path / "models--team--model"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("a" * 40)
+    snapshot = save_tiny(cached / "snapshots" / ("a" * 40))
+    found, direction_D = classify("team/model")
+    known, known_D = classify(str(snapshot))
+    assert (found["error"], found["revision"]) == (None, "main")
+    assert {name: found[name] for name in ("family", "scale_harmonic")} == {
+        name: known[name] for name in ("family", "scale_harmonic")
+    }
+    assert direction_D.tolist() == known_D.tolist()
+    assert found["evidence"] == [*known["evidence"], f"the Hub cannot be reached: read from its cache, {snapshot}"]
+    with Checkpoint("team/model").local_copy() as copy:
+        assert copy == snapshot
+    assert "cannot be reached" in classify("team/model@other")[0]["error"]
+
+
 def test_whole_files_come_complete_or_not_at_all(server, tmp_path):
     checkpoint = Checkpoint(server.url)
     with checkpoint.local_copy() as copy:

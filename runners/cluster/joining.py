@@ -1,0 +1,126 @@
+"""Joining a Ray, or starting one: the address is tried before, since Ray itself asks a dead one for many minutes.
+
+Workers do not look for modules in the folder that the command was given in: a user's own `torch.py` is nobody's torch.
+"""
+
+import os
+import re
+import socket
+import sys
+import time
+from importlib.machinery import PathFinder
+from pathlib import Path
+from typing import Any
+
+from deadbench.suite.errors import message, one_line
+from deadbench.suite.secrets import without_secrets
+
+_REFUSED_SECONDS, _SILENT_SECONDS = 3.0, 12.0  # a head that is just starting refuses; one that is slow accepts late
+_LOCAL_OBJECT_STORE_BYTES = 200 * 2**20  # tables are small; weights never pass through
+
+
+class JoinError(ValueError):
+    """Ray cannot be started or joined; one line, exit code 2."""
+
+
+def connect(address: str | None) -> bool:
+    """Join the Ray at `address`, else at RAY_ADDRESS, or start one; True if it was started here.
+
+    Raises:
+        JoinError: nobody answers there, or Ray refuses.
+    """
+    import ray
+
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    target = address or os.environ.get("RAY_ADDRESS") or "local"
+    if ray.is_initialized():
+        return False
+    check_answers(address)
+    options: dict[str, Any] = {}
+    if target == "local":
+        options = {"include_dashboard": False, "object_store_memory": _LOCAL_OBJECT_STORE_BYTES}
+    if not target.startswith("ray://"):  # there the server makes the job
+        options["job_config"] = _job_config()
+    try:
+        ray.init(address=target, logging_level="ERROR", log_to_driver=False, **options)
+    except Exception as error:
+        raise JoinError(f"Ray at {target!r} cannot be joined ({one_line(error, 300)})") from error
+    return target == "local"
+
+
+def check_answers(address: str | None) -> None:
+    """Raise JoinError where nobody listens at the address that Ray would join; a slow one has its time."""
+    variable = os.environ.get("RAY_ADDRESS")
+    named = f"--address {address}" if address else f"RAY_ADDRESS={variable}"
+    target = address or variable or "local"
+    if target == "auto":
+        if variable and variable != "auto":  # which Ray then takes
+            named, target = f"RAY_ADDRESS={variable}", variable
+        else:
+            target = _latest()
+            named += f" (the Ray at {target}, which was the last one started here)"
+    place = re.fullmatch(r"(?:ray://)?(\[[^\]]+\]|[^:/\[\]]+):(\d{1,5})", target)
+    if place is None or int(place[2]) > 65535:
+        return
+    failure = _failure(place[1].strip("[]"), int(place[2]))
+    if failure is not None:
+        raise JoinError(
+            f"{without_secrets(named)}: no Ray answers there ({failure}); start it, name another, "
+            f"or use {'--address local' if address or not variable else 'unset RAY_ADDRESS, or --address local'}"
+        )
+
+
+def _failure(host: str, port: int) -> str | None:
+    """Why nobody answers; None where somebody does."""
+    began = time.monotonic()
+    while True:
+        left = _SILENT_SECONDS - (time.monotonic() - began)
+        try:
+            with socket.create_connection((host, port), timeout=max(left, 0.1)):
+                return None
+        except TimeoutError:
+            return f"no answer within {_SILENT_SECONDS:.0f} s"
+        except OSError as error:
+            if time.monotonic() - began > _REFUSED_SECONDS:
+                return error.strerror or message(error)
+        time.sleep(0.2)
+
+
+def _latest() -> str:
+    """The address of the Ray that `auto` means; "" where Ray will say itself that there is none."""
+    from ray._private import services
+
+    try:
+        return str(services.get_ray_address_from_environment("auto", None) or "")
+    except ConnectionError:
+        return ""
+
+
+def _job_config() -> Any:
+    """A job whose workers import deadbench from where this process has it, and else what is installed with them.
+
+    Ray puts the driver's working folder and its script's first in the path of all workers, and has no option for it.
+    """
+    from ray.job_config import JobConfig
+
+    class OwnPath(JobConfig):  # type: ignore[misc]
+        _py_driver_sys_path: list[str]
+
+        def _get_proto_job_config(self) -> Any:
+            if self._py_driver_sys_path:  # else it has a working_dir, in which deadbench is
+                self._py_driver_sys_path = _own_path()
+            return super()._get_proto_job_config()
+
+    return OwnPath()
+
+
+def _own_path() -> list[str]:
+    """The folder that holds deadbench, where a new interpreter would not find it: a clone that is not installed."""
+    root = Path(str(sys.modules["deadbench"].__file__)).resolve().parents[1]
+    script = os.path.dirname(os.path.realpath(sys.argv[0]))
+    passing = {os.path.realpath(path) for path in ("", script, sys.path[0] if sys.path else "")}
+    others = [path for path in sys.path if path and os.path.realpath(path) not in passing]
+    found = PathFinder.find_spec("deadbench", others)
+    there = found is not None and found.origin is not None and Path(found.origin).resolve().parents[1] == root
+    return [] if there else [str(root)]

@@ -1,0 +1,53 @@
+"""What a SOURCE names: a folder, a repository of the Hub, or a URL; settled once, and the same for every process."""
+
+import os
+import re
+from pathlib import Path
+
+from deadbench.suite.secrets import scrubbed
+from deadbench.suite.storage import is_url
+
+_HUB = "hf://"
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?$")
+
+
+def locate(source: str, base: Path | None = None) -> str:
+    """What a SOURCE is, as every process and node understands it: a folder's absolute path, `hf://ID`, or as it is.
+
+    `team/model` is a folder where there is one here, or below `base`, else a Hub id: who carries the answer along need
+    not ask again where other folders are.
+    """
+    if not source.startswith(_HUB):
+        for candidate in (Path(source).expanduser(), *([base / source] if base else [])):
+            if candidate.is_dir():
+                return str(candidate.absolute())
+    return f"{_HUB}{source}" if _HUB_ID.match(source) else source
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether a SOURCE has the form `org/name[@revision]`, be there a folder of that name or not."""
+    return _HUB_ID.match(source) is not None
+
+
+def is_source(name: str) -> bool:
+    """Whether `name` is a folder here, a Hub id by its form, or a URL."""
+    place = locate(name)
+    return os.path.isabs(place) or place.startswith(_HUB) or is_url(place)
+
+
+def identify(source: str, place: str | None = None) -> tuple[str, str | None]:
+    """(model, revision) of a SOURCE, as rows name it: spellings of one checkpoint are one, and secrets are left out.
+
+    Nothing is opened; `place` is what `locate` says of it.
+    """
+    hub_id = hub_id_of(place or locate(source))
+    if hub_id:
+        name, _, revision = hub_id.partition("@")
+        return name, revision or "main"
+    return scrubbed(source).rstrip("/"), None
+
+
+def hub_id_of(place: str) -> str | None:
+    """`org/name[@revision]` of a place on the Hub."""
+    hub_id = place.removeprefix(_HUB)
+    return hub_id if place.startswith(_HUB) and _HUB_ID.match(hub_id) else None

@@ -1,0 +1,125 @@
+"""A dead address is told within seconds, a slow one has its time; nobody's working folder is in the path of workers."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import polars as pl
+import pytest
+
+from deadbench.runners.cluster import joining
+from deadbench.runners.cluster.joining import JoinError, check_answers
+from tests.conftest import ROOT, save_tiny
+from tests.runners.clusters import free_ports
+
+
+@pytest.fixture
+def dead(monkeypatch):
+    """A port that nobody listens on."""
+    monkeypatch.setattr(joining, "_REFUSED_SECONDS", 0.5)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    return free_ports(1)[0]
+
+
+@pytest.mark.parametrize("form", ["127.0.0.1:{}", "ray://127.0.0.1:{}", "localhost:{}", "[::1]:{}"])
+def test_a_dead_address_is_one_line_that_names_who_gave_it(dead, monkeypatch, form):
+    address = form.format(dead)
+    with pytest.raises(JoinError, match="^--address .*no Ray answers there") as told:
+        check_answers(address)
+    assert address in str(told.value)
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    for given in (None, "auto"):
+        with pytest.raises(JoinError, match="^RAY_ADDRESS=") as told:
+            check_answers(given)
+        assert "\n" not in str(told.value)
+    check_answers("local")
+
+
+def test_auto_is_the_ray_that_was_started_last(dead, monkeypatch):
+    monkeypatch.setattr("ray._private.services.get_ray_address_from_environment", lambda *_: f"127.0.0.1:{dead}")
+    with pytest.raises(JoinError, match=f"^--address auto .the Ray at 127.0.0.1:{dead}, "):
+        check_answers("auto")
+
+    def none_running(*_):
+        raise ConnectionError("Could not find any running Ray instance.")
+
+    monkeypatch.setattr("ray._private.services.get_ray_address_from_environment", none_running)
+    check_answers("auto")  # Ray says it, at once
+
+
+def test_who_answers_late_is_waited_for(dead, monkeypatch):
+    monkeypatch.setattr(joining, "_REFUSED_SECONDS", 10.0)
+    with socket.socket() as server:
+
+        def start():
+            time.sleep(1.0)
+            server.bind(("127.0.0.1", dead))
+            server.listen()
+
+        starting = threading.Thread(target=start)
+        starting.start()
+        check_answers(f"127.0.0.1:{dead}")
+        starting.join()
+
+
+def test_who_never_accepts_is_given_up(monkeypatch):
+    monkeypatch.setattr(joining, "_SILENT_SECONDS", 0.5)
+
+    def silent(address, timeout):
+        raise TimeoutError
+
+    monkeypatch.setattr(socket, "create_connection", silent)
+    with pytest.raises(JoinError, match="no answer within"):
+        check_answers("10.0.0.1:6379")
+
+
+@pytest.mark.subprocess
+def test_the_command_gives_a_dead_address_up_within_seconds(dead, tmp_path):
+    folder = save_tiny(tmp_path / "m")
+    began = time.monotonic()
+    command = [sys.executable, "-m", "deadbench", "run", str(folder), "--reads", "parameters", "--out", "r"]
+    environment = os.environ | {"RAY_ADDRESS": f"127.0.0.1:{dead}", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"deadbench: RAY_ADDRESS=127.0.0.1:{dead}: no Ray answers there")
+    assert time.monotonic() - began < 60, "not the fifteen minutes that Ray takes; most of it is imports"
+
+
+FILES = ("suite.py", "runners/__init__.py", "suite/__init__.py", "torch.py", "tokenizers.py")
+
+
+@pytest.mark.ray
+def test_workers_import_nothing_of_the_folder_that_the_command_was_given_in(tmp_path):
+    save_tiny(tmp_path / "m")
+    for name in FILES:
+        path = tmp_path / "mine" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("raise SystemExit('a module of the user')\n")
+    program = "import sys; sys.path[:0] = [path]; from deadbench.runners.cli.main import main; main()"
+    arguments = ["run", "../m", "--address", "local", "--reads", "parameters,random", "--tokens", "64", "--json"]
+    arguments += ["--input", "tokens:random", "--out", str(tmp_path / "out")]
+    # As the console script: deadbench is found by its own place, and the working folder is not looked in.
+    command = [sys.executable, "-P", "-c", program.replace("path]", f"{str(ROOT)!r}]"), *arguments]
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "RAY_ADDRESS")}
+    done = subprocess.run(
+        command, cwd=tmp_path / "mine", env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["ok"] == 2
+    rows = pl.read_parquet(tmp_path / "out/reads/*.parquet")
+    assert rows["status"].to_list() == ["ok", "ok"]
+
+
+def test_a_clone_that_is_not_installed_is_found_by_workers_and_an_installed_one_needs_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["deadbench"])
+    elsewhere = [path for path in sys.path if path and not os.path.exists(os.path.join(path, "deadbench"))]
+    monkeypatch.setattr(sys, "path", [str(ROOT), *elsewhere])  # as `python -m deadbench` in the clone
+    assert joining._own_path() == [str(ROOT)]
+    monkeypatch.setattr(sys, "path", ["/usr/bin", *elsewhere, str(ROOT)])  # as the console script of an installation
+    assert joining._own_path() == []
