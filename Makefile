@@ -12,6 +12,9 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 # pip already looks if it is there, else from PyTorch's own CPU index.
 NEEDS_CPU_BUILD := $(shell [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null && ! [ -e /dev/nvidia0 ] && echo yes)
 
+# Ray's workers and the tests' processes are Pythons of their own: without bytecode each would compile all of deadbench anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: run test test-fast check coverage bench docs dist vllm clean
 
 run: $(VENV)/installed

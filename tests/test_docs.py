@@ -19,7 +19,7 @@ DOCS = sorted((ROOT / "docs").glob("*.md"))
 STORED = Path(__file__).parent / "data"  # what the documents' runs wrote: results/quick, results/minilm
 CONSOLE = re.compile(r"```console\n(.*?)```", re.DOTALL)
 SHOWING = [  # a document that calls python starts it
-    pytest.param(path, marks=pytest.mark.subprocess) if "\n$ python" in path.read_text(encoding="utf-8") else path
+    pytest.param(path, marks=pytest.mark.subprocess if "\n$ python" in path.read_text("utf-8") else pytest.mark.slow)
     for path in DOCS
 ]
 MEASURES = (

@@ -15,6 +15,7 @@ def location(result_set, read):
     return result_set(rows, {0: [2.0, 1e-13]})
 
 
+@pytest.mark.slow
 def test_what_is_published_is_a_result_set_with_a_card(location, tmp_path):
     out = tmp_path / "published"
     assert publish([location], str(out), title="Ours: all") == str(out)

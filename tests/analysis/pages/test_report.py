@@ -216,6 +216,7 @@ def test_slopes_and_sizes_need_both_reads_and_two_models(frame, read):
     assert size_plot(frame(rows[:2])) is None
 
 
+@pytest.mark.slow
 def test_plots_are_written_as_files(location, tmp_path):
     plots = write_report(location, tmp_path / "r.html")
     for format, start in (("svg", b"<svg"), ("png", b"\x89PNG")):

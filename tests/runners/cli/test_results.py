@@ -86,6 +86,7 @@ def test_mixed_protocols_are_one_line(deadbench, tmp_path):
     assert "different protocols" in err
 
 
+@pytest.mark.slow
 def test_reports_and_plots_are_files(deadbench, tmp_path):
     code, out, _ = deadbench("report", QUICK, "-o", tmp_path / "r.html", "--plots", tmp_path / "plots")
     assert code == 0

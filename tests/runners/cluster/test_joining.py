@@ -20,7 +20,7 @@ from tests.runners.clusters import free_ports
 @pytest.fixture
 def dead(monkeypatch):
     """A port that nobody listens on."""
-    monkeypatch.setattr(joining, "_REFUSED_SECONDS", 0.5)
+    monkeypatch.setattr(joining, "_REFUSED_SECONDS", 0.1)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     return free_ports(1)[0]
 
@@ -56,7 +56,7 @@ def test_who_answers_late_is_waited_for(dead, monkeypatch):
     with socket.socket() as server:
 
         def start():
-            time.sleep(1.0)
+            time.sleep(0.3)
             server.bind(("127.0.0.1", dead))
             server.listen()
 

@@ -91,6 +91,7 @@ def test_export_is_read_by_safetensors_and_numpy_alone(deadbench, tmp_path):
         assert np.array_equal(tensors[f"{norm}.dead_subspace"], v[:, None])
 
 
+@pytest.mark.slow
 def test_export_of_zero_scales_of_an_rmsnorm_and_of_nothing(deadbench, minilm, tmp_path):
     out = tmp_path / "d.safetensors"
     assert deadbench("export", minilm, "-o", out)[0] == 0

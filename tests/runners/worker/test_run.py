@@ -132,6 +132,7 @@ def smallest(state):
     return float(torch.linalg.svdvals(rows - rows.mean(0))[-1]) / len(rows) ** 0.5
 
 
+@pytest.mark.slow
 def test_taps_read_in_several_passes_are_the_same_rows(monkeypatch):
     from deadbench.runners.engines.resident import TorchEngine
 

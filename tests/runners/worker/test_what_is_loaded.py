@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
@@ -150,6 +151,7 @@ def test_a_tied_embedding_may_be_stored_as_the_head(engine, tmp_path):
     assert "lack 1 tensors of LlamaModel, embed_tokens.weight among them" in row["error"]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_tokenizers_without_a_vocabulary_file_are_found(tmp_path):
     torch.manual_seed(0)
@@ -182,31 +184,47 @@ WRAPPED = {
 }
 
 
+LAYERNORM = TWINS / "layernorm/step4096"
+
+
+@cache
+def unwrapped(engine):
+    return reads(LAYERNORM, "parameters,trained", **TOKENS, engine=engine)[0]
+
+
+def wrapped(folder, wrap):
+    shutil.copytree(LAYERNORM, folder)
+    tensors = load_file(LAYERNORM / "model.safetensors")
+    save_file({wrap(n): t for n, t in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("engine", ["torch", "streaming"])
 @pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED)
 def test_wrappers_in_names_change_nothing(wrap, engine, tmp_path):
-    plain = TWINS / "layernorm/step4096"
-    folder = shutil.copytree(plain, tmp_path / "m")
-    tensors = load_file(plain / "model.safetensors")
-    save_file({wrap(n): t for n, t in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
-    kinds = "parameters,trained" if engine == "streaming" else KINDS
-    asked = TOKENS | {"engine": engine}
-    rows, expected = reads(folder, kinds, **asked)[0], reads(plain, kinds, **asked)[0]
+    folder = wrapped(tmp_path / "m", wrap)
+    rows, expected = reads(folder, "parameters,trained", **TOKENS, engine=engine)[0], unwrapped(engine)
     assert {row["status"] for row in rows.values()} == {"ok"}, [row["error"] for row in rows.values()]
     own = rows[None, "parameters"]
     assert own["dead_parameters"] == expected[None, "parameters"]["dead_parameters"] > 0
     assert own["final_norm_tensor"] == wrap(expected[None, "parameters"]["final_norm_tensor"])
     assert same(rows[None, "trained"], expected[None, "trained"])
-    checkpoints = [Checkpoint(str(each)) for each in (folder, plain)]
+    checkpoints = [Checkpoint(str(each)) for each in (folder, LAYERNORM)]
     norms = [list_norms(each, read_parameters(each)) for each in checkpoints]
     assert norms[0] == norms[1]
     assert len(norms[0]) == 9
-    for each, out in ((folder, "wrapped"), (plain, "plain")):
+    for each, out in ((folder, "wrapped"), (LAYERNORM, "plain")):
         assert export_directions(str(each), tmp_path / out) == 9
     found, wanted = load_file(tmp_path / "wrapped"), load_file(tmp_path / "plain")
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_wrappers_in_names_are_no_obstacle_to_a_functional_read(tmp_path):
+    row = reads(wrapped(tmp_path / "m", WRAPPED["compiled"]), "functional", **TOKENS)[0][None, "functional"]
+    assert row["status"] == "ok", row["error"]
 
 
 def test_vllm_which_cannot_mend_names_is_not_given_wrapped_ones(tmp_path, monkeypatch):

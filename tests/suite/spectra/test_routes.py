@@ -71,6 +71,7 @@ def assert_same(found: CovarianceFactor, expected: CovarianceFactor) -> None:
     D=st.integers(12, 24),
     seed=st.integers(0, 1000),
 )
+@pytest.mark.slow
 def test_merging_is_associative_and_commutative_on_all_routes(methods, D, seed):
     parts = [accumulated(rows_for(method, D, seed + number)) for number, method in enumerate(methods)]
     a, b, c = parts

@@ -50,6 +50,7 @@ STACKED = TEXT | {"num_mel_bins": 8, "num_stacked_frames": 2, "max_position_embe
                   "num_timestamp_prediction_layers": 1}  # fmt: skip
 
 # (model_type, configuration, path, family)
+SLOW = {"kosmos-2", "musicgen", "pi0", "seamless_m4t", "tvp"}  # most of whose time is importing and building
 CASES = [
     ("kosmos-2", KOSMOS, "text_model.model.layer_norm", "layernorm"),
     ("speecht5", SPEECHT5, "decoder.wrapped_decoder.layers.1.final_layer_norm", "layernorm"),
@@ -65,7 +66,10 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("model_type", "config", "path", "family"), CASES, ids=[c[0] for c in CASES])
+@pytest.mark.parametrize(
+    ("model_type", "config", "path", "family"),
+    [pytest.param(*case, id=case[0], marks=[pytest.mark.slow] * (case[0] in SLOW)) for case in CASES],
+)
 def test_what_the_model_takes_is_offered(model_type, config, path, family):
     found = locate(build_config({"model_type": model_type, **config}))
     assert (found.path, found.family) == (path, family), found.reason
