@@ -29,7 +29,8 @@ PROTOCOL = "census"  # less than `run --reads parameters` stores: no norms but t
 PROTOCOL_HASH = hashlib.sha256(
     json.dumps({"read": "parameters", "protocol": PROTOCOL, "version": READ_SPECS["parameters"].version}).encode()
 ).hexdigest()[:12]
-_LONGEST_WAIT_SECONDS, _REFUSALS = 900.0, 1000  # a census has time: a limit is waited for, not reported
+# A census has time: a limit is waited for, not reported; but not for days.
+_LONGEST_WAIT_SECONDS, _REFUSALS, _WAITED_SECONDS = 900.0, 1000, 7200.0
 
 
 class PauseBoard:
@@ -59,7 +60,7 @@ class CensusWorker:
         """Read `threads` sources at once; `board` is the actor `PauseBoard`."""
         self._run_id = run_id
         self._threads = ThreadPoolExecutor(threads)
-        LIMITS.longest_wait, LIMITS.attempts = _LONGEST_WAIT_SECONDS, _REFUSALS
+        LIMITS.longest_wait, LIMITS.attempts, LIMITS.longest_total = _LONGEST_WAIT_SECONDS, _REFUSALS, _WAITED_SECONDS
         LIMITS.on_pause = lambda host, seconds: board.tell.remote(host, seconds)
         threading.Thread(target=_listen, args=(board, LIMITS.pause), daemon=True).start()
 

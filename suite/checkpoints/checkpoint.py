@@ -214,8 +214,11 @@ class Checkpoint:
             chosen = list(self._shards()) if weights else []
             with one_line_errors(self.source):
                 beside = [name for name in self.names() if any(Path(name).match(p) for p in LOADED_PATTERNS)]
-                if self._hub_id and getattr(self._folder, "commit", None):
+                commit = getattr(self._folder, "commit", None)
+                if self._hub_id and commit:
                     folder = self._snapshot(self._hub_id, [*LOADED_PATTERNS, *map(glob.escape, chosen)])
+                    if folder.name != commit:
+                        raise CheckpointError(f"{self.source}: the repository moved on while it was read; run again")
                 else:
                     folder = fetch_once(self._folder, self._called, self.fingerprint(), [*beside, *chosen])
         if weights and self._shards():

@@ -1,6 +1,8 @@
 """Files behind HTTP, read by byte ranges: a Hub repository at a revision, or a folder on any web server.
 
-A server that ignores `Range` is never allowed to send a whole checkpoint. How a request is made: `http_requests`.
+A server that ignores `Range` is never allowed to send a whole checkpoint, and what it announced is all that is taken.
+A file stays the one that was first asked for: by If-Match, and by its ETag, time and size in every answer. How requests
+are made: `http_requests`.
 """
 
 import concurrent.futures
@@ -9,11 +11,12 @@ import json
 import re
 import threading
 import urllib.parse
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx2
 
-from deadbench.suite.checkpoints.http_requests import CutOffError, Requests, body_of, client, total
+from deadbench.suite.checkpoints.http_requests import ChangedError, CutOffError, Requests, body_of, pieces, total
 from deadbench.suite.checkpoints.weight_files import INDEX_FILE, SINGLE_FILE
 from deadbench.suite.errors import CheckpointError
 from deadbench.suite.secrets import scrubbed
@@ -28,6 +31,32 @@ CONCURRENT_REQUESTS = 8
 
 _FIRST_BYTES = 16_384  # asked for together with a file's size: a configuration, or the head of a header, in one request
 _SMALL_BYTES = 16_000_000  # as far as a server that ignores Range is read from a file's start
+
+
+@dataclass(frozen=True)
+class _Version:
+    """What tells a file from one that takes its place: what a server says of it, "" where it does not."""
+
+    size: int
+    etag: str
+    modified: str
+
+    @classmethod
+    def of(cls, answer: httpx2.Response, size: int) -> "_Version":
+        return cls(size, answer.headers.get("ETag", ""), answer.headers.get("Last-Modified", ""))
+
+    def difference(self, other: "_Version") -> str | None:
+        """What both tell and tell otherwise."""
+        for what, mine, its in (
+            ("size", self.size, other.size), ("ETag", self.etag, other.etag), ("time", self.modified, other.modified),
+        ):  # fmt: skip
+            if mine != its and mine != "" and its != "":
+                return f"{what} was {mine} and is {its}"
+        return None
+
+    def wanted(self) -> dict[str, str]:
+        """The condition of a request for this one; a weak ETag is none, since If-Match compares strongly."""
+        return {"If-Match": self.etag} if self.etag.startswith('"') else {}
 
 
 class HttpFolder:
@@ -47,8 +76,9 @@ class HttpFolder:
         self.source, self.url = scrubbed(source), address.rstrip("/")
         self.commit: str | None = None
         self.bytes_read = 0
-        self._requests = requests or Requests(url, client())
-        self._heads: dict[str, tuple[int, bytes, str]] = {}  # size, first bytes and ETag of the files seen
+        self._requests = requests or Requests(url)
+        self._first: dict[str, bytes] = {}  # bytes of the files seen
+        self._versions: dict[str, _Version] = {}  # of the same
         self._lock = threading.Lock()
 
     def names(self) -> list[str]:
@@ -70,22 +100,29 @@ class HttpFolder:
 
     def size(self, name: str) -> int:
         """Bytes of a file."""
-        return self._head(name)[0]
+        self._head(name)
+        return self._versions[name].size
 
     def stamp(self, name: str) -> str:
         """What changes when the file does: its ETag, or the time of its last change."""
-        return self._head(name)[2]
+        self._head(name)
+        return self._versions[name].etag or self._versions[name].modified
 
     def read(self, name: str, start: int = 0, end: int | None = None) -> bytes:
         """Bytes `start` to `end` (the end of the file for None)."""
-        size, first, _ = self._head(name)
+        first, size = self._head(name), self.size(name)
         end = size if end is None else min(end, size)
         if end <= len(first):
             return first[start:end]
-        return first[start:] + self._request(name, max(start, len(first)), end)[0]
+        return first[start:] + self._request(name, max(start, len(first)), end)
 
     def download(self, name: str, target: Path) -> None:
-        """Complete `target` to the whole file: what is there of it is not asked for again."""
+        """Complete `target` to the whole file: what is there of it is not asked for again.
+
+        Raises:
+            ChangedError: the file is another one than when it was first asked for; nothing of it is kept.
+        """
+        size = self.size(name)  # of the file that is wanted, whatever comes
 
         def missing() -> dict[str, str]:
             there = target.stat().st_size if target.exists() else 0
@@ -93,20 +130,31 @@ class HttpFolder:
 
         def write(answer: httpx2.Response) -> None:
             if answer.status_code == 416:  # all of it is there
+                self._hold(name, answer, total(answer.headers.get("Content-Range")) or size)
                 return
             resumed = answer.status_code == 206
-            if resumed:
-                self._ranged(answer, name, target.stat().st_size)
-            expected, received = answer.headers.get("Content-Length"), 0
+            told = answer.headers.get("Content-Length", "")
+            start = target.stat().st_size if resumed else 0
+            whole = self._ranged(answer, name, start) if resumed else int(told) if told.isdigit() else size
+            self._hold(name, answer, whole)
+            received = 0
             with target.open("ab" if resumed else "wb") as file:
-                for piece in answer.iter_raw():
-                    file.write(piece)
+                for piece in pieces(answer):
+                    file.write(piece[: size - start - received])
                     received += len(piece)
-            if expected is not None and received != int(expected):
-                raise CutOffError(f"{received} of {expected} bytes")
+                    if start + received > size:
+                        raise ChangedError(f"{self._called(name)}: more is sent than the {size:,} bytes announced")
+            if start + received < size:
+                raise CutOffError(f"{start + received} of {size} bytes")
             self._count(received)
 
-        self._requests.ask(self._address(name), self._called(name), missing, write)
+        try:
+            self._requests.ask(
+                self._address(name), self._called(name), lambda: self._condition(name) | missing(), write
+            )
+        except ChangedError:
+            target.unlink(missing_ok=True)
+            raise
 
     def has(self, name: str) -> bool:
         """Whether there is such a file; one request, and none where it has been asked for."""
@@ -122,33 +170,47 @@ class HttpFolder:
             return False
         return True
 
-    def _head(self, name: str) -> tuple[int, bytes, str]:
-        """Size, first bytes and stamp of a file, in one request."""
-        if name not in self._heads:
-            data, size, stamp = self._request(name, 0, _FIRST_BYTES)
-            self._heads[name] = (size, data, stamp)
-        return self._heads[name]
+    def _head(self, name: str) -> bytes:
+        """First bytes of a file; with them comes what tells it from another version."""
+        if name not in self._first:
+            self._first[name] = self._request(name, 0, _FIRST_BYTES)
+        return self._first[name]
 
-    def _request(self, name: str, start: int, end: int) -> tuple[bytes, int, str]:
-        """Bytes `start` to `end` of a file or as many as it has, its size and stamp."""
+    def _condition(self, name: str) -> dict[str, str]:
+        """What makes a server refuse to answer with another version than the first."""
+        return self._versions[name].wanted() if name in self._versions and self.commit is None else {}
 
-        def take(answer: httpx2.Response) -> tuple[bytes, int, str]:
-            stamp = answer.headers.get("ETag") or answer.headers.get("Last-Modified") or ""
+    def _hold(self, name: str, answer: httpx2.Response, size: int) -> None:
+        """Raise ChangedError where an answer is not of the version of the first answer, which this one may be."""
+        version = _Version.of(answer, size)
+        with self._lock:
+            first = self._versions.setdefault(name, version)
+        if difference := first.difference(version):
+            raise ChangedError(f"{self._called(name)}: changed while it was read (its {difference}); run again")
+
+    def _request(self, name: str, start: int, end: int) -> bytes:
+        """Bytes `start` to `end` of a file or as many as it has."""
+
+        def take(answer: httpx2.Response) -> bytes:
             if answer.status_code == 416:  # nothing there: an empty file, or one that is shorter than it was
-                return b"", total(answer.headers.get("Content-Range")) or 0, stamp
+                self._hold(name, answer, total(answer.headers.get("Content-Range")) or 0)
+                return b""
             if answer.status_code == 206:
                 size, first = self._ranged(answer, name, start), start
             else:
                 size, first = self._unranged(answer, name, end), 0
+            self._hold(name, answer, size)
             wanted = max(0, min(end, size) - first)
             data = body_of(answer, wanted)
             self._count(len(data))
             if len(data) < wanted:
                 raise CutOffError(f"{len(data)} of {wanted} bytes")
-            return data[start - first :], size, stamp
+            return data[start - first :]
 
         wanted_range = {"Range": f"bytes={start}-{end - 1}"}
-        return self._requests.ask(self._address(name), self._called(name), lambda: wanted_range, take)
+        return self._requests.ask(
+            self._address(name), self._called(name), lambda: self._condition(name) | wanted_range, take
+        )
 
     def _count(self, received: int) -> None:
         with self._lock:

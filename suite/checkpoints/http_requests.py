@@ -1,11 +1,11 @@
 """One request after another to servers that limit, cut off and stall: what passes is tried again.
 
 Only what may pass is: 429 and 5xx after the time that the server names, broken connections, and answers that end early.
-Clients, and what servers said of their limits, are shared by all threads of a process.
+Clients, and what servers said of their limits, are shared by all threads of a process. Redirects are followed, but not
+from a public server into this machine's own network, and no credential goes along to another host.
 """
 
 import contextlib
-import functools
 import re
 import time
 import urllib.parse
@@ -14,13 +14,15 @@ from typing import TypeVar
 
 import httpx2
 
+from deadbench.suite.checkpoints.http_client import HEAD_SECONDS, IDLE_SECONDS, InsideError, client, is_inside, within
 from deadbench.suite.checkpoints.rate_limits import LIMITS, named_wait
 from deadbench.suite.errors import CheckpointError, UnreachableError, first_line
 
 ATTEMPTS = 4
-FIRST_WAIT_SECONDS = 0.5
-_CONNECTIONS = 64
-_IDLE_SECONDS, _REQUEST_SECONDS = 30.0, 300.0  # without a byte; for one ranged answer
+FIRST_WAIT_SECONDS, _LONGEST_FLOOR_SECONDS = 0.5, 30.0
+REQUEST_SECONDS = 300.0  # for one ranged answer
+SLOWEST_BYTES_PER_SECOND = 1000  # of a longer one, after its first IDLE_SECONDS
+_REDIRECTS = 10
 _PASSING = (429, 500, 502, 503, 504)
 
 T = TypeVar("T")
@@ -30,8 +32,16 @@ class CutOffError(Exception):
     """An answer shorter than it said, or none; asked for again."""
 
 
+class ChangedError(CheckpointError):
+    """A file is another one than when it was first asked for."""
+
+
 class _LimitedError(Exception):
     """The server asks to wait; asked again after that."""
+
+    def __init__(self, seconds: float):
+        super().__init__(seconds)
+        self.seconds = seconds
 
 
 class Requests:
@@ -41,10 +51,10 @@ class Requests:
         headers: of every request.
     """
 
-    def __init__(self, url: str, client: httpx2.Client, headers: dict[str, str] | None = None):
+    def __init__(self, url: str, headers: dict[str, str] | None = None):
         """Requests to the host of `url`."""
         self._host = urllib.parse.urlsplit(url).netloc.rpartition("@")[2]
-        self._client = client
+        self._inside: bool | None = None  # whether that host is; not asked before a redirect
         self.headers = {"Accept-Encoding": "identity"} | (headers or {})
 
     def ask(
@@ -63,20 +73,42 @@ class Requests:
             UnreachableError: nobody answers at that address.
             CheckpointError: access is denied, or the server goes on to limit, fail or cut off; one line.
         """
-        attempt = refused = 0
+        attempt, waits = 0, list[float]()  # of the limits that were waited for
         while True:
             LIMITS.wait(self._host)
             try:
-                with (
-                    _tried_again(called, attempt),
-                    self._client.stream("GET", url, headers=self.headers | headers()) as answer,
-                ):
-                    self._raise_for_status(answer, called, attempt, refused)
+                with _tried_again(called, attempt), self._answer(url, self.headers | headers()) as answer:
+                    self._raise_for_status(answer, called, attempt, waits)
                     return take(answer)
-            except _LimitedError:
-                refused += 1
+            except _LimitedError as limited:
+                waits.append(limited.seconds)
             except CutOffError:
                 attempt += 1
+
+    @contextlib.contextmanager
+    def _answer(self, url: str, headers: dict[str, str]) -> Iterator[httpx2.Response]:
+        """The answer at the end of the redirects, its body not yet read."""
+        sender = client()
+        request: httpx2.Request | None = sender.build_request("GET", url, headers=headers)
+        first = origin = request.url if request else httpx2.URL(url)
+        for _ in range(_REDIRECTS + 1):
+            if request is None:
+                break
+            if origin.host != first.host:
+                request.headers.pop("Authorization", None)
+                if self._inside is None:
+                    self._inside = is_inside(first.host)
+                sender = client(public_only=not self._inside)
+            with within(HEAD_SECONDS):
+                answer = sender.send(request, stream=True, follow_redirects=False)
+            request = answer.next_request
+            if request is None:
+                with contextlib.closing(answer):
+                    yield answer
+                return
+            answer.close()
+            origin = request.url
+        raise httpx2.TooManyRedirects(f"more than {_REDIRECTS} redirects")
 
     def missing(self, answer: httpx2.Response, called: str) -> FileNotFoundError:
         """What a 404 means."""
@@ -90,7 +122,7 @@ class Requests:
         """What would raise the limit of requests."""
         return ""
 
-    def _raise_for_status(self, answer: httpx2.Response, called: str, attempt: int, refused: int) -> None:
+    def _raise_for_status(self, answer: httpx2.Response, called: str, attempt: int, waits: list[float]) -> None:
         """Raise what a status above 299 means; _LimitedError, CutOffError: it may pass and attempts are left."""
         status = answer.status_code
         if status < 300 or status == 416:
@@ -99,13 +131,17 @@ class Requests:
             wait = named_wait(answer.headers)
             if wait is None and attempt + 1 < ATTEMPTS:
                 raise CutOffError(f"HTTP {status}")
-            if wait is not None and wait <= LIMITS.longest_wait and refused + 1 < LIMITS.attempts:
-                LIMITS.pause(self._host, wait)
-                raise _LimitedError
+            # One that says "at once" again and again is given longer each time.
+            pause = max(wait or 0.0, min(FIRST_WAIT_SECONDS * 2 ** min(len(waits), 10), _LONGEST_FLOOR_SECONDS))
+            if wait is not None and wait <= LIMITS.longest_wait and LIMITS.allow(waits, pause):
+                LIMITS.pause(self._host, pause)
+                raise _LimitedError(pause)
             after = f"; try again in {wait:.0f} s" if wait else "; try again later"
             if status == 429:
                 raise CheckpointError(f"{called}: the server limits requests (429){after}{self.token_advice()}")
             raise CheckpointError(f"{called}: the server fails (HTTP {status}){after}")
+        if status == 412:
+            raise ChangedError(f"{called}: changed while it was read; run again")
         if status in (404, 410):
             raise self.missing(answer, called)
         if status in (401, 403):
@@ -121,7 +157,7 @@ def _tried_again(called: str, attempt: int) -> Iterator[None]:
     except (CutOffError, httpx2.TransportError) as error:
         broken = isinstance(error, (CutOffError, httpx2.ReadError, httpx2.RemoteProtocolError))
         # Nobody answers at that address: asking again helps no more than a look at the address.
-        hopeless = isinstance(error, (httpx2.ConnectError, httpx2.UnsupportedProtocol))
+        hopeless = isinstance(error, (httpx2.ConnectError, httpx2.UnsupportedProtocol, InsideError))
         if hopeless or attempt + 1 == ATTEMPTS:
             what = "the answer is cut off" if broken else "cannot be reached"
             tried = "" if hopeless else f" in {ATTEMPTS} attempts"
@@ -135,25 +171,33 @@ def _tried_again(called: str, attempt: int) -> Iterator[None]:
 
 def body_of(answer: httpx2.Response, count: int) -> bytes:
     """The first `count` bytes of an answer, which may be longer; fewer where it ends."""
-    pieces, received, deadline = [], 0, time.monotonic() + _REQUEST_SECONDS
-    for piece in answer.iter_raw():
-        pieces.append(piece)
+    taken, received = [], 0
+    for piece in pieces(answer, REQUEST_SECONDS):
+        taken.append(piece)
         received += len(piece)
         if received >= count:
             break
-        if time.monotonic() > deadline:
-            raise CutOffError(f"{received} of {count} bytes in {_REQUEST_SECONDS:.0f} s")
-    return b"".join(pieces)[:count]
+    return b"".join(taken)[:count]
+
+
+def pieces(answer: httpx2.Response, seconds: float | None = None) -> Iterator[bytes]:
+    """The body of an answer as it comes, for `seconds` at most.
+
+    Raises:
+        CutOffError: it takes longer, or trickles.
+    """
+    received, began = 0, time.monotonic()
+    for piece in answer.iter_raw():
+        yield piece
+        received += len(piece)
+        taken = time.monotonic() - began
+        if seconds is not None and taken > seconds:
+            raise CutOffError(f"{received} bytes in {taken:.0f} s")
+        if received < (taken - IDLE_SECONDS) * SLOWEST_BYTES_PER_SECOND:
+            raise CutOffError(f"{received} bytes in {taken:.0f} s; at least {SLOWEST_BYTES_PER_SECOND} a second")
 
 
 def total(content_range: str | None) -> int | None:
     """Bytes of the whole file, by a Content-Range header; None where it does not say."""
     match = re.fullmatch(r"bytes (?:\d+-\d+|\*)/(\d+)", content_range or "")
     return int(match[1]) if match else None
-
-
-@functools.cache
-def client() -> httpx2.Client:
-    """The process's client for other servers than the Hub: HF_HUB_OFFLINE says nothing about them."""
-    limits = httpx2.Limits(max_connections=_CONNECTIONS, max_keepalive_connections=_CONNECTIONS)
-    return httpx2.Client(follow_redirects=True, timeout=httpx2.Timeout(_IDLE_SECONDS, pool=None), limits=limits)

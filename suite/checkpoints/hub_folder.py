@@ -1,13 +1,15 @@
 """A repository of the Hub as a folder of files behind HTTP."""
 
 import json
+import re
 import urllib.parse
+from collections.abc import Callable
 
 import httpx2
 
 from deadbench.suite.checkpoints.http_folder import HttpFolder
-from deadbench.suite.checkpoints.http_requests import Requests, body_of
-from deadbench.suite.errors import CheckpointError
+from deadbench.suite.checkpoints.http_requests import Requests, T, body_of
+from deadbench.suite.errors import CheckpointError, UnreachableError
 from deadbench.suite.secrets import scrubbed
 from deadbench.suite.storage import is_hidden
 
@@ -22,11 +24,20 @@ class _HubRequests(Requests):
     """Requests to the Hub, which says in a header what a status means."""
 
     def __init__(self, source: str, page: str, revision: str):
-        from huggingface_hub import get_session
         from huggingface_hub.utils._headers import build_hf_headers
 
-        super().__init__(page, get_session(), build_hf_headers(library_name="deadbench"))
+        super().__init__(page, build_hf_headers(library_name="deadbench"))
         self._source, self._page, self._revision = scrubbed(source), page, revision
+
+    def ask(
+        self, url: str, called: str, headers: Callable[[], dict[str, str]], take: Callable[[httpx2.Response], T]
+    ) -> T:
+        """What `take` makes of an answer of the Hub's; none is asked for where HF_HUB_OFFLINE is set."""
+        from huggingface_hub import constants
+
+        if constants.HF_HUB_OFFLINE:
+            raise UnreachableError(f"{called}: HF_HUB_OFFLINE is set and the file is not in the cache")
+        return super().ask(url, called, headers, take)
 
     def missing(self, answer: httpx2.Response, called: str) -> FileNotFoundError:
         """What a 404 means."""
@@ -61,6 +72,7 @@ class HubFolder(HttpFolder):
         from huggingface_hub import constants
 
         page, quoted = f"{constants.ENDPOINT}/{repository}", urllib.parse.quote(revision, safe="")
+        self._page = page
         super().__init__(source, f"{page}/resolve/{quoted}", _HubRequests(source, page, revision))
         self._api = f"{constants.ENDPOINT}/api/models/{repository}/revision/{quoted}"
 
@@ -69,7 +81,9 @@ class HubFolder(HttpFolder):
         try:
             answer = self._requests.ask(self._api, self.source, dict, lambda each: body_of(each, _MAX_API_BYTES))
             listing = json.loads(answer)
-            self.commit = listing.get("sha")
+            commit = listing.get("sha")
+            if isinstance(commit, str) and re.fullmatch(r"[0-9a-f]{40}", commit):
+                self.commit, self.url = commit, f"{self._page}/resolve/{commit}"  # a branch may move on meanwhile
             listed = (f["rfilename"] for f in listing["siblings"])
             return sorted(name for name in listed if "/" not in name and not is_hidden(name))
         except _NotOnHubError as error:

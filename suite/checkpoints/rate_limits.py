@@ -22,14 +22,19 @@ class HostLimits:
     Attributes:
         longest_wait: seconds that are waited at a server's word; beyond, the request fails and says so.
         attempts: how often one request is refused by a limit before it fails.
+        longest_total: seconds that it waits at limits before it fails.
         on_pause: told (host, seconds) of each pause that this process heard of itself.
     """
 
     def __init__(self) -> None:
-        self.longest_wait, self.attempts = 30.0, 4
+        self.longest_wait, self.attempts, self.longest_total = 30.0, 4, 120.0
         self.on_pause: Callable[[str, float], None] | None = None
         self._until: dict[str, float] = {}
         self._lock = threading.Lock()
+
+    def allow(self, waits: list[float], seconds: float) -> bool:
+        """Whether a request that has waited for `waits` may wait for `seconds` more."""
+        return len(waits) + 1 < self.attempts and sum(waits) + seconds <= self.longest_total
 
     def pause(self, host: str, seconds: float, *, heard: bool = True) -> None:
         """Nobody asks `host` for so long; `heard` from the host itself, not from another process."""

@@ -120,6 +120,9 @@ class Misbehaving(http.server.ThreadingHTTPServer):
         self.folder, self.requests, self.sent = folder, [], 0
         self.faults: dict[str, list[str]] = {}
 
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Whom a client leaves in the middle says nothing of it."""
+
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"

@@ -13,7 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
-from deadbench.suite.checkpoints import http_folder, http_requests, rate_limits
+from deadbench.suite.checkpoints import http_requests, rate_limits
 from deadbench.suite.checkpoints.http_folder import HttpFolder
 from deadbench.suite.errors import CheckpointError, UnreachableError
 
@@ -172,11 +172,12 @@ def world(monkeypatch):
     clock.monotonic = lambda: clock.now
     clock.sleep = lambda seconds: setattr(clock, "now", clock.now + seconds)
     server = Server(clock)
-    client = httpx2.Client(transport=httpx2.MockTransport(server), follow_redirects=True)
+    client = httpx2.Client(transport=httpx2.MockTransport(server))
     for module in (http_requests, rate_limits):
         monkeypatch.setattr(module, "time", clock)
     monkeypatch.setattr(http_requests, "LIMITS", rate_limits.HostLimits())
-    monkeypatch.setattr(http_folder, "client", lambda: client)
+    monkeypatch.setattr(http_requests, "client", lambda public_only=False: client)
+    monkeypatch.setattr(http_requests, "is_inside", lambda host: False)
     return server, clock
 
 
@@ -184,3 +185,15 @@ def test_the_right_bytes_or_one_line_whatever_the_server_does(world):
     run_state_machine_as_test(
         lambda: Client(world), settings=settings(max_examples=60, stateful_step_count=20, deadline=None)
     )
+
+
+@pytest.mark.parametrize("named", [0, 7, 899])
+def test_a_census_asks_a_limiting_server_seldom_and_not_for_days(world, named):
+    server, clock = world
+    limits = http_requests.LIMITS
+    limits.longest_wait, limits.attempts, limits.longest_total = 900.0, 1000, 7200.0
+    server.data, server.faults = b"x", [f"429 {named}"] * 2000
+    with pytest.raises(CheckpointError, match="limits requests"):
+        HttpFolder("http://host/m", "http://host/m").size("file")
+    assert 7200 / 2 < clock.now <= 7200 * 1.1
+    assert server.requests <= 260
