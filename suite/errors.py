@@ -11,6 +11,10 @@ class UnreachableError(CheckpointError):
     """A checkpoint whose server cannot be reached, or must not be: of the checkpoint itself it says nothing."""
 
 
+class ChangedError(CheckpointError):
+    """A file is another one than when it was first asked for."""
+
+
 class ArchitectureError(ValueError):
     """A configuration that transformers cannot build."""
 

@@ -1,11 +1,11 @@
-"""A checkpoint folder that fsspec opens: this machine's, S3, and others."""
+"""A checkpoint folder that fsspec opens: this machine's, S3, and others; a file stays the one that was first read."""
 
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from deadbench.suite.errors import CheckpointError, UnreachableError, first_line, reason_of
+from deadbench.suite.errors import ChangedError, CheckpointError, UnreachableError, first_line, reason_of
 from deadbench.suite.secrets import scrubbed
 from deadbench.suite.storage import is_hidden, open_place
 
@@ -35,9 +35,11 @@ class FsspecFolder:
     def __init__(self, source: str, location: str):
         """Open the folder at `location`; `source` is what the user called it."""
         self.bytes_read = 0
+        self._source = scrubbed(source)
         with one_line_errors(source):
             self._fs, self._root = open_place(location)
         self._infos: dict[str, dict[str, Any]] = {}
+        self._first: dict[str, tuple[int, str]] = {}  # size and stamp of the files read
 
     def names(self) -> list[str]:
         """File names in the folder (not below it), less those that begin with a dot."""
@@ -63,17 +65,58 @@ class FsspecFolder:
 
     def stamp(self, name: str) -> str:
         """What changes when the file does: its ETag or the time of its last change."""
-        info = self._fs.info(f"{self._root}/{name}")
-        return str(info.get("ETag") or info.get("mtime") or info.get("LastModified"))
+        return self._version(name)[1]
 
     def read(self, name: str, start: int = 0, end: int | None = None) -> bytes:
-        """Bytes `start` to `end` (the end of the file for None)."""
-        data: bytes = self._fs.cat_file(f"{self._root}/{name}", start=start, end=end)
+        """Bytes `start` to `end` (the end of the file for None).
+
+        Raises:
+            ChangedError: the file is another one than when it was first read.
+        """
+        with self._held(name):
+            data: bytes = self._fs.cat_file(f"{self._root}/{name}", start=start, end=end)
         self.bytes_read += len(data)
         return data
 
     def download(self, name: str, target: Path) -> None:
-        """Complete `target` to the whole file: what is there of it is not read again."""
+        """Complete `target` to the whole file: what is there of it is not read again.
+
+        Raises:
+            ChangedError: the file is another one than when it was first read; nothing of it is kept.
+        """
+        try:
+            with self._held(name):
+                self._complete(name, target)
+        except ChangedError:
+            target.unlink(missing_ok=True)
+            raise
+
+    def _version(self, name: str) -> tuple[int, str]:
+        info = self._fs.info(f"{self._root}/{name}")
+        stamp = info.get("ETag") or info.get("mtime") or info.get("LastModified") or info.get("created")
+        return int(info.get("size") or 0), str(stamp)
+
+    @contextlib.contextmanager
+    def _held(self, name: str) -> Iterator[None]:
+        """The file is the same before and after as when it was first asked for."""
+        first = self._first.get(name) or self._first.setdefault(name, self._version(name))
+        try:
+            yield
+        except Exception:
+            self._compare(name, first)  # of which that may be the cause
+            raise
+        self._compare(name, first)
+
+    def _compare(self, name: str, first: tuple[int, str]) -> None:
+        self._fs.invalidate_cache(self._root)
+        now = self._version(name)
+        if now != first:
+            raise ChangedError(
+                f"{self._source}: {name}: changed while it was read (from {first[0]:,} bytes of {first[1]} to "
+                f"{now[0]:,} of {now[1]}); run again"
+            )
+
+    def _complete(self, name: str, target: Path) -> None:
         path, size = f"{self._root}/{name}", self.size(name)
         with target.open("ab") as file:
             while (start := file.tell()) < size:
@@ -81,13 +124,15 @@ class FsspecFolder:
                 ends = [min(each + _PIECE_BYTES, size) for each in starts]
                 for piece in self._fs.cat_ranges([path] * len(ends), list(starts), ends, on_error="raise"):
                     file.write(piece)
+                if file.tell() == start:  # it was longer when it was listed
+                    return
 
 
 def _check_link(folder: Path, name: str) -> None:
-    """Refuse a link that leaves the folder for something that is no such file, unless it is the Hub's cache."""
-    target = (folder / name).resolve()
-    inside = target.is_relative_to(folder.resolve())
-    if not (inside or target.suffix == Path(name).suffix or target.parent.name == "blobs"):
+    """Refuse a link out of the folder, but for the Hub's cache: snapshots/COMMIT/NAME to the repository's blobs/."""
+    folder, target = folder.resolve(), (folder / name).resolve()
+    blobs = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else None
+    if not target.is_relative_to(folder) and target.parent != blobs:
         raise CheckpointError(f"{folder / name}: a link to {target}, outside the checkpoint; put the file itself there")
 
 

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import httpx2
 
-from deadbench.suite.checkpoints.http_requests import ChangedError, CutOffError, Requests, body_of, pieces, total
+from deadbench.suite.checkpoints.http_requests import CutOffError, Requests, body_of, pieces, total
 from deadbench.suite.checkpoints.weight_files import INDEX_FILE, SINGLE_FILE
-from deadbench.suite.errors import CheckpointError
+from deadbench.suite.errors import ChangedError, CheckpointError
 from deadbench.suite.secrets import scrubbed
 
 # What a web server without listings is asked for.

@@ -16,7 +16,7 @@ import httpx2
 
 from deadbench.suite.checkpoints.http_client import HEAD_SECONDS, IDLE_SECONDS, InsideError, client, is_inside, within
 from deadbench.suite.checkpoints.rate_limits import LIMITS, named_wait
-from deadbench.suite.errors import CheckpointError, UnreachableError, first_line
+from deadbench.suite.errors import ChangedError, CheckpointError, UnreachableError, first_line
 
 ATTEMPTS = 4
 FIRST_WAIT_SECONDS, _LONGEST_FLOOR_SECONDS = 0.5, 30.0
@@ -30,10 +30,6 @@ T = TypeVar("T")
 
 class CutOffError(Exception):
     """An answer shorter than it said, or none; asked for again."""
-
-
-class ChangedError(CheckpointError):
-    """A file is another one than when it was first asked for."""
 
 
 class _LimitedError(Exception):

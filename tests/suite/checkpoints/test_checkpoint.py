@@ -117,18 +117,28 @@ def test_configurations_that_are_none(content, message, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_links_may_stay_or_lead_into_a_cache_and_nowhere_else(tmp_path):
-    folder = save_tiny(tmp_path / "m")
-    for cache in (tmp_path / "blobs", tmp_path / "elsewhere"):
-        cache.mkdir()
-    (tmp_path / "m" / "config.json").rename(tmp_path / "blobs" / "1a2b")
-    (folder / "config.json").symlink_to("../blobs/1a2b")
-    (folder / "model.safetensors").rename(tmp_path / "elsewhere" / "model.safetensors")
-    (folder / "model.safetensors").symlink_to(tmp_path / "elsewhere" / "model.safetensors")
-    assert "model.safetensors" in Checkpoint(str(folder)).names()
-    (folder / "secret.json").symlink_to("/etc/passwd")
-    with pytest.raises(CheckpointError, match="secret.json: a link to /etc/passwd, outside the checkpoint"):
-        Checkpoint(str(folder)).names()
+def test_links_may_stay_or_lead_into_the_hubs_cache_and_nowhere_else(tmp_path):
+    snapshot = save_tiny(tmp_path / "models--org--m" / "snapshots" / "1a2b")
+    blobs = tmp_path / "models--org--m" / "blobs"
+    blobs.mkdir()
+    for number, path in enumerate(sorted(snapshot.iterdir())):
+        path.rename(blobs / str(number))
+        path.symlink_to(f"../../blobs/{number}")
+    (snapshot / "again.json").symlink_to("config.json")
+    assert {"again.json", "model.safetensors"} <= set(Checkpoint(str(snapshot)).names())
+    (tmp_path / "blobs").mkdir()
+    for target in (
+        "/etc/passwd",
+        tmp_path / "blobs" / "secret",
+        tmp_path / "elsewhere.json",
+        blobs / ".." / "other.json",
+    ):
+        if target != "/etc/passwd":
+            target.write_text("{}")
+        (snapshot / "secret.json").symlink_to(target)
+        with pytest.raises(CheckpointError, match=r"secret.json: a link to .*, outside the checkpoint"):
+            Checkpoint(str(snapshot)).names()
+        (snapshot / "secret.json").unlink()
 
 
 def test_a_series_is_listed_where_it_is(tmp_path):

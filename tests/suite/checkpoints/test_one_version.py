@@ -1,9 +1,12 @@
-"""A file stays the one that was first asked for: whatever a server says of versions, its bytes are never two's."""
+"""A file stays the one that was first asked for: wherever it is, its bytes are never those of two versions."""
 
+import os
 import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import boto3
+import fsspec
 import httpx2
 import pytest
 from hypothesis import given, settings
@@ -11,8 +14,10 @@ from hypothesis import strategies as st
 
 from deadbench.suite.checkpoints import http_requests
 from deadbench.suite.checkpoints.download_cache import fetch_once
+from deadbench.suite.checkpoints.fsspec_folder import FsspecFolder
 from deadbench.suite.checkpoints.http_folder import HttpFolder
-from deadbench.suite.checkpoints.http_requests import ChangedError
+from deadbench.suite.errors import ChangedError
+from tests.suite.checkpoints.servers import s3_server
 from tests.suite.checkpoints.test_http_states import Body
 
 
@@ -167,3 +172,53 @@ def test_nothing_is_written_past_what_was_announced(served, tmp_path, length):
         folder.download("file", tmp_path / "file")
     assert not (tmp_path / "file").exists()
     assert endless.sent <= 2 * 4096
+
+
+@pytest.fixture(params=["folder", "memory", "s3"])
+def store(request, tmp_path):
+    """Where one file can be put, as (location, put)."""
+    if request.param == "folder":
+        yield str(tmp_path), lambda data: (tmp_path / "file").write_bytes(data)
+    elif request.param == "memory":
+        fs = fsspec.filesystem("memory")
+        yield "memory://one-version", lambda data: fs.pipe_file("/one-version/file", data)
+        fs.rm("/one-version", recursive=True)
+    else:
+        with s3_server():
+            s3 = boto3.client("s3")
+            s3.create_bucket(Bucket="models")
+            yield (
+                "s3://models/one-version",
+                lambda data: s3.put_object(Bucket="models", Key="one-version/file", Body=data),
+            )
+
+
+def test_a_file_that_is_replaced_is_told_wherever_it_is(store, tmp_path):
+    location, put = store
+    put(bytes(5000))
+    folder = FsspecFolder("m", location)
+    assert folder.names() == ["file"]
+    assert folder.read("file", 0, 8) == bytes(8)
+    put(b"x" * 4000)
+    with pytest.raises(ChangedError, match=r"^m: file: changed while it was read \(from 5,000 bytes of .*; run again$"):
+        folder.read("file", 100, 200)
+    with pytest.raises(ChangedError):
+        folder.download("file", tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+    assert FsspecFolder("m", location).read("file", 0, 8) == b"x" * 8
+
+
+def test_a_file_that_is_replaced_during_a_download_leaves_nothing(tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(bytes(5000))
+    folder = FsspecFolder("m", str(tmp_path))
+    ranges = folder._fs.cat_ranges
+
+    def replaced(*args, **kwargs):
+        (tmp_path / "file").write_bytes(b"x" * 5000)
+        os.utime(tmp_path / "file", (1, 1))  # clocks of some file systems are coarse
+        return ranges(*args, **kwargs)
+
+    monkeypatch.setattr(folder._fs, "cat_ranges", replaced)
+    with pytest.raises(ChangedError):
+        folder.download("file", tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
