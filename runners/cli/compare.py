@@ -41,6 +41,7 @@ def compare(
     """
     from deadbench.analysis.compare import METRICS, num_reads, open_side
     from deadbench.analysis.compare import compare as differences
+    from deadbench.analysis.compare_seeds import compared_over_seeds
     from deadbench.analysis.gate import broken, judge, load_gate, unjudged
     from deadbench.analysis.pages.gate_report import github_summary, headline, sides
     from deadbench.analysis.pages.gate_report import junit as junit_xml
@@ -54,6 +55,7 @@ def compare(
     asked = rules.scales() if rules else METRICS
     rows = differences(open_side(baseline), open_side(candidate), asked)
     if rules is None:
+        rows = compared_over_seeds(rows)
         shown = rows if show_all else rows.filter(rows["verdict"] != "same")
         if shown.is_empty():
             say(f"no differences: {num_reads(rows)} reads, {rows['metric'].n_unique()} metrics compared")

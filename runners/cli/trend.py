@@ -78,7 +78,7 @@ def trend(
         save_plot(trend_plot(turned, sparks, [*metrics, "angle"]), plot)
         say(f"wrote {plot}")
     if metric and format == "table" and not as_json:
-        beside = [ERRORS[name] for name in metric if ERRORS.get(name) in series.columns]
+        beside = [error for name in metric for error in ERRORS.get(name, ()) if error in series.columns]
         series = series.select("checkpoint_step", "revision", *metric, *beside, "protocol", "dtype")
         print_frames({"checkpoints": series, "metrics": sparks, "directions": turns}, format)
     else:
