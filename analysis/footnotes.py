@@ -33,7 +33,7 @@ def _replicates(frame: pl.DataFrame) -> list[str]:
     if "model" in rows.columns:
         names = rows.select(pl.format("{} ({})", pl.col("model").cast(pl.String), count)).to_series().to_list()
         return [one_line(f"mean ± standard deviation over seeds: {_named(names)}")]
-    return [f"mean ± standard deviation over up to {rows[count].max()} seeds"]
+    return [f"mean ± standard deviation over up to {max(rows[count].to_list())} seeds"]
 
 
 def _zero_scales(frame: pl.DataFrame) -> list[str]:

@@ -23,7 +23,7 @@ def trend(
     results: Results,
     model: Annotated[str, typer.Option(help="Model of the result set, or of the registry with --bisect.")],
     metric: Annotated[list[str] | None, typer.Option(help="Column of reads; may be repeated.")] = None,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a plot: .svg or .png.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a plot: .svg, .png or .pdf.")] = None,
     bisect: Annotated[
         str | None, typer.Option(metavar="METRIC", help="Find the first checkpoint at which METRIC's gate breaks.")
     ] = None,
