@@ -15,6 +15,12 @@ MAX_TICKS, MAX_STEP_TICKS = 7, 8
 # 1e-76, which say no more than that, and beside which nothing else can be told apart.
 DEEPEST = 1e-20
 
+# 1e-14, 0.001, 10, 1e6
+LOG_LABELS = (
+    "datum.value >= 1e-3 && datum.value < 1e4 ? format(datum.value, '~g') "
+    ": replace(format(datum.value, '.0e'), 'e+', 'e')"
+)
+
 Spec = dict[str, Any]
 
 
@@ -79,13 +85,12 @@ def powers(low: float, high: float) -> list[float]:
     return [float(f"1e{exponent}") for exponent in range(first, final + 1) if exponent % step == 0]
 
 
-def log_axis(low: float, high: float, *, format: str = ".0e", **options: Any) -> dict[str, Any]:
+def log_axis(low: float, high: float, *, reverse: bool = False, labels: str = LOG_LABELS) -> dict[str, Any]:
     """`scale` and `axis` of a logarithmic channel from `low` to `high`."""
     import altair as alt
 
-    scale = alt.Scale(type="log", domain=[low, high], nice=False, clamp=True, **options)
-    words = f"replace(format(datum.value, '{format}'), 'e+', 'e')"
-    return {"scale": scale, "axis": alt.Axis(values=powers(low, high), labelExpr=words)}
+    scale = alt.Scale(type="log", domain=[low, high], nice=False, clamp=True, reverse=reverse)
+    return {"scale": scale, "axis": alt.Axis(values=powers(low, high), labelExpr=labels)}
 
 
 def linear_axis(values: Iterable[float | None], least: float = 0.5) -> dict[str, Any]:
@@ -97,11 +102,15 @@ def linear_axis(values: Iterable[float | None], least: float = 0.5) -> dict[str,
 
     known = [value for value in values if value is not None]
     low, high = min(known), max(known)
+    counts = all(float(value).is_integer() for value in known)
+    least = max(least, 1.0) if counts else least
     margin = max((least - (high - low)) / 2, 0.06 * (high - low))
     bottom = low - margin if low < 0 else max(0.0, low - margin)
     return {
         "scale": alt.Scale(domain=[bottom, high + margin], nice=True, zero=False),
-        "axis": alt.Axis(format="~g", tickCount=5, labelOverlap=True, labelSeparation=6),
+        "axis": alt.Axis(
+            format="~g", tickCount=5, tickMinStep=1 if counts else 0, labelOverlap=True, labelSeparation=6
+        ),
     }
 
 

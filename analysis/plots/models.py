@@ -81,9 +81,7 @@ def size_plot(reads: pl.LazyFrame, family: str | None = None) -> Spec | None:
 
 
 def _counts(low: float, high: float) -> dict[str, object]:
-    axis = log_axis(low, high)
-    axis["axis"].labelExpr = "replace(format(datum.value, '~s'), 'G', 'B')"
-    return axis
+    return log_axis(low, high, labels="replace(format(datum.value, '~s'), 'G', 'B')")
 
 
 def slope_plot(reads: pl.LazyFrame, family: str | None = None) -> Spec | None:

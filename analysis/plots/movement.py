@@ -49,7 +49,7 @@ def movement_plot(reads: pl.LazyFrame, functional: pl.LazyFrame, family: str | N
         else {}
     )
     base = alt.Chart(alt.NamedData(name="movement")).encode(
-        x=alt.X("step:Q", title="length of the step, e", **log_axis(min(steps) / 1.3, max(steps) * 1.3, format="~g")),
+        x=alt.X("step:Q", title="length of the step, e", **log_axis(min(steps) / 1.3, max(steps) * 1.3)),
         color=named_colour("direction", DIRECTION_COLOURS, frame["direction"].to_list()),
         detail=["model:N", "family:N"],
     )

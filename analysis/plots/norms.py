@@ -7,7 +7,7 @@ import polars as pl
 
 from deadbench.analysis.colours import RULE
 from deadbench.analysis.lines import last, parameter_reads
-from deadbench.analysis.plots.axes import Spec, specification, tooltip
+from deadbench.analysis.plots.axes import LOG_LABELS, Spec, specification, tooltip
 from deadbench.analysis.results import collected
 from deadbench.suite.schema import KEY
 
@@ -41,9 +41,9 @@ def norms_plot(reads: pl.LazyFrame, norms: pl.LazyFrame) -> Spec | None:
         scale=alt.Scale(type="log", domain=[SMALLEST, 1], scheme="viridis", clamp=True),
         legend=alt.Legend(
             orient="bottom",
-            gradientLength=260,
-            values=[1e-5, 1e-3, 1e-1, 1],
-            labelExpr="replace(format(datum.value, '.0e'), 'e+', 'e')",
+            gradientLength=150,
+            values=[1e-5, 1e-3, 1e-1],
+            labelExpr=LOG_LABELS,
         ),
     )
     base = alt.Chart(alt.NamedData(name="norms")).encode(

@@ -68,7 +68,7 @@ def spectra_plot(reads: pl.LazyFrame, spectra: pl.LazyFrame) -> Spec | None:
     )  # fmt: skip
     base = alt.Chart(alt.NamedData(name="points")).encode(
         x=alt.X("place:Q", title="place from the bottom",
-                **log_axis(1, max(2.0, widest), format="~s", reverse=True)),
+                **log_axis(1, max(2.0, widest), reverse=True)),
         y=alt.Y("value:Q", title="eigenvalue", **upward),
         color=line_colour([row["line"] for row in rows], line_families(reads)),
         opacity=alt.when(picked).then(alt.value(1.0)).otherwise(alt.value(0.08)),
@@ -129,12 +129,11 @@ def block_plot(reads: pl.LazyFrame, blocks: pl.LazyFrame) -> Spec | None:
     rows = frame.filter(pl.col("line").is_in(shown.implode())).drop("whole", "place_in_family").to_dicts()
     values = [row[name] for row in rows for name in ("value", "floor") if row[name] is not None]
     picked = alt.selection_point(fields=["line"], bind="legend")
-    colour = line_colour(shown.to_list(), line_families(reads))
     base = alt.Chart(alt.NamedData(name="blocks")).encode(
         x=alt.X("block:Q", title="tap: 0 the embedding, then after each block", scale=alt.Scale(nice=False, padding=8),
                 axis=alt.Axis(format="d", tickMinStep=1, tickCount=8)),
         y=alt.Y("value:Q", title="smallest / median singular value", **log_axis(foot(values) / 1.5, 1.5 * max(values))),
-        color=colour,
+        color=line_colour(shown.to_list(), line_families(reads)),
         opacity=alt.when(picked).then(alt.value(1.0)).otherwise(alt.value(0.06)),
     )  # fmt: skip
     floors = base.mark_line(strokeDash=[1, 4], strokeWidth=1).encode(y=alt.Y("floor:Q"))
@@ -147,14 +146,19 @@ def block_plot(reads: pl.LazyFrame, blocks: pl.LazyFrame) -> Spec | None:
             ),
             legend=None,
         ),
-        color=alt.when(alt.datum.state == "collapsed").then(alt.value(STATE_COLOURS["collapsed"])).otherwise(colour),
-        size=alt.when(alt.datum.state == "collapsed").then(alt.value(260)).otherwise(alt.value(28)),
+        size=alt.value(28),
         tooltip=["line:N", "family:N", "block:Q", "state:N", tooltip("value", ".3e"), tooltip("floor", ".1e"),
                  tooltip("ratio", ".3f", "against the tap before"), tooltip("collapse_below", ".3f"),
                  tooltip("participation", ".1f")],
     )  # fmt: skip
     curves = base.mark_line(strokeWidth=1.4).add_params(picked)
-    return specification(alt.layer(floors, curves, marks), {"blocks": rows}, height=340)
+    layers, datasets = [floors, curves, marks], {"blocks": rows}
+    if collapsed := [row for row in rows if row["state"] == "collapsed"]:
+        crosses = base.mark_point(shape="cross", size=260, strokeWidth=2)
+        crosses.data = alt.NamedData(name="collapsed")
+        layers.append(crosses.encode(color=alt.value(STATE_COLOURS["collapsed"])))
+        datasets["collapsed"] = collapsed
+    return specification(alt.layer(*layers), datasets, height=340)
 
 
 def downsampled(eigenvalues: list[float] | None) -> list[dict[str, float]]:

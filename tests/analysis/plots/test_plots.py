@@ -124,5 +124,8 @@ def test_a_comparison_is_drawn_candidate_over_baseline(frame, read):
     spec = comparison_plot(compare(*sides))
     points = {r["model"]: (r["baseline"], r["candidate"], r["verdict"]) for r in spec["datasets"]["comparison"]}
     assert points == {"a": (13.0, 12.0, "changed"), "b": (5.0, 5.0, "same")}
-    assert spec["datasets"]["comparison"][0]["high"] > 12.0
+    (a, b) = spec["datasets"]["changes"]
+    assert (a["name"], a["change"]) == ("a trained", -1.0), "the largest change first"
+    assert a["low"] < -1.0 < a["high"] < 0
+    assert b["low"] is None, "of noise that is not known there is no bar"
     assert comparison_plot(compare(*sides), "alignment") is None
