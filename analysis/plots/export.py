@@ -26,7 +26,7 @@ _CONFIG = {
     "legend": {
         "labelLimit": 330,
         "labelFontSize": 14,
-        "columns": 4,
+        "columns": 3,
         "symbolStrokeWidth": 2,
         "symbolSize": 90,
         "offset": 8,

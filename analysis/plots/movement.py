@@ -2,7 +2,7 @@
 
 import polars as pl
 
-from deadbench.analysis.colours import DIRECTION_COLOURS
+from deadbench.analysis.colours import DIRECTION_COLOURS, RULE
 from deadbench.analysis.lines import ok_reads
 from deadbench.analysis.plots.axes import Spec, log_axis, specification, tooltip
 from deadbench.analysis.plots.channels import named_colour
@@ -41,24 +41,20 @@ def movement_plot(reads: pl.LazyFrame, functional: pl.LazyFrame, family: str | N
     if frame.is_empty():
         return None
     values, steps = [*frame["low"], *frame["high"]], frame["step"].to_list()
-    lowest = min(values)
-    models = frame["model"].n_unique()
-    dash = (
-        {"strokeDash": alt.StrokeDash("model:N", legend=alt.Legend(orient="bottom", title=None, symbolType="stroke"))}
-        if models > 1
-        else {}
-    )
+    upward = log_axis(min(values) / 3, 3 * max(values))
     base = alt.Chart(alt.NamedData(name="movement")).encode(
         x=alt.X("step:Q", title="length of the step, e", **log_axis(min(steps) / 1.3, max(steps) * 1.3)),
+        y=alt.Y("value:Q", title="change of the outputs, nats", **upward),
         color=named_colour("direction", DIRECTION_COLOURS, frame["direction"].to_list()),
         detail=["model:N", "family:N"],
     )
-    upward = alt.Y("low:Q", title="change of the outputs, nats", **log_axis(lowest / 3, 3 * max(values)))
-    bands = base.mark_area(opacity=0.14, line=False).encode(y=upward, y2="high:Q")
-    medians = base.mark_line(strokeWidth=2, point=alt.OverlayMarkDef(size=50, filled=True)).encode(
-        y=alt.Y("value:Q", **log_axis(lowest / 3, 3 * max(values))),
+    bands = base.mark_area(opacity=0.14, line=False).encode(y="low:Q", y2="high:Q")
+    medians = base.mark_line(strokeWidth=2)
+    if frame["model"].n_unique() > 1:
+        models = alt.Legend(orient="bottom", title=None, symbolType="stroke", symbolStrokeColor=RULE, symbolSize=300)
+        medians = medians.encode(strokeDash=alt.StrokeDash("model:N", legend=models))
+    points = base.mark_point(filled=True, size=50, opacity=1).encode(
         tooltip=["model:N", "family:N", "direction:N", tooltip("step", "~g"), tooltip("value", ".2e", "median"),
                  tooltip("least", ".2e"), tooltip("largest", ".2e"), "maps:Q"],
-        **dash,
     )  # fmt: skip
-    return specification(alt.layer(bands, medians), {"movement": frame.to_dicts()}, height=300)
+    return specification(alt.layer(bands, medians, points), {"movement": frame.to_dicts()}, height=300)
