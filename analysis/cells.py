@@ -48,7 +48,13 @@ HEADERS = {
     "opened_step": "opened",
 }
 # Columns that are read beside a value, as `13.98 ± 0.05`; json and csv have them as columns of their own.
-ERRORS = {"depth": "depth_standard_error", "depth_random": "depth_random_spread"}
+# The first that is known stands there: a spread over seeds holds the error of each.
+ERRORS = {
+    "depth": ("depth_spread", "depth_standard_error"),
+    "depth_random": ("depth_random_spread",),
+    "baseline": ("baseline_error",),
+    "candidate": ("candidate_error",),
+}
 MAX_LISTED = 8  # of a list's items; json and csv have all
 _DECIMALS = {
     "alignment": 4, "containment": 4, "deepening": 2, "worst_block_ratio": 3, "ratio": 3, "bottom_weights": 2,
@@ -64,7 +70,7 @@ def header(name: str) -> str:
 
 def shown(frame: pl.DataFrame) -> list[str]:
     """The columns of `frame` that a person sees: all but the errors that stand beside their values."""
-    beside = [error for name, error in ERRORS.items() if name in frame.columns]
+    beside = [error for name, errors in ERRORS.items() if name in frame.columns for error in errors]
     return [name for name in frame.columns if name not in beside]
 
 
@@ -72,11 +78,13 @@ def cells(frame: pl.DataFrame) -> Iterator[list[str]]:
     """The rows of `frame`, of each column that is `shown` the value as `text` gives it, with its error where known."""
     names = shown(frame)
     for row in frame.iter_rows(named=True):
-        yield [text(name, row[name], row.get("unit")) + _error(row.get(ERRORS.get(name, ""))) for name in names]
+        yield [text(name, row[name], row.get("unit")) + _error(name, row) for name in names]
 
 
-def _error(value: float | None) -> str:
-    return "" if value is None or not math.isfinite(value) else f" ± {value:.2g}"
+def _error(name: str, row: dict[str, Any]) -> str:
+    known = (row.get(error) for error in ERRORS.get(name, ()))
+    value = next((each for each in known if each is not None and math.isfinite(each)), None)
+    return "" if value is None else f" ± {value:.2g}"
 
 
 def text(name: str, value: Any, unit: str | None = None) -> str:

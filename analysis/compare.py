@@ -39,17 +39,18 @@ _MEANS_OF_SQUARES = ("lambda_v", "lambda_control")
 _DEPTHS_OF_ONE = ("depth", "depth_exact", "depth_as_executed")
 _RESAMPLED = ("lambda_v", "depth")  # have a standard error of their own, where there were sequences enough
 _ROUNDING = 1e-9  # the same numbers, added up in another order
+_NOTHING = pl.lit(None, dtype=pl.Float64)
 _ABOUT_BLOCKS = ("blocks_preserved", "worst_block_ratio")
 
 _WHICH = ["model", "revision", "read", "seed", "engine"]
 _ORDER = [pl.col("model", "read"), in_natural_order("revision"), pl.col("seed")]
 _ABOUT = ["protocol_hash", "protocol", "dtype", "num_tokens", "worst_block", "family", "error"]
-_BESIDE = ["worst_block", "family", "error"]  # of the candidate
+_BESIDE = ["worst_block", "family", "error", "depth_standard_error"]  # of the candidate
 _ABOUT += [f"{metric}_standard_error" for metric in _RESAMPLED]
 _ROW = ["place", *_WHICH, "protocol", "dtype", "candidate_model", "candidate_revision"]
 COLUMNS = [
-    *_WHICH, "metric", "baseline", "candidate", "change", "scale", "noise", "noise_from", "verdict", "detail",
-    "protocol", "dtype", "candidate_model", "candidate_revision",
+    *_WHICH, "metric", "baseline", "baseline_error", "candidate", "candidate_error", "change", "scale", "noise",
+    "noise_from", "verdict", "detail", "protocol", "dtype", "candidate_model", "candidate_revision",
 ]  # fmt: skip
 
 
@@ -88,6 +89,7 @@ def compare(baseline: pl.LazyFrame, candidate: pl.LazyFrame, asked: Mapping[str,
     from sampling alone, on the same scale, and `noise_from` where it is known from: `seeds` (the baseline's spread over
     its seeds), `bootstrap` (of the baseline, over its sequences), `tokens` (the standard error of a mean over so many
     independent gaussian tokens), else null.
+    `baseline_error` and `candidate_error` are the depths' own standard errors, from the sample of tokens.
     `verdict` is same, noise (at most two such deviations), changed, lost (the candidate has no value, `detail` says why
     where its row does), missing or failed.
 
@@ -128,6 +130,18 @@ def compare(baseline: pl.LazyFrame, candidate: pl.LazyFrame, asked: Mapping[str,
 def num_reads(table: pl.DataFrame) -> int:
     """How many reads of the baseline a table of `compare` is about."""
     return table.select(*_WHICH, "protocol", "dtype").n_unique()
+
+
+def verdict_of(change: str, noise: str) -> pl.Expr:
+    """same, noise or changed, by the columns of a change and of its noise."""
+    size = pl.col(change).abs()
+    return (
+        pl.when(size <= _ROUNDING)
+        .then(_name("same"))
+        .when(size <= 2 * pl.col(noise))
+        .then(_name("noise"))
+        .otherwise(_name("changed"))
+    )
 
 
 def unit_of(metric: str) -> str | None:
@@ -240,15 +254,14 @@ def _token_noise(metric: str, scale: Scale) -> tuple[pl.Expr, pl.Expr]:
 
     The first by the read's own bootstrap over sequences, the second of one mean of squares of independent tokens.
     """
-    nothing = pl.lit(None, dtype=pl.Float64)
     in_decades = metric in _DEPTHS_OF_ONE or (metric in _MEANS_OF_SQUARES and scale == "decades")
-    resampled = pl.col(f"{metric}_standard_error") if in_decades and metric in _RESAMPLED else nothing
+    resampled = pl.col(f"{metric}_standard_error") if in_decades and metric in _RESAMPLED else _NOTHING
     relative = (2 / pl.col("num_tokens")).sqrt()
     if in_decades:
         return resampled, relative / math.log(10)
     if metric in _MEANS_OF_SQUARES:
         return resampled, relative if scale == "relative" else relative * pl.col(metric)
-    return nothing, nothing
+    return _NOTHING, _NOTHING
 
 
 def _differences(pairs: pl.LazyFrame, ask: Ask) -> pl.LazyFrame:
@@ -259,7 +272,9 @@ def _differences(pairs: pl.LazyFrame, ask: Ask) -> pl.LazyFrame:
         *(pl.col(f"own_{name}").alias(name) if name in ("model", "revision") else pl.col(name) for name in _ROW),
         metric=_name(metric),
         baseline=_number(metric),
+        baseline_error=_number("depth_standard_error") if metric == "depth" else _NOTHING,
         candidate=_number(f"candidate_{metric}"),
+        candidate_error=_number("candidate_depth_standard_error") if metric == "depth" else _NOTHING,
         scale=_name(scale),
         # A difference has the noise of both sides.
         noise=math.sqrt(2) * pl.coalesce(seeds, resampled, tokens),
@@ -273,12 +288,6 @@ def _differences(pairs: pl.LazyFrame, ask: Ask) -> pl.LazyFrame:
         why_lost=_WHY_LOST,
     ).filter(pl.col("baseline").is_not_null())
     return rows.with_columns(change=_change(metric, scale, pl.col("baseline"), pl.col("candidate"))).with_columns(
-        verdict=pl.when(pl.col("candidate").is_null())
-        .then(_name("lost"))
-        .when(pl.col("change").abs() <= _ROUNDING)
-        .then(_name("same"))
-        .when(pl.col("change").abs() <= 2 * pl.col("noise"))
-        .then(_name("noise"))
-        .otherwise(_name("changed")),
+        verdict=pl.when(pl.col("candidate").is_null()).then(_name("lost")).otherwise(verdict_of("change", "noise")),
         detail=pl.when(pl.col("candidate").is_null()).then("why_lost").otherwise("detail"),
     )

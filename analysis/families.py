@@ -81,7 +81,16 @@ def collapsed_blocks(reads: pl.LazyFrame, blocks: pl.LazyFrame) -> pl.DataFrame:
     spread (`participation`).
     """
     speaking = forward_lines(reads, each_seed=True).select(*KEY, "run_id", "protocol", "dtype", "num_blocks")
-    columns = ["block", "state", "ratio", "sigma_min", "bottom_coordinates", "bottom_weights", "participation"]
+    columns = [
+        "block",
+        "state",
+        "ratio",
+        "collapse_below",
+        "sigma_min",
+        "bottom_coordinates",
+        "bottom_weights",
+        "participation",
+    ]
     found = blocks.filter(pl.col("state") == "collapsed").join(speaking, on=[*KEY, "run_id"], nulls_equal=True)
     return collected(found.select("model", "read", "revision", "num_blocks", *columns).sort("model", "read", "block"))
 

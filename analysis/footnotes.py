@@ -9,7 +9,7 @@ _MAX_NAMED = 8
 
 def footnotes(frame: pl.DataFrame) -> list[str]:
     """The lines below a table of `frame`, none where nothing needs a word."""
-    return _order(frame) + _zero_scales(frame) + _lost(frame)
+    return _order(frame) + _replicates(frame) + _zero_scales(frame) + _lost(frame)
 
 
 def _order(frame: pl.DataFrame) -> list[str]:
@@ -20,6 +20,20 @@ def _order(frame: pl.DataFrame) -> list[str]:
     if unknown < 2:
         return []
     return [f"no training step is known of {unknown} checkpoints: in the natural order of their names"]
+
+
+def _replicates(frame: pl.DataFrame) -> list[str]:
+    """What a mean over seeds is of."""
+    count = next((name for name in ("num_replicates", "num_seeds") if name in frame.columns), None)
+    if count is None or ("verdict" in frame.columns) != (count == "num_seeds"):
+        return []
+    rows = frame.filter(pl.col(count) > 1)
+    if rows.is_empty():
+        return []
+    if "model" in rows.columns:
+        names = rows.select(pl.format("{} ({})", pl.col("model").cast(pl.String), count)).to_series().to_list()
+        return [one_line(f"mean ± standard deviation over seeds: {_named(names)}")]
+    return [f"mean ± standard deviation over up to {max(rows[count].to_list())} seeds"]
 
 
 def _zero_scales(frame: pl.DataFrame) -> list[str]:

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from deadbench.analysis.cells import cells, header, one_line, shown, text
+from deadbench.analysis.colours import FAMILY_COLOURS, STATE_COLOURS
 from deadbench.analysis.footnotes import footnotes
 from deadbench.analysis.layouts import LAYOUTS
+from deadbench.analysis.meanings import meaning
 from deadbench.analysis.results import ResultsError
 from deadbench.analysis.terminal import Column, Layout, table
 
@@ -27,6 +29,7 @@ SCREEN_ONLY = {
     "num_zero_scales", "dead_parameters", "hidden_size", "num_blocks", "blocks_preserved", "worst_block", "num_seeds",
     "input", "dtype", "value_low", "value_high", "value_seed_spread", "value_token_error", "threshold",
 }  # fmt: skip
+PINNED = ("model", "holds")
 # Only rows that are equal here are compared: groups stand apart.
 GROUP = ("protocol", "dtype")
 # What is said once below a terminal's table where all rows have the same.
@@ -96,10 +99,14 @@ def html_rows(frame: pl.DataFrame) -> dict[str, Any]:
     return {
         "names": names,
         "headers": [header(name) for name in names],
+        "meanings": [meaning(name) for name in names],
+        # What stays in sight when a narrow window is scrolled sideways.
+        "pinned": [name == next((n for n in PINNED if n in names), names[0]) for name in names],
         "numeric": [dtype.is_numeric() for dtype in values.dtypes],
         "screen_only": [name in SCREEN_ONLY for name in names],
         "notes": footnotes(frame),
         "judged": [name == "holds" for name in names],
+        "families": [name == "family" for name in names],
         "rows": [list(zip(row, keys, strict=True)) for row, keys in zip(cells(frame), values.rows(), strict=True)],
     }
 
@@ -110,13 +117,19 @@ def environment() -> Any:
 
     import jinja2
 
-    return jinja2.Environment(
+    made = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    made.globals["colours"] = {
+        "family": FAMILY_COLOURS,
+        "yes": STATE_COLOURS["preserved"],
+        "no": STATE_COLOURS["collapsed"],
+    }
+    return made
 
 
 def _has_values(column: pl.Series) -> bool:

@@ -38,12 +38,12 @@ LAYOUTS = {
     ),
     "collapsed_blocks": Layout(
         columns=[
-            "model", "read", "revision", "block", "num_blocks", "ratio", "participation", "bottom_coordinates",
-            "bottom_weights",
+            "model", "read", "revision", "block", "num_blocks", "ratio", "collapse_below", "participation",
+            "bottom_coordinates", "bottom_weights",
         ],
         keys=["model", "block", "ratio"],
         telling=["read", "revision"],
-        dropped=["bottom_weights", "participation", "num_blocks", "bottom_coordinates"],
+        dropped=["bottom_weights", "participation", "num_blocks", "collapse_below", "bottom_coordinates"],
     ),
     "dead_directions": Layout(
         columns=[

@@ -2,16 +2,10 @@
 
 import polars as pl
 
-from deadbench.analysis.lines import (
-    LINE,
-    best_lines,
-    failed_lines,
-    forward_lines,
-    last,
-    parameter_lines,
-    parameter_reads,
-)
+from deadbench.analysis.lines import LINE, failed_lines, last, parameter_lines, parameter_reads
+from deadbench.analysis.replicates import averaged, in_series, series_lines
 from deadbench.analysis.results import ResultsError, collected
+from deadbench.suite.schema import READS
 
 FAMILIES = ("layernorm", "rmsnorm", "none", "other", "undetermined")
 
@@ -26,6 +20,7 @@ COLUMNS = [
     "kernel",
     "depth",
     "depth_standard_error",
+    "depth_spread",
     "depth_random",
     "depth_random_spread",
     "deepening",
@@ -49,6 +44,7 @@ COLUMNS = [
     "worst_block",
     "worst_block_ratio",
     "num_seeds",
+    "num_replicates",
     "input",
     "protocol",
     "dtype",
@@ -74,6 +70,7 @@ SORTABLE = [
     "worst_block_ratio",
 ]
 GROUP = ["protocol", "dtype"]
+_READ = [column.name for column in READS if column.name in {*COLUMNS, "kernel_exact", "num_zero_scales"}]
 # A zero scale makes these large, and no kernel does: they rank kernels alone.
 _OF_THE_KERNEL = ("depth", "depth_exact", "depth_predicted", "deepening")
 _DEAD = 6  # decades from which a direction that no kernel explains is dead, as where dead directions are counted
@@ -82,12 +79,14 @@ _DEAD = 6  # decades from which a direction that no kernel explains is dead, as 
 def leaderboard(reads: pl.LazyFrame, *, sort: str = "depth", family: str | None = None) -> pl.DataFrame:
     """One line per (model, protocol, dtype): its trained read at the last checkpoint, else its random read.
 
-    `depth = log10(lambda_mean / lambda_v)` in decades, `depth_standard_error` from the sample of tokens; `depth_random`
-    is that of the same model, protocol and dtype at random initialisation, the mean over `num_seeds` seeds, and
-    `depth_random_spread` their standard deviation, null for one; `deepening = depth - depth_random` where the line is
-    a trained read. The family is what the read found the norm to do, not what the registry expects. `dead_parameters`
-    and their share of all parameters are counted at the line's own parameters: beside a trained read, by the read of
-    parameters of the same checkpoint.
+    Reads that differ in a seed alone, of the protocol or of training, are one line (`analysis/replicates.py`): the mean
+    over `num_replicates`. `depth = log10(lambda_mean / lambda_v)` in decades, `depth_standard_error` from the sample of
+    tokens, `depth_spread` the standard deviation over the replicates, null for one. `depth_random` is that of the same
+    model, protocol and dtype at random initialisation, the mean over `num_seeds` seeds, and `depth_random_spread` their
+    standard deviation, null for one; `deepening = depth - depth_random` where the line is a trained read. The family is
+    what the read found the norm to do, not what the registry expects. `dead_parameters` and their share of all
+    parameters are counted at the line's own parameters: beside a trained read, by the read of parameters of the same
+    checkpoint.
 
     `kernel` says what the depth is of: algebraic (the kernel of a LayerNorm, which rounding alone fills), learned (zero
     scales, or another direction that training closed), none (nothing is dead along the inverse scales), null where no
@@ -107,20 +106,21 @@ def leaderboard(reads: pl.LazyFrame, *, sort: str = "depth", family: str | None 
     if family is not None and family not in FAMILIES:
         raise ResultsError(f"--family {family!r} is unknown; choose {', '.join(FAMILIES)}")
 
-    # At random initialisation the mean over the seeds that were read.
-    seeds = forward_lines(reads, each_seed=True).filter(pl.col("read") == "random")
-    random = seeds.group_by(LINE).agg(
-        depth_random=pl.col("depth").mean(),
-        depth_random_spread=pl.col("depth").std(),
-        num_seeds=pl.len().cast(pl.Int64),
+    forward = series_lines(reads, _READ)
+    random = forward.filter(pl.col("read") == "random").select(
+        *LINE, depth_random="depth", depth_random_spread="depth_spread", num_seeds="num_replicates"
     )
-    read = pl.concat([best_lines(reads), parameter_lines(reads), failed_lines(reads)])
+    trained_first = forward.sort(pl.col("read") == "trained", descending=True, maintain_order=True)
+    best = trained_first.unique(LINE, keep="first", maintain_order=True)
+    parameters = averaged(in_series(parameter_lines(reads)), [*LINE, "read"], _READ)
+    read = pl.concat([best, parameters, failed_lines(reads).select(_READ)], how="diagonal")
     lines = read.join(random, on=LINE, how="left", nulls_equal=True, maintain_order="left").with_columns(
         pl.when(pl.col("read") == "trained").then(pl.col("depth") - pl.col("depth_random")).alias("deepening")
     )
     # Which parameters are dead a trained read does not say; that of the same checkpoint's parameters does.
     census = ["dead_parameters", "dead_parameters_share"]
-    counted = last(parameter_reads(reads), ["model", "revision"]).select("model", "revision", *census)
+    counted = averaged(in_series(last(parameter_reads(reads), ["model", "revision"])), ["model", "revision"], census)
+    counted = counted.select("model", "revision", *census)
     lines = lines.join(counted, on=["model", "revision"], how="left", nulls_equal=True, suffix="_counted")
     lines = lines.with_columns(
         pl.coalesce(name, pl.when(pl.col("read") != "random").then(pl.col(f"{name}_counted"))) for name in census

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from deadbench.analysis.compare import unit_of
 from deadbench.analysis.lines import LINE, in_natural_order, last, ok_reads
+from deadbench.analysis.replicates import averaged, in_series
 from deadbench.analysis.results import ResultsError, collected
 from deadbench.suite.schema import READS
 
@@ -43,6 +44,8 @@ T = TypeVar("T")
 def checkpoints(reads: pl.LazyFrame, model: str, metrics: Sequence[str] = METRICS) -> pl.DataFrame:
     """The trained reads of `model`, one a checkpoint and line, in training order; parameter reads where there is none.
 
+    `model` may be a series of models that differ in a training seed, as `pythia-160m-seed*`. Over the seeds that a
+    checkpoint was read with, of training or of the protocol, it is the mean, and `depth_spread` their deviation.
     Checkpoints whose step is not known come last, in the natural order of their names.
 
     Raises:
@@ -51,12 +54,17 @@ def checkpoints(reads: pl.LazyFrame, model: str, metrics: Sequence[str] = METRIC
     for metric in metrics:
         if unit_of(metric) is None:
             raise ResultsError(f"--metric {metric!r} is no numeric column of reads; choose {', '.join(METRICS)}")
-    known = collected(ok_reads(reads).select(pl.col("model").unique().sort()))["model"].to_list()
+    named = in_series(ok_reads(reads))
+    either = pl.concat_list("model", "series").explode()
+    known = collected(named.select(either.unique().sort().alias("model")))["model"].to_list()
     if model not in known:
         raise ResultsError(f"--model {model!r} has no finished read here; choose {', '.join(known[:20]) or 'none'}")
-    of_model = ok_reads(reads).filter(pl.col("model") == model)
+    # Alone, a member of a series goes by its own name.
+    of_model = named.filter((pl.col("model") == model) | (pl.col("series") == model)).with_columns(series=pl.lit(model))
     columns = [*COLUMNS, *(metric for metric in metrics if metric not in COLUMNS)]
-    found = collected(last(of_model, [*LINE, "read", "seed", "revision"]).select(columns))
+    by = ["read", *LINE[1:], "revision"]
+    each = last(of_model, [*by, "member"])
+    found = collected(averaged(each, by, columns).select(*columns, "depth_spread", "num_replicates"))
     for read in ("trained", "parameters"):
         series = found.filter(read=read)
         if not series.is_empty():

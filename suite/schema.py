@@ -162,6 +162,13 @@ BLOCKS = [
     Column("ratio", REAL, "", "sigma_min against the tap before"),
     Column("floor", REAL, "stream", "rounding floor along the bottom direction"),
     Column("state", TEXT, "", "preserved, collapsed, preserved-dead or revived"),
+    Column(
+        "collapse_below",
+        REAL,
+        "",
+        "the ratio that a fall must be below in both halves of the tokens to be a collapse, by the width and the "
+        "halves' noise; null where the bottom did not fall, or was dead",
+    ),
     Column("rank_limited", FLAG, "", "too few distinct inputs for the rank to mean anything"),
     Column("preserved", FLAG, "", "state is preserved or preserved-dead"),
     Column("bottom_coordinates", pa.list_(INT), "", "largest coordinates of the bottom direction"),

@@ -15,15 +15,14 @@ from deadbench.analysis.families import collapsed_blocks, confusion, dead_parame
 from deadbench.analysis.formats import environment, html_rows
 from deadbench.analysis.leaderboard import leaderboard
 from deadbench.analysis.lines import failed_reads
-from deadbench.analysis.plots.models import MAX_MODELS, Spec, depth_plot, size_plot, slope_plot
-from deadbench.analysis.plots.spectra import MAX_SPECTRA, block_plot, spectra_plot
-from deadbench.analysis.plots.training import training_plot, turning_plot
+from deadbench.analysis.pages.plots import Plot, report_plots
+from deadbench.analysis.plots.axes import Spec, row_anchor
 from deadbench.analysis.results import collected, latest, scan
 from deadbench.suite.storage import write_whole
 
 MAX_ROWS = 500  # of a table on the page; the commands list everything
 CLAIM_COLUMNS = [
-    "statement", "num_models", "num_hold", "holds", "failing", "threshold", "value_median", "value_low", "value_high",
+    "holds", "statement", "num_hold", "num_models", "failing", "threshold", "value_median", "value_low", "value_high",
     "value_min", "value_max", "value_margin", "value_seed_spread", "value_token_error", "unit",
 ]  # fmt: skip
 DEAD_COLUMNS = [
@@ -33,11 +32,10 @@ DEAD_COLUMNS = [
 FAILED_COLUMNS = ["model", "revision", "read", "protocol", "attempt", "finished_at", "error"]
 
 
-Plot = tuple[str, str, Spec]  # title, caption, specification
-
-
 def write_report(locations: str | Sequence[str], out: Path) -> list[tuple[str, Spec]]:
     """Write the report of the result sets at `locations` to `out`, whole or not at all; returns its plots by title.
+
+    A plot of one family has its name in the title.
 
     Raises:
         ResultsError: no readable result set.
@@ -45,20 +43,21 @@ def write_report(locations: str | Sequence[str], out: Path) -> list[tuple[str, S
     """
     page, plots = report_page(locations)
     write_whole(out, page.encode())
-    return [(title, spec) for title, _, spec in plots]
+    return [(f"{title} {name}".strip(), spec) for title, _, panels in plots for name, spec in panels]
 
 
 def report_page(locations: str | Sequence[str]) -> tuple[str, list[Plot]]:
     """The page as text, and its plots."""
     reads = collected(scan(locations)).lazy()
     blocks = collected(scan(locations, "blocks")).lazy()
-    spectra, norms = scan(locations, "spectra"), scan(locations, "norms")
-    board, claims = leaderboard(reads), families(reads, scan(locations, "functional"))
+    spectra, norms, functional = (scan(locations, name) for name in ("spectra", "norms", "functional"))
+    board, claims = leaderboard(reads), families(reads, functional)
     dead = dead_directions(reads, norms, spectra, blocks)
     # Errors have a table of their own.
     unsaid = {"error"} if board["status"].ne_missing("ok").any() else {"error", "status"}
     unsaid |= {name for name in board.columns if _is_empty(board[name])}
-    plots = _plots(reads, blocks, spectra, norms)
+    unsaid |= {name for name in ("num_seeds", "num_replicates") if (board[name].fill_null(1) == 1).all()}
+    plots = report_plots(reads, blocks, spectra, norms, functional)
     page = (
         environment()
         .get_template("report.html.j2")
@@ -66,7 +65,8 @@ def report_page(locations: str | Sequence[str]) -> tuple[str, list[Plot]]:
             library=_vega(),
             facts=provenance(locations, reads),
             tiles=_tiles(board, claims),
-            leaderboard=_table(board.drop(name for name in board.columns if name in unsaid)),
+            leaderboard=_table(board.drop(name for name in board.columns if name in unsaid))
+            | {"anchors": _anchors(board)},
             claims=_table(claims.select(CLAIM_COLUMNS)),
             confusion=_table(confusion(reads)),
             dead_parameters=_table(dead_parameters(reads)),
@@ -74,7 +74,7 @@ def report_page(locations: str | Sequence[str]) -> tuple[str, list[Plot]]:
             collapsed=_table(collapsed_blocks(reads, blocks).drop("state", "sigma_min", "num_blocks")),
             failed=_table(collected(failed_reads(reads).select(FAILED_COLUMNS))),
             plots=plots,
-            specs=script_json([spec for _, _, spec in plots]),
+            specs=script_json([spec for _, _, panels in plots for _, spec in panels]),
         )
     )
     return page, plots
@@ -153,45 +153,14 @@ def _versions(stored: list[str]) -> str:
     return ", ".join(f"{package} {' and '.join(sorted(versions))}" for package, versions in found.items())
 
 
-def _plots(reads: pl.LazyFrame, blocks: pl.LazyFrame, spectra: pl.LazyFrame, norms: pl.LazyFrame) -> list[Plot]:
-    """The plots that have something to show."""
-    plots = [
-        (
-            "Spectra of the final norm",
-            "Eigenvalues of the output's covariance, the largest left, the bottom one right; a diamond is the variance "
-            "along v. A LayerNorm's curve falls into its kernel at the last place. The amber band is where float32 "
-            "rounding is expected to fill a LayerNorm's kernel, by the closed form; in the grey one no accumulator "
-            "certifies an eigenvalue. Hover for values, click a name to single it out. "
-            f"({MAX_SPECTRA} models at most, the deepest of each family.)",
-            spectra_plot(reads, spectra),
-        ),
-        (
-            "Residual stream, block to block",
-            "The smallest singular value over the median one at each tap; dotted, the rounding floor. A cross is a "
-            "block that collapsed a direction. Few distinct inputs limit the rank at the embedding: no dead direction.",
-            block_plot(reads, blocks),
-        ),
-        (
-            "Depth",
-            "Each model at random initialisation (circle) and after training (diamond). "
-            f"(The {MAX_MODELS} deepest at most.)",
-            depth_plot(reads),
-        ),
-        ("Depth against size", "One point a model, coloured by what its norm does.", size_plot(reads)),
-        ("From random to trained", "The models that were read both ways.", slope_plot(reads)),
-        ("Depth over training", "Every checkpoint of the models that have several.", training_plot(reads, "depth")),
-        ("Variance along v over training", "The same checkpoints: lambda_v.", training_plot(reads, "lambda_v")),
-        (
-            "Turning of v over training",
-            "Degrees between v at each checkpoint and at the first, from the parameters alone.",
-            turning_plot(reads, norms),
-        ),
-    ]
-    return [(title, caption, spec) for title, caption, spec in plots if spec is not None]
-
-
 def _table(frame: pl.DataFrame) -> dict[str, Any]:
     return html_rows(frame.head(MAX_ROWS)) | {"left_out": max(0, len(frame) - MAX_ROWS)}
+
+
+def _anchors(board: pl.DataFrame) -> list[str | None]:
+    """The anchor of each row; of two names that are one without their signs, the first has it."""
+    anchor = row_anchor()
+    return board.head(MAX_ROWS).select(pl.when(anchor.is_first_distinct()).then(anchor)).to_series().to_list()
 
 
 def _is_empty(column: pl.Series) -> bool:

@@ -1,1 +1,1 @@
-"""Plots of models, spectra and training, and their export as files."""
+"""Plots of models, spectra, training, norms, movement and comparisons, and their export as files."""

@@ -1,95 +1,96 @@
-"""Plots of models, and what all plots share.
+"""Plots of models: depth, depth against size, from random to trained, predicted against measured.
 
 A plot is a function from frames to a Vega-Lite specification, or None where there is nothing to show. A model's trained
-read at the last checkpoint stands for it, else its random one. Where the result set holds several protocols or
-precisions, these are part of a line's name.
+read at the last checkpoint stands for it, else its random one; replicates are one point, their mean, with its spread.
+On one axis depths of 13 and of 0, or of a zero scale, hide what happens within each: these plots can be of one family,
+and leave out what zero scales made deep.
 """
-
-from typing import Any
 
 import polars as pl
 
-from deadbench.analysis.leaderboard import FAMILIES
-from deadbench.analysis.lines import best_lines, forward_lines
+from deadbench.analysis.colours import RULE
+from deadbench.analysis.lines import ok_reads
+from deadbench.analysis.plots.axes import Spec, bar, linear_axis, log_axis, named, specification, tooltip
+from deadbench.analysis.plots.channels import family_colour, read_shape
+from deadbench.analysis.replicates import series_lines
 from deadbench.analysis.results import collected
 
-# One colour a family, readable on white and on near black.
-FAMILY_COLOURS = dict(zip(FAMILIES, ("#3b82d6", "#e07b39", "#8a949e", "#9b6bd3", "#c05a7c"), strict=True))
-LINE_COLOURS = (
-    "#2f7fd6", "#d0671c", "#2c9157", "#d64545", "#8a63d2", "#1a8a96", "#b8860b", "#c2559d", "#7a8490", "#6b8e23",
-)  # fmt: skip
 MAX_MODELS = 120  # more cannot be told apart; the deepest are kept
+_COLUMNS = ["num_zero_scales", "family", "depth", "depth_standard_error", "num_parameters", "hidden_size"]
+_ABOUT = ["line:N", "family:N", "read:N"]
 
-Spec = dict[str, Any]
+
+def _lines(reads: pl.LazyFrame, family: str | None, learned: bool = False) -> pl.LazyFrame:
+    """The lines that have a depth; where zero scales made it, only if `learned` are asked for, which are then alone."""
+    lines = named(series_lines(reads, _COLUMNS), reads).filter(pl.col("depth").is_not_null())
+    of_kind = (pl.col("num_zero_scales").fill_null(0) > 0) == learned
+    return lines.filter(of_kind if family is None else of_kind & (pl.col("family") == family))
 
 
-def depth_plot(reads: pl.LazyFrame) -> Spec | None:
-    """Depth of each model, random and trained joined by a rule, coloured by family."""
+def depth_plot(reads: pl.LazyFrame, family: str | None = None, *, learned: bool = False) -> Spec | None:
+    """Depth of each model, random and trained joined by a rule, coloured by family; or of those with zero scales."""
     import altair as alt
 
     frame = collected(
-        named(forward_lines(reads))
-        .filter(pl.col("depth").is_not_null())
-        .select("line", "family", "read", "depth", *bar("depth"), deepest=pl.col("depth").max().over("line"))
+        _lines(reads, family, learned)
+        .select("line", "family", "read", "depth", "row", *bar("depth"), deepest=pl.col("depth").max().over("line"))
         .sort("deepest", "line", "read", descending=[True, False, False])
     )
     if frame.is_empty():
         return None
     shown = frame["line"].unique(maintain_order=True).head(MAX_MODELS)
-    rows = frame.filter(pl.col("line").is_in(shown.implode())).drop("deepest").to_dicts()
+    rows = frame.filter(pl.col("line").is_in(shown.implode())).drop("deepest")
+    ends = pl.concat([rows["depth"], rows["low"].drop_nulls(), rows["high"].drop_nulls()]).to_list()
     base = alt.Chart(alt.NamedData(name="depths")).encode(
         y=alt.Y("line:N", title=None, sort=shown.to_list()),
-        x=alt.X("depth:Q", title="depth, decades", axis=alt.Axis(format="~g")),
+        x=alt.X("depth:Q", title="depth, decades", **linear_axis(ends)),
     )
-    rules = base.mark_line(color="#8a949e", strokeWidth=1.5).encode(detail="line:N")
+    colour = family_colour(rows["family"].to_list())
+    rules = base.mark_line(color=RULE, strokeWidth=1.5).encode(detail="line:N")
     marks = base.mark_point(filled=True, size=90, opacity=1).encode(
-        color=family_colour([row["family"] for row in rows]),
-        shape=read_shape(),
-        tooltip=["line:N", "family:N", "read:N", tooltip("depth", ".2f")],
+        color=colour, shape=read_shape(), tooltip=[*_ABOUT, tooltip("depth", ".2f")]
     )
-    bars = base.mark_rule(strokeWidth=5, opacity=0.35).encode(
-        x="low:Q", x2="high:Q", color=family_colour([row["family"] for row in rows])
-    )
-    bars = [bars] if frame["low"].null_count() < len(frame) else []
-    return specification(alt.layer(rules, *bars, marks), {"depths": rows}, height=max(60, 24 * len(shown)))
+    bars = base.mark_rule(strokeWidth=5, opacity=0.35).encode(x="low:Q", x2="high:Q", color=colour)
+    layers = alt.layer(rules, *([bars] if rows["low"].null_count() < len(rows) else []), marks)
+    return specification(layers, {"depths": rows.to_dicts()}, height=max(60, 24 * len(shown)))
 
 
-def size_plot(reads: pl.LazyFrame) -> Spec | None:
+def size_plot(reads: pl.LazyFrame, family: str | None = None) -> Spec | None:
     """Depth against the number of parameters, coloured by family."""
     import altair as alt
 
-    frame = collected(
-        named(best_lines(reads))
-        .filter(pl.col("depth").is_not_null() & (pl.col("num_parameters") > 0))
-        .select("line", "family", "read", "depth", "num_parameters", "hidden_size")
-        .sort("line")
-    )
+    lines = _lines(reads, family).filter(pl.col("num_parameters") > 0)
+    trained_first = lines.sort(pl.col("read") == "trained", descending=True, maintain_order=True)
+    frame = collected(trained_first.unique("line", keep="first").select(
+        "line", "family", "read", "depth", "row", "num_parameters", "hidden_size").sort("line"))  # fmt: skip
     if len(frame) < 2:
         return None
+    low, high = (frame["num_parameters"].min(), frame["num_parameters"].max())
     marks = (
         alt.Chart(alt.NamedData(name="sizes"))
         .mark_point(filled=True, size=90, opacity=0.9)
         .encode(
-            x=alt.X("num_parameters:Q", title="parameters", scale=alt.Scale(type="log"),
-                    axis=alt.Axis(tickCount=6, labelExpr="replace(format(datum.value, '~s'), 'G', 'B')")),
-            y=alt.Y("depth:Q", title="depth, decades"),
+            x=alt.X("num_parameters:Q", title="parameters", **_counts(float(low) / 1.5, float(high) * 1.5)),  # type: ignore[arg-type]
+            y=alt.Y("depth:Q", title="depth, decades", **linear_axis(frame["depth"])),
             color=family_colour(frame["family"].to_list()),
             shape=read_shape(),
-            tooltip=["line:N", "family:N", "read:N", tooltip("depth", ".2f"), tooltip("num_parameters", ".3s"),
-                     "hidden_size:Q"],
+            tooltip=[*_ABOUT, tooltip("depth", ".2f"), tooltip("num_parameters", ".3s"), "hidden_size:Q"],
         )
-    )  # fmt: skip
-    return specification(marks, {"sizes": frame.to_dicts()}, height=300)
+    )
+    return specification(marks, {"sizes": frame.to_dicts()}, height=260)
 
 
-def slope_plot(reads: pl.LazyFrame) -> Spec | None:
+def _counts(low: float, high: float) -> dict[str, object]:
+    return log_axis(low, high, labels="replace(format(datum.value, '~s'), 'G', 'B')")
+
+
+def slope_plot(reads: pl.LazyFrame, family: str | None = None) -> Spec | None:
     """From random initialisation (left) to the last checkpoint (right): the depth of every model that has both."""
     import altair as alt
 
     frame = collected(
-        named(forward_lines(reads))
-        .filter(pl.col("depth").is_not_null())
-        .select("line", "family", "read", "depth")
+        _lines(reads, family)
+        .select("line", "family", "read", "depth", "row", *bar("depth"))
         .filter(pl.col("read").n_unique().over("line") == 2)
         .sort("line", "read")
     )
@@ -97,69 +98,56 @@ def slope_plot(reads: pl.LazyFrame) -> Spec | None:
         return None
     base = alt.Chart(alt.NamedData(name="slopes")).encode(
         x=alt.X("read:N", title=None, axis=alt.Axis(labelAngle=0), scale=alt.Scale(padding=0.3)),
-        y=alt.Y("depth:Q", title="depth, decades"),
+        y=alt.Y("depth:Q", title="depth, decades", **linear_axis(frame["depth"])),
         color=family_colour(frame["family"].to_list()),
         detail="line:N",
-        tooltip=["line:N", "family:N", "read:N", tooltip("depth", ".2f")],
+        tooltip=[*_ABOUT, tooltip("depth", ".2f")],
     )
     layers = alt.layer(base.mark_line(strokeWidth=1.6, opacity=0.7), base.mark_point(filled=True, size=60))
-    return specification(layers, {"slopes": frame.to_dicts()}, height=300)
+    return specification(layers, {"slopes": frame.to_dicts()}, height=260)
 
 
-def bar(column: str) -> list[pl.Expr]:
-    """`low` and `high`: `column` less and plus its standard error, null where that is not known."""
-    value, error = pl.col(column).cast(pl.Float64), pl.col(f"{column}_standard_error")
-    return [(value - error).alias("low"), (value + error).alias("high")]
+def predicted_plot(reads: pl.LazyFrame) -> Spec | None:
+    """The measured depth over that which the scales alone predict, of every random and trained read; the line is y = x.
 
+    Only kernels have a prediction: what a zero scale makes deep is left out.
+    """
+    import altair as alt
 
-def named(lines: pl.LazyFrame) -> pl.LazyFrame:
-    """With a column `line`: the model, and its protocol and dtype if the result set holds more than one."""
-    together = pl.concat_str(pl.col("protocol", "dtype"), separator=", ", ignore_nulls=True)
-    one_group = pl.struct("protocol", "dtype").n_unique() == 1
-    return lines.with_columns(
-        line=pl.when(one_group).then("model").otherwise(pl.format("{} ({})", pl.col("model"), together))
+    forward = ok_reads(reads).filter(
+        pl.col("read").is_in(["random", "trained"]) & pl.col("depth").is_not_null()
+        & pl.col("depth_predicted").is_not_null() & (pl.col("num_zero_scales").fill_null(0) == 0)
+        & (pl.col("family") == "layernorm")
+    )  # fmt: skip
+    frame = collected(
+        named(forward, reads).select(
+            "line", "family", "read", "revision", "row", "depth_predicted", *bar_of_tokens(), measured="depth"
+        ).sort("line", "read", "revision", nulls_last=True)
+    )  # fmt: skip
+    if frame.is_empty():
+        return None
+    ends = pl.concat([frame["depth_predicted"], frame["measured"]]).to_list()
+    axis = linear_axis(ends)
+    low, high = axis["scale"].domain
+    diagonal = alt.Chart(alt.NamedData(name="diagonal")).mark_line(color=RULE, strokeDash=[4, 3]).encode(
+        x="depth_predicted:Q", y="measured:Q"
+    )  # fmt: skip
+    base = alt.Chart(alt.NamedData(name="predicted")).encode(
+        x=alt.X("depth_predicted:Q", title="predicted from the scales, decades", **axis),
+        y=alt.Y("measured:Q", title="measured depth, decades", **axis),
+        color=family_colour(frame["family"].to_list()),
     )
-
-
-def family_colour(present: list[str]) -> Any:
-    """The family's colour, with a legend of the families that are there."""
-    import altair as alt
-
-    colours = alt.Scale(domain=list(FAMILY_COLOURS), range=list(FAMILY_COLOURS.values()))
-    values = [family for family in FAMILIES if family in present]
-    return alt.Color("family:N", scale=colours, legend=alt.Legend(orient="bottom", values=values))
-
-
-def read_shape() -> Any:
-    """A circle for a random read, a diamond for a trained one."""
-    import altair as alt
-
-    shapes = alt.Scale(domain=["random", "trained"], range=["circle", "diamond"])
-    return alt.Shape("read:N", scale=shapes, legend=alt.Legend(orient="bottom"))
-
-
-def line_colour(shown: list[str], reads: pl.LazyFrame | None = None) -> Any:
-    """A colour a line, with a legend that one can click; with `reads`, a model has one colour in all their plots."""
-    import altair as alt
-
-    order = (
-        shown if reads is None else collected(named(best_lines(reads)).select("line").sort("line"))["line"].to_list()
+    marks = base.mark_point(filled=True, size=80, opacity=0.85).encode(
+        shape=read_shape(),
+        tooltip=[*_ABOUT, "revision:N", tooltip("depth_predicted", ".2f"), tooltip("measured", ".2f")],
     )
-    places = {line: place for place, line in enumerate(dict.fromkeys([*order, *shown]))}
-    colours = [LINE_COLOURS[places[line] % len(LINE_COLOURS)] for line in shown]
-    scale = alt.Scale(domain=shown, range=colours)
-    return alt.Color("line:N", scale=scale, legend=alt.Legend(orient="bottom", title=None, symbolLimit=0))
+    bars = base.mark_rule(strokeWidth=4, opacity=0.3).encode(y="low:Q", y2="high:Q")
+    layers = [diagonal, *([bars] if frame["low"].null_count() < len(frame) else []), marks]
+    ends_of_line = [{"depth_predicted": end, "measured": end} for end in (low, high)]
+    return specification(alt.layer(*layers), {"predicted": frame.to_dicts(), "diagonal": ends_of_line}, height=320)
 
 
-def tooltip(column: str, format: str) -> Any:
-    """A number in the tooltip."""
-    import altair as alt
-
-    return alt.Tooltip(f"{column}:Q", format=format)
-
-
-def specification(chart: Any, datasets: dict[str, list[dict[str, Any]]], *, height: Any) -> Spec:
-    """The chart with its rows beside it, as wide as the page."""
-    # The rows go in once and beside the chart: Altair neither copies, checks nor counts them.
-    spec: Spec = chart.properties(width="container", height=height).to_dict()
-    return spec | {"datasets": datasets, "autosize": {"type": "fit-x", "contains": "padding"}}
+def bar_of_tokens() -> list[pl.Expr]:
+    """`low` and `high` of one read's depth, by the sample of its tokens."""
+    error = pl.col("depth_standard_error")
+    return [(pl.col("depth") - error).alias("low"), (pl.col("depth") + error).alias("high")]

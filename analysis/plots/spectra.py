@@ -4,8 +4,10 @@ from typing import Any
 
 import polars as pl
 
+from deadbench.analysis.colours import FLOOR, ROUNDING, STATE_COLOURS
 from deadbench.analysis.lines import best_lines
-from deadbench.analysis.plots.models import Spec, line_colour, named, specification, tooltip
+from deadbench.analysis.plots.axes import Spec, foot, line_families, log_axis, named, specification, tooltip
+from deadbench.analysis.plots.channels import line_colour
 from deadbench.analysis.results import collected
 from deadbench.suite.schema import KEY
 
@@ -18,13 +20,25 @@ _ROUNDING = ("lambda_mean", "depth_predicted")
 def spectra_plot(reads: pl.LazyFrame, spectra: pl.LazyFrame) -> Spec | None:
     """Eigenvalues by their place from the bottom, one line a model, and `lambda_v` as a diamond at the last place.
 
-    The band at the foot is below every line's certified floor."""
+    The band at the foot is below every line's certified floor. What is deeper than the axis lies on its foot.
+    """
     import altair as alt
 
     chosen = (
-        named(best_lines(reads))
+        named(best_lines(reads), reads)
         .with_columns(_PLACE)
-        .select("place_in_family", *KEY, "run_id", "line", "family", "lambda_v", "depth", "spectrum_floor", *_ROUNDING)
+        .select(
+            "place_in_family",
+            *KEY,
+            "run_id",
+            "line",
+            "family",
+            "row",
+            "lambda_v",
+            "depth",
+            "spectrum_floor",
+            *_ROUNDING,
+        )
     )
     # The measurement's place, not just its key: the spectrum of an older run is another one.
     final = spectra.filter(pl.col("site") == "final_norm").unique([*KEY, "run_id"])
@@ -33,11 +47,11 @@ def spectra_plot(reads: pl.LazyFrame, spectra: pl.LazyFrame) -> Spec | None:
         .sort("place_in_family", "line", nulls_last=True)
         .head(MAX_SPECTRA)
         .sort("depth", "line", descending=[True, False], nulls_last=True)
-        .select("line", "family", "lambda_v", "spectrum_floor", *_ROUNDING, "eigenvalues")
+        .select("line", "family", "row", "lambda_v", "spectrum_floor", *_ROUNDING, "eigenvalues")
     ).to_dicts()
     points, along_v = [], []
     for row in rows:
-        origin = {"line": row["line"], "family": row["family"]}
+        origin = {name: row[name] for name in ("line", "family", "row")}
         points += [origin | point for point in downsampled(row["eigenvalues"])]
         if row["lambda_v"] is not None and row["lambda_v"] > 0:
             along_v.append(origin | {"place": 1, "value": row["lambda_v"]})
@@ -45,18 +59,18 @@ def spectra_plot(reads: pl.LazyFrame, spectra: pl.LazyFrame) -> Spec | None:
         return None
     bands = _bands(rows)
     values = [point["value"] for point in points + along_v] + [band["high"] for band in bands]
-    lowest = min(values) / 10
+    lowest, widest = foot(values) / 10, max(point["place"] for point in points)
     picked = alt.selection_point(fields=["line"], bind="legend")
-    scale = alt.Scale(type="log", domainMin=lowest, nice=False)
+    upward = log_axis(lowest, 2 * max(values))
     shaded = alt.Chart(alt.NamedData(name="bands")).mark_rect(opacity=0.16).encode(
-        y=alt.Y("low:Q", scale=scale), y2="high:Q", fill=alt.Fill("colour:N", scale=None),
+        y=alt.Y("low:Q", scale=upward["scale"]), y2="high:Q", fill=alt.Fill("colour:N", scale=None),
         tooltip=["floor:N", alt.Tooltip("high:Q", title="below", format=".1e")],
     )  # fmt: skip
     base = alt.Chart(alt.NamedData(name="points")).encode(
-        x=alt.X("place:Q", title="place from the bottom", scale=alt.Scale(type="log", reverse=True, nice=False),
-                axis=alt.Axis(format="~s")),
-        y=alt.Y("value:Q", title="eigenvalue", scale=scale, axis=alt.Axis(format=".0e")),
-        color=line_colour([row["line"] for row in rows], reads),
+        x=alt.X("place:Q", title="place from the bottom",
+                **log_axis(1, max(2.0, widest), reverse=True)),
+        y=alt.Y("value:Q", title="eigenvalue", **upward),
+        color=line_colour([row["line"] for row in rows], line_families(reads)),
         opacity=alt.when(picked).then(alt.value(1.0)).otherwise(alt.value(0.08)),
     )  # fmt: skip
     about = ["line:N", "family:N", alt.Tooltip("place:Q", title="from the bottom"), tooltip("value", ".3e")]
@@ -81,10 +95,10 @@ def _bands(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
     if predicted:
         name = "float32 rounding in the kernel, from the scales"
-        bands.append({"low": min(predicted) / 2, "high": max(predicted) * 2, "floor": name, "colour": "#d9a520"})
+        bands.append({"low": min(predicted) / 2, "high": max(predicted) * 2, "floor": name, "colour": ROUNDING})
     floors = [row["spectrum_floor"] for row in rows if row["spectrum_floor"]]
     if floors:
-        bands.append({"high": min(floors), "floor": "no accumulator certifies an eigenvalue", "colour": "#8a949e"})
+        bands.append({"high": min(floors), "floor": "no accumulator certifies an eigenvalue", "colour": FLOOR})
     return bands
 
 
@@ -95,12 +109,13 @@ def block_plot(reads: pl.LazyFrame, blocks: pl.LazyFrame) -> Spec | None:
     """
     import altair as alt
 
-    speaking = named(best_lines(reads)).with_columns(_PLACE).select(*KEY, "run_id", "line", "family", "place_in_family")
+    speaking = named(best_lines(reads), reads).with_columns(_PLACE)
+    speaking = speaking.select(*KEY, "run_id", "line", "family", "row", "place_in_family")
     frame = collected(
         blocks.join(speaking, on=[*KEY, "run_id"], nulls_equal=True)
         .filter((pl.col("sigma_min") > 0) & (pl.col("sigma_median") > 0))
         .select(
-            "line", "family", "block", "ratio", "participation", "place_in_family",
+            "line", "family", "row", "block", "ratio", "collapse_below", "participation", "place_in_family",
             whole=(pl.col("state").fill_null("") != "collapsed").all().over("line"),
             state=pl.when("rank_limited").then(pl.lit("rank-limited")).otherwise(pl.col("state").fill_null("first")),
             value=pl.col("sigma_min") / pl.col("sigma_median"),
@@ -112,13 +127,13 @@ def block_plot(reads: pl.LazyFrame, blocks: pl.LazyFrame) -> Spec | None:
         return None
     shown = frame["line"].unique(maintain_order=True).head(MAX_SPECTRA)
     rows = frame.filter(pl.col("line").is_in(shown.implode())).drop("whole", "place_in_family").to_dicts()
+    values = [row[name] for row in rows for name in ("value", "floor") if row[name] is not None]
     picked = alt.selection_point(fields=["line"], bind="legend")
     base = alt.Chart(alt.NamedData(name="blocks")).encode(
-        x=alt.X("block:Q", title="tap: 0 the embedding, then after each block",
-                axis=alt.Axis(format="d", tickMinStep=1)),
-        y=alt.Y("value:Q", title="smallest / median singular value", scale=alt.Scale(type="log"),
-                axis=alt.Axis(format=".0e", tickCount=8)),
-        color=line_colour(shown.to_list(), reads),
+        x=alt.X("block:Q", title="tap: 0 the embedding, then after each block", scale=alt.Scale(nice=False, padding=8),
+                axis=alt.Axis(format="d", tickMinStep=1, tickCount=8)),
+        y=alt.Y("value:Q", title="smallest / median singular value", **log_axis(foot(values) / 1.5, 1.5 * max(values))),
+        color=line_colour(shown.to_list(), line_families(reads)),
         opacity=alt.when(picked).then(alt.value(1.0)).otherwise(alt.value(0.06)),
     )  # fmt: skip
     floors = base.mark_line(strokeDash=[1, 4], strokeWidth=1).encode(y=alt.Y("floor:Q"))
@@ -131,12 +146,19 @@ def block_plot(reads: pl.LazyFrame, blocks: pl.LazyFrame) -> Spec | None:
             ),
             legend=None,
         ),
-        size=alt.when(alt.datum.state == "collapsed").then(alt.value(260)).otherwise(alt.value(28)),
+        size=alt.value(28),
         tooltip=["line:N", "family:N", "block:Q", "state:N", tooltip("value", ".3e"), tooltip("floor", ".1e"),
-                 alt.Tooltip("ratio:Q", title="against the tap before", format=".3f"), tooltip("participation", ".1f")],
+                 tooltip("ratio", ".3f", "against the tap before"), tooltip("collapse_below", ".3f"),
+                 tooltip("participation", ".1f")],
     )  # fmt: skip
     curves = base.mark_line(strokeWidth=1.4).add_params(picked)
-    return specification(alt.layer(floors, curves, marks), {"blocks": rows}, height=340)
+    layers, datasets = [floors, curves, marks], {"blocks": rows}
+    if collapsed := [row for row in rows if row["state"] == "collapsed"]:
+        crosses = base.mark_point(shape="cross", size=260, strokeWidth=2)
+        crosses.data = alt.NamedData(name="collapsed")
+        layers.append(crosses.encode(color=alt.value(STATE_COLOURS["collapsed"])))
+        datasets["collapsed"] = collapsed
+    return specification(alt.layer(*layers), datasets, height=340)
 
 
 def downsampled(eigenvalues: list[float] | None) -> list[dict[str, float]]:

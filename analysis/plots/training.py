@@ -6,23 +6,42 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from deadbench.analysis.colours import CHANGE, FAMILY_COLOURS
 from deadbench.analysis.lines import LINE, last, ok_reads
-from deadbench.analysis.plots.models import Spec, bar, line_colour, named, specification
+from deadbench.analysis.plots.axes import (
+    Spec,
+    bar,
+    foot,
+    line_families,
+    linear_axis,
+    log_axis,
+    named,
+    specification,
+    step_axis,
+    tooltip,
+)
+from deadbench.analysis.plots.channels import line_colour
+from deadbench.analysis.replicates import averaged, in_series
 from deadbench.analysis.results import collected
 from deadbench.analysis.trajectory import angle
 from deadbench.suite.schema import KEY
 
-MAX_HISTORIES, MAX_STEP_TICKS = 40, 8
+MAX_HISTORIES = 40
 
 
-def training_plot(reads: pl.LazyFrame, column: str) -> Spec | None:
-    """`column` (depth, or lambda_v on a log axis) over training steps, of every model with at least two checkpoints."""
+def training_plot(reads: pl.LazyFrame, column: str, family: str | None = None) -> Spec | None:
+    """`column` (depth, or lambda_v on a log axis) over training steps, of every model with at least two checkpoints.
+
+    Replicates are one line, their mean, with the spread as a bar.
+    """
     trained = ok_reads(reads).filter((pl.col("read") == "trained") & pl.col("checkpoint_step").is_not_null())
     measured = trained.filter(pl.col(column).is_not_null() & ((pl.col(column) > 0) | pl.lit(column != "lambda_v")))
+    by = [*LINE, "checkpoint_step"]
+    each = last(in_series(measured), [*by, "member"])
+    lines = named(averaged(each, by, ["family", "depth", "depth_standard_error", "lambda_v"]), reads)
     frame = collected(
-        named(last(measured, [*LINE, "checkpoint_step"]))
-        .filter(pl.len().over("line") >= 2)
-        .select("line", "family", *_bar(column), step="checkpoint_step", value=column)
+        lines.filter((pl.len().over("line") >= 2) & (True if family is None else pl.col("family") == family))
+        .select("line", "family", "row", *_bar(column), step="checkpoint_step", value=column)
         .sort("line", "step")
     )
     log = column == "lambda_v"
@@ -58,19 +77,22 @@ def _histories(frame: pl.DataFrame, reads: pl.LazyFrame, title: str, format: str
         return None
     shown = frame["line"].unique(maintain_order=True).head(MAX_HISTORIES)
     rows = frame.filter(pl.col("line").is_in(shown.implode()))
+    values = rows["value"].to_list()
+    if log:
+        upward = log_axis(foot(values) / 1.5, 1.5 * max(values))
+    else:
+        ends = [rows[name] for name in ("low", "high") if name in rows.columns]
+        upward = linear_axis([*values, *(each for column in ends for each in column)])
     chart = (
         alt.Chart(alt.NamedData(name="history"))
         .mark_line(point=alt.OverlayMarkDef(size=45, filled=True), strokeWidth=1.6)
         .encode(
-            x=alt.X("step:Q", title="training step", scale=alt.Scale(type="symlog", nice=False),
-                    axis=alt.Axis(values=step_ticks(rows["step"].to_list()), labelOverlap=True, format=",d")),
-            y=alt.Y("value:Q", title=title,
-                    scale=alt.Scale(type="log" if log else "linear"), axis=alt.Axis(format=".0e" if log else "~g")),
-            color=line_colour(shown.to_list(), reads),
-            tooltip=["line:N", "family:N", "step:Q",
-                     alt.Tooltip("value:Q", title=title, format=format)],
+            x=step_axis(rows["step"].to_list()),
+            y=alt.Y("value:Q", title=title, **upward),
+            color=line_colour(shown.to_list(), line_families(reads)),
+            tooltip=["line:N", "family:N", "step:Q", tooltip("value", format, title)],
         )
-    )  # fmt: skip
+    )
     if "low" in rows.columns and rows["low"].null_count() < len(rows):
         errors = chart.mark_rule(strokeWidth=4, opacity=0.35).encode(y="low:Q", y2="high:Q")
         chart = alt.layer(errors, chart)
@@ -86,8 +108,7 @@ def trend_plot(series: pl.DataFrame, sparks: pl.DataFrame, metrics: Sequence[str
 
     has_steps = series["checkpoint_step"].null_count() == 0
     x = (
-        alt.X("step:Q", title="training step", scale=alt.Scale(type="symlog", nice=False),
-              axis=alt.Axis(values=step_ticks(series["checkpoint_step"].to_list()), labelOverlap=True, format=",d"))
+        step_axis(series["checkpoint_step"].to_list())
         if has_steps
         else alt.X("revision:N", title="checkpoint", sort=series["revision"].to_list())
     )  # fmt: skip
@@ -98,45 +119,46 @@ def trend_plot(series: pl.DataFrame, sparks: pl.DataFrame, metrics: Sequence[str
         if known.is_empty():
             continue
         rows = known.select(
-            "revision", step="checkpoint_step", value=pl.col(metric).cast(pl.Float64),
-            line=pl.format("{} {} seed {}", "protocol", "dtype", "seed"),
-        )  # fmt: skip
+            "revision",
+            *_bar_of(series, metric),
+            step="checkpoint_step",
+            value=pl.col(metric).cast(pl.Float64),
+            line=pl.format("{} {}", "protocol", "dtype"),
+        )
         positive = rows["value"].min() > 0 and metric.startswith(("lambda_", "scale_"))  # type: ignore[operator]
         datasets[metric] = rows.to_dicts()
-        one_line = rows["line"].n_unique() == 1
+        lines = rows["line"].unique(maintain_order=True).to_list()
+        colour = line_colour(lines) if len(lines) > 1 else alt.value(FAMILY_COLOURS["layernorm"])
         curve = alt.Chart(alt.NamedData(name=metric)).mark_line(point=True, strokeWidth=1.6).encode(
             x=x,
-            y=alt.Y("value:Q", title=metric, scale=_value_scale(rows["value"], bool(positive))),
-            color=alt.value("#1f6fc9") if one_line else line_colour(rows["line"].unique(maintain_order=True).to_list()),
+            y=alt.Y("value:Q", title=metric.replace("_", " "), **_upward(rows, bool(positive))),
+            color=colour,
             tooltip=["revision:N", "line:N", alt.Tooltip("value:Q", format=".4g")],
         )  # fmt: skip
         changes = sparks.filter((pl.col("metric") == metric) & pl.col("change_revision").is_not_null())
         datasets[f"{metric}_change"] = changes.select(
             step="change_step", revision="change_revision", change="change"
         ).to_dicts()
-        rule = alt.Chart(alt.NamedData(name=f"{metric}_change")).mark_rule(strokeDash=[4, 3], color="#d0671c").encode(
+        rule = alt.Chart(alt.NamedData(name=f"{metric}_change")).mark_rule(strokeDash=[4, 3], color=CHANGE).encode(
             x=alt.X(f"{place}:{'Q' if has_steps else 'N'}"),
             tooltip=["revision:N", alt.Tooltip("change:Q", format=".3g")],
         )  # fmt: skip
-        panels.append(alt.layer(curve, rule).properties(width=360, height=150))
+        has_bars = "low" in rows.columns and rows["low"].null_count() < len(rows)
+        bars = [curve.mark_rule(strokeWidth=4, opacity=0.35).encode(y="low:Q", y2="high:Q")] if has_bars else []
+        panels.append(alt.layer(*bars, curve, rule).properties(width=360, height=150))
     spec: Spec = alt.concat(*panels, columns=2).resolve_scale(color="independent").to_dict()
     return spec | {"datasets": datasets}
 
 
-def _value_scale(values: pl.Series, log: bool) -> Any:
+def _bar_of(series: pl.DataFrame, metric: str) -> list[pl.Expr]:
+    return bar(metric) if {f"{metric}_spread", f"{metric}_standard_error"} <= set(series.columns) else []
+
+
+def _upward(rows: pl.DataFrame, log: bool) -> dict[str, Any]:
     """The axis of a panel; what varies by rounding only is drawn as a level."""
-    import altair as alt
-
-    low, high = values.sort().gather([0, -1]).to_list()
-    if high - low > 1e-9 * max(abs(low), abs(high)):
-        return alt.Scale(type="log" if log else "linear", zero=False)
-    return alt.Scale(domain=[low - max(abs(low) / 2, 0.5), high + max(abs(high) / 2, 0.5)])
-
-
-def step_ticks(steps: list[int]) -> list[int]:
-    """Where a symlog axis is labelled: at the checkpoints if they are few, else at zero and the powers of ten."""
-    distinct = sorted(set(steps))
-    if len(distinct) <= MAX_STEP_TICKS:
-        return distinct
-    powers = [10**exponent for exponent in range(19) if distinct[0] <= 10**exponent <= distinct[-1]]
-    return ([0] if distinct[0] == 0 else []) + powers
+    values = rows["value"].to_list()
+    if not log:
+        ends = [each for name in ("low", "high") if name in rows.columns for each in rows[name]]
+        size = max(map(abs, values))
+        return linear_axis([*values, *ends], least=max(size, 0.5) if max(values) - min(values) <= 1e-9 * size else 0.0)
+    return log_axis(foot(values) / 1.5, 1.5 * max(values))

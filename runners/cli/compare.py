@@ -27,6 +27,9 @@ def compare(
     gate: GateFile = None,
     show_all: Annotated[bool, typer.Option("--all", help="Also list what did not change, or passed.")] = False,
     junit: Annotated[Path | None, typer.Option(metavar="FILE", help="With --gate: write JUnit XML.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw the depths, candidate over baseline: .svg, .png or .pdf.")
+    ] = None,
     format: Annotated[str, typer.Option("--format", help=f"One of {', '.join(FORMATS)}, github.")] = "table",
     as_json: Json = False,
     debug: Debug = False,
@@ -41,6 +44,7 @@ def compare(
     """
     from deadbench.analysis.compare import METRICS, num_reads, open_side
     from deadbench.analysis.compare import compare as differences
+    from deadbench.analysis.compare_seeds import compared_over_seeds
     from deadbench.analysis.gate import broken, judge, load_gate, unjudged
     from deadbench.analysis.pages.gate_report import github_summary, headline, sides
     from deadbench.analysis.pages.gate_report import junit as junit_xml
@@ -50,10 +54,21 @@ def compare(
     if gate is None and (junit is not None or format == "github"):
         raise UserError(f"{'--junit' if junit else '--format github'} reports a gate; give one with --gate FILE")
     check_folder("--junit", junit)
+    check_folder("--plot", plot)
     rules = load_gate(gate) if gate is not None else None
     asked = rules.scales() if rules else METRICS
     rows = differences(open_side(baseline), open_side(candidate), asked)
+    if plot is not None:
+        from deadbench.analysis.plots.comparison import comparison_plot
+        from deadbench.analysis.plots.export import save_plot
+
+        spec = comparison_plot(compared_over_seeds(rows))
+        if spec is None:
+            raise UserError(f"--plot {plot}: no depth was compared; there is nothing to draw")
+        save_plot(spec, plot)
+        say(f"wrote {plot}")
     if rules is None:
+        rows = compared_over_seeds(rows)
         shown = rows if show_all else rows.filter(rows["verdict"] != "same")
         if shown.is_empty():
             say(f"no differences: {num_reads(rows)} reads, {rows['metric'].n_unique()} metrics compared")

@@ -81,7 +81,7 @@ def report(
     results: Results,
     out: Annotated[Path, typer.Option("-o", "--out", metavar="FILE.html", help="Page to write.")] = Path("report.html"),
     plots: Annotated[Path | None, typer.Option(metavar="DIR", help="Also write each plot here, as files.")] = None,
-    plot_format: Annotated[str, typer.Option(help="svg or png.")] = "svg",
+    plot_format: Annotated[str, typer.Option(help="svg, png or pdf.")] = "svg",
     debug: Debug = False,
 ) -> None:
     """One self-contained page: leaderboard, claims and plots; no network needed to view it.
@@ -89,8 +89,9 @@ def report(
     Example: [bold]deadbench report results/quick -o report.html --plots plots[/bold]
     """
     from deadbench.analysis.pages.report import write_report
+    from deadbench.analysis.plots.export import FORMATS
 
-    one_of("--plot-format", plot_format, ("svg", "png"))
+    one_of("--plot-format", plot_format, FORMATS)
     check_folder("--out", out)
     check_folder("--plots", plots)
     specs = write_report(results, out)

@@ -23,7 +23,7 @@ def trend(
     results: Results,
     model: Annotated[str, typer.Option(help="Model of the result set, or of the registry with --bisect.")],
     metric: Annotated[list[str] | None, typer.Option(help="Column of reads; may be repeated.")] = None,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a plot: .svg or .png.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a plot: .svg, .png or .pdf.")] = None,
     bisect: Annotated[
         str | None, typer.Option(metavar="METRIC", help="Find the first checkpoint at which METRIC's gate breaks.")
     ] = None,
@@ -78,7 +78,7 @@ def trend(
         save_plot(trend_plot(turned, sparks, [*metrics, "angle"]), plot)
         say(f"wrote {plot}")
     if metric and format == "table" and not as_json:
-        beside = [ERRORS[name] for name in metric if ERRORS.get(name) in series.columns]
+        beside = [error for name in metric for error in ERRORS.get(name, ()) if error in series.columns]
         series = series.select("checkpoint_step", "revision", *metric, *beside, "protocol", "dtype")
         print_frames({"checkpoints": series, "metrics": sparks, "directions": turns}, format)
     else:

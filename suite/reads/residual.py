@@ -6,6 +6,7 @@ hidden size, k dead directions.
 """
 
 import json
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from deadbench.suite.ranks import Ranks
+from deadbench.suite.reads.collapse import collapse_limit
 from deadbench.suite.reads.distinct_rows import MIN_DISTINCT
 from deadbench.suite.reads.rows import check_rows, token_rows
 from deadbench.suite.reads.tap import TAP_STATE, Tap
@@ -25,7 +27,6 @@ from deadbench.suite.schema import Row
 from deadbench.suite.spectra.arrow_state import StateError, fields, struct
 from deadbench.suite.spectra.directions import UNIT_ROUNDOFF, leading_coordinates
 
-COLLAPSE_RATIO = 0.8  # at random initialisation the ratio is 1.0 to 1.9, spread 0.045 over samples of 4D tokens
 SAME_DEAD = 0.9  # containment above which dead directions of two taps are the same
 _FLOORS = {"bfloat16": 8.0, "float16": 8.0, "float32": 32.0, "float64": 32.0}
 STREAM_STATE = pa.schema(
@@ -232,9 +233,11 @@ class ResidualRead:
         coordinates, weights = leading_coordinates(now.bottom_D)
         before = None if ahead is None or known[ahead].rank_limited else known[ahead]
         ratio = now.sigma_min / before.sigma_min if before is not None and before.sigma_min > 0 else None
-        state = None
+        state, limit = None, None
         if before is not None and ahead is not None:
-            state = self._state(now, before, halves.get(index), halves.get(ahead))
+            ratios = _ratios(halves.get(index), halves.get(ahead)) if now.fell_from(before) else None
+            limit = collapse_limit(self.hidden_size, ratios) if ratios else None
+            state = self._state(now, before, ratios, limit)
         return {
             "block": index,
             "sigma_min": now.sigma_min,
@@ -243,6 +246,7 @@ class ResidualRead:
             "ratio": ratio,
             "floor": now.floor,
             "state": state,
+            "collapse_below": limit,
             "rank_limited": now.rank_limited,
             "preserved": None if state is None else state in ("preserved", "preserved-dead"),
             "bottom_coordinates": coordinates,
@@ -252,11 +256,7 @@ class ResidualRead:
         }
 
     def _state(
-        self,
-        now: _TapSpectrum,
-        before: _TapSpectrum,
-        halves_now: tuple[float, float] | None,
-        halves_before: tuple[float, float] | None,
+        self, now: _TapSpectrum, before: _TapSpectrum, ratios: tuple[float, float] | None, limit: float | None
     ) -> str:
         """preserved, collapsed, preserved-dead or revived, from one tap to the next."""
         if len(now.dead_kD):
@@ -264,12 +264,17 @@ class ResidualRead:
             return "preserved-dead" if self.placement == "post" or _same_dead(now, before) else "collapsed"
         if len(before.dead_kD):
             return "revived"
-        if not now.fell_from(before):
+        if ratios is None or limit is None:
             return "preserved"
-        assert halves_now is not None
-        assert halves_before is not None
-        pairs = zip(halves_now, halves_before, strict=True)
-        return "collapsed" if all(after < COLLAPSE_RATIO * earlier for after, earlier in pairs) else "preserved"
+        return "collapsed" if max(ratios) < limit else "preserved"
+
+
+def _ratios(now: tuple[float, float] | None, before: tuple[float, float] | None) -> tuple[float, float]:
+    """Each half's smallest singular value against the same half's at the tap before."""
+    assert now is not None
+    assert before is not None
+    first, second = (after / earlier if earlier > 0 else math.nan for after, earlier in zip(now, before, strict=True))
+    return first, second
 
 
 def _same_dead(now: _TapSpectrum, before: _TapSpectrum) -> bool:

@@ -3,6 +3,7 @@ import math
 import pytest
 
 from deadbench.analysis.compare import METRICS, compare, open_side
+from deadbench.analysis.compare_seeds import compared_over_seeds
 from deadbench.analysis.formats import render
 from deadbench.analysis.results import ResultsError
 
@@ -144,3 +145,31 @@ def test_a_side_is_a_result_set_or_one_checkpoint_of_it(result_set, read):
         open_side(f"{location}@step3")
     with pytest.raises(ResultsError, match="no such result set"):
         open_side("absent@step1")
+
+
+def test_over_seeds_a_comparison_is_of_means_with_the_noise_of_the_mean_change(frame, read):
+    def side(*depths):
+        return frame(
+            [read(f"m-seed{i}", depth=d, lambda_v=10.0**-d) for i, d in enumerate(depths)] + [read("b", depth=1)]
+        )
+
+    table = compare(side(12.0, 13.0, 14.0), side(12.0, 13.5, 14.4))
+    both = compared_over_seeds(table)
+    columns = ("model", "metric", "baseline", "candidate", "change", "noise_from", "verdict", "num_seeds")
+    b, depth, lambda_v = both.select(columns).rows()
+    assert b[:2] == ("b", "depth")
+    assert depth == ("m-seed*", "depth", 13.0, pytest.approx(13.3), pytest.approx(0.3), "seeds", "noise", 3)
+    assert lambda_v[2:5] == (pytest.approx(1e-13), pytest.approx(10**-13.3), pytest.approx(-0.3))
+    errors = both.filter(model="m-seed*").select("baseline_error", "candidate_error", "noise").rows()
+    assert errors[0] == (1.0, pytest.approx(1.2124, abs=1e-4), pytest.approx(0.26458 / 3**0.5, abs=1e-4))
+    assert errors[1][:2] == (None, None), "a factor has no error on the value's own scale"
+    shown = render({"compare": both}, "md")
+    assert "13 ± 1 |" in shown
+    assert "mean ± standard deviation over seeds: m-seed\\* (3)" in shown
+    assert compared_over_seeds(table.filter(model="b")).equals(table.filter(model="b"))
+
+
+def test_a_depths_own_error_stands_beside_it(frame, read):
+    table = compare(frame([read(depth=13.0, depth_standard_error=0.05)]), frame([read(depth=12.0)]))
+    assert table.select("baseline_error", "candidate_error").rows() == [(0.05, None)]
+    assert "| 13 ± 0.05 | 12 |" in render({"compare": table}, "md")

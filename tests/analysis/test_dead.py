@@ -113,6 +113,25 @@ def test_the_trajectory_turns_and_says_what_opened(read):
     assert found["opened"].to_list() == [None, None, ["norm: 3"]]
 
 
+def test_training_seeds_turn_by_the_mean_of_their_angles_and_open_what_any_of_them_does(read):
+    turns = {"m-seed1": 0.1, "m-seed2": 0.3}
+    rows = [
+        read(model, "parameters", revision=f"step{s}", checkpoint_step=s, **ARCHITECTURE)
+        for model in turns
+        for s in (0, 10)
+    ]
+    along = [[np.cos(turn), np.sin(turn)] for last in turns.values() for turn in (0.0, last)]
+    entries = [(i, norm([3] if i == 3 else [], direction)) for i, direction in enumerate(along)]
+    reads, norms, spectra, blocks = tables(rows, norms=entries)
+    dead = dead_directions(reads, norms, spectra, blocks, every=True)
+    found = trajectory(checkpoints(reads, "m-seed*"), "m-seed*", reads, norms, dead)
+    assert found["angle"].to_list() == [None, pytest.approx(np.degrees(0.2))]
+    assert found["opened"].to_list() == [None, ["norm: 3"]]
+    one = trajectory(checkpoints(reads, "m-seed1"), "m-seed1", reads, norms, dead)
+    assert one["angle"].to_list() == [None, pytest.approx(np.degrees(0.1))]
+    assert one["opened"].to_list() == [None, None]
+
+
 @pytest.mark.parametrize("size", [1e-12, 1e-8, 1e-3, 1.0])
 def test_small_angles_are_kept(size):
     assert np.radians(angle(np.array([1.0, 0.0]), np.array([np.cos(size), np.sin(size)]))) == pytest.approx(size)

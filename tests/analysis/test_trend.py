@@ -88,9 +88,50 @@ def test_every_line_of_a_model_is_summed_up_for_itself(frame, read):
         for dtype in ("float32", "bfloat16")
     ]
     found = summary(checkpoints(frame(rows), "m"), ["depth"])
-    assert found.select("dtype", "seed", "first").rows() == [
-        ("bfloat16", 0, 0.0), ("bfloat16", 1, 1.0), ("float32", 0, 0.0), ("float32", 1, 1.0),
-    ]  # fmt: skip
+    assert found.select("dtype", "seed", "first").rows() == [("bfloat16", None, 0.5), ("float32", None, 0.5)]
+
+
+def test_training_seeds_are_replicates_whether_models_or_revisions_carry_them(frame, read):
+    depths = {1: (12.0, 13.0), 2: (13.0, 15.0), 3: (14.0, 17.0)}
+    as_models = [
+        read(f"org/m-160m-seed{seed}", revision=f"step{step}", checkpoint_step=step, depth=d, hidden_size=64)
+        for seed, both in depths.items()
+        for step, d in enumerate(both)
+    ]
+    as_revisions = [
+        read("org/m", revision=f"seed_{seed}-step{step}", checkpoint_step=step, depth=d)
+        for seed, both in depths.items()
+        for step, d in enumerate(both)
+    ]
+    for rows, name, revision in (
+        (as_models, "org/m-160m-seed*", "step1"),
+        (as_revisions, "org/m", "seed*-step1"),
+    ):
+        series = checkpoints(frame(rows), name)
+        assert series.select("checkpoint_step", "depth", "depth_spread", "num_replicates").rows() == [
+            (0, 13.0, 1.0, 3), (1, 15.0, 2.0, 3),
+        ]  # fmt: skip
+        (line,) = leaderboard(frame(rows)).to_dicts()
+        told = [line[column] for column in ("model", "revision", "depth", "depth_spread", "num_replicates")]
+        assert told == [name, revision, 15.0, 2.0, 3]
+        shown = render({"leaderboard": leaderboard(frame(rows))}, "md")
+        assert "| 15.00 ± 2 |" in shown
+        assert "mean ± standard deviation over seeds:" in shown
+        assert "| 15.00 ± 2 |" in render({"trend": series}, "md")
+    assert checkpoints(frame(as_models), "org/m-160m-seed2")["depth"].to_list() == [13.0, 15.0], "one by its own name"
+
+
+def test_models_of_other_sizes_are_no_replicates_and_one_that_stopped_early_is_not_averaged(frame, read):
+    rows = [read("m-seed1", depth=1.0, hidden_size=64), read("m-seed2", depth=2.0, hidden_size=128)]
+    assert sorted(leaderboard(frame(rows))["model"]) == ["m-seed1", "m-seed2"]
+    rows = [
+        read(f"m-seed{seed}", revision=f"step{last}", checkpoint_step=last, depth=float(seed))
+        for seed, last in ((1, 10), (2, 10), (3, 5))
+    ]
+    rows += [read(f"m-seed{seed}", "random", depth=0.5) for seed in (1, 2, 3)]
+    (line,) = leaderboard(frame(rows)).to_dicts()
+    assert (line["depth"], line["num_replicates"], line["deepening"]) == (1.5, 2, 1.0)
+    assert (line["depth_random"], line["depth_random_spread"], line["num_seeds"]) == (0.5, None, 1)
 
 
 def test_magnitudes_are_compared_by_decades_and_a_zero_as_the_smallest_that_is_not():

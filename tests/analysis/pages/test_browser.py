@@ -100,6 +100,11 @@ def test_the_page_works_and_stays_at_home(page):
     page.wait_for_selector("#vg-tooltip-element.visible")
     assert "family" in page.locator("#vg-tooltip-element").text_content()
 
+    # A click on it leads to the model's row.
+    page.locator(".plot >> nth=2 >> css=.mark-symbol path[aria-roledescription='point'] >> nth=0").click(force=True)
+    page.wait_for_function("location.hash.startsWith('#row-')")
+    assert page.locator("#board tr:target").count() == 1
+
     assert page.locator("body").evaluate("body => body.ownerDocument.images.length") == 0, "a name made an element"
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     assert page.said == []
@@ -111,6 +116,15 @@ def test_it_fits_a_phone_and_paper(browser, report):
     page.goto(report.as_uri())
     page.wait_for_function("window.plotsDrawn >= document.querySelectorAll('.plot').length", timeout=60_000)
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    # However far the leaderboard is scrolled, one sees whose row it is; and whether a claim holds, without scrolling.
+    page.locator("#board").evaluate("table => { table.parentElement.scrollLeft = 500; }")
+    left, width = page.locator("#board tbody tr:first-child td.pinned").evaluate(
+        "cell => [cell.getBoundingClientRect().left, cell.getBoundingClientRect().width]"
+    )
+    assert 0 <= left < 40
+    assert 40 < width < 180
+    holds = page.locator("#claims-table td.yes, #claims-table td.no").first
+    assert holds.evaluate("cell => cell.getBoundingClientRect().right") < 360
     page.emulate_media(media="print", color_scheme="dark")
     assert page.locator("nav").is_hidden()
     assert page.locator("body").evaluate("body => getComputedStyle(body).backgroundColor") == "rgb(255, 255, 255)"

@@ -5,10 +5,12 @@ from html.parser import HTMLParser
 import pytest
 
 from deadbench.analysis.pages.report import report_page, write_report
+from deadbench.analysis.plots.axes import line_families, step_ticks
+from deadbench.analysis.plots.channels import line_colour
 from deadbench.analysis.plots.export import save_plot, save_plots
-from deadbench.analysis.plots.models import depth_plot, line_colour, size_plot, slope_plot
+from deadbench.analysis.plots.models import depth_plot, size_plot, slope_plot
 from deadbench.analysis.plots.spectra import MAX_POINTS, block_plot, downsampled, spectra_plot
-from deadbench.analysis.plots.training import step_ticks, training_plot
+from deadbench.analysis.plots.training import training_plot
 from deadbench.analysis.results import ResultsError, scan
 
 EVIL = "</script><script>alert(1)</script>"
@@ -135,7 +137,8 @@ def test_spectra_are_those_of_the_read_that_speaks_for_the_model(result_set, rea
         ("m", 1, 6.0),
         ("n", 1, 5.0),
     ]
-    assert data["along_v"] == [{"line": "m", "family": "layernorm", "place": 1, "value": 2e-13}]
+    (along_v,) = data["along_v"]
+    assert (along_v["line"], along_v["place"], along_v["value"]) == ("m", 1, 2e-13)
 
 
 def test_lines_carry_protocol_and_dtype_only_where_they_differ(frame, read):
@@ -150,7 +153,7 @@ def test_a_model_has_one_colour_in_all_plots(frame, read):
     reads = frame([read("a", depth=1.0), read("b", depth=2.0), read("c", depth=3.0)])
 
     def colours(shown):
-        scale = line_colour(shown, reads).to_dict()["scale"]
+        scale = line_colour(shown, line_families(reads)).to_dict()["scale"]
         return dict(zip(scale["domain"], scale["range"], strict=True))
 
     several = colours(["c", "a", "b"])
@@ -219,13 +222,15 @@ def test_slopes_and_sizes_need_both_reads_and_two_models(frame, read):
 @pytest.mark.slow
 def test_plots_are_written_as_files(location, tmp_path):
     plots = write_report(location, tmp_path / "r.html")
-    for format, start in (("svg", b"<svg"), ("png", b"\x89PNG")):
-        paths = save_plots(plots, tmp_path / "plots", format)
-        assert len(paths) == len(plots) == 6
-        assert all(path.read_bytes().startswith(start) for path in paths)
-    assert b"<script" not in (tmp_path / "plots" / "depth.svg").read_bytes()
-    with pytest.raises(ResultsError, match=r"x\.pdf: a plot is written as svg or png"):
-        save_plot(plots[0][1], tmp_path / "x.pdf")
+    paths = save_plots(plots, tmp_path / "plots", "svg")
+    assert len(paths) == len(plots) == 6
+    assert all(path.read_bytes().startswith(b"<svg") for path in paths)
+    assert b"<script" not in (tmp_path / "plots" / "depth-layernorm.svg").read_bytes()
+    for format, start in (("png", b"\x89PNG"), ("PDF", b"%PDF")):
+        save_plot(plots[1][1], tmp_path / f"x.{format}")
+        assert (tmp_path / f"x.{format}").read_bytes().startswith(start)
+    with pytest.raises(ResultsError, match=r"x\.gif: a plot is written as svg, png or pdf"):
+        save_plot(plots[0][1], tmp_path / "x.gif")
 
 
 def test_zero_scales_are_explained_and_not_praised(result_set, read):
@@ -236,3 +241,32 @@ def test_zero_scales_are_explained_and_not_praised(result_set, read):
     page, _ = report_page(result_set(rows))
     assert "zero scales: zeroed (3). Each is a dead direction that training closed (learned)" in page
     assert "<b>13.1</b><span>decades, the deepest kernel</span>" in page
+
+
+def test_the_claims_begin_with_holds_and_headings_say_what_they_mean(location):
+    page = report_page(location)[0]
+    heads = re.findall(r'<th data-name="(\w+)" class="([^"]*)"(?: title="([^"]*)")?>', page)
+    holds = next(place for place, (name, *_) in enumerate(heads) if name == "holds")
+    assert [name for name, *_ in heads[holds : holds + 2]] == ["holds", "statement"]
+    pinned = [name for name, classes, _ in heads if "pinned" in classes]
+    assert pinned[:2] == ["model", "holds"], "what stays in sight when the table is scrolled"
+    titles = {name: title for name, _, title in heads}
+    assert titles["depth"] == "log10(lambda_mean / lambda_v) in float32; lambda_v cut at depth_limit; decades"
+    assert "margin" not in titles["value_margin"]
+    assert "negative beyond it" in titles["value_margin"]
+
+
+def test_a_plots_points_know_the_row_of_their_model(location):
+    page, plots = report_page(location)
+    rows = re.findall(r'<tr id="([^"]+)">', page)
+    assert len(rows) == len(set(rows)) == 3
+    drawn = {
+        point["row"]
+        for title, _, panels in plots
+        for _, spec in panels
+        for name, points in spec["datasets"].items()
+        for point in points
+        if name in ("points", "depths", "sizes", "slopes")
+    }
+    assert drawn == {"row-other-standard-float32", "row-script-script-alert-1-script-standard-float32"} <= set(rows)
+    assert f'<a href="#{rows[0]}">' in page

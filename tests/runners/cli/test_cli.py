@@ -37,7 +37,7 @@ FLAGS = {
     "leaderboard": "--format --sort --family --json --debug",
     "families": "--format --json --debug",
     "dead": "--model --verdict --all --format --json --debug",
-    "compare": "--gate --all --junit --format --json --debug",
+    "compare": "--gate --all --junit --plot --format --json --debug",
     "trend": "--model --metric --plot --bisect --gate --registry --suite --address --format --json --debug",
     "report": "-o --out --plots --plot-format --debug",
     "publish": "--to --title --license --private --debug",

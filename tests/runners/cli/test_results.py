@@ -91,9 +91,15 @@ def test_reports_and_plots_are_files(deadbench, tmp_path):
     code, out, _ = deadbench("report", QUICK, "-o", tmp_path / "r.html", "--plots", tmp_path / "plots")
     assert code == 0
     assert out.splitlines()[0] == str(tmp_path / "r.html")
-    assert len(out.splitlines()) == 1 + len(list((tmp_path / "plots").glob("*.svg"))) == 9
+    assert len(out.splitlines()) == 1 + len(list((tmp_path / "plots").glob("*.svg"))) == 18
     arguments = ["trend", QUICK, "--model", "twin-layernorm", "--metric", "lambda_max", "--plot", tmp_path / "t.svg"]
     code, out, _ = deadbench(*arguments)
     assert code == 0
     assert "lambda max" in out, "a metric that was asked for is a column"
     assert (tmp_path / "t.svg").read_text().startswith("<svg")
+    sides = [f"{QUICK}@step16", f"{QUICK}@step4096"]
+    assert deadbench("compare", *sides, "--plot", tmp_path / "c.pdf")[0] == 0
+    assert (tmp_path / "c.pdf").read_bytes().startswith(b"%PDF")
+    code, _, err = deadbench("compare", *sides, "--plot", tmp_path / "c.gif")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "a plot is written as svg, png or pdf" in err

@@ -119,7 +119,7 @@ def test_every_block_agrees_with_an_independent_svd(case, kind, minilm, tmp_path
     for row, before, state, state_before in zip(blocks[1:-1], blocks, states[1:], states, strict=False):
         if row["state"] in ("preserved", "collapsed"):
             fallen = [
-                smallest(now) < 0.8 * smallest(then)
+                smallest(now) < (row["collapse_below"] or 0) * smallest(then)
                 for now, then in zip(state.chunk(2), state_before.chunk(2), strict=True)
             ]
             assert row["state"] == ("collapsed" if all(fallen) else "preserved")

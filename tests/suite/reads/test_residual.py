@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from deadbench.suite.reads.collapse import collapse_limit
 from deadbench.suite.reads.residual import ResidualRead
 
 D, N, TAPS = 24, 24 * 16, 6
@@ -110,6 +111,9 @@ def test_post_norm_streams_carry_their_kernel_by_construction():
 
 def test_massive_coordinates_do_not_hide_a_collapse():
     taps, q = stream(), direction()
+    q = torch.nn.functional.normalize(
+        q.index_fill(0, torch.tensor([0]), 0.0), dim=0
+    )  # else the massive one writes to it
     for index in range(TAPS):
         if index >= 3:
             taps[index] = taps[index] - (1 - 1e-4) * torch.outer(taps[index] @ q, q)
@@ -167,3 +171,29 @@ def test_padding_is_left_out():
     measured.end_pass()
     chosen.end_pass()
     assert measured.finish() == chosen.finish()
+
+
+@pytest.mark.parametrize(
+    ("width", "ratios", "limit"),
+    [
+        (768, (0.7, 0.75), 0.8),  # wide and quiet: the ratio decides
+        (512, (0.7, 0.7), 0.8),
+        (96, (0.592, 0.6), 0.15),  # GPT-2's second block of four at random initialisation
+        (768, (0.5, 0.79), 1 - 3 * 0.29 / 2**0.5),  # the halves do not agree that it fell so far
+        (24, (1e-4, 3e-4), 0.0375),
+        (768, (0.0, 0.0), 0.8),
+        (768, (np.nan, 0.1), None),
+    ],
+)
+def test_width_and_noise_decide_from_where_on_a_fall_is_a_collapse(width, ratios, limit):
+    assert collapse_limit(width, ratios) == pytest.approx(limit)
+
+
+def test_a_narrow_stream_that_falls_as_random_weights_do_is_preserved_and_says_by_which_limit():
+    taps, q = stream(), direction()
+    for index in range(3, TAPS):
+        taps[index] = taps[index] - 0.5 * torch.outer(taps[index] @ q, q)
+    _, blocks, _ = read(taps)
+    assert blocks[3]["ratio"] < 0.8
+    assert (blocks[3]["state"], blocks[3]["collapse_below"]) == ("preserved", pytest.approx(0.8 * D / 512))
+    assert [row["collapse_below"] for row in blocks[:3]] == [None] * 3, "nothing fell, no limit was asked"
