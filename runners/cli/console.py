@@ -87,6 +87,25 @@ def print_frames(frames: dict[str, Any], format: str, keep: Sequence[str] = ()) 
     print(text)
 
 
+def model_named(results: Any, name: str) -> str:
+    """The model of `results` that `name` means: its own spelling, another one of its folder, or the folder's last part.
+
+    A name that means none, or several, comes back as it is.
+    """
+    known = results.select("model").unique().collect()["model"].to_list()
+    plain = os.path.normpath(name)
+    for fits in (
+        lambda model: model == name,
+        lambda model: os.path.normpath(model) == plain,
+        lambda model: os.path.abspath(model) == os.path.abspath(plain),
+        lambda model: f"/{os.path.normpath(model)}".endswith(f"/{plain}"),
+    ):
+        found = [model for model in known if model is not None and fits(model)]
+        if len(found) == 1:
+            return str(found[0])
+    return name
+
+
 def check_folder(option: str, path: Path | None) -> None:
     """Raise UserError where the folder of the file at `path` is not there."""
     if path is not None and not path.resolve().parent.is_dir():

@@ -14,6 +14,7 @@ from deadbench.runners.cli.census import census
 from deadbench.runners.cli.classify import classify, export
 from deadbench.runners.cli.compare import compare
 from deadbench.runners.cli.console import EXIT_FALSE, EXIT_INTERRUPTED, EXIT_USAGE, UserError, print_anywhere
+from deadbench.runners.cli.init import init
 from deadbench.runners.cli.plan import plan
 from deadbench.runners.cli.results import dead, families, leaderboard, publish, report
 from deadbench.runners.cli.run import run
@@ -28,10 +29,10 @@ app = typer.Typer(
     help="Dead directions of transformers, read from the parameters and measured by one forward pass.",
 )
 
-# Every command, in the order of --help.
+# Every command, in the order of --help: the more used before the less.
 for command in (
-    classify, export, plan, run, census,
-    leaderboard, families, dead, compare, trend, report, publish,
+    run, leaderboard, report, trend, compare, families, dead,
+    classify, plan, init, export, census, publish,
 ):  # fmt: skip
     app.command()(command)
 

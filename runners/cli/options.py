@@ -14,9 +14,10 @@ if TYPE_CHECKING:
 
 # What is read.
 Models = Annotated[
-    list[str] | None, typer.Argument(metavar="[MODEL]...", help="Registry ids or SOURCEs; none: the suite.")
+    list[str] | None,
+    typer.Argument(metavar="[MODEL]...", help="Registry ids, SOURCEs or folders of checkpoints."),
 ]
-Suite = Annotated[str | None, typer.Option(metavar="NAME", help="Suite of the registry. \\[default: quick]")]
+Suite = Annotated[str | None, typer.Option(metavar="NAME", help="Of the registry. \\[default: quick, else the first]")]
 Registry = Annotated[Path | None, typer.Option(metavar="FILE", help="Registry. \\[default: models.yaml]")]
 Reads = Annotated[str | None, typer.Option(help="Comma-separated: parameters, random, trained, functional.")]
 Tokens = Annotated[int | None, typer.Option(min=1, help="Tokens to read. \\[default: the protocol's]")]
@@ -108,7 +109,8 @@ def jobs_and_cluster(
     elif cluster is None:
         connect(address)
         cluster = ray_cluster(str(address))
-    return jobs, cluster, [*passed_over, *which_are_meant(known, names)]
+    remarks = [remark for job in jobs for remark in job.remarks]
+    return jobs, cluster, [*passed_over, *which_are_meant(known, names), *remarks]
 
 
 def _registry(named: Path | None, *, needed: bool, names: list[str]) -> "tuple[entries.Registry, Path, list[str]]":

@@ -8,6 +8,7 @@ import typer
 
 from deadbench.runners.cli import options
 from deadbench.runners.cli.console import EXIT_FALSE, Debug, Json, console, say
+from deadbench.runners.cli.init import check_named
 
 
 def plan(
@@ -42,6 +43,7 @@ def plan(
     """
     from deadbench.runners.planning.plan import as_rows, make_plan
 
+    check_named(models, suite, registry)
     overrides = options.overridden(
         engine=engine, tokens=tokens, input_spec=input_spec, dtype=dtype, seed=seed,
         accumulator_gb=accumulator_gb, tensor_parallel=tensor_parallel, replicas=replicas,

@@ -9,6 +9,7 @@ import typer
 
 from deadbench.runners.cli import options
 from deadbench.runners.cli.console import EXIT_FALSE, Debug, Json, UserError, check_out, one_of
+from deadbench.runners.cli.init import check_named
 
 
 def run(
@@ -57,6 +58,7 @@ def run(
     from deadbench.runners.planning.hardware import parse_cluster
 
     check_out(out)
+    check_named(models, suite, registry)
     one_of("--log-format", log_format, ("text", "json"))
     overrides = options.overridden(
         engine=engine, tokens=tokens, input_spec=input_spec, dtype=dtype, seed=seed,

@@ -183,6 +183,17 @@ def test_files_that_are_no_registry(text, expected, tmp_path):
         load_registry(write(tmp_path, text))
 
 
+def test_three_lines_are_a_registry(tmp_path):
+    registry = load_registry(write(tmp_path, "models:\n  - id: run0\n    source: runs/run0\n"))
+    assert registry.default_suite() == "all"
+    assert [entry.model for entry in registry.suites["all"].entries()] == ["run0"]
+    assert registry.protocols == {"standard": REGISTRY.protocols["standard"]}
+    assert REGISTRY.default_suite() == "quick"
+    assert load_registry(write(tmp_path, "suites: {}\nmodels: []\n")).default_suite() is None
+    with pytest.raises(RegistryError, match=r"m: unknown key 'sauce'"):
+        load_registry(write(tmp_path, "models: [{id: m, sauce: x}]"))
+
+
 def test_where_the_registry_is_looked_for(tmp_path, monkeypatch):
     with pytest.raises(RegistryError, match="no such registry file"):
         find_registry(tmp_path / "none.yaml")
