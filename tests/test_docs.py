@@ -109,6 +109,16 @@ def test_the_gate_in_the_document_is_valid(tmp_path):
     assert set(load_gate(tmp_path / "gate.yaml").metrics) == {"depth", "num_learned", "worst_block_ratio"}
 
 
+def test_the_glossary_is_the_programs_own():
+    from deadbench.analysis.glossary import TERMS
+
+    shown = re.findall(
+        r"^- \*\*(.+?)\*\*: (.*)$", (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert dict(shown) == TERMS
+    assert list(TERMS) == sorted(TERMS)
+
+
 def test_every_command_has_an_example_in_the_documents():
     from typer.main import get_command
 

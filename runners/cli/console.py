@@ -4,7 +4,7 @@ import codecs
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,16 +48,23 @@ def check_out(out: str) -> None:
 
 def print_anywhere() -> None:
     """Let stdout and stderr take every letter, whatever their encoding."""
-    codecs.register_error("deadbench", _in_ascii)
+    codecs.register_error("deadbench", lambda error: _in_ascii(error, lambda letter: "?"))
+    codecs.register_error("deadbench escaped", lambda error: _in_ascii(error, _escaped))
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and stream.errors not in _LENIENT:
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "backslashreplace":  # stderr, if nobody asked else
+            stream.reconfigure(errors="deadbench escaped")
+        elif isinstance(stream, io.TextIOWrapper) and stream.errors not in _LENIENT:
             stream.reconfigure(errors="deadbench")
 
 
-def _in_ascii(error: UnicodeError) -> tuple[str, int]:
+def _in_ascii(error: UnicodeError, otherwise: Callable[[str], str]) -> tuple[str, int]:
     assert isinstance(error, UnicodeEncodeError)
     letters = error.object[error.start : error.end]
-    return "".join(_ASCII.get(letter, "?") for letter in letters), error.end
+    return "".join(_ASCII.get(letter) or otherwise(letter) for letter in letters), error.end
+
+
+def _escaped(letter: str) -> str:
+    return letter.encode("ascii", "backslashreplace").decode()
 
 
 def console() -> Any:

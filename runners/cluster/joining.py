@@ -49,6 +49,14 @@ def connect(address: str | None) -> bool:
     return target == "local"
 
 
+def starts_or_joins(address: str | None) -> str:
+    """What `connect` will do, which takes seconds, for who waits."""
+    import ray
+
+    local = (address or os.environ.get("RAY_ADDRESS") or "local") == "local"
+    return "starting Ray …" if local and not ray.is_initialized() else "joining Ray …"
+
+
 def check_answers(address: str | None) -> None:
     """Raise JoinError where nobody listens at the address that Ray would join; a slow one has its time."""
     variable = os.environ.get("RAY_ADDRESS")
