@@ -24,7 +24,8 @@ def plan(
     resume: options.Resume = True,
     engine: options.Engine = "auto",
     tensor_parallel: Annotated[
-        int | None, typer.Option(min=1, help="Devices that share one model. \\[default: as few as it fits on]")
+        int | None,
+        typer.Option(min=1, metavar="N", help="Devices that share one model. \\[default: as few as it fits on]"),
     ] = None,
     replicas: options.Replicas = 1,
     tokens: options.Tokens = None,

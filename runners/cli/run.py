@@ -28,7 +28,9 @@ def run(
     engine: options.Engine = "auto",
     tensor_parallel: Annotated[
         int | None,
-        typer.Option(min=1, help="Devices (without GPUs: processes) that share one model. \\[default: gpus]"),
+        typer.Option(
+            min=1, metavar="N", help="Devices (without GPUs: processes) that share one model. \\[default: gpus]"
+        ),
     ] = None,
     replicas: options.Replicas = 1,
     tokens: options.Tokens = None,
@@ -36,9 +38,11 @@ def run(
     seed: options.Seed = 0,
     dtype: options.Dtype = None,
     accumulator_gb: options.AccumulatorGb = None,
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds without progress before a model is given up.")] = 3600,
+    timeout: Annotated[
+        float, typer.Option(min=1, metavar="SECONDS", help="Seconds without progress before a model is given up.")
+    ] = 3600,
     max_retries: Annotated[
-        int, typer.Option(min=0, help="Further attempts at a read of which a process died or hung.")
+        int, typer.Option(min=0, metavar="N", help="Further attempts at a read of which a process died or hung.")
     ] = 1,
     checkpoint_interval: Annotated[
         float,

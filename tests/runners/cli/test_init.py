@@ -7,9 +7,11 @@ import pytest
 
 from deadbench.analysis.results import scan
 from deadbench.runners.cli.console import model_named
+from deadbench.runners.cli.run import _next_command
 from deadbench.runners.jobs.build import build_jobs
 from deadbench.runners.jobs.events import Finished
 from deadbench.runners.jobs.job import Overrides
+from deadbench.runners.jobs.opening import which_are_meant
 from deadbench.runners.results.store import ResultStore
 from deadbench.runners.worker.run import run_model
 from deadbench.suite.registry.loading import find_registry, load_registry
@@ -62,6 +64,22 @@ def test_the_trend_of_a_folder_needs_no_registry(here, deadbench, tmp_path):
         assert [line.split()[0] for line in out.splitlines() if "checkpoint-" in line][:3] == ["10", "20", "100"]
     reads = scan(str(tmp_path / "out"))
     assert model_named(reads, "run1") == "run1"
+
+
+def test_the_next_command_shows_what_was_read(here):
+    assert _next_command(_jobs("run0"), "my out") == "deadbench trend 'my out' --model run0"
+    for names in (["run0/checkpoint-10"], ["run0", "模型"]):
+        assert _next_command(_jobs(*names), "out") == "deadbench leaderboard out"
+
+
+def test_checkpoints_beside_weights_are_named(here, tmp_path, monkeypatch):
+    shutil.copytree(here / "run0", tmp_path / "run1")
+    shutil.copy(here / "run0" / "checkpoint-10" / "model.safetensors", tmp_path / "run1")
+    monkeypatch.chdir(tmp_path)
+    assert which_are_meant(load_registry(find_registry()), ["run1"]) == [
+        "run1: its own weights are read; name the checkpoints in it to have them "
+        "(run1/checkpoint-10 … run1/checkpoint-100)"
+    ]
 
 
 def test_a_model_is_known_by_the_end_of_its_path():
