@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -63,7 +64,7 @@ def init(
     for each in found:
         say(f"{each.source}: {each.what()}")
     print(registry)
-    given = "" if registry == Path(DEFAULT_REGISTRY) else f" --registry {registry}"
+    given = "" if registry == Path(DEFAULT_REGISTRY) else f" --registry {shlex.quote(str(registry))}"
     say(f"next: deadbench run{given} --out results")
 
 
@@ -74,7 +75,7 @@ def check_named(models: list[str] | None, suite: str | None, registry: Path | No
     found = found_below(Path())
     if not found:
         return
-    lines = [f"  deadbench run {each.source} --out results   # {each.what()}" for each in found[:_SHOWN]]
+    lines = [f"  deadbench run {shlex.quote(each.source)} --out results   # {each.what()}" for each in found[:_SHOWN]]
     more = [f"  … and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
     rest = [
         "  deadbench init   # lists them in models.yaml: deadbench run then reads them all",
@@ -99,7 +100,7 @@ def found_below(folder: Path) -> list[Found]:
         elif depth < _DEEP:
             with contextlib.suppress(OSError):  # a folder that is not ours to look into
                 inside = sorted(each for each in place.iterdir() if each.is_dir() and not is_hidden(each.name))
-                left += [(each, depth + 1) for each in inside[: _MOST_FOLDERS - len(left)]]
+                left += [(each, depth + 1) for each in inside[: max(0, _MOST_FOLDERS - len(left))]]
     return found
 
 
@@ -120,6 +121,7 @@ def _as_registry(found: list[Found], registry: Path) -> str:
     ids: dict[str, str] = {}
     for each in found:
         wanted = each.series.name if each.series else each.source
+        wanted = os.path.basename(os.path.abspath(wanted)) if wanted == "." or os.path.isabs(wanted) else wanted
         plain = re.sub(r"[^\w.\-/]+", "-", wanted.partition("://")[2] or wanted).strip("-./") or "model"
         ids[each.source] = plain if plain not in ids.values() else f"{plain}-{len(ids)}"
     folder = registry.resolve().parent
@@ -136,4 +138,7 @@ def _from(folder: Path, source: str) -> str:
     from deadbench.suite.checkpoints.sources import locate
 
     place = locate(source)
-    return os.path.relpath(place, folder) if os.path.isabs(place) and not os.path.isabs(source) else source
+    if os.path.isabs(source) or not os.path.isabs(place):
+        return source
+    below = os.path.relpath(place, folder)
+    return f"../{folder.name}" if below == "." else below  # a bare dot would be any folder that deadbench is called in

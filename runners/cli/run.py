@@ -108,7 +108,7 @@ def _execute(
     from deadbench.runners.reporting.event_log import EventLog
     from deadbench.runners.reporting.progress import Reporter
     from deadbench.runners.results.store import ResultStore
-    from deadbench.runners.worker.saved_state import remove_checkpoints
+    from deadbench.runners.worker.progress_folder import remove_checkpoints
 
     store = ResultStore(out)
     done = store.finished() if resume else set()

@@ -22,7 +22,7 @@ from deadbench.runners.jobs.job import ModelJob
 from deadbench.runners.reporting.progress import Reporter
 from deadbench.runners.reporting.run_record import RunRecord
 from deadbench.runners.results.store import ResultStore
-from deadbench.runners.worker.saved_state import absolute
+from deadbench.runners.worker.progress_folder import absolute
 
 __all__ = ["DriverError", "Settings", "StoppedError", "Summary", "execute", "new_run_id"]
 

@@ -19,7 +19,7 @@ from deadbench.runners.reporting.metrics import Metrics
 from deadbench.runners.reporting.progress import Reporter
 from deadbench.runners.reporting.run_record import RunRecord
 from deadbench.runners.results.store import ResultStore
-from deadbench.runners.worker.saved_state import remove_checkpoints
+from deadbench.runners.worker.progress_folder import remove_checkpoints
 
 _POLL_SECONDS = 0.5
 _LOOK_SECONDS = 2.0  # between two looks at the cluster

@@ -123,6 +123,12 @@ class ModelJob:
         """How many GPUs share the model, by the registry."""
         return max((read.model.gpus for read in self.reads), default=1)
 
+    def asked_tensor_parallel(self, *, has_gpus: bool) -> int | None:
+        """What the command line or, where there are GPUs, the registry asks for; None: the plan chooses."""
+        if self.replicas > 1:
+            return None
+        return self.tensor_parallel or (self.gpus if self.gpus > 1 and has_gpus else None)
+
     @property
     def replicas(self) -> int:
         """How many processes divide the tokens of the reads that can be divided."""

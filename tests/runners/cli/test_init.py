@@ -102,7 +102,7 @@ def test_without_a_model_what_lies_here_is_offered(here, deadbench, command):
     code, out, err = deadbench(command)
     assert (code, out) == (2, "")
     assert "deadbench run run0 --out results   # 3 checkpoints, checkpoint-10 to checkpoint-100" in err
-    assert "deadbench run 模型 --out results   # a checkpoint" in err
+    assert "deadbench run '模型' --out results   # a checkpoint" in err
     assert "deadbench run --suite quick" in err
 
 
@@ -127,6 +127,20 @@ def test_a_registry_elsewhere_names_sources_from_where_it_is(here, deadbench, tm
     assert code == 0
     registry = load_registry(tmp_path / "mine.yaml")
     assert [(tmp_path / registry.models[0].source).resolve(), registry.models[1].source] == [here / "run0", "org/name"]
+
+
+def test_the_folder_itself_is_named_so_that_it_is_found_from_anywhere(here, deadbench, monkeypatch):
+    monkeypatch.chdir(here / "run0")
+    assert deadbench("init")[0] == 0
+    try:
+        (model,) = load_registry(find_registry()).models
+        assert (model.id, model.source) == ("run0", "../run0")
+        assert deadbench("init", here / "模型", "--registry", "other.yaml")[0] == 0
+        (other,) = load_registry(here / "run0" / "other.yaml").models
+        assert (other.id, other.source) == ("模型", str(here / "模型"))
+    finally:
+        for name in ("models.yaml", "other.yaml"):
+            (here / "run0" / name).unlink(missing_ok=True)
 
 
 def test_init_with_nothing_to_list(tmp_path, monkeypatch, deadbench):
