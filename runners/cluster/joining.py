@@ -8,6 +8,7 @@ import re
 import socket
 import sys
 import time
+from collections.abc import Callable
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,10 @@ class JoinError(ValueError):
     """Ray cannot be started or joined; one line, exit code 2."""
 
 
-def connect(address: str | None) -> bool:
+def connect(address: str | None, say: Callable[[str], None] = lambda line: None) -> bool:
     """Join the Ray at `address`, else at RAY_ADDRESS, or start one; True if it was started here.
+
+    What takes seconds is said to who waits.
 
     Raises:
         JoinError: nobody answers there, or Ray refuses.
@@ -37,6 +40,7 @@ def connect(address: str | None) -> bool:
     if ray.is_initialized():
         return False
     check_answers(address)
+    say("starting Ray …" if target == "local" else "joining Ray …")
     options: dict[str, Any] = {}
     if target == "local":
         options = {"include_dashboard": False, "object_store_memory": _LOCAL_OBJECT_STORE_BYTES}
@@ -47,14 +51,6 @@ def connect(address: str | None) -> bool:
     except Exception as error:
         raise JoinError(f"Ray at {target!r} cannot be joined ({one_line(error, 300)})") from error
     return target == "local"
-
-
-def starts_or_joins(address: str | None) -> str:
-    """What `connect` will do, which takes seconds, for who waits."""
-    import ray
-
-    local = (address or os.environ.get("RAY_ADDRESS") or "local") == "local"
-    return "starting Ray …" if local and not ray.is_initialized() else "joining Ray …"
 
 
 def check_answers(address: str | None) -> None:

@@ -13,7 +13,7 @@ from contextlib import redirect_stdout
 from typing import Any
 
 from deadbench.runners.cluster.head import HeadWatch, LostClusterError
-from deadbench.runners.cluster.joining import JoinError, connect, starts_or_joins
+from deadbench.runners.cluster.joining import JoinError, connect
 from deadbench.runners.cluster.node_versions import check_versions
 from deadbench.runners.cluster.nodes import PlacementError
 from deadbench.runners.driver.loop import Run, Settings, Summary
@@ -60,9 +60,8 @@ def _execute(jobs: list[ModelJob], store: ResultStore, settings: Settings, repor
     import ray
 
     jobs = [job.checkpointed(settings.checkpoint_interval, absolute(store.location)) for job in jobs]
-    reporter.say(starts_or_joins(settings.address))
     try:
-        started_here = connect(settings.address)
+        started_here = connect(settings.address, reporter.say)
     except JoinError as error:
         raise DriverError(str(error)) from error
     previous = signal.signal(signal.SIGTERM, _interrupt)  # after ray.init, which installs its own
