@@ -12,20 +12,18 @@ absolute, relative, decades how much of it is borne.
 """
 
 import difflib
-import os
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Literal, Self, get_args
 
 import polars as pl
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from deadbench.analysis.cells import one_line
 from deadbench.analysis.compare import Scale, unit_of
 from deadbench.suite.registry.entries import ReadName
 from deadbench.suite.schema import READS as COLUMNS
-from deadbench.suite.yaml_file import UniqueKeyLoader
+from deadbench.suite.yaml_file import YamlError, load_yaml
 
 BROKEN = ("broken", "lost", "missing", "failed")
 _Bound = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -110,12 +108,12 @@ def load_gate(path: Path) -> Gate:
     Raises:
         GateError: no such file, not YAML, or a key or value that cannot be; the line says which and what is allowed.
     """
+    if not path.is_file():
+        raise GateError(f"{path}: no such gate file")
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeyLoader)
-    except OSError as error:
-        raise GateError(f"{path}: no such gate file ({os.strerror(error.errno or 0)})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise GateError(f"{path}: not YAML ({one_line(str(error))[:200]})") from error
+        content = load_yaml(path)
+    except YamlError as error:
+        raise GateError(str(error)) from error
     if not isinstance(content, dict):
         raise GateError(f"{path}: a gate file is a mapping with the key 'metrics'; see `deadbench compare --help`")
     try:

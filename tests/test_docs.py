@@ -109,6 +109,28 @@ def test_the_gate_in_the_document_is_valid(tmp_path):
     assert set(load_gate(tmp_path / "gate.yaml").metrics) == {"depth", "num_learned", "worst_block_ratio"}
 
 
+def test_the_registries_in_the_document_hold(tmp_path):
+    from deadbench.suite.registry.loading import load_registry
+
+    shown = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "registry.md").read_text(encoding="utf-8"), re.DOTALL)
+    path, ids = tmp_path / "models.yaml", []
+    for text in shown:
+        path.write_text(text, encoding="utf-8")
+        ids += [model.id for model in load_registry(path).models]
+    assert ids == ["run0", "pythia-160m", "olmo"]
+    assert len(shown[0].splitlines()) == 3
+
+
+def test_the_glossary_is_the_programs_own():
+    from deadbench.analysis.glossary import TERMS
+
+    shown = re.findall(
+        r"^- \*\*(.+?)\*\*: (.*)$", (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert dict(shown) == TERMS
+    assert list(TERMS) == sorted(TERMS)
+
+
 def test_every_command_has_an_example_in_the_documents():
     from typer.main import get_command
 

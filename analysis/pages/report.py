@@ -13,6 +13,7 @@ import polars as pl
 from deadbench.analysis.dead import dead_directions
 from deadbench.analysis.families import collapsed_blocks, confusion, dead_parameters, families
 from deadbench.analysis.formats import environment, html_rows
+from deadbench.analysis.glossary import TERMS
 from deadbench.analysis.leaderboard import leaderboard
 from deadbench.analysis.lines import failed_reads
 from deadbench.analysis.pages.plots import Plot, report_plots
@@ -74,6 +75,7 @@ def report_page(locations: str | Sequence[str]) -> tuple[str, list[Plot]]:
             collapsed=_table(collapsed_blocks(reads, blocks).drop("state", "sigma_min", "num_blocks")),
             failed=_table(collected(failed_reads(reads).select(FAILED_COLUMNS))),
             plots=plots,
+            glossary=TERMS,
             specs=script_json([spec for _, _, panels in plots for _, spec in panels]),
         )
     )

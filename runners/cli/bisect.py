@@ -18,6 +18,7 @@ from deadbench.runners.jobs.build import build_jobs
 from deadbench.runners.jobs.job import JobError, ModelJob, Overrides, ReadJob
 from deadbench.runners.reporting.progress import Reporter
 from deadbench.runners.results.store import ResultStore
+from deadbench.suite.checkpoints.series import series_in
 from deadbench.suite.registry.loading import find_registry, load_registry
 
 # What the parameters alone say needs no forward pass.
@@ -103,9 +104,11 @@ def most_reads(num_checkpoints: int) -> int:
 def _series(model_id: str, registry_file: Path | None, suite: str | None, read: str) -> ModelJob:
     path = find_registry(registry_file)
     registry = load_registry(path)
-    if registry.model(model_id) is None:
+    if registry.model(model_id) is None and series_in(model_id) is None:
         known = ", ".join(model.id for model in registry.models if model.checkpoints)
-        raise JobError(f"--model {model_id!r} is not in {path}; with a series there are {known}")
+        raise JobError(
+            f"--model {model_id!r} is not in {path}, nor a folder of checkpoints; with a series there are {known}"
+        )
     (job,) = build_jobs(registry, path, [model_id], suite, [read], Overrides(), every_checkpoint=True)
     if len(job.reads) < 2:
         raise JobError(f"{path}: {model_id}: has no series of checkpoints; list them under 'checkpoints'")

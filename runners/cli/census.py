@@ -28,7 +28,9 @@ def census(
     out: Out,
     address: Address = None,
     resume: Annotated[bool, typer.Option("--resume/--fresh", help="Skip finished sources, or read them again.")] = True,
-    threads: Annotated[int, typer.Option(min=1, help="Sources that each CPU's process reads at once.")] = 16,
+    threads: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Sources that each CPU's process reads at once.")
+    ] = 16,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:

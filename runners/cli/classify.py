@@ -16,7 +16,8 @@ _CLASSIFY_THREADS = 8
 
 def classify(
     sources: Annotated[
-        list[str] | None, typer.Argument(metavar="[SOURCE]...", help="Folder, Hub id (org/name[@rev]), or URL.")
+        list[str] | None,
+        typer.Argument(metavar="[SOURCE]...", help="Folders (of checkpoints too), Hub ids, URLs."),
     ] = None,
     save_direction: Annotated[
         Path | None, typer.Option(metavar="FILE.safetensors", help="Write the inverse-scale directions (float64).")
@@ -50,10 +51,13 @@ def classify(
         return
     if not sources:
         raise UserError("Missing argument 'SOURCE...'; give a checkpoint, or --module package:Class")
+    from deadbench.suite.checkpoints.series import Series, gathered
     from deadbench.suite.reads.classify import classify as classify_one
 
     if save_direction is not None and not save_direction.resolve().parent.is_dir():
         raise UserError(f"--save-direction {save_direction}: no such directory")
+    parts = [each.sources() if isinstance(each, Series) else [each] for each in gathered(sources)]
+    sources = [source for part in parts for source in part]
     read: list[tuple[dict[str, Any], Any]] = []
     with ThreadPoolExecutor(_CLASSIFY_THREADS) as pool:  # remote sources wait for their servers side by side
         for source, result in zip(sources, pool.map(lambda s: classify_one(s, verify), sources), strict=True):

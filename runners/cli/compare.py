@@ -48,6 +48,7 @@ def compare(
     from deadbench.analysis.gate import broken, judge, load_gate, unjudged
     from deadbench.analysis.pages.gate_report import github_summary, headline, sides
     from deadbench.analysis.pages.gate_report import junit as junit_xml
+    from deadbench.suite.storage import write_whole
 
     format = "json" if as_json else format
     one_of("--format", format, (*FORMATS, "github"))
@@ -78,7 +79,7 @@ def compare(
     judged = judge(rows, rules)
     failures = broken(judged)
     if junit is not None:
-        junit.write_text(junit_xml(judged), encoding="utf-8")
+        write_whole(junit, junit_xml(judged).encode())
     if page := os.environ.get("GITHUB_STEP_SUMMARY"):
         with open(page, "a", encoding="utf-8") as file:
             file.write(github_summary(judged, baseline, candidate))

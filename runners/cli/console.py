@@ -4,7 +4,7 @@ import codecs
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,16 +48,23 @@ def check_out(out: str) -> None:
 
 def print_anywhere() -> None:
     """Let stdout and stderr take every letter, whatever their encoding."""
-    codecs.register_error("deadbench", _in_ascii)
+    codecs.register_error("deadbench", lambda error: _in_ascii(error, lambda letter: "?"))
+    codecs.register_error("deadbench escaped", lambda error: _in_ascii(error, _escaped))
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and stream.errors not in _LENIENT:
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "backslashreplace":  # stderr, if nobody asked else
+            stream.reconfigure(errors="deadbench escaped")
+        elif isinstance(stream, io.TextIOWrapper) and stream.errors not in _LENIENT:
             stream.reconfigure(errors="deadbench")
 
 
-def _in_ascii(error: UnicodeError) -> tuple[str, int]:
+def _in_ascii(error: UnicodeError, otherwise: Callable[[str], str]) -> tuple[str, int]:
     assert isinstance(error, UnicodeEncodeError)
     letters = error.object[error.start : error.end]
-    return "".join(_ASCII.get(letter, "?") for letter in letters), error.end
+    return "".join(_ASCII.get(letter) or otherwise(letter) for letter in letters), error.end
+
+
+def _escaped(letter: str) -> str:
+    return letter.encode("ascii", "backslashreplace").decode()
 
 
 def console() -> Any:
@@ -85,6 +92,25 @@ def print_frames(frames: dict[str, Any], format: str, keep: Sequence[str] = ()) 
     if format == "html" and "utf" not in (sys.stdout.encoding or "").lower():
         text = text.encode("ascii", "xmlcharrefreplace").decode()  # the page itself says that it is UTF-8
     print(text)
+
+
+def model_named(results: Any, name: str) -> str:
+    """The model of `results` that `name` means: its own spelling, another one of its folder, or the folder's last part.
+
+    A name that means none, or several, comes back as it is.
+    """
+    known = results.select("model").unique().collect()["model"].to_list()
+    plain = os.path.normpath(name)
+    for fits in (
+        lambda model: model == name,
+        lambda model: os.path.normpath(model) == plain,
+        lambda model: os.path.abspath(model) == os.path.abspath(plain),
+        lambda model: f"/{os.path.normpath(model)}".endswith(f"/{plain}"),
+    ):
+        found = [model for model in known if model is not None and fits(model)]
+        if len(found) == 1:
+            return str(found[0])
+    return name
 
 
 def check_folder(option: str, path: Path | None) -> None:

@@ -14,6 +14,8 @@ from deadbench.runners.cli.census import census
 from deadbench.runners.cli.classify import classify, export
 from deadbench.runners.cli.compare import compare
 from deadbench.runners.cli.console import EXIT_FALSE, EXIT_INTERRUPTED, EXIT_USAGE, UserError, print_anywhere
+from deadbench.runners.cli.glossary import glossary
+from deadbench.runners.cli.init import init
 from deadbench.runners.cli.plan import plan
 from deadbench.runners.cli.results import dead, families, leaderboard, publish, report
 from deadbench.runners.cli.run import run
@@ -26,12 +28,14 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Dead directions of transformers, read from the parameters and measured by one forward pass.",
+    epilog="First: [bold]deadbench run --suite quick --out results/quick[/bold], then [bold]deadbench leaderboard "
+    "results/quick[/bold]. Words that tables use (collapsed, lost, deepening, …): [bold]deadbench glossary[/bold].",
 )
 
-# Every command, in the order of --help.
+# Every command, in the order of --help: the more used before the less.
 for command in (
-    classify, export, plan, run, census,
-    leaderboard, families, dead, compare, trend, report, publish,
+    run, leaderboard, report, trend, compare, families, dead,
+    classify, plan, init, export, census, publish, glossary,
 ):  # fmt: skip
     app.command()(command)
 

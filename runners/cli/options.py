@@ -14,18 +14,28 @@ if TYPE_CHECKING:
 
 # What is read.
 Models = Annotated[
-    list[str] | None, typer.Argument(metavar="[MODEL]...", help="Registry ids or SOURCEs; none: the suite.")
+    list[str] | None,
+    typer.Argument(metavar="[MODEL]...", help="Registry ids, SOURCEs or folders of checkpoints."),
 ]
-Suite = Annotated[str | None, typer.Option(metavar="NAME", help="Suite of the registry. \\[default: quick]")]
+Suite = Annotated[str | None, typer.Option(metavar="NAME", help="Of the registry. \\[default: quick, else the first]")]
 Registry = Annotated[Path | None, typer.Option(metavar="FILE", help="Registry. \\[default: models.yaml]")]
-Reads = Annotated[str | None, typer.Option(help="Comma-separated: parameters, random, trained, functional.")]
-Tokens = Annotated[int | None, typer.Option(min=1, help="Tokens to read. \\[default: the protocol's]")]
+Reads = Annotated[
+    str | None,
+    typer.Option(help="Of parameters, random, trained, functional. \\[default: the suite's, or the first three]"),
+]
+Tokens = Annotated[int | None, typer.Option(min=1, metavar="N", help="Tokens to read. \\[default: the protocol's]")]
 InputSpec = Annotated[
     str | None,
-    typer.Option("--input", metavar="SPEC", help="text[:FILE], image[:DIR], tokens:random, tokens:FILE.npy, hf:…"),
+    typer.Option(
+        "--input",
+        metavar="SPEC",
+        help="text[:FILE], image[:DIR], tokens:random, tokens:FILE.npy, hf:… \\[default: by the modality]",
+    ),
 ]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of random weights and inputs.")]
-Dtype = Annotated[str | None, typer.Option(help="auto, float32, float16, bfloat16, float64.")]
+Seed = Annotated[int, typer.Option(min=0, metavar="N", help="Seed of random weights and inputs.")]
+Dtype = Annotated[
+    str | None, typer.Option(help="auto, float32, float16, bfloat16, float64. \\[default: the registry's, or auto]")
+]
 
 # Where and how.
 Address = Annotated[str | None, typer.Option(help="Ray to join: local, auto, host:port. \\[default: local]")]
@@ -33,7 +43,7 @@ Out = Annotated[str, typer.Option(metavar="DIR_OR_URI", help="Result set to writ
 Resume = Annotated[bool, typer.Option("--resume/--fresh", help="Skip finished reads, or redo them.")]
 Engine = Annotated[str, typer.Option(help="auto, torch, streaming (one block at a time) or vllm.")]
 Replicas = Annotated[
-    int, typer.Option(min=1, help="Processes (with GPUs: one GPU each) that divide one model's tokens.")
+    int, typer.Option(min=1, metavar="N", help="Processes (with GPUs: one GPU each) that divide one model's tokens.")
 ]
 AccumulatorGb = Annotated[
     float | None,
@@ -108,7 +118,8 @@ def jobs_and_cluster(
     elif cluster is None:
         connect(address)
         cluster = ray_cluster(str(address))
-    return jobs, cluster, [*passed_over, *which_are_meant(known, names)]
+    remarks = [remark for job in jobs for remark in job.remarks]
+    return jobs, cluster, [*passed_over, *which_are_meant(known, names), *remarks]
 
 
 def _registry(named: Path | None, *, needed: bool, names: list[str]) -> "tuple[entries.Registry, Path, list[str]]":

@@ -8,6 +8,7 @@ import typer
 
 from deadbench.runners.cli import options
 from deadbench.runners.cli.console import EXIT_FALSE, Debug, Json, console, say
+from deadbench.runners.cli.init import check_named
 
 
 def plan(
@@ -23,7 +24,8 @@ def plan(
     resume: options.Resume = True,
     engine: options.Engine = "auto",
     tensor_parallel: Annotated[
-        int | None, typer.Option(min=1, help="Devices that share one model. \\[default: as few as it fits on]")
+        int | None,
+        typer.Option(min=1, metavar="N", help="Devices that share one model. \\[default: as few as it fits on]"),
     ] = None,
     replicas: options.Replicas = 1,
     tokens: options.Tokens = None,
@@ -42,6 +44,7 @@ def plan(
     """
     from deadbench.runners.planning.plan import as_rows, make_plan
 
+    check_named(models, suite, registry)
     overrides = options.overridden(
         engine=engine, tokens=tokens, input_spec=input_spec, dtype=dtype, seed=seed,
         accumulator_gb=accumulator_gb, tensor_parallel=tensor_parallel, replicas=replicas,

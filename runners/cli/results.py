@@ -5,7 +5,17 @@ from typing import Annotated
 
 import typer
 
-from deadbench.runners.cli.console import Debug, Format, Json, Results, UserError, check_folder, one_of, print_frames
+from deadbench.runners.cli.console import (
+    Debug,
+    Format,
+    Json,
+    Results,
+    UserError,
+    check_folder,
+    model_named,
+    one_of,
+    print_frames,
+)
 
 
 def leaderboard(
@@ -71,6 +81,7 @@ def dead(
     tables = (scan(results, name) for name in ("reads", "norms", "spectra", "blocks"))
     found = dead_directions(*tables, every=every)
     known = scan(results).select("model").unique().collect()["model"].to_list()
+    model = model_named(scan(results), model) if model is not None else None
     if model is not None and model not in known:
         raise UserError(f"--model {model!r} has no read here; choose {', '.join(sorted(known)[:20])}")
     found = found.filter(**{name: value for name, value in (("model", model), ("verdict", verdict)) if value})

@@ -2,13 +2,19 @@
 
 import json
 import os
+import shlex
 import sys
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from deadbench.runners.cli import options
-from deadbench.runners.cli.console import EXIT_FALSE, Debug, Json, UserError, check_out, one_of
+from deadbench.runners.cli.console import EXIT_FALSE, Debug, Json, UserError, check_out, one_of, say
+from deadbench.runners.cli.init import check_named
+from deadbench.suite.read_specs import READ_SPECS
+
+if TYPE_CHECKING:
+    from deadbench.runners.jobs.job import ModelJob
 
 
 def run(
@@ -22,7 +28,9 @@ def run(
     engine: options.Engine = "auto",
     tensor_parallel: Annotated[
         int | None,
-        typer.Option(min=1, help="Devices (without GPUs: processes) that share one model. \\[default: gpus]"),
+        typer.Option(
+            min=1, metavar="N", help="Devices (without GPUs: processes) that share one model. \\[default: gpus]"
+        ),
     ] = None,
     replicas: options.Replicas = 1,
     tokens: options.Tokens = None,
@@ -30,9 +38,11 @@ def run(
     seed: options.Seed = 0,
     dtype: options.Dtype = None,
     accumulator_gb: options.AccumulatorGb = None,
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds without progress before a model is given up.")] = 3600,
+    timeout: Annotated[
+        float, typer.Option(min=1, metavar="SECONDS", help="Seconds without progress before a model is given up.")
+    ] = 3600,
     max_retries: Annotated[
-        int, typer.Option(min=0, help="Further attempts at a read of which a process died or hung.")
+        int, typer.Option(min=0, metavar="N", help="Further attempts at a read of which a process died or hung.")
     ] = 1,
     checkpoint_interval: Annotated[
         float,
@@ -57,11 +67,14 @@ def run(
     from deadbench.runners.planning.hardware import parse_cluster
 
     check_out(out)
+    check_named(models, suite, registry)
     one_of("--log-format", log_format, ("text", "json"))
     overrides = options.overridden(
         engine=engine, tokens=tokens, input_spec=input_spec, dtype=dtype, seed=seed,
         accumulator_gb=accumulator_gb, tensor_parallel=tensor_parallel, replicas=replicas,
     )  # fmt: skip
+    if sys.stderr.isatty() and log_format == "text":  # who waits sees at once that something happens
+        say("planning, then starting Ray …")
     added = parse_cluster(autoscale, "--autoscale").largest if autoscale is not None else None
     jobs, cluster, names = options.jobs_and_cluster(models, suite, registry, reads, overrides, address=address)
     cannot_be_read = unreachable(jobs)
@@ -72,8 +85,18 @@ def run(
         print(json.dumps({"run_id": summary.run_id, "out": out, **_counts(summary), "reads": summary.reads}, indent=2))
     else:
         print(f"{summary.ok} ok, {summary.failed} failed, {summary.skipped} already there; results in {out}")
+        if log_format == "text" and not summary.failed:
+            say(f"next: {_next_command(jobs, out)}")
     if summary.failed:
         raise typer.Exit(EXIT_FALSE)
+
+
+def _next_command(jobs: "list[ModelJob]", out: str) -> str:
+    """What shows the results that are there now: the trend of a single series, else the leaderboard."""
+    checkpoints = {read.revision for job in jobs for read in job.reads if READ_SPECS[read.read].per_checkpoint}
+    if len(jobs) == 1 and len(checkpoints) > 1:
+        return f"deadbench trend {shlex.quote(out)} --model {shlex.quote(jobs[0].model_id)}"
+    return f"deadbench leaderboard {shlex.quote(out)}"
 
 
 def _execute(
@@ -85,7 +108,7 @@ def _execute(
     from deadbench.runners.reporting.event_log import EventLog
     from deadbench.runners.reporting.progress import Reporter
     from deadbench.runners.results.store import ResultStore
-    from deadbench.runners.worker.saved_state import remove_checkpoints
+    from deadbench.runners.worker.progress_folder import remove_checkpoints
 
     store = ResultStore(out)
     done = store.finished() if resume else set()

@@ -13,6 +13,7 @@ from deadbench.runners.cli.console import (
     Json,
     Results,
     check_folder,
+    model_named,
     print_frames,
     say,
 )
@@ -21,7 +22,7 @@ from deadbench.runners.cli.options import GateFile
 
 def trend(
     results: Results,
-    model: Annotated[str, typer.Option(help="Model of the result set, or of the registry with --bisect.")],
+    model: Annotated[str, typer.Option(help="Of the result set; with --bisect of the registry, or a folder.")],
     metric: Annotated[list[str] | None, typer.Option(help="Column of reads; may be repeated.")] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a plot: .svg, .png or .pdf.")] = None,
     bisect: Annotated[
@@ -41,8 +42,9 @@ def trend(
 
     Then its dead directions: how far v turned from one checkpoint to the next, and which directions opened when.
 
-    --bisect takes the series from the registry and reads only the checkpoints it needs, log2 of their number, into
-    RESULTS; the first checkpoint is the baseline. Exit code 1 when a checkpoint breaks the gate.
+    --bisect takes the series from the registry, or from a folder of checkpoints, and reads only the checkpoints it
+    needs, log2 of their number, into RESULTS; the first checkpoint is the baseline. Exit code 1 when a checkpoint
+    breaks the gate.
 
     Example: [bold]deadbench trend results/quick --model twin-layernorm --plot trend.svg[/bold]
 
@@ -65,6 +67,7 @@ def trend(
             print(found.sentence())
         raise typer.Exit(EXIT_FALSE if found.first_failing is not None else 0)
     metrics = metric or METRICS
+    model = model_named(scan(results), model)
     series = checkpoints(scan(results), model, metrics)
     sparks = summary(series, metrics)
     reads, norms, spectra, blocks = (scan(results, name) for name in ("reads", "norms", "spectra", "blocks"))

@@ -147,7 +147,7 @@ def release(group: Group) -> Ended:
         return Ended()
     here = ray.get_runtime_context().get_node_id()
     survivors: list[str] = []
-    signal, out_of_memory = None, False
+    signal, out_of_memory, last_line = None, False, None
     for ref in ready:
         try:
             node, pid, born = ray.get(ref)
@@ -161,7 +161,8 @@ def release(group: Group) -> Ended:
             continue  # it never came to be, or its node is gone
         survivors += ended.survivors
         signal, out_of_memory = signal or ended.signal, out_of_memory or ended.out_of_memory
-    return Ended(tuple(survivors), signal, out_of_memory)
+        last_line = last_line or ended.last_line
+    return Ended(tuple(survivors), signal, out_of_memory, last_line)
 
 
 def _observed(event: Event) -> Event:

@@ -22,11 +22,13 @@ class Death:
     """Why a model's processes ended before their reads were over.
 
     `crash`: a process failed or was killed; `memory`: by want of memory; `silence`: no progress; `node`: lost with its
-    node; `unplaced`: it never began; `broken`: ranks out of step, after a read that has its row.
+    node; `unplaced`: it never began; `broken`: ranks out of step, after a read that has its row. Where the cause is not
+    `told`, what the process wrote last is worth a look.
     """
 
     kind: Kind
     cause: str
+    told: bool = True
 
     def explained(self, ended: Ended) -> "Death":
         """The same with what was found where it died."""
@@ -36,6 +38,8 @@ class Death:
             return replace(self, cause=f"{self.cause} ({ended.signal})")
         if ended.out_of_memory:
             return Death("memory", f"{self.cause} (the kernel's out-of-memory killer)")
+        if ended.last_line is not None and not self.told:
+            return replace(self, cause=f"{self.cause}; the last line that it wrote: {scrubbed(ended.last_line)[:300]}")
         return self
 
 
@@ -47,7 +51,7 @@ def death_of(ray: Any, error: Exception) -> Death:
     if isinstance(error, errors.RayTaskError):
         if isinstance(error.cause, GroupBrokenError):
             return Death("broken", "the ranks are out of step")
-        return Death("crash", f"the worker failed: {message(error.cause, 300)}")
+        return Death("crash", f"the worker failed: {one_line(error.cause, 300)}")
     if isinstance(error, errors.ActorDiedError) and error.actor_init_failed:
         last = str(error).strip().splitlines()[-1:]  # of Python's traceback, which names the exception there
         return Death("crash", f"its process could not begin: {scrubbed(''.join(last))[:300]}")
@@ -62,7 +66,7 @@ def death_of(ray: Any, error: Exception) -> Death:
     if isinstance(error, errors.ActorDiedError):
         _, _, code = text.partition("Worker exits with an exit code ")
         how = f"it ended with exit code {code.split('.')[0]}" if code else "killed, or crashed"
-        return Death("crash", f"the process of this model died: {how}")
+        return Death("crash", f"the process of this model died: {how}", told=False)
     return Death("crash", one_line(error, 300))
 
 

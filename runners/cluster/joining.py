@@ -8,6 +8,7 @@ import re
 import socket
 import sys
 import time
+from collections.abc import Callable
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,10 @@ class JoinError(ValueError):
     """Ray cannot be started or joined; one line, exit code 2."""
 
 
-def connect(address: str | None) -> bool:
+def connect(address: str | None, say: Callable[[str], None] = lambda line: None) -> bool:
     """Join the Ray at `address`, else at RAY_ADDRESS, or start one; True if it was started here.
+
+    What takes seconds is said to who waits.
 
     Raises:
         JoinError: nobody answers there, or Ray refuses.
@@ -37,6 +40,7 @@ def connect(address: str | None) -> bool:
     if ray.is_initialized():
         return False
     check_answers(address)
+    say("starting Ray …" if target == "local" else "joining Ray …")
     options: dict[str, Any] = {}
     if target == "local":
         options = {"include_dashboard": False, "object_store_memory": _LOCAL_OBJECT_STORE_BYTES}

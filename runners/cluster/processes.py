@@ -11,23 +11,29 @@ from pathlib import Path
 import psutil
 
 MARK = "DEADBENCH_GROUP"  # in the environment of whatever an actor starts, wherever that has got to
+_LOG_BYTES = 64_000  # of the end of a log
+_RAYS = re.compile(r"\[[^\]]* [A-Z] \d+ \d+\]|\*\*\* |PC: @|\s*@ +0x|:(actor|task|job)_(name|id|repr):")
 _POLITE_SECONDS, _PATIENT_SECONDS = 3.0, 30.0
 
 
 @dataclass(frozen=True)
 class Ended:
-    """What is left of a model on a node, and what its process left in writing; `signal` in faulthandler's words."""
+    """What is left of a model on a node, and what its process left in writing.
+
+    `signal` in faulthandler's words; `last_line`: the last that the process wrote to its stderr.
+    """
 
     survivors: tuple[str, ...] = ()
     signal: str | None = None
     out_of_memory: bool = False
+    last_line: str | None = None
 
 
 def mark_process(token: str) -> None:
     """Mark this process, and let it write down a fatal signal: who finds it dead reads that."""
     os.environ[MARK] = token
     box = _black_box(token, os.getpid()).open("w", encoding="utf-8")
-    box.write(f"oom kills before: {_oom_kills()}\n")
+    box.write(f"oom kills before: {_oom_kills()}\nstderr: {_log_of_stderr()}\n")
     box.flush()
     faulthandler.enable(file=box, all_threads=False)  # keeps the file open as long as the process lives
 
@@ -36,12 +42,12 @@ def end_processes(token: str, pid: int, born: float) -> Ended:
     """End what carries `token` in its environment, and the actor `pid` itself; says what outlived that."""
     box = _black_box(token, pid)
     try:
-        signal, out_of_memory = _read_box(box.read_text(encoding="utf-8", errors="replace"))
+        signal, out_of_memory, last_line = _read_box(box.read_text(encoding="utf-8", errors="replace"))
     except OSError:
-        signal, out_of_memory = None, False
+        signal, out_of_memory, last_line = None, False, None
     survivors = _end(token, pid, born)
     box.unlink(missing_ok=True)
-    return Ended(tuple(survivors), signal, out_of_memory)
+    return Ended(tuple(survivors), signal, out_of_memory, last_line)
 
 
 def _end(token: str, pid: int, born: float) -> list[str]:
@@ -89,12 +95,35 @@ def _black_box(token: str, pid: int) -> Path:
     return Path(tempfile.gettempdir()) / f"deadbench-{token}-{pid}"
 
 
-def _read_box(text: str) -> tuple[str | None, bool]:
-    """(the fatal signal, whether the kernel's out-of-memory killer has been at work since the process began)."""
+def _read_box(text: str) -> tuple[str | None, bool, str | None]:
+    """(the fatal signal, whether the kernel's out-of-memory killer has been at work since, the last line of stderr)."""
     fatal = re.search(r"^Fatal Python error: (.+)$", text, re.MULTILINE)
     before = re.match(r"oom kills before: (\d+)", text)
     now = _oom_kills()
-    return fatal[1].lower() if fatal else None, bool(before and now is not None and now > int(before[1]))
+    killed = bool(before and now is not None and now > int(before[1]))
+    log = re.search(r"^stderr: (/.+?) from (\d+)$", text, re.MULTILINE)
+    return fatal[1].lower() if fatal else None, killed, _last_line(Path(log[1]), int(log[2])) if log else None
+
+
+def _log_of_stderr() -> str:
+    """`FILE from BYTE`: where this process's stderr goes to, and how much is there already; "" where it is no file."""
+    try:
+        path, size = Path(f"/proc/{os.getpid()}/fd/2").readlink(), os.fstat(2).st_size
+        return f"{path} from {size}" if path.is_file() else ""
+    except OSError:
+        return ""
+
+
+def _last_line(log: Path, start: int) -> str | None:
+    """The last line in `log` from the byte `start` on that is not Ray's own; None where there is none."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(start, log.stat().st_size - _LOG_BYTES))
+            lines = file.read(_LOG_BYTES).decode("utf-8", "replace").splitlines()
+    except OSError:
+        return None
+    own = [line.strip() for line in lines if line.strip() and not _RAYS.match(line)]
+    return own[-1] if own else None
 
 
 def _oom_kills() -> int | None:

@@ -22,7 +22,7 @@ from deadbench.runners.jobs.job import ModelJob
 from deadbench.runners.reporting.progress import Reporter
 from deadbench.runners.reporting.run_record import RunRecord
 from deadbench.runners.results.store import ResultStore
-from deadbench.runners.worker.saved_state import absolute
+from deadbench.runners.worker.progress_folder import absolute
 
 __all__ = ["DriverError", "Settings", "StoppedError", "Summary", "execute", "new_run_id"]
 
@@ -61,7 +61,7 @@ def _execute(jobs: list[ModelJob], store: ResultStore, settings: Settings, repor
 
     jobs = [job.checkpointed(settings.checkpoint_interval, absolute(store.location)) for job in jobs]
     try:
-        started_here = connect(settings.address)
+        started_here = connect(settings.address, reporter.say)
     except JoinError as error:
         raise DriverError(str(error)) from error
     previous = signal.signal(signal.SIGTERM, _interrupt)  # after ray.init, which installs its own

@@ -3,7 +3,7 @@
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from deadbench.runners.cluster.actors import Group, release, start
@@ -19,7 +19,7 @@ from deadbench.runners.reporting.metrics import Metrics
 from deadbench.runners.reporting.progress import Reporter
 from deadbench.runners.reporting.run_record import RunRecord
 from deadbench.runners.results.store import ResultStore
-from deadbench.runners.worker.saved_state import remove_checkpoints
+from deadbench.runners.worker.progress_folder import remove_checkpoints
 
 _POLL_SECONDS = 0.5
 _LOOK_SECONDS = 2.0  # between two looks at the cluster
@@ -158,7 +158,8 @@ class Run:
         placing = any(group.placement is not None and not group.is_placed() for group in self._groups())
         # One placement group at a time: the next one waits until this one stands.
         queue = [waiting for waiting in self._queue if not (placing and waiting.demand.ganged)]
-        for position, place in decide([waiting.demand for waiting in queue], self.nodes.usable(), running):
+        demands, nothing_yet = [waiting.demand for waiting in queue], self._changed == 0
+        for position, place in decide(demands, self.nodes.usable(), running, opening=nothing_yet):
             waiting = queue[position]
             if waiting.demand.ganged:
                 if placing:
@@ -202,7 +203,7 @@ class Run:
             return
         except self._ray.exceptions.RayError as error:
             death = death_of(self._ray, error)
-            self._end(group, Death(death.kind, group.name(stream) + death.cause))
+            self._end(group, replace(death, cause=group.name(stream) + death.cause))
             return
         group.last_event = time.monotonic()
         if isinstance(event, Progress):

@@ -80,7 +80,10 @@ AUTO = (DEFAULT, "streaming")  # what `auto` may become: the plan takes the firs
 
 
 def refused_together(engine: str, tensor_parallel: int | None, replicas: int) -> str | None:
-    """Why an engine does not run as `replicas` that divide the tokens, in one line; None if it does."""
+    """Why an engine does not run on devices that share a model or divide the tokens, in one line; None if it does."""
+    if (tensor_parallel or 1) > 1 and ENGINES[engine].tensor_parallel is None:
+        asked = f"--tensor-parallel {tensor_parallel}"
+        return f"{asked} does not go with --engine {engine}, which has a model on one device; leave one out"
     if replicas == 1:
         return None
     if not ENGINES[engine].replicas:

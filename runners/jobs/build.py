@@ -15,18 +15,17 @@ from typing import Any
 from deadbench.runners.engines.registry import DEFAULT, ENGINES, refused_together
 from deadbench.runners.jobs.job import JobError, ModelJob, Overrides, ReadJob, Unfit
 from deadbench.runners.jobs.opening import Opened, fingerprint_of, needs_config_alone, open_all, revisions_of
+from deadbench.runners.jobs.own_model import own_model
 from deadbench.suite.checkpoints.checkpoint import Checkpoint
+from deadbench.suite.checkpoints.series import Series, gathered, series_in
 from deadbench.suite.checkpoints.sources import locate
 from deadbench.suite.errors import CheckpointError, InputError
 from deadbench.suite.inputs.early_checks import check_config
-from deadbench.suite.inputs.specs import MODALITIES, check_spec, content_hash
+from deadbench.suite.inputs.specs import check_spec, content_hash
 from deadbench.suite.read_specs import DEFAULT_READS, READ_SPECS
 from deadbench.suite.registry.entries import Model, Protocol, Registry, SuiteEntry
-from deadbench.suite.secrets import scrubbed
-from deadbench.suite.storage import is_url
 
 DEFAULT_INPUT = {"text": "text", "image": "image", "audio": "audio:noise"}
-_SOUND_KEYS = ("num_mel_bins", "input_feat_per_channel", "sampling_rate", "feat_extract_norm")
 _CONCURRENT_MODELS = 16
 
 
@@ -57,6 +56,7 @@ def build_jobs(
 ) -> list[ModelJob]:
     """Jobs for `models` (registry ids or SOURCEs), or for a whole suite when none are named.
 
+    A folder of checkpoints, and several checkpoints of one folder, are one model with a series.
     Models named without a suite run under the protocol `standard`; with one, under the suite's. Of a model with a
     revision and a series, the series is read with `every_checkpoint`, or in a suite that says `checkpoints: true`.
     With `assumed` the jobs would run elsewhere, and what is installed here does not matter.
@@ -64,7 +64,9 @@ def build_jobs(
     Raises:
         JobError: an unknown suite or read, a SOURCE that does not exist, an input that does not fit.
     """
-    suite_name = suite_name or (None if models else "quick")
+    suite_name = suite_name or (None if models else registry.default_suite())
+    if suite_name is None and not models:
+        raise JobError(f"{registry_path}: has no suite; name a model of it, or add a suite")
     if suite_name is not None and suite_name not in registry.suites:
         raise JobError(f"suite {suite_name!r} is unknown; choose {', '.join(registry.suites)}")
     for read in reads or ():
@@ -72,15 +74,20 @@ def build_jobs(
             raise JobError(f"read {read!r} is unknown; choose {', '.join(READ_SPECS)}")
     suite = registry.suites[suite_name] if suite_name else None
     protocol_name = suite.protocol if suite else "standard"
+    base = registry_path.resolve().parent
     if models:
         suite_entries = {e.model: e for e in suite.entries()} if suite else {}
-        entries = [suite_entries.get(m, SuiteEntry(model=m)) for m in dict.fromkeys(models)]
+        named: list[str | Series | SuiteEntry] = [
+            *gathered(list(dict.fromkeys(models)), {model.id for model in registry.models})
+        ]
     else:
         assert suite is not None
-        entries = suite.entries()
+        suite_entries = {}
+        named = [*suite.entries()]
 
-    def job_of(entry: SuiteEntry) -> ModelJob:
-        model = registry.model(entry.model) or _own_model(entry.model, overrides)
+    def job_of(each: str | Series | SuiteEntry) -> ModelJob:
+        model, found = _meant(each, registry, overrides, base)
+        entry = each if isinstance(each, SuiteEntry) else suite_entries.get(model.id, SuiteEntry(model=model.id))
         wanted = reads or entry.reads or (suite.reads if suite else list(DEFAULT_READS))
         asked = _Asked(
             model=model,
@@ -89,14 +96,34 @@ def build_jobs(
             protocol_name=protocol_name + _label(registry, protocol_name, model, overrides),
             protocol=registry.protocols[protocol_name],
             overrides=overrides,
-            base=registry_path.resolve().parent,
+            base=base,
             assumed=assumed,
         )
         series = every_checkpoint or model.revision is None or (suite is not None and suite.checkpoints)
-        return _model_job(asked, series)
+        job = _model_job(asked, series)
+        return job if found is None else replace(job, remarks=(found.told(), *job.remarks))
 
     with ThreadPoolExecutor(_CONCURRENT_MODELS) as pool:  # each waits for its server
-        return list(pool.map(job_of, entries))
+        return list(pool.map(job_of, named))
+
+
+def _meant(
+    named: str | Series | SuiteEntry, registry: Registry, overrides: Overrides, base: Path
+) -> tuple[Model, Series | None]:
+    """The model that is named, and its series where that is whatever lies in a folder."""
+    if isinstance(named, Series):
+        found, model = named, own_model(named, overrides)
+    else:
+        model_id = named.model if isinstance(named, SuiteEntry) else named
+        known = registry.model(model_id)
+        if known is None:
+            return own_model(model_id, overrides), None
+        alone = known.source is None or known.revision is not None or known.checkpoints is not None
+        series = None if alone else series_in(str(known.source), base)
+        if series is None:
+            return known, None
+        found, model = series, known
+    return model.model_copy(update={"checkpoints": list(found.names)}), found
 
 
 def _label(registry: Registry, protocol_name: str, model: Model, overrides: Overrides) -> str:
@@ -153,33 +180,6 @@ def _check_divides(model: Model, tensor_parallel: int, base: Path) -> None:
             )
 
 
-def _own_model(source: str, overrides: Overrides) -> Model:
-    """A model that is in no registry: the SOURCE itself, its modality told by the input or the configuration."""
-    try:
-        checkpoint = Checkpoint(source)
-        config = checkpoint.config()
-    except CheckpointError as error:
-        raise JobError(f"{error} (and no model of that id is in the registry)") from error
-    told = MODALITIES.get(overrides.input.partition(":")[0]) if overrides.input else None
-    modality = told or _main_modality(config)
-    revision = None if "@" in source else checkpoint.revision
-    return Model.model_construct(
-        id=scrubbed(source), source=source, revision=None if is_url(source) else revision, modality=modality
-    )
-
-
-def _main_modality(config: dict[str, Any]) -> str:
-    """What a model without a registry entry takes first, by its configuration: text wherever there is a text tower."""
-    if any(key in config for key in ("text_config", "llm_config", "thinker_config")):
-        return "text"
-    if any(key in config for key in _SOUND_KEYS):
-        return "audio"
-    pictures = any(key in config for key in ("image_size", "num_channels", "patch_size", "backbone_config"))
-    # A vocabulary alone may be that of the visual tokens which a picture is turned into.
-    reads_text = "vocab_size" in config and ("max_position_embeddings" in config or "image_size" not in config)
-    return "image" if pictures and not reads_text else "text"
-
-
 def _model_job(asked: _Asked, series: bool) -> ModelJob:
     """The reads of one model: of every checkpoint of its `series`, or of the one that stands for it."""
     model, overrides = asked.model, asked.overrides
@@ -197,7 +197,7 @@ def _model_job(asked: _Asked, series: bool) -> ModelJob:
         wanted = []
     else:
         wanted = revisions if any(READ_SPECS[read].per_checkpoint for read in asked.reads) else revisions[:1]
-    opened = open_all(model.source, wanted, asked.base)
+    opened, remarks = open_all(model.source, wanted, asked.base)
     jobs = []
     for revision in revisions:
         for read in asked.reads:
@@ -206,7 +206,7 @@ def _model_job(asked: _Asked, series: bool) -> ModelJob:
                 if unfit is not None and READ_SPECS[read].runs_model and found[1] is None:
                     found = found[0], unfit
                 jobs.append(_read_job(asked, read, revision, engine, found))
-    return ModelJob(model.id, tuple(jobs), _tensor_parallel(model, overrides, engine))
+    return ModelJob(model.id, tuple(jobs), _tensor_parallel(model, overrides, engine), remarks=tuple(remarks))
 
 
 def _unfit(asked: _Asked) -> Unfit | None:

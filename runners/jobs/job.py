@@ -1,12 +1,12 @@
 """A job: what one actor does, and the key under which each of its reads is stored."""
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from deadbench.suite.checkpoints.checkpoint import Checkpoint, checkpoint_step
+from deadbench.suite.checkpoints.series import trainer_step
 from deadbench.suite.checkpoints.sources import locate
 from deadbench.suite.read_specs import READ_SPECS
 from deadbench.suite.registry.entries import CheckpointPattern, ListedCheckpoints, Model, Protocol
@@ -107,7 +107,8 @@ class ModelJob:
     """All reads of one model, for one actor, or one actor per rank.
 
     `tensor_parallel` as asked for; None: `gpus`, where there are GPUs. By the plan: `gpu_share`, the part of one GPU
-    that is enough, and `work`, 2 x parameters x tokens of its forward passes.
+    that is enough, and `work`, 2 x parameters x tokens of its forward passes. `remarks`: what is to be said of where
+    and in which order it is read.
     """
 
     model_id: str
@@ -115,11 +116,18 @@ class ModelJob:
     tensor_parallel: int | None = None
     gpu_share: float = 1.0
     work: float = 0.0
+    remarks: tuple[str, ...] = ()
 
     @property
     def gpus(self) -> int:
         """How many GPUs share the model, by the registry."""
         return max((read.model.gpus for read in self.reads), default=1)
+
+    def asked_tensor_parallel(self, *, has_gpus: bool) -> int | None:
+        """What the command line or, where there are GPUs, the registry asks for; None: the plan chooses."""
+        if self.replicas > 1:
+            return None
+        return self.tensor_parallel or (self.gpus if self.gpus > 1 and has_gpus else None)
 
     @property
     def replicas(self) -> int:
@@ -162,14 +170,6 @@ def read_step(job: ReadJob) -> int | None:
         if step is not None:
             return step
     named = checkpoint_step(job.revision or Path(job.model.source or "").name)
-    return _trainer_step(job) if named is None else named
-
-
-def _trainer_step(job: ReadJob) -> int | None:
-    """`global_step` of the `trainer_state.json` that transformers' Trainer leaves in a local checkpoint."""
-    folder = Path(job.place or locate(job.model.source or "", job.base)) / (job.revision or "")
-    try:
-        step = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # it is no Trainer's, or not here
-    return step if isinstance(step, int) and not isinstance(step, bool) and 0 <= step < 2**63 else None
+    if named is not None:
+        return named
+    return trainer_step(Path(job.place or locate(job.model.source or "", job.base)) / (job.revision or ""))

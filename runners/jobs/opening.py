@@ -8,6 +8,7 @@ from pathlib import Path
 
 from deadbench.runners.jobs.job import ModelJob, Unfit, Unreached
 from deadbench.suite.checkpoints.checkpoint import Checkpoint, list_revisions
+from deadbench.suite.checkpoints.series import gathered, series_in
 from deadbench.suite.checkpoints.sources import is_hub_id, locate
 from deadbench.suite.errors import CheckpointError, UnreachableError
 from deadbench.suite.read_specs import READ_SPECS
@@ -32,7 +33,8 @@ def all_unfit(jobs: list[ModelJob]) -> str | None:
 def which_are_meant(registry: Registry, names: list[str]) -> list[str]:
     """Of names that could mean two things here, one line each that says which was taken."""
     lines = []
-    for name in dict.fromkeys(names):
+    for each in gathered(list(dict.fromkeys(names)), {model.id for model in registry.models}):
+        name = each if isinstance(each, str) else each.source
         place = locate(name)
         if not os.path.isabs(place):
             continue
@@ -40,6 +42,11 @@ def which_are_meant(registry: Registry, names: list[str]) -> list[str]:
             lines.append(f"{name}: the registry's model is read; give ./{name} for the folder {place}")
         elif is_hub_id(name):
             lines.append(f"{name}: the folder {place} is read; give hf://{name} for the Hub's model")
+        if isinstance(each, str) and registry.model(name) is None:
+            below = series_in(name, beside_weights=True)
+            if below is not None:
+                ends = " … ".join(dict.fromkeys((below.sources()[0], below.sources()[-1])))
+                lines.append(f"{name}: its own weights are read; name the checkpoints in it to have them ({ends})")
     return lines
 
 
@@ -83,19 +90,21 @@ def needs_config_alone(model: Model, read: str) -> bool:
     return model.config is not None and (opens == "config" or (opens == "either" and model.source is None))
 
 
-def open_all(source: str | None, revisions: list[str | None], base: Path) -> dict[str | None, Opened]:
-    """Checkpoints that some read needs, opened now, side by side, before anything takes a device."""
+def open_all(source: str | None, revisions: list[str | None], base: Path) -> tuple[dict[str | None, Opened], list[str]]:
+    """Checkpoints that some read needs, opened now, side by side, before a device is taken; and remarks on them."""
     if source is None or not revisions:
-        return {}
+        return {}, []
 
-    def attempt(revision: str | None) -> Opened:
+    def attempt(revision: str | None) -> tuple[Opened, str | None]:
         try:
             checkpoint = Checkpoint(source, revision, base)
             checkpoint.config()  # of a gated repository everything is listed, and nothing can be read
-            return checkpoint.fingerprint(), None
+            return (checkpoint.fingerprint(), None), checkpoint.remark
         except CheckpointError as error:
-            return None, _told(error)
+            return (None, _told(error)), None
 
     different = list(dict.fromkeys(revisions))
     with ThreadPoolExecutor(_CONCURRENT_CHECKPOINTS) as pool:
-        return dict(zip(different, pool.map(attempt, different), strict=True))
+        found = dict(zip(different, pool.map(attempt, different), strict=True))
+    remarks = [f"{source}{f'@{r}' if r else ''}: {remark}" for r, (_, remark) in found.items() if remark]
+    return {revision: opened for revision, (opened, _) in found.items()}, remarks

@@ -6,7 +6,6 @@ from deadbench.runners.engines.registry import DEFAULT
 from deadbench.runners.jobs.job import ModelJob, ReadJob
 from deadbench.runners.jobs.resolved import num_tokens
 from deadbench.runners.planning.hardware import Cluster
-from deadbench.runners.planning.plan import asked_tensor_parallel, place
 
 
 def place_jobs(jobs: list[ModelJob], cluster: Cluster) -> tuple[list[ModelJob], list[str]]:
@@ -17,10 +16,15 @@ def place_jobs(jobs: list[ModelJob], cluster: Cluster) -> tuple[list[ModelJob], 
     problems: list[str] = []
     placed = []
     for job in jobs:
-        reads, chosen, share, work, asked = [], None, 0.0, 0.0, asked_tensor_parallel(job, cluster)
+        reads, chosen, share, work = [], None, 0.0, 0.0
+        asked = job.asked_tensor_parallel(has_gpus=cluster.largest.gpus > 0)
         for read in job.reads:
             work += _work(read)
             if read.engine and not read.error and (asked not in (None, 1) or not _surely_fits(read, cluster)):
+                from deadbench.runners.planning.plan import (
+                    place,  # torch, which who needs no measurement need not wait for
+                )
+
                 row = place(read, cluster, asked)
                 share = max(share, row.gpus)
                 if row.tensor_parallel and row.tensor_parallel > 1:

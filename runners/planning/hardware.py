@@ -2,10 +2,13 @@
 
 import math
 import re
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 PROCESS_BYTES = 0.6e9  # what an actor holds with torch and transformers imported and no model
 SHARES = (0.125, 0.25, 0.5)  # of one device that a small model may ask for
+_GPU_DEVICES = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd", "/dev/dxg")  # CUDA, ROCm, and either under WSL
 _USABLE = 0.9  # of a device's memory; the rest is the allocator's, the driver's and other processes'
 
 
@@ -84,12 +87,22 @@ def parse_cluster(text: str, option: str = "--assume") -> Cluster:
 def this_machine() -> Cluster:
     """The GPUs and the memory that are here."""
     import psutil
-    import torch
 
-    count = torch.cuda.device_count()
-    sizes = [torch.cuda.get_device_properties(i).total_memory for i in range(count)]
+    sizes = _gpu_bytes() if _may_have_gpus() else []
+    count = len(sizes)
     node = Machine(count, float(min(sizes, default=0)), float(psutil.virtual_memory().total))
     return Cluster((node,), f"this machine ({count} GPUs, {node.host_bytes / 1e9:.0f} GB)")  # type: ignore[operator]
+
+
+def _may_have_gpus() -> bool:
+    """Whether torch, which takes seconds to import, could find a GPU: Linux shows the driver of one as a device."""
+    return sys.platform != "linux" or any(Path(device).exists() for device in _GPU_DEVICES)
+
+
+def _gpu_bytes() -> list[int]:
+    import torch
+
+    return [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
 
 
 def ray_cluster(address: str) -> Cluster:

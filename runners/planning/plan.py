@@ -29,7 +29,7 @@ def make_plan(jobs: list[ModelJob], cluster: Cluster, done: Collection[tuple[Any
     """
     rows = []
     for job in jobs:
-        tensor_parallel = asked_tensor_parallel(job, cluster)
+        tensor_parallel = job.asked_tensor_parallel(has_gpus=cluster.largest.gpus > 0)
         rows.append([_unless_done(read, place(read, cluster, tensor_parallel), done) for read in job.reads])
     rows.sort(key=lambda each: max((r.gpus, r.weight_bytes or 0) for r in each), reverse=True)
     return [replace(row, order=order) for order, each in enumerate(rows, 1) for row in each]
@@ -38,13 +38,6 @@ def make_plan(jobs: list[ModelJob], cluster: Cluster, done: Collection[tuple[Any
 def _unless_done(read: ReadJob, row: Placement, done: Collection[tuple[Any, ...]]) -> Placement:
     identities = {read.identity(), replace(read, engine=row.engine).identity()}
     return replace(row, note="already there", problem=None) if identities & {*done} else row
-
-
-def asked_tensor_parallel(job: ModelJob, cluster: Cluster) -> int | None:
-    """What the command line or, where there are GPUs, the registry asks for; None: the plan chooses."""
-    if job.replicas > 1:
-        return None
-    return job.tensor_parallel or (job.gpus if job.gpus > 1 and cluster.largest.gpus else None)
 
 
 def place(read: ReadJob, cluster: Cluster, tensor_parallel: int | None = None) -> Placement:

@@ -6,7 +6,6 @@ there, and says what it is of; what does not fit is never used.
 """
 
 import contextlib
-import hashlib
 import json
 import shutil
 import time
@@ -20,6 +19,7 @@ import pyarrow as pa
 
 from deadbench.runners.jobs.job import ReadJob
 from deadbench.runners.results.versions import versions
+from deadbench.runners.worker.progress_folder import FOLDER, name_of
 from deadbench.suite.errors import message
 from deadbench.suite.ranks import Ranks
 from deadbench.suite.reads.final_norm import STATE as FINAL_NORM_STATE
@@ -28,7 +28,6 @@ from deadbench.suite.reads.residual import STREAM_STATE, ResidualRead
 from deadbench.suite.spectra.arrow_state import StateError, struct
 from deadbench.suite.storage import is_url, open_place, put_in_place, written_aside
 
-FOLDER = "_progress"
 _VERSION = 2  # of the states: raised when what is in them changes its meaning
 _WRITING_SHARE = 20  # the time between two checkpoints is at least so many times what the last took to write
 _DISK_SHARE = 2  # of what is free on a local disk, a checkpoint takes at most one part in so many
@@ -72,7 +71,7 @@ class SavedRead:
         self._target: str | None = None
         if self.interval and read.checkpoint_location is not None:
             part = f"-{ranks.rank}of{ranks.size}" if ranks.size > 1 else ""
-            self._target = f"{read.checkpoint_location}/{FOLDER}/{_name(read)}{part}.arrow"
+            self._target = f"{read.checkpoint_location}/{FOLDER}/{name_of(read)}{part}.arrow"
             if not is_url(self._target) and not Path(read.checkpoint_location).is_dir():
                 self.remark = f"no checkpoints: {read.checkpoint_location} is no folder of this node"
                 self._target = None
@@ -153,25 +152,6 @@ class SavedRead:
                 if file.tell() > room:
                     raise OSError(f"it would take more than half of the {2 * room / 1e9:.1f} GB that are free")
         return aside
-
-
-def remove_checkpoints(location: str, read: ReadJob) -> None:
-    """Take away what is left of `read` in the result set at `location`."""
-    folder = f"{absolute(location)}/{FOLDER}"
-    fs = _fs(folder)
-    with contextlib.suppress(Exception):  # whatever the place's library comes up with: the read itself is stored
-        for path in fs.ls(folder, detail=False) if fs.exists(folder) else ():
-            if path.rsplit("/", 1)[-1].startswith(_name(read)):
-                fs.rm_file(path)
-
-
-def absolute(location: str) -> str:
-    """A result set's place as every process of this machine understands it."""
-    return location.rstrip("/") if is_url(location) else str(Path(location).absolute())
-
-
-def _name(read: ReadJob) -> str:
-    return hashlib.sha256(json.dumps(read.identity()).encode()).hexdigest()[:24]
 
 
 def _fs(path: str) -> Any:

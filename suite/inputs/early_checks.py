@@ -3,6 +3,7 @@
 What they do not tell is found where the read runs (`suite/inputs/feed.py`); nothing is refused on a guess.
 """
 
+import codecs
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ _TABLES = {
     "albert": 0, "bert": 0, "biogpt": 0, "camembert": 2, "distilbert": 0, "electra": 0, "gpt2": 0, "gpt_bigcode": 0,
     "gpt_neo": 0, "openai-gpt": 0, "opt": 0, "roberta": 2, "xlm-roberta": 2,
 }  # fmt: skip
+_HEAD_BYTES = 1_000_000
 _POSITIONS = ("n_positions", "max_position_embeddings")
 _PICTURE_WORDS = ("image", "patch", "pixel", "vision", "visual", "num_channels", "backbone", "video")
 _SOUND_WORDS = ("audio", "mel_bins", "sampling_rate", "speech", "feat_extract", "codebook", "wav")
@@ -43,12 +45,26 @@ def check_config(spec: str, config: Mapping[str, Any], names: Sequence[str] | No
             f"input {spec!r} needs the model's tokenizer, and there is none; give --input tokens:random or "
             "tokens:FILE.npy"
         )
+    if kind == "text" and rest:
+        check_text(Path(rest))
     if kind == "tokens" and rest != "random":
         ids_ST = open_ids(Path(rest))
         vocabulary = (config.get("text_config") or config).get("vocab_size")
         if isinstance(vocabulary, int):
             check_vocabulary(ids_ST, rest, vocabulary)
         check_positions(ids_ST.shape[1], _positions(config))
+
+
+def check_text(path: Path) -> None:
+    """Raise InputError where a file begins with what is no text."""
+    with path.open("rb") as file:
+        head = file.read(_HEAD_BYTES)
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)  # which bears a letter that is cut off
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    if b"\0" in head:
+        raise InputError(f"{path}: not text (a zero at byte {head.index(0)}); token ids are given as tokens:FILE.npy")
 
 
 def open_ids(path: Path) -> NDArray[np.integer[Any]]:
@@ -59,7 +75,10 @@ def open_ids(path: Path) -> NDArray[np.integer[Any]]:
     """
     with path.open("rb") as file:
         if file.read(6) != b"\x93NUMPY":
-            raise InputError(f"{path}: not a .npy array; write one with numpy.save, integers of sequences x length")
+            raise InputError(
+                f"{path}: not a .npy array; where it is bare ids, their type and the length are yours to say: "
+                f"numpy.save('ids.npy', numpy.fromfile({str(path)!r}, 'uint16').reshape(-1, 256))"
+            )
     try:
         ids: NDArray[np.integer[Any]] = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:

@@ -4,6 +4,7 @@
 """
 
 import hashlib
+import re
 from importlib import resources
 from pathlib import Path
 
@@ -14,6 +15,7 @@ MODALITIES = {"text": "text", "tokens": "text", "hf": "text", "image": "image", 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model",
 )  # fmt: skip
+_DATASET = re.compile(r"[\w.-]+/[\w.-]+")
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
@@ -31,6 +33,11 @@ def check_spec(spec: str, modality: str) -> None:
         )
     if MODALITIES[kind] != modality:
         raise InputError(f"input {spec!r} does not fit a model that reads {modality}")
+    if kind == "hf" and not _DATASET.fullmatch(rest.partition(":")[0]):
+        raise InputError(
+            f"input {spec!r}: a dataset of the Hub is OWNER/NAME; give hf:OWNER/NAME[:CONFIG][:SPLIT], as in "
+            "hf:Salesforce/wikitext:wikitext-103-raw-v1"
+        )
     if kind == "text" and rest and not Path(rest).is_file():
         raise InputError(f"input {spec!r}: no such file")
     if kind == "image" and rest and not Path(rest).is_dir():

@@ -203,11 +203,19 @@ class Suite(Strict):
 
 
 class Registry(Strict):
-    """The whole file."""
+    """The whole file; `models` alone is enough, which are then one suite, `all`, under the protocol `standard`."""
 
-    protocols: dict[str, Protocol]
+    protocols: dict[str, Protocol] = {"standard": Protocol()}
     suites: dict[str, Suite]
     models: list[Model]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_suite(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict) or "suites" in raw or not isinstance(raw.get("models"), list):
+            return raw
+        ids = [model["id"] for model in raw["models"] if isinstance(model, dict) and isinstance(model.get("id"), str)]
+        return raw | {"suites": {"all": {"protocol": "standard", "models": ids}}}
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -230,6 +238,10 @@ class Registry(Strict):
     def model(self, model_id: str) -> Model | None:
         """The model of that id, None if there is none."""
         return next((m for m in self.models if m.id == model_id), None)
+
+    def default_suite(self) -> str | None:
+        """The suite that is read where none is named: `quick`, else the first one; None where there is none."""
+        return "quick" if "quick" in self.suites else next(iter(self.suites), None)
 
 
 def _has_key(config: dict[str, Any] | None, path: list[str]) -> bool:

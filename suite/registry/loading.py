@@ -4,10 +4,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
-from deadbench.suite.errors import first_line
 from deadbench.suite.registry.entries import (
     CheckpointPattern,
     ListedCheckpoints,
@@ -21,7 +19,7 @@ from deadbench.suite.registry.entries import (
     SuiteEntry,
     choices,
 )
-from deadbench.suite.yaml_file import UniqueKeyLoader
+from deadbench.suite.yaml_file import YamlError, load_yaml
 
 DEFAULT_REGISTRY = "models.yaml"
 
@@ -59,15 +57,11 @@ def load_registry(path: Path) -> Registry:
         RegistryError: unreadable, not YAML, or invalid; the first mistake as one line.
     """
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeyLoader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise RegistryError(f"{path}: cannot be read ({error})") from error
-    except yaml.YAMLError as error:
-        problem = getattr(error, "problem", None) or first_line(error)
-        mark = getattr(error, "problem_mark", None)
-        raise RegistryError(f"{path}{f', line {mark.line + 1}' if mark else ''}: {problem}") from error
+        raw = load_yaml(path)
+    except YamlError as error:
+        raise RegistryError(str(error)) from error
     if not isinstance(raw, dict):
-        raise RegistryError(f"{path}: expected the keys protocols, suites and models")
+        raise RegistryError(f"{path}: expected the key models; protocols and suites may stand beside it")
     try:
         return Registry.model_validate(raw)
     except ValidationError as error:

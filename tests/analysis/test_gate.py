@@ -126,7 +126,7 @@ def test_the_line_says_where_and_what_and_nothing_of_the_checker(tmp_path, conte
 
 
 def test_a_gate_file_that_is_not_there_and_a_line_without_end(tmp_path):
-    with pytest.raises(GateError, match=r"absent.yaml: no such gate file .No such file or directory."):
+    with pytest.raises(GateError, match=r"absent.yaml: no such gate file$"):
         load_gate(tmp_path / "absent.yaml")
     path = tmp_path / "gate.yaml"
     path.write_text(f"metrics: {{{'x' * 1000}: {{worse: lower}}}}")

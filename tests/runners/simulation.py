@@ -21,7 +21,8 @@ def simulate(suite, nodes, arrivals=()):
     while waiting or running:
         here = [position for position in sorted(waiting) if late.get(position, 0.0) <= now]
         queue = [Demand(suite[position][0], 0.0, suite[position][2]) for position in here]
-        for index, place in decide(queue, nodes, [Running(at, max(0.0, end - now)) for _, end, at in running]):
+        occupied = [Running(at, max(0.0, end - now)) for _, end, at in running]
+        for index, place in decide(queue, nodes, occupied, opening=not started):
             position = here[index]
             waiting.remove(position)
             started[position] = now

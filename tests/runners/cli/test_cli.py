@@ -40,6 +40,8 @@ FLAGS = {
     "compare": "--gate --all --junit --plot --format --json --debug",
     "trend": "--model --metric --plot --bisect --gate --registry --suite --address --format --json --debug",
     "report": "-o --out --plots --plot-format --debug",
+    "init": "--registry --debug",
+    "glossary": "--json --debug",
     "publish": "--to --title --license --private --debug",
 }
 COMMANDS = tuple(FLAGS)

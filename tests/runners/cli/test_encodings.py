@@ -71,3 +71,8 @@ def test_a_terminal_that_has_the_letters_gets_them():
     (text, code), *_ = play([TABLES["trend"]], "utf-8")[0]
     assert code == 0
     assert "▇▁▇▆██" in text
+
+
+def test_a_folder_can_be_told_on_stderr_that_lacks_its_letters():
+    _, said = play([["leaderboard", "没有…"]], "latin-1")
+    assert "\\u6ca1\\u6709...: no such result set" in said

@@ -92,16 +92,19 @@ def test_what_was_found_where_it_died_is_told():
     killed = crash.explained(Ended(out_of_memory=True))
     assert (killed.kind, killed.cause[-34:]) == ("memory", "(the kernel's out-of-memory killer)"[-34:])
     assert crash.explained(Ended()) == crash
+    assert crash.explained(Ended(last_line="a warning")) == crash
+    untold = death_of(ray, died("connection error code 2. End of file")).explained(Ended(last_line="libmkl is missing"))
+    assert untold.cause.endswith("killed, or crashed; the last line that it wrote: libmkl is missing")
     assert Death("node", "x").explained(Ended(signal="aborted")) == Death("node", "x")
 
 
 def test_the_black_box_is_read_for_a_signal_and_for_the_kernels_killer(monkeypatch):
     monkeypatch.setattr("deadbench.runners.cluster.processes._oom_kills", lambda: 4)
-    assert _read_box("oom kills before: 4\n") == (None, False)
-    assert _read_box("oom kills before: 3\n") == (None, True)
-    assert _read_box("oom kills before: None\n") == (None, False)
+    assert _read_box("oom kills before: 4\n") == (None, False, None)
+    assert _read_box("oom kills before: 3\n") == (None, True, None)
+    assert _read_box("oom kills before: None\n") == (None, False, None)
     dump = "oom kills before: 4\nFatal Python error: Segmentation fault\n\nCurrent thread"
-    assert _read_box(dump) == ("segmentation fault", False)
+    assert _read_box(dump) == ("segmentation fault", False, None)
 
 
 def test_the_read_that_it_was_at_is_charged_and_the_others_go_on(job):
@@ -154,3 +157,19 @@ def test_a_place_that_others_take_again_and_again_is_given_up(job):
     again, given_up = attempts.after(Death("unplaced", "x"), job)
     assert (again.reads, given_up) == (job.reads[1:], job.reads[0])
     assert attempts.number(job.reads[0]) == 1
+
+
+def test_the_last_line_of_a_log_is_the_processs_own(tmp_path):
+    log = tmp_path / "worker 1.err"
+    log.write_text("of the process before\n")
+    box = f"oom kills before: None\nstderr: {log} from {log.stat().st_size}\n"
+    assert _read_box(box)[2] is None
+    with log.open("a") as file:
+        file.write(":actor_name:ModelActor\na warning\nMKL FATAL: cannot load libmkl.so\n\n")
+        file.write(
+            "[2026-11-28 23:25:17,603 E 6366 6366] logging.cc:474: *** SIGTERM\n    @     0x7f4f8305a050  (unknown)\n"
+        )
+    assert _read_box(box)[2] == "MKL FATAL: cannot load libmkl.so"
+    log.unlink()
+    assert _read_box(box)[2] is None
+    assert _read_box("oom kills before: None\nstderr: \n")[2] is None

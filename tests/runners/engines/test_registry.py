@@ -115,14 +115,19 @@ def test_an_engine_that_is_not_installed_names_its_pip_line(name, registry, dead
 @pytest.mark.parametrize(("tensor_parallel", "replicas"), [(None, 1), (None, 2), (2, 1), (2, 2)])
 def test_what_does_not_go_together_is_refused(name, registry, tensor_parallel, replicas, monkeypatch):
     monkeypatch.setattr("deadbench.runners.engines.registry.find_spec", lambda package: True)
-    if replicas == 1 or (ENGINES[name].replicas and tensor_parallel is None):
+    alone = tensor_parallel is not None and ENGINES[name].tensor_parallel is None
+    if not alone and (replicas == 1 or (ENGINES[name].replicas and tensor_parallel is None)):
         job = job_of(registry, engine=name, tensor_parallel=tensor_parallel, replicas=replicas)
         assert (job.engine, job.replicas) == (name, replicas)
         return
     beside = f"--tensor-parallel {tensor_parallel}" if ENGINES[name].replicas else f"--engine {name}"
     with pytest.raises(JobError) as refused:
         job_of(registry, engine=name, tensor_parallel=tensor_parallel, replicas=replicas)
-    assert str(refused.value) == f"neox: --replicas 2 does not go with {beside}; leave one out"
+    if alone:
+        told = f"--tensor-parallel 2 does not go with --engine {name}, which has a model on one device"
+    else:
+        told = f"--replicas 2 does not go with {beside}"
+    assert str(refused.value) == f"neox: {told}; leave one out"
     assert refused_together(name, tensor_parallel, replicas) in str(refused.value)
 
 

@@ -60,6 +60,15 @@ def test_a_worker_elsewhere_reads_the_folder_that_was_meant(hub, monkeypatch, na
         assert "no such directory on this node" in row["error"]
 
 
+def test_a_model_that_is_read_from_the_hubs_cache_for_want_of_the_hub_says_so(hub, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
+    (job,) = _jobs("team/model")
+    (remark,) = job.remarks
+    assert remark.startswith("team/model@main: the Hub cannot be reached: read from its cache, ")
+    assert job.reads[0].error is None
+
+
 @pytest.mark.parametrize("name", ["team/model", "hf://team/model"])
 def test_a_worker_elsewhere_reads_the_hubs_model_although_a_folder_there_has_its_name(hub, monkeypatch, name):
     (job,), place = _jobs(name), locate(name)

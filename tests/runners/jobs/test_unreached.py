@@ -21,8 +21,8 @@ def test_the_class_of_the_error_is_carried_into_the_read(error, kind, tmp_path, 
         raise error
 
     monkeypatch.setattr(opening, "Checkpoint", refused)
-    assert opening.open_all("far", ["main"], tmp_path) == {"main": (None, TEXT)}
-    assert type(opening.open_all("far", ["main"], tmp_path)["main"][1]) is kind
+    assert opening.open_all("far", ["main"], tmp_path) == ({"main": (None, TEXT)}, [])
+    assert type(opening.open_all("far", ["main"], tmp_path)[0]["main"][1]) is kind
 
 
 def test_only_what_was_not_reached_may_be_there_on_the_cluster_that_is_assumed(tmp_path):

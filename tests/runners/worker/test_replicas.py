@@ -26,8 +26,8 @@ from deadbench.runners.reporting.progress import Reporter
 from deadbench.runners.results.store import ResultStore
 from deadbench.runners.worker import forward, passes
 from deadbench.runners.worker import saved_state as checkpoints
+from deadbench.runners.worker.progress_folder import FOLDER, remove_checkpoints
 from deadbench.runners.worker.run import run_model
-from deadbench.runners.worker.saved_state import FOLDER
 from deadbench.suite.ranks import Ranks
 from deadbench.suite.registry.loading import load_registry
 from tests.conftest import save_tiny
@@ -214,7 +214,7 @@ def test_checkpoints_go_to_a_bucket_too(registry, monkeypatch, small_batches):
     rows_of(run_model(job, "run", 2))
     assert len(taken) == BATCHES - 4
     assert len(fsspec.filesystem("memory").ls(f"/results/{FOLDER}")) == 1
-    checkpoints.remove_checkpoints("memory://results", job.reads[0])
+    remove_checkpoints("memory://results", job.reads[0])
     assert not fsspec.filesystem("memory").find("/results")
 
 

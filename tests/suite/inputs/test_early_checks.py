@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from deadbench.suite.errors import InputError
-from deadbench.suite.inputs.early_checks import check_config, open_ids
+from deadbench.suite.inputs.early_checks import check_config, check_text, open_ids
 
 GPT2 = {"model_type": "gpt2", "vocab_size": 256, "n_positions": 64}
 LLAMA = {"model_type": "llama", "vocab_size": 256, "max_position_embeddings": 64}
@@ -81,7 +81,7 @@ def test_files_that_are_no_arrays_of_ids(tmp_path):
     np.save(tmp_path / "objects.npy", np.array([{}, {}]), allow_pickle=True)
     np.save(tmp_path / "flat.npy", np.arange(10))
     for name, message in (
-        ("train.bin", "not a .npy array"),
+        ("train.bin", r"not a \.npy array; .*numpy.fromfile\('.*train.bin', 'uint16'\).reshape"),
         ("objects.npy", "not a .npy array"),
         ("flat.npy", "shape"),
     ):
@@ -89,3 +89,19 @@ def test_files_that_are_no_arrays_of_ids(tmp_path):
             open_ids(tmp_path / name)
         assert "pickle" not in str(caught.value)
         assert name in str(caught.value)
+
+
+def test_files_that_are_no_text(tmp_path):
+    path = tmp_path / "text"
+    for content, message in (
+        (
+            np.arange(100, dtype=np.uint16).tobytes(),
+            "not text .a zero at byte 0.; token ids are given as tokens",
+        ),
+        ("naïve".encode("latin-1"), "not UTF-8 text .invalid continuation byte at byte 2."),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=message):
+            check_config(f"text:{path}", GPT2, ["vocab.json"])
+    path.write_bytes(b"a" + "é".encode() * 600_000)  # of which the first megabyte ends within a letter
+    check_text(path)

@@ -150,6 +150,8 @@ def test_random_tokens_follow_the_seed():
         ("audio", "audio", "is unknown"),
         ("audio:x.wav", "audio", "is unknown; .* or audio:noise"),
         ("text", "audio", "does not fit a model that reads audio"),
+        ("hf:wikitext", "text", "'hf:wikitext': a dataset of the Hub is OWNER/NAME; give hf:OWNER/NAME"),
+        ("hf:a/b/c:en", "text", "is OWNER/NAME"),
     ],
 )
 def test_specifications_are_checked_before_anything_runs(spec, modality, message):

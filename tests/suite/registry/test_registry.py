@@ -174,13 +174,26 @@ def test_mistakes_are_one_line_with_file_entry_value_and_choices(mistake, expect
     [
         ("models: [\n", "line 2"),
         ("a: 1\na: 2\n", "line 2: key 'a' is given twice"),
-        ("- 1\n", "expected the keys"),
+        ("- 1\n", "expected the key models"),
+        ("a: 2001-99-99\n", "not YAML"),
+        ("[" * 3000, "nested too deeply"),
         ("\x00", "not allowed"),
     ],
 )
 def test_files_that_are_no_registry(text, expected, tmp_path):
     with pytest.raises(RegistryError, match=expected):
         load_registry(write(tmp_path, text))
+
+
+def test_three_lines_are_a_registry(tmp_path):
+    registry = load_registry(write(tmp_path, "models:\n  - id: run0\n    source: runs/run0\n"))
+    assert registry.default_suite() == "all"
+    assert [entry.model for entry in registry.suites["all"].entries()] == ["run0"]
+    assert registry.protocols == {"standard": REGISTRY.protocols["standard"]}
+    assert REGISTRY.default_suite() == "quick"
+    assert load_registry(write(tmp_path, "suites: {}\nmodels: []\n")).default_suite() is None
+    with pytest.raises(RegistryError, match=r"m: unknown key 'sauce'"):
+        load_registry(write(tmp_path, "models: [{id: m, sauce: x}]"))
 
 
 def test_where_the_registry_is_looked_for(tmp_path, monkeypatch):

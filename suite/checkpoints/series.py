@@ -1,0 +1,172 @@
+"""A folder of checkpoints is a series: which of the folders in it are checkpoints, and in which order they were saved.
+
+A checkpoint of a series is a folder whose name tells a training step (`checkpoint-7`, `global_step7`, `iter_7`, …) or
+an epoch, or beside whose weights a Trainer wrote the step down. Folders that just lie beside each other are no series.
+"""
+
+import json
+import os
+import re
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from deadbench.suite.checkpoints.checkpoint import Checkpoint, checkpoint_step, list_revisions
+from deadbench.suite.checkpoints.sources import locate
+from deadbench.suite.checkpoints.strict_json import MAX_JSON_BYTES
+from deadbench.suite.errors import CheckpointError
+from deadbench.suite.secrets import scrubbed
+from deadbench.suite.storage import is_url
+
+_EPOCH = re.compile(r"(?<![a-z])ep(och)?[-_=]?\d+(?![a-z\d])", re.IGNORECASE)
+_WEIGHTS = re.compile(r"(pytorch_model.*\.bin|.*\.(safetensors|gguf))")
+_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class Series:
+    """The checkpoints of one training run, in training order.
+
+    Attributes:
+        source: the folder that holds them, as it was given.
+        names: the folders in it.
+        order: by what they are in that order.
+        left_out: folders beside them that are none of it, and why.
+    """
+
+    source: str
+    names: tuple[str, ...]
+    order: str
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The folder, spelled in one way only."""
+        if is_url(self.source):
+            return self.source.rstrip("/")
+        plain = os.path.normpath(self.source)
+        return plain if os.path.basename(plain) not in ("", ".", "..") else Path(plain).resolve().name
+
+    def sources(self) -> list[str]:
+        """Each checkpoint as a SOURCE of its own, in training order."""
+        above = self.source.rstrip("/") if is_url(self.source) else os.path.normpath(self.source)
+        return [name if above == "." else f"{above}/{name}" for name in self.names]
+
+    def told(self) -> str:
+        """For people, in one line."""
+        few = len(self.names) <= _SHOWN
+        names = ", ".join(self.names) if few else f"{self.names[0]}, {self.names[1]}, …, {self.names[-1]}"
+        without = f"; left out: {', '.join(self.left_out[:_SHOWN])}" if self.left_out else ""
+        without += f" and {len(self.left_out) - _SHOWN} more" if len(self.left_out) > _SHOWN else ""
+        return f"{scrubbed(self.name)}: a series of {len(self.names)} checkpoints, {self.order}: {names}{without}"
+
+
+def series_in(source: str, base: Path | None = None, *, beside_weights: bool = False) -> Series | None:
+    """The checkpoints below `source`; None where it holds no series, or cannot be listed.
+
+    What has weights of its own is a checkpoint, and its series counts only where it may lie `beside_weights`.
+    """
+    place = locate(source, base)
+    if not (os.path.isabs(place) or is_url(place)) or place.startswith(("hf://", "http://", "https://")):
+        return None  # the Hub's branches are listed by the registry; a web server's folders cannot be
+    try:
+        there = Checkpoint(source, base=base, place=place).names()
+        if not beside_weights and any(_WEIGHTS.fullmatch(name) for name in there):
+            return None
+        folders = list_revisions(source, base)
+    except (CheckpointError, OSError):
+        return None  # which opening it will say
+    steps = _steps(place, folders)
+    left_out = {name: "no config.json in it" for name in steps if not _has_config(source, name, base, place)}
+    steps = {name: step for name, step in steps.items() if name not in left_out}
+    return _ordered(source, steps, left_out)
+
+
+def gathered(names: Sequence[str], known: Container[str] = ()) -> list[str | Series]:
+    """`names` in their order, with folders of checkpoints, and two or more checkpoints of one folder, as series.
+
+    Those that are `known` mean something else.
+    """
+    siblings: dict[str, list[str]] = {}
+    unknown = [name for name in names if name not in known]
+    places = {name: os.path.normpath(place) for name in unknown if os.path.isabs(place := locate(name))}
+    for name, place in places.items():
+        siblings.setdefault(os.path.dirname(place), []).append(name)
+    of: dict[str, Series] = {}
+    for folder, given in siblings.items():
+        steps = _steps(folder, sorted({os.path.basename(places[name]) for name in given}))
+        source = os.path.dirname(os.path.normpath(given[0])) or "."
+        series = _ordered(source, steps, {}) if len(steps) > 1 else None
+        if series is not None:
+            of |= {os.path.join(folder, name): series for name in series.names}
+    found = {name: of.get(places.get(name, "")) or series_in(name) or name for name in unknown}
+    return list(dict.fromkeys(found.get(name, name) for name in names))
+
+
+def trainer_step(folder: Path) -> int | None:
+    """`global_step` of the `trainer_state.json` that transformers' Trainer leaves in a local checkpoint."""
+    path = folder / "trainer_state.json"
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            return None
+        step = json.loads(path.read_text(encoding="utf-8"))["global_step"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None  # it is no Trainer's, or not here
+    return step if isinstance(step, int) and not isinstance(step, bool) and 0 <= step < 2**63 else None
+
+
+def _steps(place: str, folders: Sequence[str]) -> dict[str, int | None]:
+    """Training step, where one is known, of those of `folders` in `place` that are checkpoints of a series."""
+    steps: dict[str, int | None] = {}
+    for name in folders:
+        step = checkpoint_step(name)
+        if step is None and os.path.isabs(place):
+            step = trainer_step(Path(place, name))
+        if step is not None or _EPOCH.search(name):
+            steps[name] = step
+    return steps
+
+
+def _has_config(source: str, name: str, base: Path | None, place: str) -> bool:
+    try:
+        return Checkpoint(source, name, base, place).has("config.json")
+    except CheckpointError:
+        return False
+
+
+def _ordered(source: str, steps: Mapping[str, int | None], left_out: Mapping[str, str]) -> Series | None:
+    """The series of `steps`; None where it is none: no checkpoint, or those of several runs in one folder."""
+    without = dict(left_out)
+    taken: dict[int, str] = {}
+    for name in sorted(steps, key=lambda name: (checkpoint_step(name) is None, _natural(name))):
+        step = steps[name]
+        if step is None:
+            continue
+        first = taken.setdefault(step, name)
+        if first == name or _shape(first) == _shape(name):
+            continue
+        if checkpoint_step(name) is not None:
+            return None
+        without[name] = f"step {step} is {first}"  # `best`, `latest`: a copy, or a link
+    names = [name for name in steps if name not in without]
+    if not names:
+        return None
+    names.sort(key=lambda name: (steps[name] is None, steps[name] or 0, _natural(name)))
+    unknown = sum(steps[name] is None for name in names)
+    by_trainer = any(steps[name] is not None and checkpoint_step(name) is None for name in names)
+    written = " (of trainer_state.json)" if by_trainer else ""
+    order = f"by step{written}"
+    if unknown:
+        order = "in the natural order of their names, which tell no step"
+        order = order if unknown == len(names) else f"by step where one is known{written}, then {order}"
+    return Series(source, tuple(names), order, tuple(f"{name} ({why})" for name, why in without.items()))
+
+
+def _shape(name: str) -> str:
+    """A name without its numbers: what the checkpoints of one run share."""
+    return re.sub(r"\d+", "#", name)
+
+
+def _natural(name: str) -> list[str | int]:
+    """A key by which numbers in names are ordered as numbers: text and number in turn."""
+    return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"([0-9]+)", name))]
