@@ -1,5 +1,6 @@
 """Fixtures that every test may use, and what a test must say of itself. Warnings are errors (pyproject.toml)."""
 
+import atexit
 import contextlib
 import json
 import multiprocessing.util
@@ -12,6 +13,7 @@ from importlib import resources
 from pathlib import Path
 
 os.environ["DEADBENCH_CACHE"] = tempfile.mkdtemp(prefix="deadbench-cache-")
+atexit.register(shutil.rmtree, os.environ["DEADBENCH_CACHE"], ignore_errors=True)
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no test may reach the network
 if "PYTEST_XDIST_WORKER" in os.environ:  # whose neighbour is at work on the other cores
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -34,10 +36,6 @@ TINY_NEOX = {
     "num_attention_heads": 2,
     "max_position_embeddings": 64,
 }
-
-
-def pytest_unconfigure():
-    shutil.rmtree(os.environ["DEADBENCH_CACHE"], ignore_errors=True)
 
 
 # What a test starts, it is marked with; `make test-fast` leaves these out.

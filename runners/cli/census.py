@@ -53,17 +53,14 @@ def census(
     left = unfinished(sources, store) if resume else sources
     outcome = new_outcome(len(sources), skipped=len(sources) - len(left))
     if left:
-        import ray
-
-        started_here = connect(address)
+        connection = connect(address)
         previous = signal.signal(signal.SIGTERM, _interrupt)  # after ray.init, which installs its own
         try:
             with contextlib.redirect_stdout(sys.stderr):  # where Ray tells of workers that died
                 _show(take_census(left, store, outcome, threads), outcome)
         finally:
             signal.signal(signal.SIGTERM, previous)
-            if started_here:
-                ray.shutdown()
+            connection.leave()
     if as_json:
         told = {"run_id": outcome.run_id, "out": scrubbed(out), "sources": outcome.total, "ok": outcome.ok}
         told |= {"failed": outcome.failed, "skipped": outcome.skipped, "seconds": outcome.seconds}

@@ -1,12 +1,16 @@
 """Joining a Ray, or starting one: the address is tried before, since Ray itself asks a dead one for many minutes.
 
 Workers do not look for modules in the folder that the command was given in: a user's own `torch.py` is nobody's torch.
+A Ray that is started here is its user's alone: its folder and its token are closed to others of the machine.
 """
 
+import contextlib
 import os
 import re
+import secrets
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from importlib.machinery import PathFinder
@@ -14,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from deadbench.suite.errors import message, one_line
+from deadbench.suite.scratch import Scratch, sweep
 from deadbench.suite.secrets import without_secrets
 
 _REFUSED_SECONDS, _SILENT_SECONDS = 3.0, 12.0  # a head that is just starting refuses; one that is slow accepts late
+_LONGEST_SOCKET, _SOCKET_LETTERS = 103, 89  # the least of all systems; of a folder in it, a session and a socket there
 _LOCAL_OBJECT_STORE_BYTES = 200 * 2**20  # tables are small; weights never pass through
 
 
@@ -24,8 +30,29 @@ class JoinError(ValueError):
     """Ray cannot be started or joined; one line, exit code 2."""
 
 
-def connect(address: str | None, say: Callable[[str], None] = lambda line: None) -> bool:
-    """Join the Ray at `address`, else at RAY_ADDRESS, or start one; True if it was started here.
+class Connection:
+    """A Ray that was joined or started.
+
+    Attributes:
+        started_here: it is this process's own, and ends with `leave`.
+    """
+
+    def __init__(self, scratch: Scratch | None):
+        """With the folder of a Ray that was started here."""
+        self._scratch = scratch
+        self.started_here = scratch is not None
+
+    def leave(self) -> None:
+        """End a Ray that was started here, and remove its folder."""
+        import ray
+
+        if self._scratch is not None:
+            ray.shutdown()
+            self._scratch.close()
+
+
+def connect(address: str | None, say: Callable[[str], None] = lambda line: None) -> Connection:
+    """Join the Ray at `address`, else at RAY_ADDRESS, or start one.
 
     What takes seconds is said to who waits.
 
@@ -38,19 +65,50 @@ def connect(address: str | None, say: Callable[[str], None] = lambda line: None)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     target = address or os.environ.get("RAY_ADDRESS") or "local"
     if ray.is_initialized():
-        return False
+        return Connection(None)
     check_answers(address)
     say("starting Ray …" if target == "local" else "joining Ray …")
     options: dict[str, Any] = {}
+    scratch = None
     if target == "local":
+        sweep()
+        _close_token()
+        scratch = Scratch(_short_folder())
         options = {"include_dashboard": False, "object_store_memory": _LOCAL_OBJECT_STORE_BYTES}
+        options["_temp_dir"] = str(scratch.path / "ray")  # which Ray opens to all, within what is closed
     if not target.startswith("ray://"):  # there the server makes the job
         options["job_config"] = _job_config()
     try:
         ray.init(address=target, logging_level="ERROR", log_to_driver=False, **options)
     except Exception as error:
+        if scratch is not None:
+            scratch.close()
         raise JoinError(f"Ray at {target!r} cannot be joined ({one_line(error, 300)})") from error
-    return target == "local"
+    return Connection(scratch)
+
+
+def _close_token() -> None:
+    """The token of this user's Rays, readable to nobody else: Ray would write it for all to read."""
+    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        return
+    token = Path.home() / ".ray" / "auth_token"
+    with contextlib.suppress(OSError):  # Ray says what it needs and cannot have
+        token.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        aside = token.with_name(f".auth_token-{secrets.token_hex(8)}")
+        with os.fdopen(os.open(aside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w", encoding="ascii") as file:
+            file.write(secrets.token_hex(32))
+        try:
+            os.link(aside, token)  # unless there is one
+        except FileExistsError:
+            token.chmod(0o600)
+        finally:
+            aside.unlink()
+
+
+def _short_folder() -> str:
+    """The temporary folder, or /tmp where Ray's sockets below it would have names longer than the system allows."""
+    folder = tempfile.gettempdir()
+    return folder if len(folder) + _SOCKET_LETTERS <= _LONGEST_SOCKET else "/tmp"
 
 
 def check_answers(address: str | None) -> None:

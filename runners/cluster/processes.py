@@ -13,6 +13,7 @@ import psutil
 MARK = "DEADBENCH_GROUP"  # in the environment of whatever an actor starts, wherever that has got to
 _LOG_BYTES = 64_000  # of the end of a log
 _RAYS = re.compile(r"\[[^\]]* [A-Z] \d+ \d+\]|\*\*\* |PC: @|\s*@ +0x|:(actor|task|job)_(name|id|repr):")
+_NEW = os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_NOFOLLOW
 _POLITE_SECONDS, _PATIENT_SECONDS = 3.0, 30.0
 
 
@@ -32,7 +33,7 @@ class Ended:
 def mark_process(token: str) -> None:
     """Mark this process, and let it write down a fatal signal: who finds it dead reads that."""
     os.environ[MARK] = token
-    box = _black_box(token, os.getpid()).open("w", encoding="utf-8")
+    box = os.fdopen(os.open(_black_box(token, os.getpid()), _NEW, 0o600), "w", encoding="utf-8")
     box.write(f"oom kills before: {_oom_kills()}\nstderr: {_log_of_stderr()}\n")
     box.flush()
     faulthandler.enable(file=box, all_threads=False)  # keeps the file open as long as the process lives

@@ -57,18 +57,17 @@ def execute(jobs: list[ModelJob], store: ResultStore, settings: Settings, report
 
 
 def _execute(jobs: list[ModelJob], store: ResultStore, settings: Settings, reporter: Reporter, run_id: str) -> Summary:
-    import ray
 
     jobs = [job.checkpointed(settings.checkpoint_interval, absolute(store.location)) for job in jobs]
     try:
-        started_here = connect(settings.address, reporter.say)
+        connection = connect(settings.address, reporter.say)
     except JoinError as error:
         raise DriverError(str(error)) from error
     previous = signal.signal(signal.SIGTERM, _interrupt)  # after ray.init, which installs its own
     record = RunRecord(store, run_id, jobs, reporter.say)
     lost = False
     try:
-        if not started_here:
+        if not connection.started_here:
             refused, doubtful = check_versions()
             if refused:
                 raise DriverError("; ".join(refused) + "; install the same versions on every node")
@@ -76,7 +75,7 @@ def _execute(jobs: list[ModelJob], store: ResultStore, settings: Settings, repor
                 reporter.say(f"{difference}; numbers may differ")
         with HeadWatch() as head:
             pool = ThreadPoolExecutor(_BESIDE, "beside the driver")
-            run = Run(jobs, store, settings, reporter, record, head, pool, run_id, shared=not started_here)
+            run = Run(jobs, store, settings, reporter, record, head, pool, run_id, shared=not connection.started_here)
             record.started(settings.address or "local", run.nodes.facts())
             reporter.run_started(run_id, len(jobs))
             outcome, failure = "stopped", None
@@ -104,8 +103,8 @@ def _execute(jobs: list[ModelJob], store: ResultStore, settings: Settings, repor
         raise stopped from error
     finally:
         signal.signal(signal.SIGTERM, previous)
-        if started_here and not lost:
-            ray.shutdown()
+        if not lost:
+            connection.leave()
 
 
 def _interrupt(signum: int, frame: Any) -> None:

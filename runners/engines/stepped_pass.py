@@ -4,7 +4,6 @@ Each pass is a greenlet: the model's own code, on its own stack, in the one thre
 """
 
 import contextlib
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from deadbench.suite.inputs.batches import Batch
+from deadbench.suite.scratch import Scratch
 
 
 @dataclass(frozen=True)
@@ -92,11 +92,11 @@ class Parked:
         self._away: dict[int, tuple[Tensor, Path]] = {}
 
     def __enter__(self) -> "Parked":
-        self._folder = tempfile.TemporaryDirectory(prefix="deadbench-")
+        self._folder = Scratch()
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        self._folder.cleanup()
+        self._folder.close()
 
     def put(self, run: SteppedPass) -> None:
         """Count a waiting run's stream; past the budget, write it and give its memory back."""
@@ -107,7 +107,7 @@ class Parked:
             self._held[id(run)] = storage.nbytes()
             self._resident += storage.nbytes()
             return
-        path = Path(self._folder.name) / str(id(run))
+        path = self._folder.path / str(id(run))
         _bytes_of(stream).cpu().clone().numpy().tofile(path)
         storage.resize_(0)
         self._away[id(run)] = (stream, path)

@@ -9,8 +9,6 @@ stream of every batch, which goes to disk past a budget.
 
 import contextlib
 import json
-import shutil
-import tempfile
 import time
 import warnings
 import weakref
@@ -31,6 +29,7 @@ from deadbench.suite.architectures.build import build_config
 from deadbench.suite.architectures.parts import streamed_paths
 from deadbench.suite.errors import CheckpointError
 from deadbench.suite.inputs.batches import Batch
+from deadbench.suite.scratch import Scratch
 
 _PARKED_SHARE = 4  # of the memory that is free, waiting streams take one part in so many before they go to disk
 
@@ -76,8 +75,8 @@ class StreamingEngine(PartEngine):
         paths = streamed_paths(empty)
         inside = tuple(f"{path}." for path in paths)
         device_map = {name: "cpu" for name, _ in _tensors(empty) if not name.startswith(inside)}
-        converted = tempfile.mkdtemp(prefix="deadbench-")
-        weakref.finalize(self, shutil.rmtree, converted, ignore_errors=True)
+        converted = Scratch()
+        weakref.finalize(self, converted.close)
         with warnings.catch_warnings():  # accelerate would have modules, and a root's own parameters are in none
             warnings.filterwarnings("ignore", message="The following device_map keys")
             model: nn.Module = self.from_pretrained(
@@ -85,7 +84,7 @@ class StreamingEngine(PartEngine):
                 dtype,
                 model_class,
                 device_map=device_map | dict.fromkeys(paths, "disk"),
-                offload_folder=converted,
+                offload_folder=str(converted.path),
             )
         stored = _offloaded(model)
         remove_hook_from_submodules(model)

@@ -7,13 +7,12 @@ transformers backend takes.
 import json
 import multiprocessing
 import os
-import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from deadbench.suite.errors import message
+from deadbench.suite.scratch import Scratch
 
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -61,10 +60,10 @@ def _ask(config_json: str) -> str | None:
     from vllm.config import ModelConfig
 
     names = json.loads(config_json)["architectures"]
-    with tempfile.TemporaryDirectory(prefix="deadbench-") as folder:
-        (Path(folder) / "config.json").write_text(config_json, encoding="utf-8")
+    with Scratch() as folder:
+        (folder / "config.json").write_text(config_json, encoding="utf-8")
         try:
-            ModelConfig(model=folder, skip_tokenizer_init=True, hf_overrides={"architectures": names})
+            ModelConfig(model=str(folder), skip_tokenizer_init=True, hf_overrides={"architectures": names})
         except Exception as error:
             return refusal(error)
     return None

@@ -9,10 +9,8 @@ import gc
 import json
 import os
 import pickle
-import tempfile
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -37,6 +35,7 @@ from deadbench.suite.inputs.batches import Inputs, check_inputs
 from deadbench.suite.reads.columns import architecture_columns
 from deadbench.suite.reads.residual import ResidualRead
 from deadbench.suite.schema import Row
+from deadbench.suite.scratch import Scratch
 
 _SPEC = ENGINES["vllm"]
 
@@ -125,13 +124,13 @@ def _loaded(read: ReadJob, raw_config: dict[str, Any], weights: Weights, dtype: 
 
     from deadbench.runners.engines.vllm_random_weights import RANDOM_FORMAT
 
-    with tempfile.TemporaryDirectory(prefix="deadbench-") as empty:
-        (Path(empty) / "config.json").write_text(json.dumps(raw_config), encoding="utf-8")
+    with Scratch() as empty:
+        (empty / "config.json").write_text(json.dumps(raw_config), encoding="utf-8")
         if isinstance(weights, StoredWeights):
             source: dict[str, Any] = {"model": str(weights.folder), "load_format": "safetensors"}
         else:
             extra = {"seed": weights.seed}
-            source = {"model": empty, "load_format": RANDOM_FORMAT, "model_loader_extra_config": extra}
+            source = {"model": str(empty), "load_format": RANDOM_FORMAT, "model_loader_extra_config": extra}
         try:
             llm = vllm.LLM(
                 **source,

@@ -9,7 +9,6 @@ import concurrent.futures
 import contextlib
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Protocol
 from deadbench.suite.checkpoints.no_weights import PICKLED_SUFFIXES, no_weights
 from deadbench.suite.checkpoints.strict_json import MAX_JSON_BYTES, parse_object, shown
 from deadbench.suite.errors import CheckpointError
+from deadbench.suite.scratch import Scratch
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -95,8 +95,7 @@ def as_transformers_expects(folder: Path, weights: WeightFiles) -> Iterator[Path
     if usual and there == sorted(weights.shards):
         yield folder
         return
-    with tempfile.TemporaryDirectory(prefix="deadbench-") as made:
-        view = Path(made)
+    with Scratch() as view:
         for path in folder.iterdir():
             if not path.name.endswith((".safetensors", ".index.json", *PICKLED_SUFFIXES)):
                 os.symlink(path.absolute(), view / path.name)
@@ -115,9 +114,9 @@ def as_transformers_expects(folder: Path, weights: WeightFiles) -> Iterator[Path
         try:
             yield view
         except ValueError as error:
-            if made not in str(error):
+            if str(view) not in str(error):
                 raise
-            raise type(error)(str(error).replace(made, str(folder))) from error
+            raise type(error)(str(error).replace(str(view), str(folder))) from error
 
 
 def _named(files: Files, named: object) -> WeightFiles:

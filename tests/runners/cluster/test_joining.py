@@ -3,10 +3,13 @@
 import json
 import os
 import socket
+import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from pathlib import Path
 
 import polars as pl
 import pytest
@@ -106,11 +109,22 @@ def test_workers_import_nothing_of_the_folder_that_the_command_was_given_in(tmp_
     # As the console script: deadbench is found by its own place, and the working folder is not looked in.
     command = [sys.executable, "-P", "-c", program.replace("path]", f"{str(ROOT)!r}]"), *arguments]
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "RAY_ADDRESS")}
-    done = subprocess.run(
-        command, cwd=tmp_path / "mine", env=environment, capture_output=True, text=True, check=False, timeout=300
+    environment |= {"HOME": str(tmp_path / "home"), "TMPDIR": tempfile.mkdtemp(dir="/tmp")}
+    process = subprocess.Popen(
+        command, cwd=tmp_path / "mine", env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["ok"] == 2
+    open_to_others = []
+    while process.poll() is None:  # what others of this machine could enter, while Ray runs
+        for folder in Path(environment["TMPDIR"]).glob("deadbench-*"):
+            open_to_others += [folder] if stat.S_IMODE(folder.stat().st_mode) & 0o077 else []
+        time.sleep(0.1)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert json.loads(out)["ok"] == 2
+    assert open_to_others == []
+    assert stat.S_IMODE((tmp_path / "home/.ray/auth_token").stat().st_mode) == 0o600
+    assert list(Path(environment["TMPDIR"]).iterdir()) == [], "nothing is left of that Ray"
+    os.rmdir(environment["TMPDIR"])
     rows = pl.read_parquet(tmp_path / "out/reads/*.parquet")
     assert rows["status"].to_list() == ["ok", "ok"]
 
