@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 
 _WHOLE = 1.0 - 1e-9
 _LONG = 0.5  # of the time that is left for all
-_EARLY = 0.125  # of the same: how long the one that goes first may take
+_EARLY = 0.2  # of the same: how long the one that goes first may take
 
 
 @dataclass(frozen=True)

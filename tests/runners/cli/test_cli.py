@@ -324,7 +324,7 @@ def test_ctrl_c_in_the_middle_is_exit_130_and_loses_nothing(tmp_path):
 
 
 def test_what_cannot_be_watched_or_added_is_refused_before_anything_starts(deadbench, monkeypatch):
-    monkeypatch.setattr(driver, "connect", lambda address: pytest.fail("Ray was started"))
+    monkeypatch.setattr(driver, "connect", lambda *_: pytest.fail("Ray was started"))
     code, _, err = deadbench("run", TWINS, "--log-format", "xml")
     assert (code, err) == (2, "deadbench: --log-format 'xml' is unknown; choose text, json\n")
     code, _, err = deadbench("run", "gpt2", "--reads", "random", "--autoscale", "8")

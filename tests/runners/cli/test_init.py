@@ -6,11 +6,12 @@ import polars as pl
 import pytest
 
 from deadbench.analysis.results import scan
+from deadbench.runners.cli.bisect import _series
 from deadbench.runners.cli.console import model_named
 from deadbench.runners.cli.run import _next_command
 from deadbench.runners.jobs.build import build_jobs
 from deadbench.runners.jobs.events import Finished
-from deadbench.runners.jobs.job import Overrides
+from deadbench.runners.jobs.job import JobError, Overrides
 from deadbench.runners.jobs.opening import which_are_meant
 from deadbench.runners.results.store import ResultStore
 from deadbench.runners.worker.run import run_model
@@ -70,6 +71,14 @@ def test_the_next_command_shows_what_was_read(here):
     assert _next_command(_jobs("run0"), "my out") == "deadbench trend 'my out' --model run0"
     for names in (["run0/checkpoint-10"], ["run0", "模型"]):
         assert _next_command(_jobs(*names), "out") == "deadbench leaderboard out"
+
+
+def test_a_folder_can_be_bisected(here):
+    assert [read.revision for read in _series("run0", None, None, "trained").reads] == [
+        "checkpoint-10", "checkpoint-20", "checkpoint-100"
+    ]  # fmt: skip
+    with pytest.raises(JobError, match=r"--model 'run1' is not in .*models.yaml, nor a folder of checkpoints"):
+        _series("run1", None, None, "trained")
 
 
 def test_checkpoints_beside_weights_are_named(here, tmp_path, monkeypatch):
