@@ -62,7 +62,7 @@ def sweep(base: str | Path | None = None) -> int:
 
 def _remove_if_free(folder: Path) -> bool:
     """Whether nobody held it, and it is gone; a folder without a lock is another's."""
-    descriptor = os.open(folder / _LOCK, os.O_WRONLY | os.O_NOFOLLOW)
+    descriptor = os.open(folder / _LOCK, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         shutil.rmtree(folder, ignore_errors=True)

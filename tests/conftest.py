@@ -13,7 +13,6 @@ from importlib import resources
 from pathlib import Path
 
 os.environ["DEADBENCH_CACHE"] = tempfile.mkdtemp(prefix="deadbench-cache-")
-atexit.register(shutil.rmtree, os.environ["DEADBENCH_CACHE"], ignore_errors=True)
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no test may reach the network
 if "PYTEST_XDIST_WORKER" in os.environ:  # whose neighbour is at work on the other cores
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -23,6 +22,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+atexit.register(shutil.rmtree, os.environ["DEADBENCH_CACHE"], ignore_errors=True)
 ROOT = Path(__file__).parents[1]
 TWINS = ROOT / "suite" / "data" / "twins"
 
