@@ -8,7 +8,7 @@ from torch import nn
 from deadbench.runners.jobs.job import ReadJob
 from deadbench.suite.architectures.norms import FinalNorm
 from deadbench.suite.architectures.resolve import Resolved
-from deadbench.suite.architectures.stored_names import stored_tensor
+from deadbench.suite.architectures.stored_tensors import StoredTensors
 from deadbench.suite.checkpoints.tensors import TensorEntry
 from deadbench.suite.inputs.batches import Inputs
 from deadbench.suite.inputs.feed import feed
@@ -85,5 +85,5 @@ def tensor_name(entries: dict[str, TensorEntry] | None, final: FinalNorm) -> str
     """The name of the final norm's scale in the checkpoint."""
     if entries is None or final.path is None:
         return None
-    entry = stored_tensor(entries, final.path, final.behaviour.scale_parameter, final.renamings)
-    return entry.name if entry else None
+    found = StoredTensors(entries, final.naming).find(final.path, final.behaviour.scale_parameter)
+    return found[0].name if len(found) == 1 else None

@@ -10,7 +10,7 @@ from deadbench.suite.architectures.build import build_model
 from deadbench.suite.architectures.locate import Inputs, search, search_without_weights
 from deadbench.suite.architectures.norms import FinalNorm
 from deadbench.suite.architectures.parts import part_of
-from deadbench.suite.architectures.stored_names import renamings
+from deadbench.suite.architectures.stored_names import naming
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def resolve(model: nn.Module, modality: str, stack: str) -> Resolved:
     """Look into a loaded model; `modality` and `stack` name the part, as `part_of` has it."""
     path, part = part_of(model, modality, stack)
     final, inputs = search(part)
-    return Resolved(path, replace(final, renamings=renamings(model)), _tensors(inputs))
+    return Resolved(path, replace(final, naming=naming(model)), _tensors(inputs))
 
 
 def resolve_without_weights(config: Any, modality: str = "text", stack: str = "encoder") -> Resolved:

@@ -1,11 +1,13 @@
 """The table `norms`: every norm of a published architecture, with its role and its dead parameters."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 
 from deadbench.suite.architectures.norms import EffectiveNorm, FinalNorm, NormBehaviour, effective_norm
-from deadbench.suite.architectures.stored_names import renamings, stored_tensor
+from deadbench.suite.architectures.stored_names import naming
+from deadbench.suite.architectures.stored_tensors import StoredTensors
 from deadbench.suite.checkpoints.checkpoint import Checkpoint
 from deadbench.suite.checkpoints.tensors import read_vector
 from deadbench.suite.errors import ArchitectureError
@@ -37,7 +39,8 @@ def norms_of(checkpoint: Checkpoint, read: ParametersRead) -> list[tuple[Row, Ef
     bare = getattr(model, "base_model", model)
     prefix = next((f"{path}." for path, module in model.named_modules() if module is bare and path), "")
     blocks_path, _ = block_list(bare, read.final.path)
-    rules = renamings(bare)
+    base = naming(model)
+    of_bare, of_heads = StoredTensors(read.entries, base), StoredTensors(read.entries, replace(base, base=""))
     called = wiring.norms if wiring else {}
     norms: dict[str, EffectiveNorm] = {}
     probed: dict[tuple[type, int, tuple[str, ...]], NormBehaviour] = {}  # a model has many norms of few kinds
@@ -59,10 +62,11 @@ def norms_of(checkpoint: Checkpoint, read: ParametersRead) -> list[tuple[Row, Ef
         if not behaviour.known:
             continue
         names = (behaviour.scale_parameter, behaviour.shift_parameter)
-        stored = [stored_tensor(read.entries, path.removeprefix(prefix), name, rules) for name in names]
-        if any(name and entry is None for name, entry in zip(names, stored, strict=True)):
+        stored = of_bare if path.startswith(prefix) else of_heads
+        found = [stored.find(path.removeprefix(prefix), name) for name in names]
+        if any(name and len(entries) != 1 for name, entries in zip(names, found, strict=True)):
             continue
-        scale_D, shift_D = (read_vector(checkpoint, entry) if entry else None for entry in stored)
+        scale_D, shift_D = (read_vector(checkpoint, entries[0]) if entries else None for entries in found)
         norms[path] = effective_norm(behaviour, scale_D, shift_D, width)
     counts = count_dead_parameters(model, wiring, norms) if wiring else {}
     rows = []
