@@ -1,6 +1,6 @@
 """What a read asks of an engine: weights, inputs, names, parts."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
@@ -74,11 +74,6 @@ def make_inputs(
         form=resolved.form if resolved else None,
         final=resolved.final if resolved else None,
     )
-
-
-def below(path: str, final: FinalNorm) -> FinalNorm:
-    """`final`, found in the part at `path`, as the whole model calls it."""
-    return final if final.path is None or not path else replace(final, path=f"{path}.{final.path}")
 
 
 def tensor_name(entries: dict[str, TensorEntry] | None, final: FinalNorm) -> str | None:

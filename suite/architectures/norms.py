@@ -71,7 +71,7 @@ class FinalNorm:
     rows_per_item: int = 0
     reason: str | None = None
     evidence: tuple[str, ...] = field(default=())
-    naming: Naming = Naming()
+    naming: Naming = field(default_factory=Naming)
 
     @property
     def family(self) -> str:

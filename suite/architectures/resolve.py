@@ -29,6 +29,12 @@ class Resolved:
     form: Mapping[str, Tensor]
     skeleton: nn.Module | None = None
 
+    @property
+    def final_in_whole(self) -> FinalNorm:
+        """The final norm by its path in the whole model."""
+        path = self.final.path
+        return replace(self.final, path=f"{self.part}.{path}") if self.part and path is not None else self.final
+
 
 def resolve(model: nn.Module, modality: str, stack: str) -> Resolved:
     """Look into a loaded model; `modality` and `stack` name the part, as `part_of` has it."""

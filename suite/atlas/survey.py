@@ -206,16 +206,18 @@ def _that_name(model: Any, parameter: str) -> list[Renaming]:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming
 
-    rules = naming(model).rules
+    named = naming(model)
     back = [
         each.reverse_transform()
         for each in reversed(get_model_conversion_mapping(model, add_legacy=False))
         if isinstance(each, WeightRenaming)
     ]
-    names = {parameter}
+    names = {parameter, f"{named.base}.{parameter}"} if named.base else {parameter}
+    begun = set(names)
     for each in back:
         names |= {each.rename_source_key(name)[0] for name in names}
-    return list(rules) if len(names) > 1 or any(rule(parameter) != parameter for rule in rules) else []
+    renamed = any(rule(name) != name for rule in named.rules for name in begun)
+    return list(named.rules) if names != begun or renamed else []
 
 
 def _derived(model_type: str, defaults: dict[str, Any], keys: list[Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,17 +16,22 @@ from deadbench.suite.reads.parameters import ParametersRead
 from deadbench.suite.schema import Row
 from deadbench.suite.spectra.directions import harmonic_scale, inverse_scale_direction, zero_scales
 
+if TYPE_CHECKING:
+    from torch import nn
 
-def list_norms(checkpoint: Checkpoint, read: ParametersRead) -> list[Row]:
+
+def list_norms(checkpoint: Checkpoint, read: ParametersRead, empty: "nn.Module | None" = None) -> list[Row]:
     """One row of `norms` for every norm that the published architecture has and the checkpoint stores, with its role.
 
     Norms without parameters are there too where the wiring tells of them. `dead_parameters` is null where the wiring is
-    not known; paths are those in the bare model (`AutoModel`).
+    not known; paths are those in the bare model (`AutoModel`). `empty` is the published model on the meta device.
     """
-    return [row for row, _ in norms_of(checkpoint, read)]
+    return [row for row, _ in norms_of(checkpoint, read, empty)]
 
 
-def norms_of(checkpoint: Checkpoint, read: ParametersRead) -> list[tuple[Row, EffectiveNorm]]:
+def norms_of(
+    checkpoint: Checkpoint, read: ParametersRead, empty: "nn.Module | None" = None
+) -> list[tuple[Row, EffectiveNorm]]:
     """The rows of `list_norms`, each with the norm itself."""
     from deadbench.suite.architectures.build import build_config
     from deadbench.suite.architectures.kernel_test import own_vectors, probe
@@ -33,7 +39,7 @@ def norms_of(checkpoint: Checkpoint, read: ParametersRead) -> list[tuple[Row, Ef
     from deadbench.suite.reads.dead_parameters import count_dead_parameters, trace_published
 
     try:
-        model, wiring = trace_published(build_config(checkpoint.config()))
+        model, wiring = trace_published(build_config(checkpoint.config()), empty)
     except ArchitectureError:
         return []
     bare = getattr(model, "base_model", model)

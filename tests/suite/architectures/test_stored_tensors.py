@@ -17,7 +17,10 @@ def entries(*names):
     return {name: TensorEntry(name, "f", "F32", (4,), 0, 16) for name in names}
 
 
-def found(names, path="norm", parameter="weight", naming=Naming(base="model")):
+LLAMAS = Naming(base="model")
+
+
+def found(names, path="norm", parameter="weight", naming=LLAMAS):
     return [entry.name for entry in StoredTensors(entries(*names), naming).find(path, parameter)]
 
 
