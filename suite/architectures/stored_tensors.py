@@ -19,7 +19,7 @@ _COPY = re.compile(r"\.(?:original_module|modules_to_save\.[^.]+|base_layer|ln_t
 _INSIDE_A_BLOCK = re.compile(r"\.\d+(?:\.|$)")  # though nn.Sequential may hold a whole model as `0`
 _MOST = 0.5  # of the tensors, shared by the roots that hold one of the name
 
-Places = dict[str, list[tuple[str, TensorEntry]]]  # name below a root: the root, "" for none, and the tensor
+_Places = dict[str, list[tuple[str, TensorEntry]]]  # name below a root: the root, "" for none, and the tensor
 
 
 class StoredTensors:
@@ -48,6 +48,9 @@ class StoredTensors:
             if found:
                 plain = [entry for entry in found if unwrapped(entry.name) == entry.name]
                 return plain if len(plain) == 1 else found
+        twice = [entry for name in called for entry in self._twice.get(name, ())]
+        if twice:
+            return twice
         below = [place for name in called for place in self._below.get(name, ())]
         held = {entry.name: entry for root, entry in below if _HOLDERS.fullmatch(root)}
         if held:
@@ -64,9 +67,22 @@ class StoredTensors:
         return [(unwrapped(name), entry) for name, entry in self._entries.items() if len(entry.shape) < 2]
 
     @cached_property
-    def _below(self) -> Places:
+    def _twice(self) -> Mapping[str, list[TensorEntry]]:
+        """By names that the rules have led on once more.
+
+        Where a class and its base both rename, transformers may save with both undone, one on top of the other
+        (`language_model.model.model.norm` of six audio models in 5.19).
+        """
+        twice: dict[str, list[TensorEntry]] = defaultdict(list)
+        for own, found in self._own.items():
+            if (again := renamed(own, self._naming.rules)) != own:
+                twice[again] += found
+        return twice
+
+    @cached_property
+    def _below(self) -> _Places:
         """Every vector by the names that it has below each part of its path, a copy as what it is a copy of."""
-        places: Places = defaultdict(list)
+        places: _Places = defaultdict(list)
         for name, entry in self._vectors:
             parts = _COPY.sub("", name).split(".")
             for cut in range(len(parts) - 1):

@@ -29,8 +29,6 @@ _IMMATERIAL = {
 }
 _ADAPTER = re.compile(r"(^|[._])lora_(A|B|embedding_A|embedding_B|magnitude_vector)(\.|$)")
 _SCALES = re.compile(r"scale|absmax|zeros|quant", re.IGNORECASE)
-
-
 # What the blocks of draft heads, for the prediction of further tokens, have beside a block's own parts.
 _DRAFT = re.compile(r"\.(eh_proj|enorm|hnorm|shared_head)\.")
 

@@ -43,20 +43,23 @@ def norms_of(
     except ArchitectureError:
         return []
     bare = getattr(model, "base_model", model)
-    prefix = next((f"{path}." for path, module in model.named_modules() if module is bare and path), "")
+    modules = dict(model.named_modules())
+    if read.final.path in modules and read.final.path not in dict(bare.named_modules()):
+        bare = model  # AutoModel gives the published class itself
+    prefix = next((f"{path}." for path, module in modules.items() if module is bare and path), "")
     blocks_path, _ = block_list(bare, read.final.path)
     base = naming(model)
     of_bare, of_heads = StoredTensors(read.entries, base), StoredTensors(read.entries, replace(base, base=""))
     called = wiring.norms if wiring else {}
     norms: dict[str, EffectiveNorm] = {}
     probed: dict[tuple[type, int, tuple[str, ...]], NormBehaviour] = {}  # a model has many norms of few kinds
-    modules = dict(model.named_modules())
     if (final := modules.get(f"{prefix}{read.final.path}")) is not None and (vectors := own_vectors(final)):
         # The others of its kind are like it; `probe` tries rows, and would not know norms of maps.
         probed[type(final), len(next(iter(vectors.values()))), tuple(vectors)] = read.final.behaviour
     for path, module in modules.items():
         vectors = own_vectors(module)
-        if any(True for _ in module.children()) or any(p.dim() > 1 for p in module.parameters()):
+        parted = any(True for _ in module.children()) and type(module) is not type(final)
+        if parted or any(p.dim() > 1 for p in module.parameters()):
             continue
         if not vectors and path not in called:
             continue

@@ -81,6 +81,8 @@ def test_rules_lead_to_the_bare_model_with_or_without_its_base():
     for name in ("language_model.model.norm.weight", "model.language_model.norm.weight"):
         assert found([name, "vision.norm.weight"], "language_model.norm", naming=naming) == [name]
     assert found(["language_model.model.norm.weight", "vision.norm.weight"], "language_model.norm") == []
+    doubled = ["language_model.model.model.norm.weight", "vision.norm.weight"]
+    assert found(doubled, "language_model.norm", naming=naming) == doubled[:1]
     held = ["policy.language_model.model.norm.weight"]
     assert found(held, "language_model.norm", naming=naming) == held
     into = Naming((Renaming(r"^(norm\.)", r"model.language_model.\1"),), "model")
