@@ -16,9 +16,10 @@ from typing import Any
 import pyarrow as pa
 
 from deadbench.runners.results.versions import versions
-from deadbench.suite.checkpoints.checkpoint import Checkpoint, checkpoint_step
+from deadbench.suite.checkpoints.checkpoint import Checkpoint
 from deadbench.suite.checkpoints.rate_limits import LIMITS
 from deadbench.suite.checkpoints.sources import identify
+from deadbench.suite.checkpoints.training_steps import checkpoint_step
 from deadbench.suite.errors import one_line
 from deadbench.suite.read_specs import READ_SPECS
 from deadbench.suite.reads.parameters import ParametersRead, read_parameters

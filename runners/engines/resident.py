@@ -6,7 +6,7 @@ Shapes: B sequences or images, T positions, D hidden size.
 import inspect
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -100,11 +100,6 @@ class TorchEngine:
         if missing:
             raise CheckpointError(
                 f"{folder}: the weights lack {len(missing)} tensors of {type(model).__name__}, {missing[0]} among them"
-            )
-        if blocks := _further_blocks(report["unexpected_keys"], model):
-            raise CheckpointError(
-                f"{folder}: the checkpoint does not match config.json: {blocks[0]} is of a block that the "
-                "configuration does not have; take both from the same place"
             )
         return model.eval()
 
@@ -229,15 +224,3 @@ def _stored_as_head(model: Any, report: dict[str, Any]) -> dict[str, str]:
         for head, source in own.items()
         if head in unexpected and source in report["missing_keys"]
     }
-
-
-def _further_blocks(unexpected: Iterable[str], model: nn.Module) -> list[str]:
-    """Of the tensors that a model has no place for, those named as another block's would be.
-
-    Heads and towers that are not read are unexpected as well, and transformers itself leaves out what an architecture
-    is known to carry beside its blocks (multi-token prediction).
-    """
-    kinds = {re.sub(r"\d+", "#", name) for name in model.state_dict()}
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    named = {name: re.sub(r"\d+", "#", name) for name in unexpected}
-    return sorted(name for name, kind in named.items() if "#" in kind and {kind, kind.removeprefix(prefix)} & kinds)

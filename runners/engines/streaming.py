@@ -160,7 +160,7 @@ class StreamingEngine(PartEngine):
             return tensor.detach().to(self.device, dtype if tensor.is_floating_point() else None)
 
         blocks = {path: _Block(model.get_submodule(path), values, ready) for path in streamed_paths(model)}
-        final_norm = self.resolved.final.path if self.resolved else None
+        final_norm = self.resolved.final_in_whole.path if self.resolved else None
         placed: dict[int, Tensor] = {}
         for name, tensor in list(_tensors(model)):
             owner_path, _, attribute = name.rpartition(".")

@@ -5,9 +5,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from deadbench.suite.checkpoints.checkpoint import Checkpoint, checkpoint_step
+from deadbench.suite.checkpoints.checkpoint import Checkpoint
 from deadbench.suite.checkpoints.series import trainer_step
 from deadbench.suite.checkpoints.sources import locate
+from deadbench.suite.checkpoints.training_steps import checkpoint_step
 from deadbench.suite.read_specs import READ_SPECS
 from deadbench.suite.registry.entries import CheckpointPattern, ListedCheckpoints, Model, Protocol
 from deadbench.suite.schema import KEY

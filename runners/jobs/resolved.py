@@ -56,11 +56,22 @@ def num_tokens(rule: int | str, hidden_size: int) -> int:
 
 
 @lru_cache(_KEPT)
+def published(config: Configuration) -> Any:
+    """The published architecture with its heads, on the meta device; only to be looked at.
+
+    Raises:
+        ArchitectureError: transformers cannot build it.
+    """
+    from deadbench.suite.architectures.build import build_published
+
+    return build_published(config.build(), "meta")
+
+
 def num_parameters(config: Configuration) -> int:
-    """Parameters of the published architecture."""
+    """Parameters of the published architecture; raises as `published` does."""
     from deadbench.suite.architectures.build import count_parameters
 
-    return count_parameters(config.build())
+    return count_parameters(published(config))
 
 
 @lru_cache(_KEPT)
@@ -74,7 +85,7 @@ def published_wiring(config: Configuration) -> "tuple[Wiring | None, int | None]
     """
     from deadbench.suite.reads.dead_parameters import dead_at_initialisation, trace_published
 
-    model, wiring = trace_published(config.build())
+    model, wiring = trace_published(config.build(), published(config))
     return wiring, None if wiring is None else dead_at_initialisation(model, wiring)
 
 

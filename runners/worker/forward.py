@@ -25,7 +25,6 @@ from deadbench.runners.worker.request import (
     RandomWeights,
     StoredWeights,
     Weights,
-    below,
     entries_of,
     make_inputs,
     tensor_name,
@@ -52,7 +51,7 @@ def read_forward(read: ReadJob, config: Configuration, weights: Weights) -> Read
     model, resolved = _loaded(engine, read, config, weights, getattr(torch, name))
 
     replicas, final = engine.ranks.replicas, resolved.final
-    row: Row = architecture_columns(below(resolved.part, final)) | {
+    row: Row = architecture_columns(resolved.final_in_whole) | {
         "num_parameters": parameters,
         "objective": objective(config.raw),
         "dtype": name,
@@ -105,7 +104,7 @@ def read_forward(read: ReadJob, config: Configuration, weights: Weights) -> Read
     position.spectrum_seconds += time.perf_counter() - started
     row |= scale_columns(norm, name) | columns | stream_columns
     row |= {
-        "final_norm_tensor": tensor_name(entries_of(weights), below(resolved.part, final)),
+        "final_norm_tensor": tensor_name(entries_of(weights), resolved.final_in_whole),
         "input": inputs.description,
         "num_distinct_inputs": inputs.num_distinct,
         "forward_seconds": position.forward_seconds,

@@ -1,6 +1,6 @@
 """What a read asks of an engine: weights, inputs, names, parts."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
@@ -8,7 +8,7 @@ from torch import nn
 from deadbench.runners.jobs.job import ReadJob
 from deadbench.suite.architectures.norms import FinalNorm
 from deadbench.suite.architectures.resolve import Resolved
-from deadbench.suite.architectures.stored_names import stored_tensor
+from deadbench.suite.architectures.stored_tensors import StoredTensors
 from deadbench.suite.checkpoints.tensors import TensorEntry
 from deadbench.suite.inputs.batches import Inputs
 from deadbench.suite.inputs.feed import feed
@@ -76,14 +76,9 @@ def make_inputs(
     )
 
 
-def below(path: str, final: FinalNorm) -> FinalNorm:
-    """`final`, found in the part at `path`, as the whole model calls it."""
-    return final if final.path is None or not path else replace(final, path=f"{path}.{final.path}")
-
-
 def tensor_name(entries: dict[str, TensorEntry] | None, final: FinalNorm) -> str | None:
     """The name of the final norm's scale in the checkpoint."""
     if entries is None or final.path is None:
         return None
-    entry = stored_tensor(entries, final.path, final.behaviour.scale_parameter, final.renamings)
-    return entry.name if entry else None
+    found = StoredTensors(entries, final.naming).find(final.path, final.behaviour.scale_parameter)
+    return found[0].name if len(found) == 1 else None

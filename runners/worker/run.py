@@ -45,7 +45,7 @@ def is_poisoned(error: BaseException) -> bool:
 
 
 def _read_parameters(read: ReadJob) -> Reading:
-    from deadbench.runners.jobs.resolved import Configuration, num_parameters
+    from deadbench.runners.jobs.resolved import Configuration, num_parameters, published
     from deadbench.suite.architectures.build import objective
     from deadbench.suite.architectures.unexpected_tensors import refuse_unexpected
     from deadbench.suite.reads.norms_table import list_norms
@@ -55,12 +55,14 @@ def _read_parameters(read: ReadJob) -> Reading:
     result = read_parameters(checkpoint)
     if result.final.family == "undetermined":
         raise ValueError(f"the final norm cannot be determined: {result.reason}")
-    refuse_unexpected(checkpoint.config(), result.entries, checkpoint.source)
+    config = Configuration(checkpoint.config())
+    empty = published(config)
+    refuse_unexpected(empty.base_model, config.raw, result.entries, checkpoint.source)
     yield Progress(read.label(), "norms")
     row = result.columns() | {"error": result.reason, "dtype": result.stored_dtype}
     row["objective"] = objective(checkpoint.config())
-    row["num_parameters"] = num_parameters(Configuration(checkpoint.config()))
-    norms = list_norms(checkpoint, result)
+    row["num_parameters"] = num_parameters(config)
+    norms = list_norms(checkpoint, result, empty)
     counted = [each["dead_parameters"] for each in norms if each["dead_parameters"] is not None]
     row["dead_parameters"] = sum(counted) if counted else None
     row["dead_parameters_share"] = sum(counted) / row["num_parameters"] if counted else None
@@ -95,14 +97,14 @@ def _read_random(read: ReadJob) -> Reading:
 
 
 def _read_trained(read: ReadJob) -> Reading:
-    from deadbench.runners.jobs.resolved import Configuration
+    from deadbench.runners.jobs.resolved import Configuration, published
     from deadbench.runners.worker.request import StoredWeights
     from deadbench.suite.architectures.unexpected_tensors import refuse_unexpected
 
     checkpoint = read.opened(read.revision)
     config = Configuration(checkpoint.config())
     entries = checkpoint.headers()  # refuses pickles and broken files before anything is loaded
-    left_out = refuse_unexpected(checkpoint.config(), entries, checkpoint.source)
+    left_out = refuse_unexpected(published(config).base_model, config.raw, entries, checkpoint.source)
     with checkpoint.local_copy() as folder:
         rows = yield from _model_reader(read)(read, config, StoredWeights(folder, entries))
     if left_out:
@@ -129,7 +131,7 @@ def _model_reader(read: ReadJob) -> Callable[..., Reading]:
 
 
 def _read_functional(read: ReadJob) -> Reading:
-    from deadbench.runners.jobs.resolved import Configuration
+    from deadbench.runners.jobs.resolved import Configuration, published
     from deadbench.runners.worker.functional import read_functional
     from deadbench.runners.worker.request import RandomWeights, StoredWeights
     from deadbench.suite.architectures.unexpected_tensors import refuse_unexpected
@@ -143,9 +145,9 @@ def _read_functional(read: ReadJob) -> Reading:
     stored = (".safetensors", ".safetensors.index.json", *PICKLED_SUFFIXES)  # an index may list shards in a subfolder
     trained = any(name.endswith(stored) for name in checkpoint.names())
     entries = checkpoint.headers() if trained else None
-    if entries is not None:
-        refuse_unexpected(checkpoint.config(), entries, checkpoint.source, published=True)
     config = Configuration(checkpoint.config())
+    if entries is not None:
+        refuse_unexpected(published(config), config.raw, entries, checkpoint.source)
     with checkpoint.local_copy() as folder:
         weights = RandomWeights(read.seed, folder) if entries is None else StoredWeights(folder, entries)
         return (yield from read_functional(read, config, weights))

@@ -98,9 +98,9 @@ def build_published(config: Any, device: str = "cpu") -> nn.Module:
     return model.eval()
 
 
-def count_parameters(config: Any) -> int:
-    """Unique parameters of the published architecture (`config.architectures[0]`), heads included, ties once."""
-    return sum(p.numel() for p in build_published(config, "meta").parameters())
+def count_parameters(model: nn.Module) -> int:
+    """Unique parameters of a model, ties once."""
+    return sum(p.numel() for p in model.parameters())
 
 
 def objective(config: Mapping[str, Any]) -> str | None:

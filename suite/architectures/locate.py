@@ -17,7 +17,7 @@ from deadbench.suite.architectures.build import SMALL_MODEL, build_model
 from deadbench.suite.architectures.kernel_test import is_norm_of_maps, normalises, own_vectors, probe
 from deadbench.suite.architectures.norms import FinalNorm, NormBehaviour
 from deadbench.suite.architectures.parts import block_list
-from deadbench.suite.architectures.stored_names import renamings
+from deadbench.suite.architectures.stored_names import naming
 from deadbench.suite.errors import reason_of
 from deadbench.suite.tracing.flow import (
     Call,
@@ -54,7 +54,7 @@ def search_without_weights(skeleton: nn.Module, config: Any, part: str) -> tuple
     elif found.family == "none":
         # On meta only identity is seen; a norm behind a copy or a projection would be missed.
         found = _nothing("undetermined", f"{found.reason}, and the model is too large to be tried", skeleton)
-    return replace(found, renamings=renamings(skeleton)), inputs
+    return replace(found, naming=naming(skeleton)), inputs
 
 
 def find_final_norm(model: nn.Module, inputs: Inputs | None = None) -> FinalNorm:
@@ -149,7 +149,7 @@ def _by_cutting(model: nn.Module, calls: list[Call], inputs: Mapping[str, Any], 
     nothing = _nothing("none", f"the last hidden state comes from {maker}, which is no normalisation", model)
     if stream.device.type == "meta":
         return nothing
-    blocks_path, _num_blocks = block_list(model, makers[-1] if makers else None)
+    blocks_path, _ = block_list(model, makers[-1] if makers else None)
     last_block = max((i for i, call in enumerate(calls) if _is_block(call.path, blocks_path)), default=-1)
     inside_last = [call.path for call in calls if _is_block(call.path, blocks_path)][-1:]
     last_calls = {call.path: i for i, call in enumerate(calls)}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from deadbench.suite.architectures.stored_names import Renaming
+from deadbench.suite.architectures.stored_names import Naming
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,7 +60,7 @@ class FinalNorm:
     """The final norm of an architecture, or the reason why there is none (`path` None).
 
     `rows_per_item` is how many rows of its output one item of the minimal input gave: for images, what a picture gives.
-    `renamings` are the rules by which transformers names what a checkpoint stores.
+    `naming` is how transformers leads the names that a checkpoint stores to its own.
     """
 
     path: str | None
@@ -71,7 +71,7 @@ class FinalNorm:
     rows_per_item: int = 0
     reason: str | None = None
     evidence: tuple[str, ...] = field(default=())
-    renamings: tuple[Renaming, ...] = field(default=())
+    naming: Naming = field(default_factory=Naming)
 
     @property
     def family(self) -> str:

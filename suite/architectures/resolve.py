@@ -10,7 +10,7 @@ from deadbench.suite.architectures.build import build_model
 from deadbench.suite.architectures.locate import Inputs, search, search_without_weights
 from deadbench.suite.architectures.norms import FinalNorm
 from deadbench.suite.architectures.parts import part_of
-from deadbench.suite.architectures.stored_names import renamings
+from deadbench.suite.architectures.stored_names import naming
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,18 @@ class Resolved:
     form: Mapping[str, Tensor]
     skeleton: nn.Module | None = None
 
+    @property
+    def final_in_whole(self) -> FinalNorm:
+        """The final norm by its path in the whole model."""
+        path = self.final.path
+        return replace(self.final, path=f"{self.part}.{path}") if self.part and path is not None else self.final
+
 
 def resolve(model: nn.Module, modality: str, stack: str) -> Resolved:
     """Look into a loaded model; `modality` and `stack` name the part, as `part_of` has it."""
     path, part = part_of(model, modality, stack)
     final, inputs = search(part)
-    return Resolved(path, replace(final, renamings=renamings(model)), _tensors(inputs))
+    return Resolved(path, replace(final, naming=naming(model)), _tensors(inputs))
 
 
 def resolve_without_weights(config: Any, modality: str = "text", stack: str = "encoder") -> Resolved:

@@ -6,11 +6,9 @@ move. The rules are plain patterns, so that the atlas holds them too and no torc
 
 import functools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
-
-from deadbench.suite.checkpoints.tensors import TensorEntry
 
 
 @dataclass(frozen=True)
@@ -51,8 +49,21 @@ def renamed(name: str, rules: Iterable[Renaming]) -> str:
     return name
 
 
-def renamings(model: Any) -> tuple[Renaming, ...]:
-    """The rules by which transformers loads a checkpoint into `model`, in their order.
+@dataclass(frozen=True)
+class Naming:
+    """How transformers leads stored names to those of a bare model.
+
+    Attributes:
+        rules: by which it renames, in their order.
+        base: where a published class holds the bare model (`base_model_prefix`): taken off, or put before.
+    """
+
+    rules: tuple[Renaming, ...] = ()
+    base: str = ""
+
+
+def naming(model: Any) -> Naming:
+    """How transformers loads a checkpoint into `model`.
 
     Rules that merge or split tensors are left out: no norm is stored in parts. So are those of groups that hold only
     together; of transformers 5.19's models one has such a group, inside its vision tower's blocks.
@@ -60,13 +71,14 @@ def renamings(model: Any) -> tuple[Renaming, ...]:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import GroupWeightRename, WeightRenaming
 
-    return tuple(
+    rules = tuple(
         Renaming(
             each.source_patterns[0], each.target_patterns[0], each.scope_prefix or "", each.base_model_prefix or ""
         )
         for each in get_model_conversion_mapping(model, add_legacy=False)
         if isinstance(each, WeightRenaming) and not isinstance(each, GroupWeightRename)
     )
+    return Naming(rules, model.base_model_prefix)
 
 
 # Parts that torch.compile, activation checkpointing, FSDP and DeepSpeed put into the paths of what they wrap.
@@ -95,25 +107,3 @@ def unwrapping() -> dict[str, str]:
 @functools.cache
 def _compiled(source: str) -> re.Pattern[str]:
     return re.compile(source.replace("*.", r".*\."))
-
-
-_LEGACY_NAMES = {"weight": "gamma", "bias": "beta"}  # tensor names of checkpoints from before 2019
-
-
-def stored_tensor(
-    entries: dict[str, TensorEntry], path: str, parameter: str | None, rules: Sequence[Renaming] = ()
-) -> TensorEntry | None:
-    """The tensor of a module's parameter: as transformers names it, or the only one that adds a prefix to it.
-
-    What wrappers leave in names is passed over.
-    """
-    if parameter is None:
-        return None
-    for name in (parameter, _LEGACY_NAMES.get(parameter, parameter)):
-        wanted = f"{path}.{name}"
-        own = {n: renamed(unwrapped(n), rules) for n, e in entries.items() if len(e.shape) < 2 or n == wanted}
-        for fits in (str.__eq__, lambda called, ending: called.endswith(f".{ending}")):
-            found = [entries[stored] for stored, called in own.items() if fits(called, wanted)]
-            if len(found) == 1 or (found and fits is str.__eq__):
-                return found[0]
-    return None

@@ -11,7 +11,6 @@ from typing import Any
 
 from torch import nn
 
-from deadbench.suite.architectures.build import build_config, build_model, build_published
 from deadbench.suite.architectures.stored_names import unwrapped
 from deadbench.suite.checkpoints.tensors import TensorEntry
 from deadbench.suite.errors import CheckpointError
@@ -30,33 +29,39 @@ _IMMATERIAL = {
 }
 _ADAPTER = re.compile(r"(^|[._])lora_(A|B|embedding_A|embedding_B|magnitude_vector)(\.|$)")
 _SCALES = re.compile(r"scale|absmax|zeros|quant", re.IGNORECASE)
+# What the blocks of draft heads, for the prediction of further tokens, have beside a block's own parts.
+_DRAFT = re.compile(r"\.(eh_proj|enorm|hnorm|shared_head)\.")
 
 
 def refuse_unexpected(
-    raw_config: Mapping[str, Any], entries: Mapping[str, TensorEntry], source: str, *, published: bool = False
+    model: Any, raw_config: Mapping[str, Any], entries: Mapping[str, TensorEntry], source: str
 ) -> list[str]:
     """Stored tensors inside the model that it has no place for and that cannot matter.
 
     Heads and towers beside the model that is read, and what transformers itself leaves out, are not among them.
 
     Args:
-        raw_config: the contents of config.json; where it says that the weights are quantised, nothing is refused:
-            transformers then puts other modules in the place of the model's.
+        model: what is read of the checkpoint, on any device: the published model, or the bare one in it.
+        raw_config: the contents of config.json; where it says that the weights are quantised, further blocks alone are
+            refused: transformers then puts other modules in the place of the model's.
         entries: the tensors of the checkpoint.
         source: what the checkpoint is called.
-        published: whether the published class is read, not AutoModel's.
 
     Raises:
-        CheckpointError: a tensor without a place, beside or inside a module that the model has.
-        ArchitectureError: transformers cannot build the model.
+        CheckpointError: a tensor without a place, beside or inside a module that the model has, or in one more block.
     """
+    without_place = _without_place(model, entries)
+    if further := _in_further_blocks(without_place, model):
+        raise CheckpointError(
+            f"{source}: the checkpoint does not match config.json: {further[0]} is of a block that the configuration "
+            "does not have; take both from the same place"
+        )
     if _quantised(raw_config):
         return []
-    model: Any = (build_published if published else build_model)(build_config(raw_config), "meta")
     modules = dict(model.named_modules())
     computed = {name for name, _ in model.named_buffers()}
     immaterial = []
-    for stored, name in _without_place(model, entries):
+    for stored, name in without_place:
         name = _nearest(name, modules, model)
         owner = _owner(name, modules)
         if name in computed:
@@ -106,6 +111,22 @@ def _without_place(model: Any, stored: Iterable[str]) -> list[tuple[str, str]]:
             if plain not in places and not any(pattern.search(own) for pattern in left_out):
                 found.append((stored_name, own))
     return found
+
+
+def _in_further_blocks(without_place: list[tuple[str, str]], model: Any) -> list[str]:
+    """Of the tensors without a place, those that are named as another block's would be; draft heads are no such block.
+
+    transformers leaves some architectures' draft heads out, by the number that their blocks have in one release.
+    """
+    kinds = {re.sub(r"\d+", "#", name) for name in model.state_dict()}
+    prefix = f"{model.base_model_prefix}."
+    drafts = tuple(f"{name[: match.start()]}." for _, name in without_place if (match := _DRAFT.search(name)))
+
+    def of_a_block(name: str) -> bool:
+        kind = re.sub(r"\d+", "#", name)
+        return "#" in kind and bool({kind, kind.removeprefix(prefix), prefix + kind} & kinds)
+
+    return [stored for stored, name in without_place if of_a_block(name) and not name.startswith(drafts)]
 
 
 def _nearest(name: str, modules: dict[str, nn.Module], model: Any) -> str:

@@ -12,7 +12,7 @@ from importlib import resources
 from typing import Any
 
 from deadbench.suite.architectures.norms import FinalNorm, NormBehaviour
-from deadbench.suite.architectures.stored_names import Renaming
+from deadbench.suite.architectures.stored_names import Naming, Renaming
 from deadbench.suite.atlas.config_keys import flatten, harmless
 
 LAST = "{last}"  # in a path: the index of the last block
@@ -76,8 +76,8 @@ def _answer(given: Mapping[str, Any], entry: Mapping[str, Any]) -> FinalNorm | N
         f"scale {entry['scale']}",
         *behaviour.evidence,
     )
-    rules = tuple(Renaming(*rule) for rule in entry["renamings"])
-    return FinalNorm(path, behaviour, entry["placement"], width, blocks, evidence=evidence, renamings=rules)
+    naming = Naming(tuple(Renaming(*rule) for rule in entry["renamings"]), entry["base"])
+    return FinalNorm(path, behaviour, entry["placement"], width, blocks, evidence=evidence, naming=naming)
 
 
 def _all_covered(given: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:

@@ -18,7 +18,7 @@ import transformers
 from deadbench.suite.architectures.build import build_config, build_model
 from deadbench.suite.architectures.locate import find_final_norm, locate_final_norm
 from deadbench.suite.architectures.norms import FinalNorm
-from deadbench.suite.architectures.stored_names import Renaming, renamings
+from deadbench.suite.architectures.stored_names import Renaming, naming
 from deadbench.suite.atlas.config_keys import DEPTH_KEYS, PER_LAYER, flatten, harmless, last, nest
 from deadbench.suite.atlas.lookup import LAST
 from deadbench.suite.atlas.small_configs import small_config
@@ -78,6 +78,7 @@ def _entry(model_type: str, small: dict[str, Any], switched: dict[str, bool]) ->
         entry |= {"axes_after": behaviour.axes_after} if behaviour.axes_after else {}
         entry["class"] = type(model.get_submodule(base.path)).__name__
         entry["hidden"] = _width_key(model_type, small, base)
+        entry["base"] = naming(model).base
         entry["renamings"] = [astuple(rule) for rule in _that_name(model, f"{base.path}.{behaviour.scale_parameter}")]
         if entry["hidden"] is None and behaviour.scale_parameter is None:
             raise ArchitectureError("neither a key nor a tensor gives the width")
@@ -205,16 +206,18 @@ def _that_name(model: Any, parameter: str) -> list[Renaming]:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming
 
-    rules = renamings(model)
+    named = naming(model)
     back = [
         each.reverse_transform()
         for each in reversed(get_model_conversion_mapping(model, add_legacy=False))
         if isinstance(each, WeightRenaming)
     ]
-    names = {parameter}
+    names = {parameter, f"{named.base}.{parameter}"} if named.base else {parameter}
+    begun = set(names)
     for each in back:
         names |= {each.rename_source_key(name)[0] for name in names}
-    return list(rules) if len(names) > 1 or any(rule(parameter) != parameter for rule in rules) else []
+    renamed = any(rule(name) != name for rule in named.rules for name in begun)
+    return list(named.rules) if names != begun or renamed else []
 
 
 def _derived(model_type: str, defaults: dict[str, Any], keys: list[Any]) -> list[str]:

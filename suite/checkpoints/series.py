@@ -11,9 +11,10 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from deadbench.suite.checkpoints.checkpoint import Checkpoint, checkpoint_step, list_revisions
+from deadbench.suite.checkpoints.checkpoint import Checkpoint, list_revisions
 from deadbench.suite.checkpoints.sources import locate
 from deadbench.suite.checkpoints.strict_json import MAX_JSON_BYTES
+from deadbench.suite.checkpoints.training_steps import checkpoint_step
 from deadbench.suite.errors import CheckpointError
 from deadbench.suite.secrets import scrubbed
 from deadbench.suite.storage import is_url

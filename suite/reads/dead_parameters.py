@@ -25,15 +25,15 @@ from deadbench.suite.architectures.norms import EffectiveNorm
 from deadbench.suite.architectures.wiring import Wiring, is_linear, private_parameters, trace, weight_out_in
 
 
-def trace_published(config: Any) -> tuple[nn.Module, Wiring | None]:
-    """The published architecture without weights, and its wiring by module path in that model.
+def trace_published(config: Any, empty: nn.Module | None = None) -> tuple[nn.Module, Wiring | None]:
+    """The published architecture without weights, `empty` where it is there, and its wiring by module path in it.
 
     The wiring is None where the forward pass runs neither on the meta device nor, for a small model, on CPU.
 
     Raises:
         ArchitectureError: transformers cannot build it.
     """
-    empty = build_published(config, "meta")
+    empty = build_published(config, "meta") if empty is None else empty
     with contextlib.suppress(Exception):  # a pass that looks at values, or wants other inputs: it may raise anything
         return empty, trace(empty)
     if sum(p.numel() for p in empty.parameters()) <= SMALL_MODEL:

@@ -1,11 +1,14 @@
 """The table `norms`: every norm of a published architecture, with its role and its dead parameters."""
 
 import re
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from deadbench.suite.architectures.norms import EffectiveNorm, FinalNorm, NormBehaviour, effective_norm
-from deadbench.suite.architectures.stored_names import renamings, stored_tensor
+from deadbench.suite.architectures.stored_names import naming
+from deadbench.suite.architectures.stored_tensors import StoredTensors
 from deadbench.suite.checkpoints.checkpoint import Checkpoint
 from deadbench.suite.checkpoints.tensors import read_vector
 from deadbench.suite.errors import ArchitectureError
@@ -13,17 +16,22 @@ from deadbench.suite.reads.parameters import ParametersRead
 from deadbench.suite.schema import Row
 from deadbench.suite.spectra.directions import harmonic_scale, inverse_scale_direction, zero_scales
 
+if TYPE_CHECKING:
+    from torch import nn
 
-def list_norms(checkpoint: Checkpoint, read: ParametersRead) -> list[Row]:
+
+def list_norms(checkpoint: Checkpoint, read: ParametersRead, empty: "nn.Module | None" = None) -> list[Row]:
     """One row of `norms` for every norm that the published architecture has and the checkpoint stores, with its role.
 
     Norms without parameters are there too where the wiring tells of them. `dead_parameters` is null where the wiring is
-    not known; paths are those in the bare model (`AutoModel`).
+    not known; paths are those in the bare model (`AutoModel`). `empty` is the published model on the meta device.
     """
-    return [row for row, _ in norms_of(checkpoint, read)]
+    return [row for row, _ in norms_of(checkpoint, read, empty)]
 
 
-def norms_of(checkpoint: Checkpoint, read: ParametersRead) -> list[tuple[Row, EffectiveNorm]]:
+def norms_of(
+    checkpoint: Checkpoint, read: ParametersRead, empty: "nn.Module | None" = None
+) -> list[tuple[Row, EffectiveNorm]]:
     """The rows of `list_norms`, each with the norm itself."""
     from deadbench.suite.architectures.build import build_config
     from deadbench.suite.architectures.kernel_test import own_vectors, probe
@@ -31,23 +39,27 @@ def norms_of(checkpoint: Checkpoint, read: ParametersRead) -> list[tuple[Row, Ef
     from deadbench.suite.reads.dead_parameters import count_dead_parameters, trace_published
 
     try:
-        model, wiring = trace_published(build_config(checkpoint.config()))
+        model, wiring = trace_published(build_config(checkpoint.config()), empty)
     except ArchitectureError:
         return []
     bare = getattr(model, "base_model", model)
-    prefix = next((f"{path}." for path, module in model.named_modules() if module is bare and path), "")
+    modules = dict(model.named_modules())
+    if read.final.path in modules and read.final.path not in dict(bare.named_modules()):
+        bare = model  # AutoModel gives the published class itself
+    prefix = next((f"{path}." for path, module in modules.items() if module is bare and path), "")
     blocks_path, _ = block_list(bare, read.final.path)
-    rules = renamings(bare)
+    base = naming(model)
+    of_bare, of_heads = StoredTensors(read.entries, base), StoredTensors(read.entries, replace(base, base=""))
     called = wiring.norms if wiring else {}
     norms: dict[str, EffectiveNorm] = {}
     probed: dict[tuple[type, int, tuple[str, ...]], NormBehaviour] = {}  # a model has many norms of few kinds
-    modules = dict(model.named_modules())
     if (final := modules.get(f"{prefix}{read.final.path}")) is not None and (vectors := own_vectors(final)):
         # The others of its kind are like it; `probe` tries rows, and would not know norms of maps.
         probed[type(final), len(next(iter(vectors.values()))), tuple(vectors)] = read.final.behaviour
     for path, module in modules.items():
         vectors = own_vectors(module)
-        if any(True for _ in module.children()) or any(p.dim() > 1 for p in module.parameters()):
+        parted = any(True for _ in module.children()) and type(module) is not type(final)
+        if parted or any(p.dim() > 1 for p in module.parameters()):
             continue
         if not vectors and path not in called:
             continue
@@ -59,10 +71,11 @@ def norms_of(checkpoint: Checkpoint, read: ParametersRead) -> list[tuple[Row, Ef
         if not behaviour.known:
             continue
         names = (behaviour.scale_parameter, behaviour.shift_parameter)
-        stored = [stored_tensor(read.entries, path.removeprefix(prefix), name, rules) for name in names]
-        if any(name and entry is None for name, entry in zip(names, stored, strict=True)):
+        stored = of_bare if path.startswith(prefix) else of_heads
+        found = [stored.find(path.removeprefix(prefix), name) for name in names]
+        if any(name and len(entries) != 1 for name, entries in zip(names, found, strict=True)):
             continue
-        scale_D, shift_D = (read_vector(checkpoint, entry) if entry else None for entry in stored)
+        scale_D, shift_D = (read_vector(checkpoint, entries[0]) if entries else None for entries in found)
         norms[path] = effective_norm(behaviour, scale_D, shift_D, width)
     counts = count_dead_parameters(model, wiring, norms) if wiring else {}
     rows = []

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deadbench.suite.architectures.norms import EffectiveNorm, FinalNorm, NormBehaviour, effective_norm
-from deadbench.suite.architectures.stored_names import stored_tensor
+from deadbench.suite.architectures.stored_tensors import StoredTensors
 from deadbench.suite.atlas.lookup import lookup
 from deadbench.suite.checkpoints.checkpoint import Checkpoint
 from deadbench.suite.checkpoints.tensors import DTYPE_NAMES, TensorEntry, read_vector
@@ -79,23 +79,26 @@ def read_parameters(checkpoint: Checkpoint, verify: bool = False) -> ParametersR
         return ParametersRead(final, None, None, None, final.reason, seen, entries, refused)
 
     behaviour = final.behaviour
-    scale_entry, shift_entry = (
-        stored_tensor(entries, final.path, parameter, final.renamings)
-        for parameter in (behaviour.scale_parameter, behaviour.shift_parameter)
-    )
-    wanted = [(behaviour.scale_parameter, scale_entry), (behaviour.shift_parameter, shift_entry)]
+    stored = StoredTensors(entries, final.naming)
+    parameters = (behaviour.scale_parameter, behaviour.shift_parameter)
+    found = [stored.find(final.path, parameter) for parameter in parameters]
+    scale_entry, shift_entry = (each[0] if len(each) == 1 else None for each in found)
+    wanted = list(zip(parameters, (scale_entry, shift_entry), strict=True))
     missing = [f"{final.path}.{name}" for name, entry in wanted if name and entry is None]
-    known = (behaviour.scale_parameter, behaviour.shift_parameter)
+    copies = next((each for each in found if len(each) > 1), [])
     beside = scale_entry.name.removesuffix(str(behaviour.scale_parameter)) if scale_entry else f"{final.path}."
     unexplained = [
-        f"{beside}{name}" for name in ("weight", "bias") if name not in known and f"{beside}{name}" in entries
+        f"{beside}{name}" for name in ("weight", "bias") if name not in parameters and f"{beside}{name}" in entries
     ]
     further = _in_a_further_block(scale_entry.name, final) if scale_entry else None
     if further in entries:
         unexplained.append(str(further))
     if missing or unexplained:
         reason = (
-            f"the checkpoint has no tensor for {', '.join(missing)}"
+            f"the checkpoint holds the norm more than once: {' and '.join(entry.name for entry in copies)} could each "
+            f"be {missing[0]}; keep the tensors of one model, under the names that transformers saves"
+            if copies
+            else f"the checkpoint has no tensor for {', '.join(missing)}"
             if missing
             else f"the checkpoint stores {', '.join(unexplained)}, which the architecture does not have"
         )

@@ -125,6 +125,20 @@ def test_random_and_trained_are_the_resident_models(model_type, tmp_path):
     assert_same(expected, again)
 
 
+def test_a_final_norm_that_ends_a_block_is_there_although_its_part_has_other_paths(tmp_path):
+    sizes = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "vocab_size": 99}
+    config = build_config({"model_type": "bart"} | sizes | heads)
+    TorchEngine(CPU).load_random(config, 3, torch.float32).save_pretrained(tmp_path)
+    streaming = StreamingEngine(CPU)
+    model = streaming.load_trained(tmp_path, torch.float32)
+    path = streaming.resolved.final_in_whole.path
+    assert (streaming.resolved.part, path) == ("encoder", "encoder.layers.1.final_layer_norm")
+    assert {name for name, p in model.named_parameters() if name.startswith("encoder.layers.") and not p.is_meta} == {
+        f"{path}.weight", f"{path}.bias"
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
 def test_other_dtypes_are_cast_as_the_resident_model_is(dtype):
     settings = {"model_type": "llama"} | LLAMA

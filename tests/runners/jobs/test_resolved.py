@@ -49,7 +49,7 @@ def counted(monkeypatch):
     count("running_inputs", wiring)
     count("build_model", build, locate, resolve)
     count("build_published", build)
-    for known in (resolved.num_parameters, resolved.published_wiring, resolved.resolved_without_weights):
+    for known in (resolved.published, resolved.published_wiring, resolved.resolved_without_weights):
         known.cache_clear()
     monkeypatch.setattr(resolved, "_RESOLVED", {})
     return calls
@@ -76,6 +76,7 @@ def test_a_read_traces_its_model_once(config, spec, tries, reads, counted, tmp_p
     assert counted["minimal_inputs"] == 1
     assert counted["recorded_calls"] == tries, "inputs until one runs"
     assert counted["build_model on meta"] == 0
+    assert counted["build_published on meta"] == 1, "for its size, for stray tensors and for its maps"
     # The published model with its heads is another: its maps are followed where dead parameters are counted.
     assert bool(counted["running_inputs"]) == ("random" in reads)
 

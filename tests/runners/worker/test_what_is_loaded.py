@@ -227,6 +227,16 @@ def test_wrappers_in_names_are_no_obstacle_to_a_functional_read(tmp_path):
     assert row["status"] == "ok", row["error"]
 
 
+@pytest.mark.parametrize("kind", ["parameters", "trained"])
+def test_an_average_beside_the_weights_changes_nothing(kind, tmp_path):
+    folder = changed(tmp_path / "m", lambda t: t | {f"ema.{name}": 2 * tensor for name, tensor in t.items()})
+    row, expected = (reads(each, kind, **TOKENS)[0][None, kind] for each in (folder, PLAIN))
+    assert row["status"] == "ok", row["error"]
+    assert row["final_norm_tensor"] == "model.norm.weight"
+    assert row["scale_harmonic"] == expected["scale_harmonic"]
+    assert same(row, expected)
+
+
 def test_vllm_which_cannot_mend_names_is_not_given_wrapped_ones(tmp_path, monkeypatch):
     monkeypatch.setattr(vllm, "_SPEC", SimpleNamespace(missing=lambda: None))
     name = "model.layers.0._orig_mod.mlp.up_proj.weight"

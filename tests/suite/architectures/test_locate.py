@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from deadbench.suite.architectures.build import build_config, build_model, count_parameters
+from deadbench.suite.architectures.build import build_config, build_model, build_published, count_parameters
 from deadbench.suite.architectures.locate import find_final_norm
 from deadbench.suite.architectures.locate import locate_final_norm as locate
 from deadbench.suite.architectures.parts import block_list
@@ -201,7 +201,9 @@ def test_blocks_are_those_of_the_final_norms_own_tower():
 
 def test_parameters_are_those_of_the_published_architecture_with_ties_once():
     config = {"model_type": "gpt2", "vocab_size": 99, "n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 16}
-    base = count_parameters(build_config(config))
-    assert count_parameters(build_config(config | {"architectures": ["GPT2LMHeadModel"]})) == base
+    base = count_parameters(build_published(build_config(config), "meta"))
+    assert (
+        count_parameters(build_published(build_config(config | {"architectures": ["GPT2LMHeadModel"]}), "meta")) == base
+    )
     untied = config | {"architectures": ["GPT2LMHeadModel"], "tie_word_embeddings": False}
-    assert count_parameters(build_config(untied)) == base + 99 * 32
+    assert count_parameters(build_published(build_config(untied), "meta")) == base + 99 * 32

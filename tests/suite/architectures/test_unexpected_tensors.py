@@ -6,6 +6,7 @@ import transformers
 from safetensors.torch import save_file
 from transformers import AutoModel
 
+from deadbench.suite.architectures.build import build_config, build_model, build_published
 from deadbench.suite.architectures.unexpected_tensors import refuse_unexpected
 from deadbench.suite.checkpoints.checkpoint import Checkpoint
 from deadbench.suite.checkpoints.tensors import TensorEntry
@@ -36,6 +37,11 @@ def stored(tmp_path_factory):
     return entries
 
 
+def refused(config, entries, source="m", *, published=False):
+    model = (build_published if published else build_model)(build_config(config), "meta")
+    return refuse_unexpected(model, config, entries, source)
+
+
 def with_more(entries, **more):
     added = {n.replace("__", "."): TensorEntry(n.replace("__", "."), "f", "F32", s, 0, 0) for n, s in more.items()}
     return entries | added
@@ -45,7 +51,7 @@ def with_more(entries, **more):
 @pytest.mark.parametrize("config", [LLAMA, BERT, TINY_NEOX, MIXTRAL, WAV], ids=lambda c: c["model_type"])
 @pytest.mark.parametrize("published", [False, True])
 def test_what_transformers_saves_has_its_place(config, published, stored):
-    assert refuse_unexpected(config, stored(config), "m", published=published) == []
+    assert refused(config, stored(config), published=published) == []
 
 
 @pytest.mark.parametrize(
@@ -71,10 +77,10 @@ def test_what_transformers_saves_has_its_place(config, published, stored):
 def test_tensors_of_another_model_are_refused_by_name(config, name, shape, told, published, stored):
     entries = with_more(stored(config), **{name: shape})
     with pytest.raises(CheckpointError, match=told) as caught:
-        refuse_unexpected(config, entries, "source", published=published)
+        refused(config, entries, "source", published=published)
     assert str(caught.value).startswith(f"source: f: {name} ")
     quantised = config | {"quantization_config": {"quant_method": "fp8"}}
-    assert refuse_unexpected(quantised, entries, "source", published=published) == []
+    assert refused(quantised, entries, published=published) == []
 
 
 @pytest.mark.parametrize(
@@ -93,20 +99,31 @@ def test_tensors_of_another_model_are_refused_by_name(config, name, shape, told,
     ],
 )
 def test_tensors_that_cannot_matter_are_told_or_passed_over(config, name, shape, told, stored):
-    assert refuse_unexpected(config, with_more(stored(config), **{name: shape}), "m") == ([name] if told else [])
+    assert refused(config, with_more(stored(config), **{name: shape})) == ([name] if told else [])
 
 
 def test_what_transformers_itself_leaves_out_is_left_out(stored):
     config = SIZES | {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_embd": 16, "n_head": 2}
     entries = with_more(stored(config), **{"transformer.h.0.attn.bias": (1, 1, 64, 64)})
-    assert refuse_unexpected(config, entries, "m") == []
+    assert refused(config, entries) == []
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_one_more_block_is_refused_and_a_draft_head_is_not(published, stored):
+    block = {f"model.layers.2.{name}": (16,) for name in ("input_layernorm.weight", "post_attention_layernorm.weight")}
+    entries = with_more(stored(LLAMA), **block)
+    for config in (LLAMA, LLAMA | {"quantization_config": {"quant_method": "fp8"}}):
+        with pytest.raises(CheckpointError, match=r"model.layers.2.input_layernorm.weight is of a block that"):
+            refused(config, entries, published=published)
+    draft = with_more(entries, **{"model.layers.2.shared_head.norm.weight": (16,)})
+    assert set(refused(LLAMA, draft, published=published)) == {*draft} - {*stored(LLAMA)}
 
 
 @pytest.mark.parametrize("twin", ["layernorm", "rmsnorm"])
 def test_real_checkpoints_are_taken(twin, minilm):
     for folder in (TWINS / twin / "step4096", minilm):
         checkpoint = Checkpoint(str(folder))
-        assert refuse_unexpected(checkpoint.config(), checkpoint.headers(), "m") == []
+        assert refused(checkpoint.config(), checkpoint.headers()) == []
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -5,10 +5,8 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from deadbench.suite.checkpoints.checkpoint import Checkpoint, checkpoint_step, list_revisions
+from deadbench.suite.checkpoints.checkpoint import Checkpoint, list_revisions
 from deadbench.suite.checkpoints.sources import identify
 from deadbench.suite.checkpoints.tensors import read_headers
 from deadbench.suite.errors import CheckpointError
@@ -145,35 +143,6 @@ def test_a_series_is_listed_where_it_is(tmp_path):
     for name in ("step1", "step20", "other"):
         (tmp_path / "series" / name).mkdir(parents=True)
     assert list_revisions(str(tmp_path / "series")) == ["other", "step1", "step20"]
-
-
-FAMILIES = (
-    "step{}", "step-{}", "step_{}", "global_step{}", "global_step_{}", "checkpoint-{}", "checkpoint_{}", "iter_{}",
-    "iter-{}", "iteration_{}", "ckpt_{}", "ckpt-{}", "ba{}", "ep0-ba{}", "epoch=3-step={}", "epoch=3-step={}.ckpt",
-    "stage1-step{}-tokens4B", "step{}-tokens4B", "checkpoint_{}.pt", "runs/1/checkpoint-{}", "checkpoint-{}-merged",
-    "{}",
-)  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("name", "step"),
-    [
-        ("step1000", 1000), ("global_step20", 20), ("stage1-step150-tokens1B", 150), ("main", None), (None, None),
-        ("iter_0001000", 1000), ("0000500", 500), ("TinyLlama-1.1B-step-50K-105b", 50_000), ("Step7", 7),
-        ("epoch3", None), ("epoch_2-iter_500", None), ("ep2", None), ("tokens4B", None), ("my-model-7b", None),
-        ("pythia-160m", None), ("checkpoint-7b", None), ("v1.5", None), ("checkpoint-1.5", None), ("writer5", None),
-        ("9f8e7d6c5b4a39281706f5e4d3c2b1a09f8e7d6c", None), ("1" * 40, None), ("run-3/checkpoint-20/", 20), ("", None),
-    ],
-)  # fmt: skip
-def test_steps_are_read_from_names(name, step):
-    assert checkpoint_step(name) == step
-
-
-@given(st.sampled_from(FAMILIES), st.lists(st.integers(0, 10**9), unique=True), st.integers(1, 10), st.randoms())
-def test_shuffled_names_sort_by_their_steps(family, steps, width, random):
-    names = [family.format(str(step).zfill(width)) for step in steps]
-    random.shuffle(names)
-    assert [checkpoint_step(name) for name in sorted(names, key=checkpoint_step)] == sorted(steps)
 
 
 @pytest.mark.parametrize("package", ["suite", "analysis"])

@@ -6,7 +6,7 @@ import re
 import pytest
 import yaml
 
-from deadbench.suite.architectures.build import build_config, count_parameters
+from deadbench.suite.architectures.build import build_config, build_published, count_parameters
 from deadbench.suite.checkpoints.checkpoint import Checkpoint
 from deadbench.suite.registry.entries import RegistryError
 from deadbench.suite.registry.loading import find_registry, load_registry
@@ -37,7 +37,7 @@ def write(tmp_path, content):
 
 @pytest.mark.parametrize("model", [m for m in REGISTRY.models if m.config], ids=lambda m: m.id)
 def test_inline_configurations_build_with_the_published_parameter_count(model):
-    assert count_parameters(build_config(model.config)) == model.parameters
+    assert count_parameters(build_published(build_config(model.config), "meta")) == model.parameters
 
 
 @pytest.mark.parametrize("model", [m for m in REGISTRY.models if not m.config], ids=lambda m: m.id)
@@ -47,7 +47,7 @@ def test_bundled_models_are_there_with_their_parameter_count(model):
     for name in names:
         checkpoint = Checkpoint(model.source, name, ROOT)
         assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(checkpoint.names())
-    assert count_parameters(build_config(checkpoint.config())) == model.parameters
+    assert count_parameters(build_published(build_config(checkpoint.config()), "meta")) == model.parameters
 
 
 def test_quick_suite_has_both_families_at_true_dimensions():
