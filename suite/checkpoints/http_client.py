@@ -26,9 +26,17 @@ class InsideError(httpx2.TransportError):
     """A public server sends to an address of this machine or of its network."""
 
 
-@functools.cache
 def client(*, public_only: bool = False) -> httpx2.Client:
     """The process's client, which follows no redirects; with `public_only` it connects to public addresses alone."""
+    with _MAKING:  # threads that ask at once would make one each
+        return _client(public_only)
+
+
+_MAKING = threading.Lock()
+
+
+@functools.cache
+def _client(public_only: bool) -> httpx2.Client:
     ours = {} if "all" in urllib.request.getproxies() else {"all://": _Transport(public_only)}
     return httpx2.Client(follow_redirects=False, timeout=httpx2.Timeout(IDLE_SECONDS, pool=None), mounts=ours)
 

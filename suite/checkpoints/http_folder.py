@@ -69,6 +69,7 @@ class HttpFolder:
     """
 
     lists = False
+    _pinned = False  # the address itself names a version
 
     def __init__(self, source: str, url: str, requests: Requests | None = None):
         """Open the folder at `url`, whose query goes to every file; `source` is what the user called it."""
@@ -178,7 +179,7 @@ class HttpFolder:
 
     def _condition(self, name: str) -> dict[str, str]:
         """What makes a server refuse to answer with another version than the first."""
-        return self._versions[name].wanted() if name in self._versions and self.commit is None else {}
+        return self._versions[name].wanted() if name in self._versions and not self._pinned else {}
 
     def _hold(self, name: str, answer: httpx2.Response, size: int) -> None:
         """Raise ChangedError where an answer is not of the version of the first answer, which this one may be."""

@@ -72,8 +72,8 @@ class HubFolder(HttpFolder):
         from huggingface_hub import constants
 
         page, quoted = f"{constants.ENDPOINT}/{repository}", urllib.parse.quote(revision, safe="")
-        self._page = page
-        super().__init__(source, f"{page}/resolve/{quoted}", _HubRequests(source, page, revision))
+        self._page, self._moving = page, f"{page}/resolve/{quoted}"
+        super().__init__(source, self._moving, _HubRequests(source, page, revision))
         self._api = f"{constants.ENDPOINT}/api/models/{repository}/revision/{quoted}"
 
     def names(self) -> list[str]:
@@ -83,7 +83,8 @@ class HubFolder(HttpFolder):
             listing = json.loads(answer)
             commit = listing.get("sha")
             if isinstance(commit, str) and re.fullmatch(r"[0-9a-f]{40}", commit):
-                self.commit, self.url = commit, f"{self._page}/resolve/{commit}"  # a branch may move on meanwhile
+                self.commit = commit
+                self._pin(f"{self._page}/resolve/{commit}")  # a branch may move on meanwhile
             listed = (f["rfilename"] for f in listing["siblings"])
             return sorted(name for name in listed if "/" not in name and not is_hidden(name))
         except _NotOnHubError as error:
@@ -96,3 +97,21 @@ class HubFolder(HttpFolder):
         if not names:
             raise CheckpointError(f"{self.source}: no such repository on the Hub, or no such revision")
         return names
+
+    def _head(self, name: str) -> bytes:
+        """As everywhere; a mirror may list commits and not know them as addresses."""
+        try:
+            return super()._head(name)
+        except FileNotFoundError:
+            if not self._pinned:
+                raise
+            pinned = self.url
+            self._pin(self._moving)
+            try:
+                return super()._head(name)
+            except FileNotFoundError:
+                self._pin(pinned)
+                raise
+
+    def _pin(self, url: str) -> None:
+        self.url, self._pinned = url, url != self._moving

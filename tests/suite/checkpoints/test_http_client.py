@@ -25,7 +25,7 @@ def fresh_clients(monkeypatch):
     clients = []
 
     def client(*, public_only=False):
-        clients.append(http_client.client.__wrapped__(public_only=public_only))
+        clients.append(http_client._client.__wrapped__(public_only))
         return clients[-1]
 
     monkeypatch.setattr(http_requests, "client", client)
