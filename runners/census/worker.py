@@ -81,11 +81,16 @@ def census_row(source: str, place: str, run_id: str) -> Row:
         read = read_parameters(checkpoint)
         if read.final.family == "undetermined":
             raise ValueError(f"the final norm cannot be determined: {read.reason}")
-        measured = read.columns() | {"status": "ok", "error": read.reason, "dtype": read.stored_dtype}
-        measured["source_fingerprint"] = checkpoint.fingerprint(_opened(read))
+        measured = read.columns() | checkpoint.origin()
+        measured |= {"status": "ok", "error": read.reason, "dtype": read.stored_dtype}
+        measured["source_fingerprint"] = checkpoint.fingerprint(_opened(checkpoint, read))
     except Exception as error:  # hostile files find what nobody foresaw; a census goes on
         measured = failure(error)
-    return outline(source, place, run_id) | measured | {"started_at": started_at, "finished_at": datetime.now(UTC)}
+    known = outline(source, place, run_id) | measured
+    known["checkpoint_step"] = (
+        known.get("source_step") if known["checkpoint_step"] is None else known["checkpoint_step"]
+    )
+    return known | {"started_at": started_at, "finished_at": datetime.now(UTC)}
 
 
 def outline(source: str, place: str, run_id: str) -> Row:
@@ -112,9 +117,10 @@ def failure(error: BaseException | str) -> Row:
     return {"status": "failed", "error": error if isinstance(error, str) else one_line(error)}
 
 
-def _opened(read: ParametersRead) -> set[str]:
+def _opened(checkpoint: Checkpoint, read: ParametersRead) -> set[str]:
     """The files that decided the answer."""
-    return {"config.json", *(entry.file for entry in read.entries.values())}
+    files = {entry.file for entry in read.entries.values()}
+    return files | ({"config.json"} if checkpoint.has("config.json") else set())
 
 
 def _listen(board: Any, pause: Callable[..., None]) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from deadbench.runners.engines.base import Blocks, ForwardPass, Swept, mismatch
+from deadbench.runners.engines.stored_state import stored_state
 from deadbench.suite.architectures.build import build_model, build_published, published_class
 from deadbench.suite.architectures.resolve import Resolved, resolve_without_weights
 from deadbench.suite.architectures.stored_names import unwrapping, wrapped
@@ -66,7 +67,7 @@ class TorchEngine:
         return model
 
     def load_trained(self, folder: Path, dtype: torch.dtype, model_class: Any = None) -> nn.Module:
-        """The checkpoint in `folder` as `model_class` (None: AutoModel), safetensors only, no code from the checkpoint.
+        """The checkpoint in `folder` as `model_class` (None: AutoModel), no code from the checkpoint, pickles included.
 
         Raises:
             CheckpointError: weights that transformers cannot load, or that miss tensors of the architecture.
@@ -196,16 +197,22 @@ def _load(folder: Path, dtype: torch.dtype, model_class: Any, placement: dict[st
     import transformers
 
     try:
-        return (model_class or transformers.AutoModel).from_pretrained(  # type: ignore[no-any-return]
-            folder,
+        what: Any = {"pretrained_model_name_or_path": folder, "local_files_only": True, "use_safetensors": True}
+        loader = model_class or transformers.AutoModel
+        if (state := stored_state(folder)) is not None:
+            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            what = {"pretrained_model_name_or_path": None, "config": config, "state_dict": state}
+            loader = model_class or type(build_model(config, "meta"))
+        return loader.from_pretrained(  # type: ignore[no-any-return]
+            **what,
             dtype=dtype,
-            use_safetensors=True,
-            local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are named by who asked
             **placement,
         )
+    except CheckpointError:
+        raise
     except Exception as error:
         raise CheckpointError(f"{folder}: cannot be loaded ({reason_of(error)})") from error
 

@@ -26,8 +26,9 @@ def classify(source: str, verify: bool = False) -> tuple[dict[str, Any], NDArray
         read = read_parameters(checkpoint, verify)
         columns = read.columns()
         result |= {name: columns[name] for name in CLASSIFY_FIELDS if name in columns}
-        result |= {"revision": checkpoint.revision, "bytes_total": checkpoint.bytes_total()}
-        result["evidence"] = [*read.evidence, *([checkpoint.remark] if checkpoint.remark else [])]
+        result |= {"revision": checkpoint.revision, "bytes_total": checkpoint.bytes_total()} | checkpoint.origin()
+        remarks = (checkpoint.remark, checkpoint.contents().remark)
+        result["evidence"] = [*read.evidence, *(remark for remark in remarks if remark)]
         result["error"] = f"{source}: {read.reason}" if read.needs_remote_code else None
         direction_D = read.direction_D
     except CheckpointError as error:
@@ -40,5 +41,5 @@ def classify(source: str, verify: bool = False) -> tuple[dict[str, Any], NDArray
 CLASSIFY_FIELDS = (
     "source", "revision", "family", "final_norm", "final_norm_tensor", "placement", "scale", "has_bias", "eps",
     "hidden_size", "num_zero_scales", "scale_harmonic", "predicted_dim", "depth_predicted", "evidence", "bytes_read",
-    "bytes_total", "seconds", "error",
+    "bytes_total", "source_format", "source_step", "seconds", "error",
 )  # fmt: skip

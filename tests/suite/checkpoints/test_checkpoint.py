@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deadbench.suite.checkpoints.checkpoint import Checkpoint, checkpoint_step, list_revisions
+from deadbench.suite.checkpoints.headers import read_headers
 from deadbench.suite.checkpoints.sources import identify
-from deadbench.suite.checkpoints.tensors import read_headers
 from deadbench.suite.errors import CheckpointError
 from tests.conftest import ROOT, save_tiny, write_checkpoint
 

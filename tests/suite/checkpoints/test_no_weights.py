@@ -5,7 +5,7 @@ import json
 import pytest
 
 from deadbench.suite.checkpoints.checkpoint import Checkpoint
-from deadbench.suite.checkpoints.tensors import read_headers
+from deadbench.suite.checkpoints.headers import read_headers
 from deadbench.suite.errors import CheckpointError
 
 CONFIG = json.dumps({"model_type": "gpt2", "n_embd": 32})
@@ -44,7 +44,10 @@ def told(source):
             {"config__json": CONFIG, "__metadata": "x", "shard__distcp": "x"},
             "shards of torch.distributed.checkpoint (shard.distcp)",
         ),
-        ({"config__json": CONFIG, "pytorch_model__bin": "x"}, "only pickled weights (pytorch_model.bin)"),
+        (
+            {"config__json": CONFIG, "pytorch_model__bin": "x"},
+            "pytorch_model.bin: not written by torch.save (it begins with b'x')",
+        ),
         ({"config__json": CONFIG, "model__safetensors": POINTER}, "a Git LFS pointer, not the weights: run `git lfs"),
         ({"config__json": CONFIG, "model__safetensors": "x" * 200}, "the header claims"),
         ({"config__json": CONFIG}, "no model.safetensors and no model.safetensors.index.json"),
