@@ -7,15 +7,20 @@ import pickle
 import struct
 import zipfile
 
+import numpy as np
 import pytest
 import torch
 
+from deadbench.suite.checkpoints.checkpoint import Checkpoint
 from deadbench.suite.checkpoints.formats.torch_files import read_torch_file
 from deadbench.suite.checkpoints.headers import read_headers
-from deadbench.suite.checkpoints.tensors import read_raw
+from deadbench.suite.checkpoints.tensors import read_raw, read_vector
 from deadbench.suite.checkpoints.weight_files import weight_files, weights_file
 from deadbench.suite.errors import CheckpointError
+from deadbench.suite.reads.classify import classify
 from tests.suite.checkpoints.formats.memory import MemoryFiles, as_torch, saved
+from tests.suite.checkpoints.formats.sparse import sparse_torch_file
+from tests.suite.checkpoints.servers import misbehaving
 
 OLD = {"_use_new_zipfile_serialization": False}
 
@@ -245,28 +250,48 @@ def test_broken_files_of_the_old_form_are_one_line(change, message):
 
 def test_archives_beyond_four_gigabytes(tmp_path):
     """zip64, as torch writes it for such files: the bytes between are a hole."""
-    path = tmp_path / "w.bin"
-    size = 2**32 + 4096
-    with path.open("wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as made:
-        entry = zipfile.ZipInfo("archive/data/0")
-        with made.open(entry, "w", force_zip64=True) as out:
-            made.fp.seek(size, 1)  # left out, and counted as written
-            out._file_size, out._compress_size, out._crc = size, size, 0
-        made.writestr("archive/data.pkl", tensor([4], [1], count=4))
-
-    class OnDisk(MemoryFiles):
-        def size(self, name):
-            return path.stat().st_size
-
-        def read(self, name, start=0, end=None):
-            with path.open("rb") as file:
-                file.seek(start)
-                raw = file.read((self.size(name) if end is None else end) - start)
-            self.bytes_read += len(raw)
-            return raw
-
-    files = OnDisk()
-    (found,) = read_torch_file(files, "w.bin").entries
-    assert read_raw(files, found).tolist() == [0, 0, 0, 0]
+    path = sparse_torch_file(tmp_path / "w.bin", {"large": (2**30, 2), "norm": (4,)}, {"norm": np.arange(4.0)})
+    files = Checkpoint(str(path))
+    entries = files.headers()
+    assert read_vector(files, entries["norm"]).tolist() == [0, 1, 2, 3]
+    assert entries["large"].shape == (2**30, 2)
     assert files.bytes_read < 20_000
-    assert path.stat().st_size > 2**32
+    assert path.stat().st_size > 2**33
+
+
+OPT = {
+    "model_type": "opt", "architectures": ["OPTForCausalLM"], "vocab_size": 50272, "hidden_size": 4096,
+    "ffn_dim": 16384, "num_hidden_layers": 32, "num_attention_heads": 32, "max_position_embeddings": 2048,
+    "word_embed_proj_dim": 4096,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def opt(tmp_path_factory):
+    """27 GB on the outside: OPT-6.7B's tensors in float32."""
+    folder, D = tmp_path_factory.mktemp("opt"), 4096
+    (folder / "config.json").write_text(json.dumps(OPT))
+    shapes = {"model.decoder.embed_tokens.weight": (50272, D), "model.decoder.final_layer_norm.weight": (D,),
+              "model.decoder.final_layer_norm.bias": (D,)}  # fmt: skip
+    for layer in range(32):
+        block = f"model.decoder.layers.{layer}"
+        for name, shape in (("self_attn.q_proj", (D, D)), ("self_attn.k_proj", (D, D)), ("self_attn.v_proj", (D, D)),
+                            ("self_attn.out_proj", (D, D)), ("fc1", (4 * D, D)), ("fc2", (D, 4 * D)),
+                            ("self_attn_layer_norm", (D,)), ("final_layer_norm", (D,))):  # fmt: skip
+            shapes |= {f"{block}.{name}.weight": shape, f"{block}.{name}.bias": shape[:1]}
+    scale = np.random.default_rng(0).uniform(0.5, 1.5, D)
+    values = {"model.decoder.final_layer_norm.weight": scale}
+    return sparse_torch_file(folder / "pytorch_model.bin", shapes, values).parent, scale
+
+
+@pytest.mark.parametrize("where", ["here", "on a web server", "one file", "one file on a web server"])
+def test_the_norm_of_a_file_of_many_gigabytes_costs_a_megabyte(where, opt):
+    folder, scale = opt
+    with misbehaving(folder) as server:
+        source = server.url if "server" in where else str(folder)
+        result, direction_D = classify(f"{source}/pytorch_model.bin" if "file" in where else source)
+    assert result["error"] is None
+    assert result["bytes_total"] > 26e9
+    assert result["bytes_read"] < 1_000_000
+    assert (result["family"], result["source_format"]) == ("layernorm", "torch")
+    assert abs(direction_D @ (1 / scale.astype("f4")) / np.linalg.norm(1 / scale.astype("f4"))) > 1 - 1e-12
