@@ -29,6 +29,8 @@ def run(
     input_spec: options.InputSpec = None,
     seed: options.Seed = 0,
     dtype: options.Dtype = None,
+    config: options.Config = None,
+    model_type: options.ModelType = None,
     accumulator_gb: options.AccumulatorGb = None,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds without progress before a model is given up.")] = 3600,
     max_retries: Annotated[
@@ -61,6 +63,7 @@ def run(
     overrides = options.overridden(
         engine=engine, tokens=tokens, input_spec=input_spec, dtype=dtype, seed=seed,
         accumulator_gb=accumulator_gb, tensor_parallel=tensor_parallel, replicas=replicas,
+        config=config, model_type=model_type,
     )  # fmt: skip
     added = parse_cluster(autoscale, "--autoscale").largest if autoscale is not None else None
     jobs, cluster, names = options.jobs_and_cluster(models, suite, registry, reads, overrides, address=address)

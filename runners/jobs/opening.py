@@ -6,8 +6,8 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from deadbench.runners.jobs.job import ModelJob, Unfit, Unreached
-from deadbench.suite.checkpoints.checkpoint import Checkpoint, list_revisions
+from deadbench.runners.jobs.job import ModelJob, Overrides, Unfit, Unreached
+from deadbench.suite.checkpoints.checkpoint import list_revisions
 from deadbench.suite.checkpoints.sources import is_hub_id, locate
 from deadbench.suite.errors import CheckpointError, UnreachableError
 from deadbench.suite.read_specs import READ_SPECS
@@ -83,14 +83,16 @@ def needs_config_alone(model: Model, read: str) -> bool:
     return model.config is not None and (opens == "config" or (opens == "either" and model.source is None))
 
 
-def open_all(source: str | None, revisions: list[str | None], base: Path) -> dict[str | None, Opened]:
+def open_all(
+    source: str | None, revisions: list[str | None], base: Path, overrides: Overrides
+) -> dict[str | None, Opened]:
     """Checkpoints that some read needs, opened now, side by side, before anything takes a device."""
     if source is None or not revisions:
         return {}
 
     def attempt(revision: str | None) -> Opened:
         try:
-            checkpoint = Checkpoint(source, revision, base)
+            checkpoint = overrides.opened(source, revision, base)
             checkpoint.config()  # of a gated repository everything is listed, and nothing can be read
             return checkpoint.fingerprint(), None
         except CheckpointError as error:

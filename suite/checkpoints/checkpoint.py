@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from deadbench.suite.checkpoints.configurations import checked
 from deadbench.suite.checkpoints.download_cache import fetch_once, lease
 from deadbench.suite.checkpoints.fsspec_folder import FsspecFolder, one_line_errors
 from deadbench.suite.checkpoints.headers import read_contents
@@ -30,9 +31,6 @@ from deadbench.suite.errors import CheckpointError, UnreachableError
 from deadbench.suite.secrets import scrubbed
 from deadbench.suite.storage import is_hidden, is_url, open_place
 
-# Numbers in a configuration that make transformers build so many objects, whatever the device.
-_COUNTS = re.compile(r"^(n_layers?|num_.*layers|.*_layers|depths?|num_labels|(n|num)_.*experts)$")
-_MAX_COUNT = 100_000
 # How people name the steps of training, the surest first; 50k are 50 000.
 _COUNT = r"s?[-_=]?(\d{1,15})(?![\d]|\.\d)([km]?)(?![a-z\d])"
 _STEPS = [
@@ -61,11 +59,12 @@ class Checkpoint:
         base: Path | None = None,
         place: str | None = None,
         config: dict[str, Any] | None = None,
+        model_type: str | None = None,
     ):
         """Open `source`; a relative local path is looked up below `base` too (the registry's folder).
 
         With `place`, what `locate` found elsewhere, nothing is looked up: it is opened, or it is not there. A `config`
-        takes the place of the checkpoint's config.json.
+        takes the place of the checkpoint's config.json, and `model_type` is what a configuration without one is of.
 
         Raises:
             CheckpointError: no such folder, or nothing that could be a Hub id or URL.
@@ -73,7 +72,8 @@ class Checkpoint:
         self.source, self.revision = scrubbed(source), revision
         self._called = f"{source}@{revision}"
         self._names: list[str] | None = None
-        self._config: dict[str, Any] | None = copy.deepcopy(config)
+        self._config = None if config is None else checked(config, self.source, model_type)
+        self._model_type = model_type
         self._own_config = config is None
         self._weights: WeightFiles | None = None
         self._contents: Contents | None = None
@@ -208,9 +208,8 @@ class Checkpoint:
             return copy.deepcopy(self._config)
         if self.size("config.json") > MAX_JSON_BYTES:
             raise CheckpointError(f"{self.source}: config.json is larger than {MAX_JSON_BYTES} bytes")
-        config = parse_object(self.read("config.json"), f"{self.source}: config.json")
-        _check_counts(config, self.source)
-        self._config = {key: _plain_floats(value) for key, value in config.items()}
+        called = f"{self.source}: config.json"
+        self._config = checked(parse_object(self.read("config.json"), called), called, self._model_type)
         return copy.deepcopy(self._config)
 
     def fingerprint(self, names: Iterable[str] | None = None) -> str:
@@ -269,7 +268,7 @@ class Checkpoint:
             raise (error if self._file else no_config(self)) from error
         if recorded is None:
             raise no_config(self)
-        return recorded
+        return checked(recorded, self.source)
 
     def _weight_names(self) -> list[str]:
         """The files that hold values, and those that say where."""
@@ -340,24 +339,6 @@ def checkpoint_step(name: str | None) -> int | None:
             if match and not ("iter" in pattern.pattern and _WITHIN_EPOCH.search(text)):
                 return int(match[1]) * {"": 1, "k": 1000, "m": 1_000_000}[match[2].lower()]
     return None
-
-
-def _check_counts(config: dict[str, Any], source: str) -> None:
-    for key, value in config.items():
-        values = value if isinstance(value, list) else [value]
-        if isinstance(value, dict):
-            _check_counts(value, source)
-        elif _COUNTS.match(key) and any(isinstance(v, (int, float)) and v > _MAX_COUNT for v in values):
-            raise CheckpointError(f"{source}: config.json: {key} is {value!r}; no model has more than {_MAX_COUNT}")
-
-
-def _plain_floats(value: Any) -> Any:
-    """`value` with transformers' spelling of what JSON has no number for, `{"__float__": "Infinity"}`, as floats."""
-    if isinstance(value, dict):
-        if set(value) == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
-            return float(value["__float__"])
-        return {key: _plain_floats(each) for key, each in value.items()}
-    return [_plain_floats(each) for each in value] if isinstance(value, list) else value
 
 
 def _listing(folder: Path) -> str:

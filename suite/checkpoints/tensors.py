@@ -52,7 +52,7 @@ class Piece:
 class TensorEntry:
     """One stored tensor: what it is and where it lies, from `start` to `end` of `file` or in `pieces`.
 
-    Of a tensor in pieces `file` is that of the first.
+    Of a tensor in pieces `file` is that of the first; values that are in no piece are zero.
     """
 
     name: str
@@ -90,6 +90,11 @@ def check_name(file: str, tensor: str) -> None:
         raise CheckpointError(f"{file}: the tensor name {shown(tensor)} is a path or not printable; corrupt or hostile")
 
 
+def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Values from one index to the next along each axis, where the last axis comes first."""
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+
+
 def read_raw(files: Files, entry: TensorEntry) -> NDArray[Any]:
     """A tensor's values as unsigned integers of its items' size, put together from its pieces.
 
@@ -102,7 +107,7 @@ def read_raw(files: Files, entry: TensorEntry) -> NDArray[Any]:
     pieces = entry.pieces or (Piece(entry.file, entry.start, entry.end, (0,) * len(entry.shape), entry.shape),)
     if len(pieces) == 1 and pieces[0].shape == entry.shape:
         return _read_piece(files, entry, pieces[0], dtype)
-    whole = np.empty(entry.shape, dtype)
+    whole = np.zeros(entry.shape, dtype)
     for piece in pieces:
         place = tuple(slice(at, at + count) for at, count in zip(piece.place, piece.shape, strict=True))
         whole[place] = _read_piece(files, entry, piece, dtype)

@@ -11,8 +11,12 @@ from deadbench.suite.errors import CheckpointError
 from deadbench.suite.reads.parameters import read_parameters
 
 
-def classify(source: str, verify: bool = False) -> tuple[dict[str, Any], NDArray[np.float64] | None]:
+def classify(
+    source: str, verify: bool = False, config: dict[str, Any] | None = None, model_type: str | None = None
+) -> tuple[dict[str, Any], NDArray[np.float64] | None]:
     """The object that `deadbench classify --json` prints for one source, and its inverse-scale direction.
+
+    `config` takes the place of its config.json; `model_type` is what a configuration without one is of.
 
     Never raises for a bad checkpoint: `error` then holds the one line and the fields are null.
     """
@@ -22,7 +26,7 @@ def classify(source: str, verify: bool = False) -> tuple[dict[str, Any], NDArray
     direction_D = None
     checkpoint = None
     try:
-        checkpoint = Checkpoint(source)
+        checkpoint = Checkpoint(source, config=config, model_type=model_type)
         read = read_parameters(checkpoint, verify)
         columns = read.columns()
         result |= {name: columns[name] for name in CLASSIFY_FIELDS if name in columns}

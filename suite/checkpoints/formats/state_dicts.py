@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from deadbench.suite.checkpoints.formats.own_configs import recorded_config
+from deadbench.suite.checkpoints.formats.nanogpt import as_gpt2, recorded_config
 from deadbench.suite.checkpoints.formats.torch_objects import StoredTensor
 from deadbench.suite.checkpoints.strict_json import shown
 from deadbench.suite.checkpoints.tensors import Contents, Piece, TensorEntry, check_name
@@ -32,7 +32,9 @@ def contents_of(value: Any, file: str, place: Callable[[StoredTensor], Piece], r
         raise CheckpointError(
             f"{file}: a {type(value).__name__} without tensors by name; give the file of the state_dict"
         )
-    return Contents(list(entries.values()), recorded_step(value), recorded_config(value), remark)
+    config = recorded_config(value)
+    found = as_gpt2(entries.values()) if config else list(entries.values())
+    return Contents(found, recorded_step(value), config, remark)
 
 
 def model_part(value: Any) -> Any:

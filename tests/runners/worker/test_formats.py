@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from deadbench.runners.jobs.build import build_jobs
 from deadbench.runners.jobs.events import Finished
@@ -92,6 +93,31 @@ def test_rows_are_those_of_safetensors_to_the_bit(form, tiny, expected):
         assert row["source_format"] == ("safetensors" if form is as_one_file else "torch")
         assert row["source_step"] == row["checkpoint_step"] == (42 if form is as_training_checkpoint else None)
     assert set(found) == set(expected)
+
+
+def test_nanogpt_is_the_gpt2_that_it_is(tmp_path):
+    """Its maps lie the other way round, and shifts that it does not have are zero."""
+    args = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 32, "bias": False, "vocab_size": 97, "dropout": 0.1}
+    shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 32, "vocab_size": 97}
+    config = GPT2Config(**shape, activation_function="gelu", bos_token_id=0, eos_token_id=0)
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.zeros_like(parameter) if name.endswith("bias") else torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "gpt2")
+    state = {n: t for n, t in model.state_dict().items() if not n.endswith("bias")}
+    turned = {n: t.T.contiguous() if "c_" in n else t for n, t in state.items()}
+    saved = {"model": {f"_orig_mod.{n}": t for n, t in turned.items()}, "model_args": args, "iter_num": 9}
+    torch.save(saved, tmp_path / "ckpt.pt")
+    reads = ("parameters", "trained")
+    theirs, ours = rows(tmp_path / "gpt2", reads), rows(tmp_path / "ckpt.pt", reads)
+    for read in reads:
+        pairs = [
+            [{k: v for k, v in each.items() if k not in ("final_norm_tensor", "eps")} for each in side[read][1]]
+            for side in (theirs, ours)
+        ]
+        assert pairs[0] == pairs[1]
 
 
 class Evil:
