@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from deadbench.suite.checkpoints.configurations import checked
+from deadbench.suite.checkpoints.configurations import checked, config_file
 from deadbench.suite.checkpoints.download_cache import fetch_once, lease
 from deadbench.suite.checkpoints.fsspec_folder import FsspecFolder, one_line_errors
 from deadbench.suite.checkpoints.headers import read_contents
@@ -266,9 +266,12 @@ class Checkpoint:
             raise
         except CheckpointError as error:
             raise (error if self._file else no_config(self)) from error
+        if recorded is None and self._local and self.weights().format.scattered:  # trainers leave it a folder above
+            above = self._local.parent / "config.json"
+            recorded = config_file(above) if above.is_file() else None
         if recorded is None:
             raise no_config(self)
-        return checked(recorded, self.source)
+        return checked(recorded, self.source, self._model_type)
 
     def _weight_names(self) -> list[str]:
         """The files that hold values, and those that say where."""

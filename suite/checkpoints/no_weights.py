@@ -17,7 +17,9 @@ _CACHED = re.compile(r"models--(.+)")
 
 def no_config(files: Any) -> CheckpointError:
     """That the checkpoint `files` has no config.json, and why."""
-    return CheckpointError(_called(files) + (_instead(files) or "no config.json; not a transformers checkpoint"))
+    return CheckpointError(
+        _called(files) + (_instead(files) or "no config.json; not a transformers checkpoint (or give --config CONFIG)")
+    )
 
 
 def no_weights(files: Any, found: Sequence[str]) -> CheckpointError:
@@ -79,12 +81,12 @@ def _instead(files: Any) -> str | None:
         ((".gguf",), "a GGUF ({}), which is not safetensors; give the checkpoint that it was converted from"),
         (
             (".distcp",),
-            "shards of torch.distributed.checkpoint ({}), which are not safetensors; convert them with "
-            "`python -m torch.distributed.checkpoint.format_utils dcp_to_torch` and save_pretrained",
+            "shards of torch.distributed.checkpoint ({}) without the .metadata that says what they hold; copy it "
+            "beside them",
         ),
     ):
         found = sorted(name for name in names if name.endswith(suffixes))
-        if found:
+        if found and not (suffixes == (".distcp",) and files.has(".metadata")):
             return text.format(found[0])
     folder = getattr(files, "folder", None)
     return None if folder is None else _of_folder(folder)

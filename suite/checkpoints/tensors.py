@@ -5,7 +5,7 @@ Where a tensor lies is told by one of `suite/checkpoints/formats`; from here on 
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -31,12 +31,12 @@ class Piece:
 
     Attributes:
         file: where.
-        start: byte at which they begin, counted from where `find_content` says, else from the file's first.
+        start: byte at which they begin.
         end: byte at which they end.
         place: the index in the tensor of the first value.
         shape: of the piece.
         strides: values from one index to the next, along each axis; None: one after another, the last axis first.
-        find_content: where in the file the bytes are counted from, where only reading tells.
+        locate: gives the piece as it lies, where only reading tells; `start` is then counted from what holds it.
     """
 
     file: str
@@ -45,7 +45,7 @@ class Piece:
     place: tuple[int, ...]
     shape: tuple[int, ...]
     strides: tuple[int, ...] | None = None
-    find_content: Callable[[Files], int] | None = None
+    locate: "Callable[[Files, Piece], Piece] | None" = None
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,11 @@ def check_name(file: str, tensor: str) -> None:
     """
     if not tensor.isprintable() or tensor.startswith(("/", "\\")) or ".." in tensor.replace("\\", "/").split("/"):
         raise CheckpointError(f"{file}: the tensor name {shown(tensor)} is a path or not printable; corrupt or hostile")
+
+
+def shifted(piece: Piece, start: int) -> Piece:
+    """A piece that was counted from byte `start` of its file, counted from the first."""
+    return replace(piece, start=start + piece.start, end=start + piece.end, locate=None)
 
 
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -146,8 +151,8 @@ def stored_dtype(entries: Mapping[str, TensorEntry]) -> str | None:
 
 
 def _read_piece(files: Files, entry: TensorEntry, piece: Piece, dtype: np.dtype[Any]) -> NDArray[Any]:
-    first = piece.find_content(files) if piece.find_content else 0
-    raw = files.read(piece.file, first + piece.start, first + piece.end)
+    piece = piece.locate(files, piece) if piece.locate else piece
+    raw = files.read(piece.file, piece.start, piece.end)
     if len(raw) != piece.end - piece.start:
         raise CheckpointError(f"{piece.file}: tensor {entry.name} is cut off; download the file again")
     values = np.frombuffer(raw, dtype)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from deadbench.suite.checkpoints.files import Files
 from deadbench.suite.checkpoints.formats.table import FORMATS, Format
 from deadbench.suite.checkpoints.no_weights import no_weights
-from deadbench.suite.checkpoints.strict_json import MAX_JSON_BYTES, parse_object, shown
+from deadbench.suite.checkpoints.strict_json import MAX_JSON_BYTES, inside, parse_object, shown
 from deadbench.suite.errors import CheckpointError
 
 SAFETENSORS = FORMATS[0]
@@ -102,5 +102,5 @@ def _sharded(files: Files, index: str, of: Format) -> WeightFiles:
 
 def _check_inside(where: str, name: str) -> None:
     """Refuse a path that is not one of a file in the folder or below it."""
-    if "\\" in name or not name.isprintable() or any(not part or part.startswith(".") for part in name.split("/")):
+    if not inside(name):
         raise CheckpointError(f"{where}: names the file {shown(name)} outside the checkpoint folder")

@@ -5,8 +5,10 @@ who asks, has for it; every other name is refused when it is read, called or not
 the bytes, the opcodes, the depth, and what one opcode may make.
 """
 
+import contextlib
+import gc
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from deadbench.suite.checkpoints.formats.pickle_machine import Machine
@@ -14,6 +16,18 @@ from deadbench.suite.checkpoints.formats.pickled_names import CONSTRUCTORS, CutO
 from deadbench.suite.errors import CheckpointError
 
 MAX_PICKLE_BYTES = 128_000_000
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """No garbage collection meanwhile, which time and again finds nothing among millions of new values."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def read_pickle(

@@ -11,7 +11,9 @@ from deadbench.suite.errors import CheckpointError
 
 # Where training scripts keep the model beside optimizers and counters, the surest first.
 _MODEL_KEYS = ("state_dict", "model_state_dict", "module", "model", "model_state")
-_STEP_KEYS = ("global_step", "global_steps", "iter_num", "iteration", "step", "num_updates")
+STEP_KEYS = ("global_step", "global_steps", "iter_num", "iteration", "step", "num_updates")
+_BESIDE = ("optimizer", "optimizers", "optim", "optimizer_states", "lr_scheduler", "lr_schedulers", "loss_fn")  # it
+_TENSORS = (StoredTensor, TensorEntry)
 _MAX_DEPTH, _MAX_VALUES = 16, 2_000_000
 
 
@@ -22,7 +24,7 @@ def contents_of(value: Any, file: str, place: Callable[[StoredTensor], Piece], r
         CheckpointError: no tensors.
     """
     entries: dict[str, TensorEntry] = {}
-    for name, tensor in _tensors(model_part(value), file):
+    for name, tensor in named_tensors(model_part(value), file):
         piece = place(tensor)
         check_name(file, name)
         if name in entries:
@@ -40,7 +42,7 @@ def contents_of(value: Any, file: str, place: Callable[[StoredTensor], Piece], r
 def model_part(value: Any) -> Any:
     """The state dict inside what was saved; what was saved itself where it is one."""
     for _ in range(_MAX_DEPTH):
-        if not isinstance(value, dict) or any(isinstance(each, StoredTensor) for each in value.values()):
+        if not isinstance(value, dict) or any(isinstance(each, _TENSORS) for each in value.values()):
             return value
         inner = next((value[key] for key in _MODEL_KEYS if isinstance(value.get(key), dict) and value[key]), None)
         if inner is None:
@@ -51,27 +53,33 @@ def model_part(value: Any) -> Any:
 
 def recorded_step(value: Any) -> int | None:
     """The training step that was saved beside the model."""
-    for key in _STEP_KEYS if isinstance(value, dict) else ():
-        step = value.get(key)
-        if type(step) is int and 0 <= step < 2**63:
-            return step
+    for key in STEP_KEYS if isinstance(value, dict) else ():
+        if is_step(step := value.get(key)):
+            return int(step)
     return None
 
 
-def _tensors(value: Any, file: str) -> Iterator[tuple[str, StoredTensor]]:
+def is_step(value: Any) -> bool:
+    """Whether a value can be a training step."""
+    return type(value) is int and 0 <= value < 2**63
+
+
+def named_tensors(value: Any, file: str) -> Iterator[tuple[str, Any]]:
     """(name, tensor) of a state dict, of nested ones with the path before it."""
     pending: list[tuple[str, Any, int]] = [("", value, 0)] if isinstance(value, dict) else []
     seen = 0
     while pending:
         path, each, depth = pending.pop()
-        if isinstance(each, StoredTensor):
+        if isinstance(each, _TENSORS):
             yield path, each
             continue
         seen += len(each)
         if depth > _MAX_DEPTH or seen > _MAX_VALUES:
             raise CheckpointError(f"{file}: dicts {depth} deep, {seen:,} values; no state dict is like that")
         for key, below in reversed(each.items()):
-            if isinstance(below, (StoredTensor, dict)):
+            if depth == 0 and key in _BESIDE:
+                continue
+            if isinstance(below, (*_TENSORS, dict)):
                 if not isinstance(key, (str, int)):
                     raise CheckpointError(f"{file}: a tensor is called {shown(key)}; give a state_dict")
                 pending.append((f"{path}.{key}" if path else str(key), below, depth + 1))

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from deadbench.suite.checkpoints.files import Files
+from deadbench.suite.checkpoints.formats.dcp import read_dcp
 from deadbench.suite.checkpoints.formats.safetensors import read_header
 from deadbench.suite.checkpoints.formats.torch_files import TORCH_MAGIC, read_torch_file
 from deadbench.suite.checkpoints.no_weights import OTHER_LIBRARIES
@@ -41,5 +42,6 @@ _SAFETENSORS, _TORCH = (".safetensors",), (".bin", ".pt", ".pth", ".ckpt")
 FORMATS = (
     Format("safetensors", read_header, "model.safetensors", "model.safetensors.index.json", _SAFETENSORS),
     Format("torch", read_torch_file, "pytorch_model.bin", "pytorch_model.bin.index.json", _TORCH, TORCH_MAGIC),
+    Format("torch.distributed.checkpoint", read_dcp, ".metadata", scattered=True),
 )
-WEIGHT_ENDINGS = (*(suffix for each in FORMATS for suffix in each.suffixes), *OTHER_LIBRARIES)
+WEIGHT_ENDINGS = (*(suffix for each in FORMATS for suffix in each.suffixes), ".distcp", *OTHER_LIBRARIES)

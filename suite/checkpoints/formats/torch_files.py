@@ -4,6 +4,7 @@ The pickle alone is read, by a reader of our own; it says which views of which s
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from deadbench.suite.checkpoints.files import Files
@@ -14,7 +15,7 @@ from deadbench.suite.checkpoints.formats.torch_objects import TORCH_NAMES, Stora
 from deadbench.suite.checkpoints.formats.zips import ZipEntry, find_entry, read_directory, read_entry
 from deadbench.suite.checkpoints.no_weights import not_torch
 from deadbench.suite.checkpoints.strict_json import shown
-from deadbench.suite.checkpoints.tensors import Contents, Piece
+from deadbench.suite.checkpoints.tensors import Contents, Piece, shifted
 from deadbench.suite.errors import CheckpointError
 
 _ZIP, _OLD = b"PK\3\4", b"\x80\2\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # the latter: a pickle of a number
@@ -33,14 +34,16 @@ def read_torch_file(files: Files, name: str) -> Contents:
     first = files.read(name, 0, len(_OLD))
     if first.startswith(_ZIP):
         value, storages = open_archive(files, name)
-        return contents_of(value, name, lambda tensor: tensor.piece(name, find_content=storages(tensor.storage)))
+        return contents_of(value, name, lambda tensor: tensor.piece(name, locate=storages(tensor.storage)))
     if first == _OLD:
         return _read_old(files, name)
     raise not_torch(files, name)
 
 
-def open_archive(files: Files, name: str, start: int = 0, end: int | None = None) -> tuple[Any, Any]:
-    """What the pickle of an archive holds, and what finds the content of each of its storages.
+def open_archive(
+    files: Files, name: str, start: int = 0, end: int | None = None
+) -> tuple[Any, Callable[[Storage], Callable[[Files, Piece], Piece]]]:
+    """What the pickle of an archive holds, and what locates pieces of each of its storages.
 
     Raises:
         CheckpointError: as `read_torch_file` does.
@@ -56,7 +59,7 @@ def open_archive(files: Files, name: str, start: int = 0, end: int | None = None
     if order and read_entry(files, name, order, 16) != b"little":
         raise CheckpointError(f"{name}: written on a big-endian machine; load and save it on a little-endian one")
 
-    def find(storage: Storage) -> functools.partial[int]:
+    def find(storage: Storage) -> Callable[[Files, Piece], Piece]:
         entry: ZipEntry | None = entries.get(f"{prefix}data/{storage.key}")
         if entry is None:
             raise CheckpointError(f"{name}: the storage {shown(storage.key)} is missing; download the file again")
@@ -65,7 +68,7 @@ def open_archive(files: Files, name: str, start: int = 0, end: int | None = None
                 f"{name}: the storage {shown(storage.key)} has {entry.size:,} bytes, not {storage.num_bytes:,}; "
                 "download the file again"
             )
-        return functools.partial(find_entry, file=name, entry=entry)
+        return functools.partial(_in_entry, entry=entry)
 
     raw = read_entry(files, name, entries[pickled[0]], MAX_PICKLE_BYTES)
     value, _ = read_pickle(raw, name, TORCH_NAMES, read_storage)
@@ -97,7 +100,7 @@ def _read_old(files: Files, name: str) -> Contents:
         raise CheckpointError(f"{name}: {size:,} bytes, but its storages end at {end:,}; download the file again")
 
     def piece(tensor: StoredTensor) -> Piece:
-        return tensor.piece(name, find_content=functools.partial(_begin, start=starts[tensor.storage.key]))
+        return shifted(tensor.piece(name), starts[tensor.storage.key])
 
     return contents_of(
         value, name, piece, f"{name} is of the form before torch 1.6: its first {len(raw):,} bytes were read in order"
@@ -124,5 +127,5 @@ def _old_pickles(raw: bytes, name: str) -> tuple[list[Any], int, dict[str, Stora
     return values, end, met
 
 
-def _begin(files: Files, start: int) -> int:
-    return start
+def _in_entry(files: Files, piece: Piece, entry: ZipEntry) -> Piece:
+    return shifted(piece, find_entry(files, piece.file, entry))

@@ -14,6 +14,7 @@ from deadbench.runners.jobs.job import Overrides
 from deadbench.runners.worker.run import run_model
 from deadbench.suite.registry.loading import load_registry
 from tests.conftest import ROOT, save_tiny
+from tests.suite.checkpoints.formats.sharded import save_sharded
 
 APART = {
     "run_id", "model", "source", "source_fingerprint", "source_format", "source_step", "checkpoint_step", "started_at",
@@ -79,7 +80,14 @@ def as_one_file(folder, state):
     return folder / "some.safetensors"
 
 
-@pytest.mark.parametrize("form", [as_bin, as_old, as_shards, as_training_checkpoint, as_one_file])
+def as_distributed(folder, state):
+    return save_sharded(folder, state, (3, 2), "model", [(("step",), 42)])
+
+
+FORMATS = {as_one_file: "safetensors", as_distributed: "torch.distributed.checkpoint"}
+
+
+@pytest.mark.parametrize("form", [as_distributed, as_bin, as_old, as_shards, as_training_checkpoint, as_one_file])
 def test_rows_are_those_of_safetensors_to_the_bit(form, tiny, expected):
     folder, state = tiny
     there = folder.parent / form.__name__
@@ -90,8 +98,9 @@ def test_rows_are_those_of_safetensors_to_the_bit(form, tiny, expected):
         called = [each.pop("final_norm_tensor", None) for each in kept]
         assert all(name is None or name.endswith("gpt_neox.final_layer_norm.weight") for name in called)
         assert kept == [{k: v for k, v in e.items() if k != "final_norm_tensor"} for e in expected[read][1]], read
-        assert row["source_format"] == ("safetensors" if form is as_one_file else "torch")
-        assert row["source_step"] == row["checkpoint_step"] == (42 if form is as_training_checkpoint else None)
+        assert row["source_format"] == FORMATS.get(form, "torch")
+        step = 42 if form in (as_training_checkpoint, as_distributed) else None
+        assert row["source_step"] == row["checkpoint_step"] == step
     assert set(found) == set(expected)
 
 

@@ -41,8 +41,8 @@ def told(source):
         ({"config__json": CONFIG, "model__gguf": "GGUF"}, "a GGUF (model.gguf), which is not safetensors"),
         ({"model__gguf": "GGUF"}, "a GGUF (model.gguf), which is not safetensors"),
         (
-            {"config__json": CONFIG, "__metadata": "x", "shard__distcp": "x"},
-            "shards of torch.distributed.checkpoint (shard.distcp)",
+            {"config__json": CONFIG, "shard__distcp": "x"},
+            "shards of torch.distributed.checkpoint (shard.distcp) without the .metadata",
         ),
         (
             {"config__json": CONFIG, "pytorch_model__bin": "x"},

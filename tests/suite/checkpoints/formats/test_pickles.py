@@ -131,7 +131,7 @@ BOMBS = {
     "a name without end": (P + b"c" + b"a" * 99_999, "corrupt"),
     "an escape in a name": (P + b"ca\n\x1b[2J\n.", r"names 'a.\\x1b"),
     "a set of a set's length, again and again": (
-        P + b"c__builtin__\nset\nq\x00(" + b"N" * 1000 + b"lq\x01" + b"h\x00h\x01\x85R0" * 3_000 + b"N.", "steps",
+        P + b"c__builtin__\nset\nq\x00(" + b"N" * 1000 + b"tq\x01" + b"h\x00h\x01\x85R0" * 3_000 + b"N.", "steps",
     ),
     "an encoding": (P + b"c_codecs\nencode\nX\x01\x00\x00\x00aX\x03\x00\x00\x00hex\x86R.", "_codecs.encode"),
     "a byte array of a size": (P + b"c__builtin__\nbytearray\nJ\xff\xff\xff\x7f\x85R.", "bytearray with 2147483647"),
