@@ -18,13 +18,14 @@ from deadbench.runners.engines.base import Blocks, ForwardPass, Swept, mismatch
 from deadbench.runners.engines.stored_state import stored_state
 from deadbench.suite.architectures.build import build_model, build_published, published_class
 from deadbench.suite.architectures.resolve import Resolved, resolve_without_weights
-from deadbench.suite.architectures.stored_names import unwrapping, wrapped
+from deadbench.suite.architectures.stored_names import unwrapped, unwrapping, wrapped
 from deadbench.suite.errors import CheckpointError, reason_of
 from deadbench.suite.inputs.batches import Batch
 from deadbench.suite.ranks import Ranks
 
 # What takes the place of masked patches and of masked stretches of sound, and where it is part of the outputs.
 _MASKED_WITH = ("mask_token", "masked_spec_embed", "mask_emb")
+_SCRIPTS_PREFIXES = ("base_model.model.", "model.", "module.", "net.", "backbone.")
 _MASKING_IS_THE_TASK = ("vit_mae", "videomae", "hiera", "seggpt")
 
 
@@ -87,6 +88,9 @@ class TorchEngine:
         model, report = _load(folder, dtype, model_class, placement)
         mended = unwrapping() if wrapped(report["unexpected_keys"]) else {}
         if mended:
+            model, report = _load(folder, dtype, model_class, placement | {"key_mapping": mended})
+        if prefix := _common_prefix(report):
+            mended |= {f"^{re.escape(prefix)}": ""}
             model, report = _load(folder, dtype, model_class, placement | {"key_mapping": mended})
         if tied := _stored_as_head(model, report):
             model, report = _load(folder, dtype, model_class, placement | {"key_mapping": mended | tied})
@@ -215,6 +219,17 @@ def _load(folder: Path, dtype: torch.dtype, model_class: Any, placement: dict[st
         raise
     except Exception as error:
         raise CheckpointError(f"{folder}: cannot be loaded ({reason_of(error)})") from error
+
+
+def _common_prefix(report: dict[str, Any]) -> str | None:
+    """What a training script's own module has put before every name, of which the model then finds none."""
+    missing, unexpected = report["missing_keys"], [unwrapped(name) for name in report["unexpected_keys"]]
+    for prefix in _SCRIPTS_PREFIXES:
+        if missing and unexpected and all(name.startswith(prefix) for name in unexpected):
+            sought = min(missing)
+            if any(f".{name.removeprefix(prefix)}".endswith(f".{sought}") for name in unexpected):
+                return prefix
+    return None
 
 
 def _only_in_training(name: str, model: Any) -> bool:

@@ -102,11 +102,15 @@ def _read_trained(read: ReadJob) -> Reading:
     checkpoint = read.opened(read.revision)
     config = Configuration(checkpoint.config())
     entries = checkpoint.headers()  # refuses broken files before anything is loaded
+    weights = checkpoint.weights().format
+    if not weights.runs:
+        raise ValueError(
+            f"{checkpoint.source}: {weights.name} holds other tensors than transformers' model, and no forward pass is "
+            "had from it; give the checkpoint that it was converted from, or --reads parameters"
+        )
     left_out = refuse_unexpected(checkpoint.config(), entries, checkpoint.source)
     with checkpoint.local_copy() as folder:
-        rows = yield from _model_reader(read)(
-            read, config, StoredWeights(folder, entries, checkpoint.weights().format.name)
-        )
+        rows = yield from _model_reader(read)(read, config, StoredWeights(folder, entries, weights.name))
     row = rows["reads"][0]
     row |= checkpoint.origin()
     if left_out:

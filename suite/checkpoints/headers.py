@@ -1,9 +1,10 @@
 """All tensors of a checkpoint by name, from the headers of the files that hold its weights."""
 
 import concurrent.futures
+from dataclasses import replace
 
 from deadbench.suite.checkpoints.files import Files
-from deadbench.suite.checkpoints.tensors import Contents, TensorEntry
+from deadbench.suite.checkpoints.tensors import Contents, StoredNorm, TensorEntry
 from deadbench.suite.checkpoints.weight_files import WeightFiles, weight_files
 from deadbench.suite.errors import CheckpointError
 
@@ -17,6 +18,14 @@ def read_headers(files: Files, weights: WeightFiles | None = None) -> dict[str, 
         CheckpointError: no weights, a missing shard, an index that leaves the folder, a malformed header.
     """
     return {entry.name: entry for entry in read_contents(files, weights or weight_files(files)).entries}
+
+
+def _norm(told: list[StoredNorm]) -> StoredNorm | None:
+    """Of several files the first tells what the norms are, and one of them has the final one."""
+    if not told:
+        return None
+    name = next((each.name for each in told if each.name), None)
+    return replace(max(told, key=lambda each: each.family is not None), name=name)
 
 
 def read_contents(files: Files, weights: WeightFiles) -> Contents:
@@ -42,4 +51,5 @@ def read_contents(files: Files, weights: WeightFiles) -> Contents:
         next((each.step for each in contents if each.step is not None), None),
         next((each.config for each in contents if each.config is not None), None),
         "; ".join(each.remark for each in contents if each.remark) or None,
+        _norm([each.norm for each in contents if each.norm]),
     )

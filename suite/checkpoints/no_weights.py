@@ -78,7 +78,6 @@ def _instead(files: Any) -> str | None:
             "(merge_and_unload of peft, then save_pretrained) and give that folder"
         )
     for suffixes, text in (
-        ((".gguf",), "a GGUF ({}), which is not safetensors; give the checkpoint that it was converted from"),
         (
             (".distcp",),
             "shards of torch.distributed.checkpoint ({}) without the .metadata that says what they hold; copy it "

@@ -65,6 +65,27 @@ class TensorEntry:
 
 
 @dataclass(frozen=True)
+class StoredNorm:
+    """What a format says of the final norm by itself.
+
+    Attributes:
+        name: of its tensors, before `.weight` and `.bias`; None where none is there.
+        family: what the norms do; None where that is not told.
+        eps: of the norms.
+        hidden_size: the width of the residual stream.
+        num_blocks: how many blocks there are.
+        whole_scale: the scale is stored as it is applied, though the architecture adds one to its weight.
+    """
+
+    name: str | None
+    family: str | None = None
+    eps: float | None = None
+    hidden_size: int | None = None
+    num_blocks: int | None = None
+    whole_scale: bool = False
+
+
+@dataclass(frozen=True)
 class Contents:
     """What the header of a file tells.
 
@@ -73,12 +94,14 @@ class Contents:
         step: the training step, where it is recorded.
         config: the contents of the config.json that the file makes up for, where it can.
         remark: what is to be said of how it was read.
+        norm: what it says of the final norm, where it has names of its own.
     """
 
     entries: list[TensorEntry]
     step: int | None = None
     config: dict[str, Any] | None = None
     remark: str | None = None
+    norm: StoredNorm | None = None
 
 
 def check_name(file: str, tensor: str) -> None:

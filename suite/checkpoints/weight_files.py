@@ -6,6 +6,7 @@ calls its file, then its index; else the only file that has a format's ending.
 """
 
 import concurrent.futures
+import re
 from dataclasses import dataclass, field
 
 from deadbench.suite.checkpoints.files import Files
@@ -54,11 +55,18 @@ def weight_files(files: Files, named: object = None) -> WeightFiles:
     names = files.names()
     for each in FORMATS:
         found = sorted(n for n in names if n.endswith(each.suffixes) and not n.startswith(_NO_WEIGHTS))
-        if len(found) == 1:
-            return WeightFiles((found[0],), format=each)
+        if len(found) == 1 or (found and _is_one_split(found)):
+            return WeightFiles(tuple(found), format=each)
         if found:
             raise no_weights(files, found)
     raise no_weights(files, ())
+
+
+def _is_one_split(names: list[str]) -> bool:
+    """Whether files are all the parts of one, by their names, as llama.cpp splits them."""
+    parts = [re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", name) for name in names]
+    told = {(part[1], int(part[3])) for part in parts if part}
+    return None not in parts and told == {(names[0][: -len("-00001-of-00001.gguf")], len(names))}
 
 
 def weights_file(files: Files, name: str) -> WeightFiles:

@@ -38,6 +38,7 @@ def norms_of(checkpoint: Checkpoint, read: ParametersRead) -> list[tuple[Row, Ef
     prefix = next((f"{path}." for path, module in model.named_modules() if module is bare and path), "")
     blocks_path, _ = block_list(bare, read.final.path)
     rules = renamings(bare)
+    rules += tuple(rule for rule in read.final.renamings if rule not in rules)
     called = wiring.norms if wiring else {}
     norms: dict[str, EffectiveNorm] = {}
     probed: dict[tuple[type, int, tuple[str, ...]], NormBehaviour] = {}  # a model has many norms of few kinds
@@ -63,6 +64,8 @@ def norms_of(checkpoint: Checkpoint, read: ParametersRead) -> list[tuple[Row, Ef
         if any(name and entry is None for name, entry in zip(names, stored, strict=True)):
             continue
         scale_D, shift_D = (read_vector(checkpoint, entry) if entry else None for entry in stored)
+        if read.whole_scale and behaviour.scale == "1+weight" and scale_D is not None:
+            scale_D = scale_D - 1
         norms[path] = effective_norm(behaviour, scale_D, shift_D, width)
     counts = count_dead_parameters(model, wiring, norms) if wiring else {}
     rows = []

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from deadbench.suite.checkpoints.files import Files
 from deadbench.suite.checkpoints.formats.dcp import read_dcp
+from deadbench.suite.checkpoints.formats.gguf import MAGIC, read_gguf
 from deadbench.suite.checkpoints.formats.safetensors import read_header
 from deadbench.suite.checkpoints.formats.torch_files import TORCH_MAGIC, read_torch_file
 from deadbench.suite.checkpoints.no_weights import OTHER_LIBRARIES
@@ -23,6 +24,7 @@ class Format:
         suffixes: of files under other names.
         magic: how a file begins, whatever it is called.
         scattered: the file that is opened says in which others the values lie.
+        runs: its tensors are those of transformers' model, so that a forward pass can be had from them.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Format:
     suffixes: tuple[str, ...] = ()
     magic: tuple[bytes, ...] = ()
     scattered: bool = False
+    runs: bool = True
 
     def is_there(self, files: Files) -> bool:
         """Whether a folder has the file of the format's own name."""
@@ -43,5 +46,6 @@ FORMATS = (
     Format("safetensors", read_header, "model.safetensors", "model.safetensors.index.json", _SAFETENSORS),
     Format("torch", read_torch_file, "pytorch_model.bin", "pytorch_model.bin.index.json", _TORCH, TORCH_MAGIC),
     Format("torch.distributed.checkpoint", read_dcp, ".metadata", scattered=True),
+    Format("gguf", read_gguf, suffixes=(".gguf",), magic=(MAGIC,), runs=False),
 )
 WEIGHT_ENDINGS = (*(suffix for each in FORMATS for suffix in each.suffixes), ".distcp", *OTHER_LIBRARIES)

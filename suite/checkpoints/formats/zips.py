@@ -49,9 +49,9 @@ def read_directory(files: Files, file: str, start: int = 0, end: int | None = No
     except (struct.error, IndexError) as error:
         raise _corrupt(file, "its directory is cut off") from error
     ordered = sorted(listed, key=lambda each: each.header)
-    ends = [each.header for each in ordered[1:]] + [offset]
+    ends = [*(each.header for each in ordered[1:]), offset]
     entries = {}
-    for entry, limit in zip(ordered, ends, strict=True):
+    for entry, limit in zip(ordered, ends, strict=False):  # an empty archive has one end too many
         if entry.header + _LOCAL_BYTES + len(entry.name.encode()) + entry.packed > limit:
             raise _corrupt(file, f"the entry {shown(entry.name)} overlaps another, or leaves the file")
         if entry.name in entries:

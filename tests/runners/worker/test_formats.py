@@ -74,6 +74,12 @@ def as_training_checkpoint(folder, state):
     return folder / "last.ckpt"
 
 
+def as_script(folder, state):
+    """A module of a training script holds the model as its attribute, as those of Lightning do."""
+    torch.save({"state_dict": {f"model.{name}": tensor for name, tensor in state.items()}}, folder / "last.ckpt")
+    return folder / "last.ckpt"
+
+
 def as_one_file(folder, state):
     shutil.copy(folder.parent / "safetensors" / "model.safetensors", folder / "some.safetensors")
     shutil.copy(folder.parent / "safetensors" / "model.safetensors", folder / "other.safetensors")
@@ -87,7 +93,9 @@ def as_distributed(folder, state):
 FORMATS = {as_one_file: "safetensors", as_distributed: "torch.distributed.checkpoint"}
 
 
-@pytest.mark.parametrize("form", [as_distributed, as_bin, as_old, as_shards, as_training_checkpoint, as_one_file])
+@pytest.mark.parametrize(
+    "form", [as_distributed, as_bin, as_old, as_shards, as_training_checkpoint, as_script, as_one_file]
+)
 def test_rows_are_those_of_safetensors_to_the_bit(form, tiny, expected):
     folder, state = tiny
     there = folder.parent / form.__name__

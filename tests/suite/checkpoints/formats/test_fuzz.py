@@ -3,6 +3,7 @@
 import random
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,6 +11,7 @@ from deadbench.suite.checkpoints.formats import pickle_machine
 from deadbench.suite.checkpoints.formats.table import FORMATS
 from deadbench.suite.checkpoints.tensors import read_raw
 from deadbench.suite.errors import CheckpointError
+from tests.suite.checkpoints.formats.ggufs import gguf, llama_like
 from tests.suite.checkpoints.formats.memory import MemoryFiles, saved
 
 WORDS = (
@@ -33,7 +35,9 @@ def seeds():
     value = {"state_dict": state, "global_step": 7, "hyper": {"lr": 0.1, "betas": (0.9, 0.99), "tags": {"a"}}}
     zipped, old = saved(value), saved(value, _use_new_zipfile_serialization=False)
     start = zipped.index(b"\x80\x02}")
-    return {"torch": [zipped, old, zipped[start : zipped.index(b".PK", start) + 1]]}
+    facts = llama_like("llama", 4, 2, "attention.layer_norm_rms_epsilon") | {"tokenizer.ggml.tokens": ["a", "b"]}
+    of_gguf = gguf(facts, {"output_norm.weight": np.ones(4), "token_embd.weight": np.ones((3, 4))})
+    return {"gguf": [of_gguf], "torch": [zipped, old, zipped[start : zipped.index(b".PK", start) + 1]]}
 
 
 def changed(raw, random):
