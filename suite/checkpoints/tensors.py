@@ -75,6 +75,7 @@ class StoredNorm:
         hidden_size: the width of the residual stream.
         num_blocks: how many blocks there are.
         whole_scale: the scale is stored as it is applied, though the architecture adds one to its weight.
+        adds_one: the scale is one more than what is stored.
     """
 
     name: str | None
@@ -83,6 +84,7 @@ class StoredNorm:
     hidden_size: int | None = None
     num_blocks: int | None = None
     whole_scale: bool = False
+    adds_one: bool = False
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from deadbench.suite.architectures.final_names import by_other_names
 from deadbench.suite.architectures.norms import EffectiveNorm, FinalNorm, NormBehaviour, effective_norm
 from deadbench.suite.architectures.stored_names import Renaming, stored_tensor
 from deadbench.suite.atlas.lookup import lookup
@@ -96,10 +97,13 @@ def _read_final(
     checkpoint: Checkpoint, final: FinalNorm, entries: dict[str, TensorEntry], told: StoredNorm | None
 ) -> ParametersRead:
     """The final norm that is known, read from its tensors."""
-    assert final.path is not None
+    path = final.path
+    assert path is not None
+    if rules := by_other_names(final, entries):
+        final = replace(final, renamings=(*final.renamings, *rules))
     behaviour = final.behaviour
     scale_entry, shift_entry = (
-        stored_tensor(entries, final.path, parameter, final.renamings)
+        stored_tensor(entries, path, parameter, final.renamings)
         for parameter in (behaviour.scale_parameter, behaviour.shift_parameter)
     )
     wanted = [(behaviour.scale_parameter, scale_entry), (behaviour.shift_parameter, shift_entry)]
@@ -155,8 +159,9 @@ def _as_told(told: StoredNorm, entries: dict[str, TensorEntry]) -> FinalNorm | N
         return None
     shift = "bias" if f"{told.name}.bias" in entries else None
     said = (f"the metadata of the file: {told.family}, by the key of its epsilon", f"eps = {told.eps}")
-    behaviour = NormBehaviour(told.family, "weight", "weight", shift, told.eps, said)
-    placement = "pre" if told.name.endswith("output_norm") and "." not in told.name else "post"
+    scale = "1+weight" if told.adds_one else "weight"
+    behaviour = NormBehaviour(told.family, scale, "weight", shift, told.eps, said)
+    placement = "post" if re.search(r"\.\d+\.", told.name) else "pre"
     return FinalNorm(told.name, behaviour, placement, told.hidden_size, told.num_blocks, evidence=said)
 
 

@@ -92,6 +92,15 @@ def _byte_array(*args: Any) -> bytes:
     return args[0] if args else b""
 
 
+# What training scripts keep beside weights: numbers of numpy, and settings; none of it is looked into.
+_CLASSES = (
+    "numpy.ndarray", "numpy.dtype", "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct",
+    "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "signal.Signals", "megatron.core.enums.ModelType",
+    "megatron.model.enums.ModelType", "megatron.core.transformer.enums.AttnBackend",
+    "megatron.model.enums.PositionEmbeddingType", "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler", "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.utils.tensor_fragment.fragment_address",
+)  # fmt: skip
 CONSTRUCTORS: Mapping[str, Any] = {
     each.name: each
     for each in (
@@ -106,5 +115,6 @@ CONSTRUCTORS: Mapping[str, Any] = {
         ),
         Constructor("_codecs.encode", _encoded),
         record("argparse.Namespace"),
+        *map(record, _CLASSES),
     )
 }  # fmt: skip

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from deadbench.suite.checkpoints.formats import megatron
 from deadbench.suite.checkpoints.formats.nanogpt import as_gpt2, recorded_config
 from deadbench.suite.checkpoints.formats.torch_objects import StoredTensor
 from deadbench.suite.checkpoints.strict_json import shown
@@ -35,8 +36,10 @@ def contents_of(value: Any, file: str, place: Callable[[StoredTensor], Piece], r
             f"{file}: a {type(value).__name__} without tensors by name; give the file of the state_dict"
         )
     config = recorded_config(value)
+    norm = megatron.recorded_norm(value, entries)
+    told = megatron.recorded_config(norm) if norm else None
     found = as_gpt2(entries.values()) if config else list(entries.values())
-    return Contents(found, recorded_step(value), config, remark)
+    return Contents(found, recorded_step(value), config or told, remark, norm)
 
 
 def model_part(value: Any) -> Any:
