@@ -253,7 +253,9 @@ class Checkpoint:
                     folder = fetch_once(self._folder, self._called, self.fingerprint(), [*beside, *chosen])
         if weights and self._shards():
             own = self._own_config and self._file is None and self.has("config.json")
-            with as_transformers_expects(folder, self.weights(), self.config(), complete=own) as prepared:
+            with as_transformers_expects(
+                folder, self.weights(), self.config(), self._shards(), complete=own
+            ) as prepared:
                 yield prepared
         else:
             yield folder
@@ -266,7 +268,7 @@ class Checkpoint:
             raise
         except CheckpointError as error:
             raise (error if self._file else no_config(self)) from error
-        if recorded is None and self._local and self.weights().format.scattered:  # trainers leave it a folder above
+        if recorded is None and self._local and self._file is None:  # trainers leave it a folder above
             above = self._local.parent / "config.json"
             recorded = config_file(above) if above.is_file() else None
         if recorded is None:

@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ _WEIGHTS = (*WEIGHT_ENDINGS, ".index.json")
 
 @contextlib.contextmanager
 def as_transformers_expects(
-    folder: Path, weights: WeightFiles, config: Mapping[str, Any], *, complete: bool = True
+    folder: Path, weights: WeightFiles, config: Mapping[str, Any], files: Sequence[str] = (), *, complete: bool = True
 ) -> Iterator[Path]:
     """`folder`, or where other programs could take other weights in it, a folder of links in which they cannot.
 
@@ -27,6 +27,7 @@ def as_transformers_expects(
         folder: where the files are.
         weights: those that count.
         config: the contents of config.json, which where not `complete` is not the folder's own.
+        files: all that hold weights, where the weights' own names are not all.
         complete: whether the folder has the configuration.
     """
     of = weights.format
@@ -44,6 +45,8 @@ def as_transformers_expects(
             if path.is_file() and not path.name.endswith(_WEIGHTS) and path.name != "config.json":
                 os.symlink(path.absolute(), view / path.name)
         flat = {shard: shard.replace("/", "--") for shard in weights.shards}
+        if of is not SAFETENSORS:  # which readers of our own open, by the names that they know
+            flat = {name: Path(name).name for name in (*weights.shards, *files)}
         if weights.index:
             weight_map = {tensor: flat[shard] for tensor, shard in weights.weight_map.items()}
             listed = json.dumps({"metadata": {}, "weight_map": weight_map})

@@ -52,7 +52,8 @@ class Piece:
 class TensorEntry:
     """One stored tensor: what it is and where it lies, from `start` to `end` of `file` or in `pieces`.
 
-    Of a tensor in pieces `file` is that of the first; values that are in no piece are zero.
+    Of a tensor in pieces `file` is that of the first; values that are in no piece are zero. Where
+    `flat`, pieces are of its values in one row.
     """
 
     name: str
@@ -62,6 +63,7 @@ class TensorEntry:
     start: int
     end: int
     pieces: tuple[Piece, ...] = ()
+    flat: bool = False
 
 
 @dataclass(frozen=True)
@@ -137,11 +139,11 @@ def read_raw(files: Files, entry: TensorEntry) -> NDArray[Any]:
     pieces = entry.pieces or (Piece(entry.file, entry.start, entry.end, (0,) * len(entry.shape), entry.shape),)
     if len(pieces) == 1 and pieces[0].shape == entry.shape:
         return _read_piece(files, entry, pieces[0], dtype)
-    whole = np.zeros(entry.shape, dtype)
+    whole = np.zeros(math.prod(entry.shape) if entry.flat else entry.shape, dtype)
     for piece in pieces:
         place = tuple(slice(at, at + count) for at, count in zip(piece.place, piece.shape, strict=True))
         whole[place] = _read_piece(files, entry, piece, dtype)
-    return whole
+    return whole.reshape(entry.shape)
 
 
 def read_vector(files: Files, entry: TensorEntry) -> NDArray[np.float64]:

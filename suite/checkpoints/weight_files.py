@@ -2,7 +2,7 @@
 
 Folders collect files: a single file beside the index of an earlier save, half-precision variants, other formats. In
 this order one of them counts: what config.json names as `transformers_weights`; of each format of the table what it
-calls its file, then its index; else the only file that has a format's ending.
+calls its file, then its index; where a training framework keeps them; else the only file that has a format's ending.
 """
 
 import concurrent.futures
@@ -10,7 +10,8 @@ import re
 from dataclasses import dataclass, field
 
 from deadbench.suite.checkpoints.files import Files
-from deadbench.suite.checkpoints.formats.table import FORMATS, Format
+from deadbench.suite.checkpoints.formats.table import FORMATS, FRAMEWORKS, Format
+from deadbench.suite.checkpoints.formats.trainers import trainers_files
 from deadbench.suite.checkpoints.no_weights import no_weights
 from deadbench.suite.checkpoints.strict_json import MAX_JSON_BYTES, inside, parse_object, shown
 from deadbench.suite.errors import CheckpointError
@@ -52,6 +53,8 @@ def weight_files(files: Files, named: object = None) -> WeightFiles:
             return WeightFiles((each.file,), format=each)
         if each.index and files.has(each.index):
             return _sharded(files, each.index, each)
+    if told := trainers_files(files):
+        return WeightFiles(told[1], format=next(e for e in (*FORMATS, *FRAMEWORKS) if e.name == told[0]))
     names = files.names()
     for each in FORMATS:
         found = sorted(n for n in names if n.endswith(each.suffixes) and not n.startswith(_NO_WEIGHTS))

@@ -54,7 +54,8 @@ def read_dcp(files: Files, name: str) -> Contents:
     if not isinstance(tensors, dict) or not isinstance(stored, dict):
         raise CheckpointError(f"{name}: no metadata of torch.distributed.checkpoint; save the checkpoint again")
     try:
-        places = {_index(key): value.fields for key, value in stored.items()}
+        folder = name.removesuffix(".metadata")
+        places = {_index(key): _below(folder, value.fields) for key, value in stored.items()}
         nested: dict[Any, Any] = {}
         step = None
         for fqn, held in tensors.items():
@@ -78,6 +79,11 @@ def read_dcp(files: Files, name: str) -> Contents:
 def _index(key: Any) -> tuple[str, tuple[int, ...] | None]:
     fields = key.fields
     return fields["fqn"], fields.get("offset")
+
+
+def _below(folder: str, told: dict[str, Any]) -> dict[str, Any]:
+    """Where a piece lies, counted from the folder of the checkpoint."""
+    return told | {"relative_path": folder + told["relative_path"]} if folder else told
 
 
 def _put(nested: dict[Any, Any], path: tuple[Any, ...], entry: TensorEntry) -> None:

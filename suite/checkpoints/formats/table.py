@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from deadbench.suite.checkpoints.files import Files
 from deadbench.suite.checkpoints.formats.dcp import read_dcp
 from deadbench.suite.checkpoints.formats.gguf import MAGIC, read_gguf
+from deadbench.suite.checkpoints.formats.neox import read_layer
 from deadbench.suite.checkpoints.formats.safetensors import read_header
 from deadbench.suite.checkpoints.formats.torch_files import TORCH_MAGIC, read_torch_file
+from deadbench.suite.checkpoints.formats.zero3 import read_zero3
 from deadbench.suite.checkpoints.no_weights import OTHER_LIBRARIES
 from deadbench.suite.checkpoints.tensors import Contents
 
@@ -47,5 +49,12 @@ FORMATS = (
     Format("torch", read_torch_file, "pytorch_model.bin", "pytorch_model.bin.index.json", _TORCH, TORCH_MAGIC),
     Format("torch.distributed.checkpoint", read_dcp, ".metadata", scattered=True),
     Format("gguf", read_gguf, suffixes=(".gguf",), magic=(MAGIC,), runs=False),
+)
+# Of training frameworks, whose folders `trainers_files` knows.
+FRAMEWORKS = (
+    Format("deepspeed", read_torch_file),
+    Format("deepspeed-zero3", read_zero3, scattered=True),
+    Format("megatron", read_torch_file, runs=False),
+    Format("gpt-neox", read_layer),
 )
 WEIGHT_ENDINGS = (*(suffix for each in FORMATS for suffix in each.suffixes), ".distcp", *OTHER_LIBRARIES)

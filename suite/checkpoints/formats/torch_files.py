@@ -31,12 +31,22 @@ def read_torch_file(files: Files, name: str) -> Contents:
     Raises:
         CheckpointError: no such file, or one that holds what is no tensor and no plain value; one line.
     """
+    value, place, remark = load_torch_file(files, name)
+    return contents_of(value, name, place, remark)
+
+
+def load_torch_file(files: Files, name: str) -> tuple[Any, Callable[[StoredTensor], Piece], str | None]:
+    """What a file of torch.save holds, where its tensors lie, and what is to be said of how it was read.
+
+    Raises:
+        CheckpointError: as `read_torch_file` does.
+    """
     first = files.read(name, 0, len(_OLD))
     if first.startswith(_ZIP):
         value, storages = open_archive(files, name)
-        return contents_of(value, name, lambda tensor: tensor.piece(name, locate=storages(tensor.storage)))
+        return value, lambda tensor: tensor.piece(name, locate=storages(tensor.storage)), None
     if first == _OLD:
-        return _read_old(files, name)
+        return _load_old(files, name)
     raise not_torch(files, name)
 
 
@@ -75,7 +85,7 @@ def open_archive(
     return value, find
 
 
-def _read_old(files: Files, name: str) -> Contents:
+def _load_old(files: Files, name: str) -> tuple[Any, Callable[[StoredTensor], Piece], str]:
     size = files.size(name)
     window = _FIRST_WINDOW
     while True:
@@ -102,9 +112,8 @@ def _read_old(files: Files, name: str) -> Contents:
     def piece(tensor: StoredTensor) -> Piece:
         return shifted(tensor.piece(name), starts[tensor.storage.key])
 
-    return contents_of(
-        value, name, piece, f"{name} is of the form before torch 1.6: its first {len(raw):,} bytes were read in order"
-    )
+    remark = f"{name} is of the form before torch 1.6: its first {len(raw):,} bytes were read in order"
+    return value, piece, remark
 
 
 def _old_pickles(raw: bytes, name: str) -> tuple[list[Any], int, dict[str, Storage]]:
