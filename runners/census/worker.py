@@ -29,6 +29,7 @@ PROTOCOL = "census"  # less than `run --reads parameters` stores: no norms but t
 PROTOCOL_HASH = hashlib.sha256(
     json.dumps({"read": "parameters", "protocol": PROTOCOL, "version": READ_SPECS["parameters"].version}).encode()
 ).hexdigest()[:12]
+Given = tuple[dict[str, Any] | None, str | None]  # a configuration and a model type, for sources that have none
 _LONGEST_WAIT_SECONDS, _REFUSALS = 900.0, 1000  # a census has time: a limit is waited for, not reported
 
 
@@ -55,9 +56,9 @@ class PauseBoard:
 class CensusWorker:
     """Reads batches of sources, as Ray Data calls it: a column `source` and their `place` in, rows of `reads` out."""
 
-    def __init__(self, run_id: str, threads: int, board: Any):
+    def __init__(self, run_id: str, threads: int, board: Any, given: Given):
         """Read `threads` sources at once; `board` is the actor `PauseBoard`."""
-        self._run_id = run_id
+        self._run_id, self._given = run_id, given
         self._threads = ThreadPoolExecutor(threads)
         LIMITS.longest_wait, LIMITS.attempts = _LONGEST_WAIT_SECONDS, _REFUSALS
         LIMITS.on_pause = lambda host, seconds: board.tell.remote(host, seconds)
@@ -69,15 +70,16 @@ class CensusWorker:
         return to_table("reads", list(self._threads.map(self._read, *columns)))
 
     def _read(self, source: str, place: str) -> Row:
-        return census_row(source, place, self._run_id)
+        return census_row(source, place, self._run_id, self._given)
 
 
-def census_row(source: str, place: str, run_id: str) -> Row:
+def census_row(source: str, place: str, run_id: str, given: Given = (None, None)) -> Row:
     """The row of `reads` of one source, of which `locate` says `place`; never raises for what a source holds."""
     started_at = datetime.now(UTC)
     measured: Row
     try:
-        checkpoint = Checkpoint(source, place=place)
+        config, model_type = given
+        checkpoint = Checkpoint(source, place=place, config=config, model_type=model_type)
         read = read_parameters(checkpoint)
         if read.final.family == "undetermined":
             raise ValueError(f"the final norm cannot be determined: {read.reason}")

@@ -61,11 +61,9 @@ def given_config(told: str | None) -> dict[str, Any] | None:
     """
     if told is None:
         return None
-    from deadbench.suite.checkpoints.checkpoint import Checkpoint
-    from deadbench.suite.checkpoints.configurations import config_file
+    from deadbench.suite.checkpoints.checkpoint import read_config
 
-    path = Path(told).expanduser()
-    return config_file(path) if path.is_file() else Checkpoint(told).config()
+    return read_config(told)
 
 
 def overridden(

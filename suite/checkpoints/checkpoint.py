@@ -75,6 +75,7 @@ class Checkpoint:
         self._config = None if config is None else checked(config, self.source, model_type)
         self._model_type = model_type
         self._own_config = config is None
+        self._as_stored = False  # the configuration is what the folder's config.json says
         self._weights: WeightFiles | None = None
         self._contents: Contents | None = None
         self._local: Path | None = None
@@ -209,7 +210,9 @@ class Checkpoint:
         if self.size("config.json") > MAX_JSON_BYTES:
             raise CheckpointError(f"{self.source}: config.json is larger than {MAX_JSON_BYTES} bytes")
         called = f"{self.source}: config.json"
-        self._config = checked(parse_object(self.read("config.json"), called), called, self._model_type)
+        told = parse_object(self.read("config.json"), called)
+        self._config = checked(told, called, self._model_type)
+        self._as_stored = told.get("model_type") == self._config.get("model_type")
         return copy.deepcopy(self._config)
 
     def fingerprint(self, names: Iterable[str] | None = None) -> str:
@@ -252,10 +255,9 @@ class Checkpoint:
                 else:
                     folder = fetch_once(self._folder, self._called, self.fingerprint(), [*beside, *chosen])
         if weights and self._shards():
-            own = self._own_config and self._file is None and self.has("config.json")
-            with as_transformers_expects(
-                folder, self.weights(), self.config(), self._shards(), complete=own
-            ) as prepared:
+            config = self.config()
+            complete = self._as_stored and self._file is None
+            with as_transformers_expects(folder, self.weights(), config, self._shards(), complete=complete) as prepared:
                 yield prepared
         else:
             yield folder
@@ -295,6 +297,16 @@ class Checkpoint:
         name = f"{hub_id}@{self.revision}".replace("/", "--")
         with lease(Path(constants.HF_HUB_CACHE) / ".locks" / f"deadbench-{name}.lock"):
             return Path(snapshot_download(hub_id, revision=self.revision, allow_patterns=patterns))
+
+
+def read_config(told: str) -> dict[str, Any]:
+    """The configuration in a file, or that of a checkpoint.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    path = Path(told).expanduser()
+    return config_file(path) if path.is_file() else Checkpoint(told).config()
 
 
 def list_revisions(source: str, base: Path | None = None) -> list[str]:

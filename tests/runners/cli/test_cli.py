@@ -33,7 +33,7 @@ FLAGS = {
     "run": "--suite --registry --reads --address --out --resume --fresh --engine --tensor-parallel --replicas --tokens "
     "--input --seed --dtype --config --model-type --accumulator-gb --timeout --max-retries --checkpoint-interval "
     "--autoscale --log-format --json --debug",
-    "census": "--out --address --resume --fresh --threads --json --debug",
+    "census": "--out --address --resume --fresh --threads --config --model-type --json --debug",
     "leaderboard": "--format --sort --family --json --debug",
     "families": "--format --json --debug",
     "dead": "--model --verdict --all --format --json --debug",

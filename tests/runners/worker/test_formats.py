@@ -24,7 +24,7 @@ APART = {
 
 def rows(source, reads=("parameters", "trained", "functional"), **overrides):
     """What `deadbench run SOURCE` stores: by read, its row of `reads` and its further tables."""
-    spec = Overrides(tokens=64, input="tokens:random", **overrides)
+    spec = Overrides(**{"tokens": 64, "input": "tokens:random"} | overrides)
     registry = ROOT / "models.yaml"
     jobs = build_jobs(load_registry(registry), registry, [str(source)], None, list(reads), spec)
     found = {}

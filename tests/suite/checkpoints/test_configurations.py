@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from deadbench.runners.engines.resident import TorchEngine
 from deadbench.suite.checkpoints.checkpoint import Checkpoint
 from deadbench.suite.checkpoints.configurations import checked
 from deadbench.suite.errors import CheckpointError
@@ -61,6 +62,17 @@ def test_a_configuration_from_elsewhere_and_a_model_type(tiny, tmp_path):
     assert (result["family"], result["scale_harmonic"]) == ("layernorm", expected["scale_harmonic"])
     before = Checkpoint(str(alone), model_type="gpt_neox").fingerprint()
     assert Checkpoint(str(alone), config={"model_type": "gpt_neox"}).fingerprint() != before
+
+
+@pytest.mark.parametrize("told", [{"architectures": ["GPTNeoXForCausalLM"]}, {}])
+def test_what_loads_the_weights_is_told_the_model_type_too(told, tiny, tmp_path):
+    content = {k: v for k, v in TINY_NEOX.items() if k not in ("model_type", "architectures")}
+    (tmp_path / "config.json").write_text(json.dumps(content | told))
+    (tmp_path / "model.safetensors").write_bytes((tiny / "model.safetensors").read_bytes())
+    checkpoint = Checkpoint(str(tmp_path), model_type=None if told else "gpt_neox")
+    with checkpoint.local_copy() as local:
+        model = TorchEngine(torch.device("cpu")).load_trained(local, torch.float32)
+    assert model.config.model_type == "gpt_neox"
 
 
 @pytest.mark.parametrize("bias", [True, False])
