@@ -62,6 +62,5 @@ class StoredSlice:
             raise CheckpointError(f"{self.entry.file}: tensor {self.entry.name} is {self.entry.dtype}")
         values = torch.empty(self.entry.shape, dtype=dtype)  # torch's own memory: kernels round as it is aligned
         if values.numel():
-            raw = read_raw(self.files, self.entry)
-            values.reshape(-1).view(torch.uint8).numpy()[:] = raw.reshape(-1).view("u1")
+            read_raw(self.files, self.entry, values.reshape(-1).view(torch.uint8).numpy())
         return values[index]

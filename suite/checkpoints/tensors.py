@@ -127,8 +127,8 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
-def read_raw(files: Files, entry: TensorEntry) -> NDArray[Any]:
-    """A tensor's values as unsigned integers of its items' size, put together from its pieces.
+def read_raw(files: Files, entry: TensorEntry, into: NDArray[np.uint8] | None = None) -> NDArray[Any]:
+    """A tensor's values as unsigned integers of its items' size, put together from its pieces; `into` takes its bytes.
 
     Raises:
         CheckpointError: cut off, or of a dtype without a known size.
@@ -137,9 +137,12 @@ def read_raw(files: Files, entry: TensorEntry) -> NDArray[Any]:
         raise CheckpointError(f"{entry.file}: tensor {entry.name} is {entry.dtype}; read are {', '.join(ITEM_BYTES)}")
     dtype = np.dtype(f"<u{ITEM_BYTES[entry.dtype]}")
     pieces = entry.pieces or (Piece(entry.file, entry.start, entry.end, (0,) * len(entry.shape), entry.shape),)
-    if len(pieces) == 1 and pieces[0].shape == entry.shape:
+    if into is None and len(pieces) == 1 and pieces[0].shape == entry.shape:
         return _read_piece(files, entry, pieces[0], dtype)
-    whole = np.zeros(math.prod(entry.shape) if entry.flat else entry.shape, dtype)
+    shape = (math.prod(entry.shape),) if entry.flat else entry.shape
+    whole = np.zeros(shape, dtype) if into is None else into.view(dtype).reshape(shape)
+    if into is not None and sum(math.prod(piece.shape) for piece in pieces) < whole.size:
+        whole[...] = 0
     for piece in pieces:
         place = tuple(slice(at, at + count) for at, count in zip(piece.place, piece.shape, strict=True))
         whole[place] = _read_piece(files, entry, piece, dtype)

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+import deadbench
 from deadbench.runners.engines.resident import TorchEngine
 from deadbench.suite.checkpoints.checkpoint import Checkpoint
 from deadbench.suite.checkpoints.configurations import checked
@@ -62,6 +63,18 @@ def test_a_configuration_from_elsewhere_and_a_model_type(tiny, tmp_path):
     assert (result["family"], result["scale_harmonic"]) == ("layernorm", expected["scale_harmonic"])
     before = Checkpoint(str(alone), model_type="gpt_neox").fingerprint()
     assert Checkpoint(str(alone), config={"model_type": "gpt_neox"}).fingerprint() != before
+
+
+def test_from_python_a_configuration_is_its_contents_or_its_path(tiny, tmp_path):
+    alone = tmp_path / "weights.safetensors"
+    alone.write_bytes((tiny / "model.safetensors").read_bytes())
+    contents = json.loads((tiny / "config.json").read_text())
+    (tmp_path / "other.json").write_text(json.dumps(contents))
+    found = [
+        deadbench.classify(alone, config=c) for c in (contents, tiny / "config.json", tiny, tmp_path / "other.json")
+    ]
+    assert [each["error"] for each in found] == [None] * 4
+    assert len({each["scale_harmonic"] for each in found}) == 1
 
 
 @pytest.mark.parametrize("told", [{"architectures": ["GPTNeoXForCausalLM"]}, {}])
