@@ -4,6 +4,8 @@ import io
 
 import torch
 
+from deadbench.suite.errors import CheckpointError
+
 
 class MemoryFiles:
     """The files of a folder, by name."""
@@ -22,6 +24,8 @@ class MemoryFiles:
         return len(self.files[name])
 
     def read(self, name, start=0, end=None):
+        if name not in self.files:
+            raise CheckpointError(f"{name}: no such file")
         raw = self.files[name][start:end]
         self.bytes_read += len(raw)
         return raw

@@ -1,18 +1,23 @@
 """Files that were changed at random are read as they are or refused in one line; nothing runs, nothing is written."""
 
+import io
 import random
 import sys
+import zipfile
 
 import numpy as np
 import pytest
 import torch
 
 from deadbench.suite.checkpoints.formats import pickle_machine
-from deadbench.suite.checkpoints.formats.table import FORMATS
+from deadbench.suite.checkpoints.formats.dcp import read_dcp
+from deadbench.suite.checkpoints.formats.gguf import read_gguf
+from deadbench.suite.checkpoints.formats.torch_files import read_torch_file
 from deadbench.suite.checkpoints.tensors import read_raw
 from deadbench.suite.errors import CheckpointError
 from tests.suite.checkpoints.formats.ggufs import gguf, llama_like
 from tests.suite.checkpoints.formats.memory import MemoryFiles, saved
+from tests.suite.checkpoints.formats.sharded import save_sharded
 
 WORDS = (
     b"cos\nsystem\n",
@@ -30,14 +35,34 @@ WORDS = (
 FEW, MANY = 400, 20_000
 
 
-def seeds():
+def seeds(folder):
+    """By reader, files that are whole."""
     state = torch.nn.Sequential(torch.nn.LayerNorm(3), torch.nn.Linear(3, 2)).state_dict()
     value = {"state_dict": state, "global_step": 7, "hyper": {"lr": 0.1, "betas": (0.9, 0.99), "tags": {"a"}}}
     zipped, old = saved(value), saved(value, _use_new_zipfile_serialization=False)
-    start = zipped.index(b"\x80\x02}")
     facts = llama_like("llama", 4, 2, "attention.layer_norm_rms_epsilon") | {"tokenizer.ggml.tokens": ["a", "b"]}
     of_gguf = gguf(facts, {"output_norm.weight": np.ones(4), "token_embd.weight": np.ones((3, 4))})
-    return {"gguf": [of_gguf], "torch": [zipped, old, zipped[start : zipped.index(b".PK", start) + 1]]}
+    save_sharded(folder, state, (2,), further=[(("step",), 7)])
+    ranks = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix}
+    with zipfile.ZipFile(io.BytesIO(zipped)) as archive:
+        storages = {name: archive.read(name) for name in archive.namelist() if not name.endswith("data.pkl")}
+        pickled = archive.read("archive/data.pkl")
+
+    def zipped_again(raw):
+        """A pickle that was changed, in an archive whose checksums are right."""
+        file = io.BytesIO()
+        with zipfile.ZipFile(file, "w") as made:
+            for name, content in {"archive/data.pkl": raw, **storages}.items():
+                made.writestr(name, content)
+        return {"w.bin": file.getvalue()}
+
+    return [
+        (read_torch_file, "w.bin", zipped, lambda raw: {"w.bin": raw}),
+        (read_torch_file, "w.bin", old, lambda raw: {"w.bin": raw}),
+        (read_torch_file, "w.bin", pickled, zipped_again),
+        (read_gguf, "w.gguf", of_gguf, lambda raw: {"w.gguf": raw}),
+        (read_dcp, ".metadata", (folder / ".metadata").read_bytes(), lambda raw: {".metadata": raw, **ranks}),
+    ]
 
 
 def changed(raw, random):
@@ -59,32 +84,24 @@ def changed(raw, random):
     return bytes(raw)
 
 
-def whole(name, raw):
-    """All that a reader does with a file: its header, then its tensors."""
-    files = MemoryFiles(w__bin=raw)
-    of = next(each for each in FORMATS if each.name == name)
-    for entry in of.read(files, "w.bin").entries:
-        read_raw(files, entry)
-
-
-def fuzz(number, seed):
+def fuzz(number, seed, folder):
     picks = random.Random(seed)
-    touched, told = [], []
+    touched, told, whole = [], [], seeds(folder)
     watched = ("open", "os.system", "subprocess.Popen", "import", "exec", "socket.connect", "os.remove", "os.mkdir")
-    files = {name: list(raws) for name, raws in seeds().items()}
     armed = True
 
     def hook(event, arguments):
         if armed and event in watched:
             touched.append((event, arguments))
 
+    for reader, name, raw, laid_out in whole:
+        read_all(reader, name, laid_out(raw))
     sys.addaudithook(hook)  # stays for the life of the process, and is disarmed below
     try:
         for _ in range(number):
-            name = picks.choice(list(files))
-            raw = changed(picks.choice(files[name]), picks)
+            reader, name, raw, laid_out = picks.choice(whole)
             try:
-                whole(name, raw)
+                read_all(reader, name, laid_out(changed(raw, picks)))
             except CheckpointError as error:
                 told.append(str(error))
     finally:
@@ -94,15 +111,23 @@ def fuzz(number, seed):
     assert not any("\n" in line for line in told)
 
 
+def read_all(reader, name, laid_out):
+    """All that is done with a file: its header, then its tensors."""
+    files = MemoryFiles()
+    files.files = laid_out
+    for entry in reader(files, name).entries:
+        read_raw(files, entry)
+
+
 @pytest.fixture
 def few_steps(monkeypatch):
     monkeypatch.setattr(pickle_machine, "MAX_OPCODES", 100_000)
 
 
-def test_a_few_hundred_changed_files(few_steps):
-    fuzz(FEW, 1)
+def test_a_few_hundred_changed_files(few_steps, tmp_path):
+    fuzz(FEW, 1, tmp_path)
 
 
 @pytest.mark.full
-def test_many_changed_files(few_steps):
-    fuzz(MANY, 2)
+def test_many_changed_files(few_steps, tmp_path):
+    fuzz(MANY, 2, tmp_path)
