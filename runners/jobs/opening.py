@@ -39,7 +39,8 @@ def which_are_meant(registry: Registry, names: list[str]) -> list[str]:
         if registry.model(name) is not None:
             lines.append(f"{name}: the registry's model is read; give ./{name} for the folder {place}")
         elif is_hub_id(name):
-            lines.append(f"{name}: the folder {place} is read; give hf://{name} for the Hub's model")
+            kind = "folder" if os.path.isdir(place) else "file"
+            lines.append(f"{name}: the {kind} {place} is read; give hf://{name} for the Hub's model")
     return lines
 
 

@@ -32,6 +32,10 @@ _NAMES: Mapping[str, Any] = dict(TORCH_NAMES) | {
                 "filesystem._StoragePrefix",
             )
         ),
+        # As torch before 2.3 called two of them, and Megatron its own subclass of the first.
+        record("torch.distributed._shard.sharded_tensor.metadata.TensorProperties"),
+        record("torch.distributed._shard.sharded_tensor.metadata.MEM_FORMAT_ENCODING"),
+        record("megatron.core.dist_checkpointing.strategies.torch.MCoreMetadata"),
         *(record(f"pathlib.{name}") for name in ("PosixPath", "WindowsPath", "_local.PosixPath", "PurePosixPath")),
         Constructor("torch.serialization._get_layout", str),
     )

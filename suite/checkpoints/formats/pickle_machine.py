@@ -211,10 +211,6 @@ class Machine:
             )
         self._stack.append(self._known[full])
 
-    def _global_name(self) -> None:
-        module = self._line()
-        self._name(module, self._line())
-
     def _stacked_name(self) -> None:
         name, module = self._stack.pop(), self._stack.pop()
         self._name(module, name)
@@ -293,7 +289,7 @@ _STEPS: dict[bytes, Callable[[Machine], object]] = {
     b"1": Machine._marked,
     b"q": Machine._remember,
     b"r": lambda m: m._memo.update({m._number(4): m._stack[-1]}),
-    b"c": Machine._global_name,
+    b"c": lambda m: m._name(m._line(), m._line()),
     b"\x93": Machine._stacked_name,
     b"R": Machine._call,
     b"\x81": Machine._call,

@@ -1,5 +1,6 @@
 """Pieces that ranks wrote are put together to the tensors that were saved; metadata that lie are one line."""
 
+import io
 import pickle
 import shutil
 import warnings
@@ -202,3 +203,31 @@ def test_a_rank_without_its_file_and_one_cut_short(tmp_path):
     (folder / "__1_0.distcp").unlink()
     with pytest.raises(CheckpointError, match=r"__1_0.distcp: no such file"):
         read(folder)
+
+
+OTHER_NAMES = {
+    "Metadata": "megatron.core.dist_checkpointing.strategies.torch MCoreMetadata",
+    "TensorProperties": "torch.distributed._shard.sharded_tensor.metadata TensorProperties",
+}
+
+
+class _Renamed(pickle._Pickler):
+    """Pickles classes by other names than their own."""
+
+    def save_global(self, value, name=None):
+        told = OTHER_NAMES.get(getattr(value, "__name__", None))
+        if told is None:
+            return super().save_global(value, name)
+        self.write(b"c" + told.replace(" ", "\n").encode() + b"\n")
+        return self.memoize(value)
+
+    dispatch = pickle._Pickler.dispatch | {type: save_global}
+
+
+def test_the_names_that_other_versions_give_the_classes(tmp_path):
+    folder = save_sharded(tmp_path / "c", states(), (2,))
+    file = io.BytesIO()
+    _Renamed(file, 2).dump(pickle.loads((folder / ".metadata").read_bytes()))
+    assert b"MCoreMetadata" in file.getvalue()
+    (folder / ".metadata").write_bytes(file.getvalue())
+    assert read(folder).keys() == states().keys()
