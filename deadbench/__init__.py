@@ -12,7 +12,7 @@ Importing this costs nothing: torch, polars and the rest wait until a function n
 (PYTEST_DONT_REWRITE: else a pytest that is started after this import warns of our plugin, or dies of the warning.)
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,18 +27,24 @@ if not (Path(__file__).parent / "suite").is_dir():  # a clone whose links were l
     __path__.append(str(Path(__file__).parents[1]))
 
 
-def classify(source: str | Path) -> dict[str, Any]:
+def classify(source: str | Path, config: str | Path | Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Normalisation family, final norm and predicted depth of one checkpoint, from its parameters alone.
 
-    `source` is a folder, a Hub id (`org/name[@revision]`) or a URL; only configuration, headers and the final norm's
-    tensors are read. Returns the object that `deadbench classify --json` prints for it: a checkpoint that cannot be
+    `source` is a folder, a Hub id (`org/name[@revision]`), a URL, or one file of weights; only configuration, headers
+    and the final norm's tensors are read. `config` takes the place of its config.json: the contents of one, its path, a
+    folder or a Hub id. Returns the object that `deadbench classify --json` prints for it: a checkpoint that cannot be
     read raises nothing, its `error` is one line and the other fields are None.
 
     Example: `deadbench.classify("./my-checkpoint")["scale_harmonic"]`
     """
+    from deadbench.suite.checkpoints.checkpoint import read_config
     from deadbench.suite.reads.classify import classify as classify_one
 
-    return classify_one(str(source))[0]
+    if config is None or isinstance(config, Mapping):
+        given = None if config is None else dict(config)
+    else:
+        given = read_config(str(config))
+    return classify_one(str(source), config=given)[0]
 
 
 def scan(results: str | Path | Sequence[str | Path], table: str = "reads") -> "pl.LazyFrame":

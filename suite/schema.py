@@ -41,7 +41,11 @@ READS = [
     *KEY_COLUMNS,
     Column("source", TEXT, "", "where the configuration and the weights came from"),
     Column("source_fingerprint", TEXT, "", "hash of what was read: a changed checkpoint is read again"),
-    Column("checkpoint_step", INT, "steps", "training step of the checkpoint, if its name tells"),
+    Column(
+        "source_format", TEXT, "", "what the weights are stored as: safetensors, torch, …; null where none were read"
+    ),
+    Column("source_step", INT, "steps", "training step that is recorded with the weights; null where none is"),
+    Column("checkpoint_step", INT, "steps", "training step of the checkpoint, if its name tells, else source_step"),
     Column("modality", TEXT, "", "text, image or audio"),
     Column("protocol", TEXT, "", "name of the protocol and what was overridden; only equal ones are compared"),
     Column("input", TEXT, "", "input specification"),

@@ -24,8 +24,8 @@ LONG = 24  # a list of more numbers is kept by its hash and its ends
 ENDS = 4
 # What says when, where and from what a row was made, and not what was measured.
 LEFT_OUT = (
-    "run_id", "source", "source_fingerprint", "versions", "started_at", "finished_at", "load_seconds",
-    "forward_seconds", "spectrum_seconds", "peak_device_bytes", "peak_host_bytes",
+    "run_id", "source", "source_fingerprint", "source_format", "source_step", "versions", "started_at",
+    "finished_at", "load_seconds", "forward_seconds", "spectrum_seconds", "peak_device_bytes", "peak_host_bytes",
 )  # fmt: skip
 TEXT = {"vocab_size": 97, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
         "intermediate_size": 32, "max_position_embeddings": 64}  # fmt: skip

@@ -11,7 +11,8 @@ import deadbench
 from tests.conftest import ROOT, TWINS
 
 SIGNATURES = {
-    "classify": "(source: str | pathlib.Path) -> dict[str, typing.Any]",
+    "classify": "(source: str | pathlib.Path, config: str | pathlib.Path | collections.abc.Mapping[str, typing.Any] | "
+    "None = None) -> dict[str, typing.Any]",
     "scan": "(results: str | pathlib.Path | collections.abc.Sequence[str | pathlib.Path], table: str = 'reads') "
     "-> 'pl.LazyFrame'",
     "leaderboard": "(results: str | pathlib.Path, *, sort: str = 'depth', family: str | None = None) -> 'pl.DataFrame'",

@@ -16,7 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from deadbench.runners.census.worker import PROTOCOL_HASH, CensusWorker, PauseBoard, failure, outline
+from deadbench.runners.census.worker import PROTOCOL_HASH, CensusWorker, Given, PauseBoard, failure, outline
 from deadbench.runners.results.store import ResultStore
 from deadbench.suite.checkpoints.sources import identify, locate
 from deadbench.suite.errors import message
@@ -92,7 +92,9 @@ def new_outcome(total: int, skipped: int) -> Outcome:
     return Outcome(f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{uuid.uuid4().hex[:6]}", total, skipped=skipped)
 
 
-def take_census(sources: list[str], store: ResultStore, outcome: Outcome, threads: int) -> Iterator[Outcome]:
+def take_census(
+    sources: list[str], store: ResultStore, outcome: Outcome, threads: int, given: Given = (None, None)
+) -> Iterator[Outcome]:
     """Read all `sources` on the Ray that is joined; yields the outcome each time that rows have come in.
 
     Sources whose process died are read again, each by itself; who dies again is a failed row.
@@ -109,7 +111,7 @@ def take_census(sources: list[str], store: ResultStore, outcome: Outcome, thread
     writer = _Writer(store)
     try:
         for block in (_BLOCK, 1):
-            arguments = (outcome.run_id, threads, board)
+            arguments = (outcome.run_id, threads, board, given)
             for table in (
                 _stream({source: places[source] for source in left.values()}, block, arguments) if left else ()
             ):

@@ -30,6 +30,7 @@ PROTOCOL = "census"  # less than `run --reads parameters` stores: no norms but t
 PROTOCOL_HASH = hashlib.sha256(
     json.dumps({"read": "parameters", "protocol": PROTOCOL, "version": READ_SPECS["parameters"].version}).encode()
 ).hexdigest()[:12]
+Given = tuple[dict[str, Any] | None, str | None]  # a configuration and a model type, for sources that have none
 # A census has time: a limit is waited for, not reported; but not for days.
 _LONGEST_WAIT_SECONDS, _REFUSALS, _WAITED_SECONDS = 900.0, 1000, 7200.0
 
@@ -57,9 +58,9 @@ class PauseBoard:
 class CensusWorker:
     """Reads batches of sources, as Ray Data calls it: a column `source` and their `place` in, rows of `reads` out."""
 
-    def __init__(self, run_id: str, threads: int, board: Any):
+    def __init__(self, run_id: str, threads: int, board: Any, given: Given):
         """Read `threads` sources at once; `board` is the actor `PauseBoard`."""
-        self._run_id = run_id
+        self._run_id, self._given = run_id, given
         self._threads = ThreadPoolExecutor(threads)
         LIMITS.longest_wait, LIMITS.attempts, LIMITS.longest_total = _LONGEST_WAIT_SECONDS, _REFUSALS, _WAITED_SECONDS
         LIMITS.on_pause = lambda host, seconds: board.tell.remote(host, seconds)
@@ -71,23 +72,29 @@ class CensusWorker:
         return to_table("reads", list(self._threads.map(self._read, *columns)))
 
     def _read(self, source: str, place: str) -> Row:
-        return census_row(source, place, self._run_id)
+        return census_row(source, place, self._run_id, self._given)
 
 
-def census_row(source: str, place: str, run_id: str) -> Row:
+def census_row(source: str, place: str, run_id: str, given: Given = (None, None)) -> Row:
     """The row of `reads` of one source, of which `locate` says `place`; never raises for what a source holds."""
     started_at = datetime.now(UTC)
     measured: Row
     try:
-        checkpoint = Checkpoint(source, place=place)
+        config, model_type = given
+        checkpoint = Checkpoint(source, place=place, config=config, model_type=model_type)
         read = read_parameters(checkpoint)
         if read.final.family == "undetermined":
             raise ValueError(f"the final norm cannot be determined: {read.reason}")
-        measured = read.columns() | {"status": "ok", "error": read.reason, "dtype": read.stored_dtype}
-        measured["source_fingerprint"] = checkpoint.fingerprint(_opened(read))
+        measured = read.columns() | checkpoint.origin()
+        measured |= {"status": "ok", "error": read.reason, "dtype": read.stored_dtype}
+        measured["source_fingerprint"] = checkpoint.fingerprint(_opened(checkpoint, read))
     except Exception as error:  # hostile files find what nobody foresaw; a census goes on
         measured = failure(error)
-    return outline(source, place, run_id) | measured | {"started_at": started_at, "finished_at": datetime.now(UTC)}
+    known = outline(source, place, run_id) | measured
+    known["checkpoint_step"] = (
+        known.get("source_step") if known["checkpoint_step"] is None else known["checkpoint_step"]
+    )
+    return known | {"started_at": started_at, "finished_at": datetime.now(UTC)}
 
 
 def outline(source: str, place: str, run_id: str) -> Row:
@@ -114,9 +121,10 @@ def failure(error: BaseException | str) -> Row:
     return {"status": "failed", "error": error if isinstance(error, str) else one_line(error)}
 
 
-def _opened(read: ParametersRead) -> set[str]:
+def _opened(checkpoint: Checkpoint, read: ParametersRead) -> set[str]:
     """The files that decided the answer."""
-    return {"config.json", *(entry.file for entry in read.entries.values())}
+    files = {entry.file for entry in read.entries.values()}
+    return files | ({"config.json"} if checkpoint.has("config.json") else set())
 
 
 def _listen(board: Any, pause: Callable[..., None]) -> None:

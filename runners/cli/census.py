@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from deadbench.runners.cli.console import EXIT_FALSE, Debug, Json, check_out
-from deadbench.runners.cli.options import Address, Out
+from deadbench.runners.cli.options import Address, Config, ModelType, Out, given_config
 
 if TYPE_CHECKING:
     from deadbench.runners.census.census import Outcome
@@ -31,6 +31,8 @@ def census(
     threads: Annotated[
         int, typer.Option(min=1, metavar="N", help="Sources that each CPU's process reads at once.")
     ] = 16,
+    config: Config = None,
+    model_type: ModelType = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -48,6 +50,7 @@ def census(
     from deadbench.suite.secrets import scrubbed
 
     check_out(out)
+    given = given_config(config), model_type
     sources = list_sources(sources_file)
     store = ResultStore(out)
     left = unfinished(sources, store) if resume else sources
@@ -57,7 +60,7 @@ def census(
         previous = signal.signal(signal.SIGTERM, _interrupt)  # after ray.init, which installs its own
         try:
             with contextlib.redirect_stdout(sys.stderr):  # where Ray tells of workers that died
-                _show(take_census(left, store, outcome, threads), outcome)
+                _show(take_census(left, store, outcome, threads, given), outcome)
         finally:
             signal.signal(signal.SIGTERM, previous)
             connection.leave()

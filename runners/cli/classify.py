@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from deadbench.runners.cli.console import EXIT_FALSE, Debug, Json, UserError, console
+from deadbench.runners.cli.options import Config, ModelType, given_config
 
 _CLASSIFY_THREADS = 8
 
@@ -30,6 +31,8 @@ def classify(
         str | None,
         typer.Option(metavar="PACKAGE:CLASS", help="Your own norm class, imported and put to the kernel test."),
     ] = None,
+    config: Config = None,
+    model_type: ModelType = None,
     width: Annotated[int, typer.Option(min=2, help="Width that the class of --module is built with.")] = 64,
     allow_undetermined: Annotated[
         bool, typer.Option("--allow-undetermined", help="Exit with 0 although a family is undetermined.")
@@ -54,13 +57,16 @@ def classify(
     from deadbench.suite.checkpoints.series import Series, gathered
     from deadbench.suite.reads.classify import classify as classify_one
 
+    given = given_config(config)
     if save_direction is not None and not save_direction.resolve().parent.is_dir():
         raise UserError(f"--save-direction {save_direction}: no such directory")
     parts = [each.sources() if isinstance(each, Series) else [each] for each in gathered(sources)]
     sources = [source for part in parts for source in part]
     read: list[tuple[dict[str, Any], Any]] = []
     with ThreadPoolExecutor(_CLASSIFY_THREADS) as pool:  # remote sources wait for their servers side by side
-        for source, result in zip(sources, pool.map(lambda s: classify_one(s, verify), sources), strict=True):
+        for source, result in zip(
+            sources, pool.map(lambda s: classify_one(s, verify, given, model_type), sources), strict=True
+        ):
             if len(sources) > 1 and sys.stderr.isatty():
                 print(f"{len(read) + 1}/{len(sources)} {source}", file=sys.stderr)
             read.append(result)
@@ -83,6 +89,8 @@ def classify(
 def export(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="Folder, Hub id (org/name[@rev]), or URL.")],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="FILE.safetensors", help="File to write.")],
+    config: Config = None,
+    model_type: ModelType = None,
     debug: Debug = False,
 ) -> None:
     """Dead directions of every norm of a checkpoint as safetensors, for other programs; from its parameters alone.
@@ -95,7 +103,7 @@ def export(
 
     if not out.resolve().parent.is_dir():
         raise UserError(f"--out {out}: no such directory")
-    print(f"{out}: {export_directions(source, out)} norms")
+    print(f"{out}: {export_directions(source, out, given_config(config), model_type)} norms")
 
 
 def _print_classified(results: list[dict[str, Any]]) -> None:

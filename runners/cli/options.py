@@ -1,7 +1,7 @@
 """Options that several commands share, and the jobs that the options of `run` and `plan` ask for."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -37,6 +37,15 @@ Dtype = Annotated[
     str | None, typer.Option(help="auto, float32, float16, bfloat16, float64. \\[default: the registry's, or auto]")
 ]
 
+# Of what architecture a SOURCE is, where it does not say.
+Config = Annotated[
+    str | None,
+    typer.Option(metavar="CONFIG", help="In place of a SOURCE's config.json: such a file, a folder, or a Hub id."),
+]
+ModelType = Annotated[
+    str | None, typer.Option(metavar="NAME", help="transformers' model type, where a config.json has none.")
+]
+
 # Where and how.
 Address = Annotated[str | None, typer.Option(help="Ray to join: local, auto, host:port. \\[default: local]")]
 Out = Annotated[str, typer.Option(metavar="DIR_OR_URI", help="Result set to write or continue.")]
@@ -54,6 +63,19 @@ AccumulatorGb = Annotated[
 GateFile = Annotated[Path | None, typer.Option(metavar="FILE", help="Gate file (YAML): what may not get worse.")]
 
 
+def given_config(told: str | None) -> dict[str, Any] | None:
+    """The contents of the configuration that --config names.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    if told is None:
+        return None
+    from deadbench.suite.checkpoints.checkpoint import read_config
+
+    return read_config(told)
+
+
 def overridden(
     *,
     engine: str,
@@ -64,6 +86,8 @@ def overridden(
     accumulator_gb: float | None,
     tensor_parallel: int | None,
     replicas: int,
+    config: str | None,
+    model_type: str | None,
 ) -> "Overrides":
     """What the flags change in the protocol.
 
@@ -80,7 +104,18 @@ def overridden(
     if tokens is not None and input_spec is not None and input_spec.endswith(".npy"):
         raise UserError("--tokens does nothing with tokens:FILE.npy, which is used exactly as given; leave one out")
     chosen = None if engine == "auto" else engine
-    return Overrides(tokens, input_spec, dtype, chosen, seed, accumulator_gb, tensor_parallel, replicas)
+    return Overrides(
+        tokens,
+        input_spec,
+        dtype,
+        chosen,
+        seed,
+        accumulator_gb,
+        tensor_parallel,
+        replicas,
+        given_config(config),
+        model_type,
+    )
 
 
 def jobs_and_cluster(

@@ -32,6 +32,8 @@ def plan(
     input_spec: options.InputSpec = None,
     seed: options.Seed = 0,
     dtype: options.Dtype = None,
+    config: options.Config = None,
+    model_type: options.ModelType = None,
     accumulator_gb: options.AccumulatorGb = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -48,6 +50,7 @@ def plan(
     overrides = options.overridden(
         engine=engine, tokens=tokens, input_spec=input_spec, dtype=dtype, seed=seed,
         accumulator_gb=accumulator_gb, tensor_parallel=tensor_parallel, replicas=replicas,
+        config=config, model_type=model_type,
     )  # fmt: skip
     jobs, cluster, names = options.jobs_and_cluster(
         models, suite, registry, reads, overrides, assume=assume, address=address

@@ -37,6 +37,8 @@ def run(
     input_spec: options.InputSpec = None,
     seed: options.Seed = 0,
     dtype: options.Dtype = None,
+    config: options.Config = None,
+    model_type: options.ModelType = None,
     accumulator_gb: options.AccumulatorGb = None,
     timeout: Annotated[
         float, typer.Option(min=1, metavar="SECONDS", help="Seconds without progress before a model is given up.")
@@ -72,6 +74,7 @@ def run(
     overrides = options.overridden(
         engine=engine, tokens=tokens, input_spec=input_spec, dtype=dtype, seed=seed,
         accumulator_gb=accumulator_gb, tensor_parallel=tensor_parallel, replicas=replicas,
+        config=config, model_type=model_type,
     )  # fmt: skip
     if sys.stderr.isatty() and log_format == "text":  # who waits sees at once that something happens
         say("planning, then starting Ray …")

@@ -15,15 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from deadbench.runners.engines.base import Blocks, ForwardPass, Swept, mismatch
+from deadbench.runners.engines.stored_state import stored_state
 from deadbench.suite.architectures.build import build_model, build_published, published_class
 from deadbench.suite.architectures.resolve import Resolved, resolve_without_weights
-from deadbench.suite.architectures.stored_names import unwrapping, wrapped
+from deadbench.suite.architectures.stored_names import unwrapped, unwrapping, wrapped
 from deadbench.suite.errors import CheckpointError, reason_of
 from deadbench.suite.inputs.batches import Batch
 from deadbench.suite.ranks import Ranks
 
 # What takes the place of masked patches and of masked stretches of sound, and where it is part of the outputs.
 _MASKED_WITH = ("mask_token", "masked_spec_embed", "mask_emb")
+_SCRIPTS_PREFIXES = ("base_model.model.", "model.", "module.", "net.", "backbone.")
 _MASKING_IS_THE_TASK = ("vit_mae", "videomae", "hiera", "seggpt")
 
 
@@ -66,7 +68,7 @@ class TorchEngine:
         return model
 
     def load_trained(self, folder: Path, dtype: torch.dtype, model_class: Any = None) -> nn.Module:
-        """The checkpoint in `folder` as `model_class` (None: AutoModel), safetensors only, no code from the checkpoint.
+        """The checkpoint in `folder` as `model_class` (None: AutoModel), no code from the checkpoint, pickles included.
 
         Raises:
             CheckpointError: weights that transformers cannot load, or that miss tensors of the architecture.
@@ -86,6 +88,9 @@ class TorchEngine:
         model, report = _load(folder, dtype, model_class, placement)
         mended = unwrapping() if wrapped(report["unexpected_keys"]) else {}
         if mended:
+            model, report = _load(folder, dtype, model_class, placement | {"key_mapping": mended})
+        if prefix := _common_prefix(report):
+            mended |= {f"^{re.escape(prefix)}": ""}
             model, report = _load(folder, dtype, model_class, placement | {"key_mapping": mended})
         if tied := _stored_as_head(model, report):
             model, report = _load(folder, dtype, model_class, placement | {"key_mapping": mended | tied})
@@ -191,18 +196,35 @@ def _load(folder: Path, dtype: torch.dtype, model_class: Any, placement: dict[st
     import transformers
 
     try:
-        return (model_class or transformers.AutoModel).from_pretrained(  # type: ignore[no-any-return]
-            folder,
+        what: Any = {"pretrained_model_name_or_path": folder, "local_files_only": True, "use_safetensors": True}
+        loader = model_class or transformers.AutoModel
+        if (state := stored_state(folder)) is not None:
+            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            what = {"pretrained_model_name_or_path": None, "config": config, "state_dict": state}
+            loader = model_class or type(build_model(config, "meta"))
+        return loader.from_pretrained(  # type: ignore[no-any-return]
+            **what,
             dtype=dtype,
-            use_safetensors=True,
-            local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are named by who asked
             **placement,
         )
+    except CheckpointError:
+        raise
     except Exception as error:
         raise CheckpointError(f"{folder}: cannot be loaded ({reason_of(error)})") from error
+
+
+def _common_prefix(report: dict[str, Any]) -> str | None:
+    """What a training script's own module has put before every name, of which the model then finds none."""
+    missing, unexpected = report["missing_keys"], [unwrapped(name) for name in report["unexpected_keys"]]
+    for prefix in _SCRIPTS_PREFIXES:
+        if missing and unexpected and all(name.startswith(prefix) for name in unexpected):
+            sought = min(missing)
+            if any(f".{name.removeprefix(prefix)}".endswith(f".{sought}") for name in unexpected):
+                return prefix
+    return None
 
 
 def _only_in_training(name: str, model: Any) -> bool:

@@ -16,7 +16,6 @@ from deadbench.runners.engines.registry import DEFAULT, ENGINES, refused_togethe
 from deadbench.runners.jobs.job import JobError, ModelJob, Overrides, ReadJob, Unfit
 from deadbench.runners.jobs.opening import Opened, fingerprint_of, needs_config_alone, open_all, revisions_of
 from deadbench.runners.jobs.own_model import own_model
-from deadbench.suite.checkpoints.checkpoint import Checkpoint
 from deadbench.suite.checkpoints.series import Series, gathered, series_in
 from deadbench.suite.checkpoints.sources import locate
 from deadbench.suite.errors import CheckpointError, InputError
@@ -146,7 +145,7 @@ def _same_input(one: str, other: str) -> bool:
     return False
 
 
-def _wished(model: Model, base: Path, assumed: bool) -> str:
+def _wished(model: Model, base: Path, assumed: bool, overrides: Overrides) -> str:
     """The registry's engine, which is a wish: torch where it is not installed or lacks the architecture."""
     if model.engine == "auto":
         return DEFAULT
@@ -156,17 +155,17 @@ def _wished(model: Model, base: Path, assumed: bool) -> str:
     if spec.missing():
         return DEFAULT
     try:
-        config = model.config or Checkpoint(model.source or "", model.main_checkpoint(), base).config()
+        config = model.config or overrides.opened(model.source, model.main_checkpoint(), base).config()
     except CheckpointError:
         return model.engine  # which the read will say
     return DEFAULT if spec.why_not(config) else model.engine
 
 
-def _check_divides(model: Model, tensor_parallel: int, base: Path) -> None:
+def _check_divides(model: Model, tensor_parallel: int, base: Path, overrides: Overrides) -> None:
     """Raise JobError where so many devices cannot share the heads of `model`; what cannot be opened fails later."""
     try:
-        checkpoint = model.main_checkpoint()
-        opened = Checkpoint(model.source or "", checkpoint, base) if not model.config and tensor_parallel > 1 else None
+        needed = not model.config and tensor_parallel > 1
+        opened = overrides.opened(model.source, model.main_checkpoint(), base) if needed else None
         config = model.config or (opened.config() if opened else {})
     except CheckpointError:
         return
@@ -189,7 +188,7 @@ def _model_job(asked: _Asked, series: bool) -> ModelJob:
         except InputError as error:
             raise JobError(f"{model.id}: {error}") from error
         tensor_parallel = overrides.tensor_parallel or (model.gpus if overrides.replicas == 1 else 1)
-        _check_divides(model, tensor_parallel, asked.base)
+        _check_divides(model, tensor_parallel, asked.base, overrides)
     unfit = _unfit(asked)
     engine = _engine(asked)
     revisions, unlisted = revisions_of(model, asked.base) if series else ([model.revision], None)
@@ -197,7 +196,7 @@ def _model_job(asked: _Asked, series: bool) -> ModelJob:
         wanted = []
     else:
         wanted = revisions if any(READ_SPECS[read].per_checkpoint for read in asked.reads) else revisions[:1]
-    opened, remarks = open_all(model.source, wanted, asked.base)
+    opened, remarks = open_all(model.source, wanted, asked.base, overrides)
     jobs = []
     for revision in revisions:
         for read in asked.reads:
@@ -215,7 +214,8 @@ def _unfit(asked: _Asked) -> Unfit | None:
     if not any(READ_SPECS[read].runs_model for read in asked.reads):
         return None
     try:
-        checkpoint = Checkpoint(model.source, model.main_checkpoint(), asked.base) if model.source else None
+        known = model.main_checkpoint()
+        checkpoint = asked.overrides.opened(model.source, known, asked.base) if model.source else None
         here = checkpoint if checkpoint is not None and checkpoint.folder is not None else None
         config = model.config or (checkpoint.config() if checkpoint is not None else {})
         check_config(asked.input, config, None if here is None else here.names())
@@ -248,6 +248,8 @@ def _read_job(asked: _Asked, read: str, revision: str | None, engine: str, opene
         base=asked.base,
         place=locate(asked.model.source, asked.base) if asked.model.source else None,
         error=error,
+        config=overrides.config,
+        model_type=overrides.model_type,
         accumulator_gb=overrides.accumulator_gb,
         replicas=overrides.replicas if spec.divides else 1,
     )
@@ -276,7 +278,7 @@ def _engine(asked: _Asked) -> str:
     missing = ENGINES[wanted].missing() if wanted and not asked.assumed else None
     if missing:
         raise JobError(missing)
-    return wanted or _wished(asked.model, asked.base, asked.assumed)
+    return wanted or _wished(asked.model, asked.base, asked.assumed, asked.overrides)
 
 
 def _engine_of(read: str, engine: str) -> str:

@@ -67,10 +67,11 @@ Reading = Generator[Progress | Remark, None, Rows]
 def to_tables(rows: Rows, read: ReadJob, run_id: str, attempt: int, started_at: datetime) -> dict[str, pa.Table]:
     """Arrow tables of a read: the key in every row, and in the row of `reads` what is known without measuring."""
     key = {"run_id": run_id} | read.key_columns()
+    step = read_step(read)
     row = rows["reads"][0] | {
         "source": scrubbed(read.model.source or "inline config"),
         "source_fingerprint": read.fingerprint,
-        "checkpoint_step": read_step(read),
+        "checkpoint_step": rows["reads"][0].get("source_step") if step is None else step,
         "modality": read.model.modality,
         "protocol": read.protocol_name,
         "family_expected": read.model.family,

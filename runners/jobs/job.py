@@ -30,7 +30,8 @@ class Unfit(str):
 class Overrides:
     """What the command line changes in the protocol; None leaves it.
 
-    `accumulator_gb`, `tensor_parallel` and `replicas` change no number.
+    `accumulator_gb`, `tensor_parallel` and `replicas` change no number. `config` and `model_type` say of what
+    architecture a source is.
     """
 
     tokens: int | None = None
@@ -41,6 +42,16 @@ class Overrides:
     accumulator_gb: float | None = None
     tensor_parallel: int | None = None
     replicas: int = 1
+    config: dict[str, Any] | None = None
+    model_type: str | None = None
+
+    def opened(self, source: str | None, revision: str | None = None, base: Path | None = None) -> Checkpoint:
+        """A checkpoint of `source`, of the architecture that the command line says.
+
+        Raises:
+            CheckpointError: it is not there.
+        """
+        return Checkpoint(source or "", revision, base, config=self.config, model_type=self.model_type)
 
     def label(self) -> str:
         """The overrides that change numbers, as they are appended to the protocol's name."""
@@ -72,6 +83,8 @@ class ReadJob:
     replicas: int = 1  # processes that run the whole model, each on a part of the tokens
     checkpoint_interval: float = 0.0  # seconds between two checkpoints; 0: none
     checkpoint_location: str | None = None  # the result set, absolute; the driver sets both
+    config: dict[str, Any] | None = None  # in place of the source's own
+    model_type: str | None = None  # of a configuration that has none
     place: str | None = None  # what `locate` says of the model's source, asked once, where the command was given
 
     def opened(self, revision: str | None) -> Checkpoint:
@@ -80,7 +93,7 @@ class ReadJob:
         Raises:
             CheckpointError: it is not there, as this process sees it.
         """
-        return Checkpoint(self.model.source or "", revision, self.base, self.place)
+        return Checkpoint(self.model.source or "", revision, self.base, self.place, self.config, self.model_type)
 
     def key_columns(self) -> dict[str, Any]:
         """The key columns of this read's rows."""

@@ -6,8 +6,8 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from deadbench.runners.jobs.job import ModelJob, Unfit, Unreached
-from deadbench.suite.checkpoints.checkpoint import Checkpoint, list_revisions
+from deadbench.runners.jobs.job import ModelJob, Overrides, Unfit, Unreached
+from deadbench.suite.checkpoints.checkpoint import list_revisions
 from deadbench.suite.checkpoints.series import gathered, series_in
 from deadbench.suite.checkpoints.sources import is_hub_id, locate
 from deadbench.suite.errors import CheckpointError, UnreachableError
@@ -41,7 +41,8 @@ def which_are_meant(registry: Registry, names: list[str]) -> list[str]:
         if registry.model(name) is not None:
             lines.append(f"{name}: the registry's model is read; give ./{name} for the folder {place}")
         elif is_hub_id(name):
-            lines.append(f"{name}: the folder {place} is read; give hf://{name} for the Hub's model")
+            kind = "folder" if os.path.isdir(place) else "file"
+            lines.append(f"{name}: the {kind} {place} is read; give hf://{name} for the Hub's model")
         if isinstance(each, str) and registry.model(name) is None:
             below = series_in(name, beside_weights=True)
             if below is not None:
@@ -90,14 +91,16 @@ def needs_config_alone(model: Model, read: str) -> bool:
     return model.config is not None and (opens == "config" or (opens == "either" and model.source is None))
 
 
-def open_all(source: str | None, revisions: list[str | None], base: Path) -> tuple[dict[str | None, Opened], list[str]]:
+def open_all(
+    source: str | None, revisions: list[str | None], base: Path, overrides: Overrides
+) -> tuple[dict[str | None, Opened], list[str]]:
     """Checkpoints that some read needs, opened now, side by side, before a device is taken; and remarks on them."""
     if source is None or not revisions:
         return {}, []
 
     def attempt(revision: str | None) -> tuple[Opened, str | None]:
         try:
-            checkpoint = Checkpoint(source, revision, base)
+            checkpoint = overrides.opened(source, revision, base)
             checkpoint.config()  # of a gated repository everything is listed, and nothing can be read
             return (checkpoint.fingerprint(), None), checkpoint.remark
         except CheckpointError as error:

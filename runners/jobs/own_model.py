@@ -3,7 +3,6 @@
 from typing import Any
 
 from deadbench.runners.jobs.job import JobError, Overrides
-from deadbench.suite.checkpoints.checkpoint import Checkpoint
 from deadbench.suite.checkpoints.series import Series
 from deadbench.suite.errors import CheckpointError
 from deadbench.suite.inputs.specs import MODALITIES
@@ -23,7 +22,7 @@ def own_model(named: str | Series, overrides: Overrides) -> Model:
     series = named if isinstance(named, Series) else None
     source = named.source if isinstance(named, Series) else named
     try:
-        checkpoint = Checkpoint(source, series.names[0] if series else None)
+        checkpoint = overrides.opened(source, series.names[0] if series else None)
         config = checkpoint.config()
     except CheckpointError as error:
         raise JobError(f"{error} (and no model of that id is in the registry)") from error

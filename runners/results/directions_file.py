@@ -27,7 +27,9 @@ def save_directions(path: Path, read: list[tuple[dict[str, Any], NDArray[np.floa
     _write(path, directions, metadata)
 
 
-def export_directions(source: str, path: Path) -> int:
+def export_directions(
+    source: str, path: Path, config: dict[str, Any] | None = None, model_type: str | None = None
+) -> int:
     """Write the directions of all norms of a checkpoint, from its parameters alone.
 
     Tensors, float64, by module path in the bare model: `NORM.direction` (D, unit) is the inverse-scale direction;
@@ -47,7 +49,7 @@ def export_directions(source: str, path: Path) -> int:
     from deadbench.suite.reads.parameters import read_parameters
     from deadbench.suite.spectra.directions import dead_subspace, inverse_scale_direction
 
-    checkpoint = Checkpoint(source)
+    checkpoint = Checkpoint(source, config=config, model_type=model_type)
     read = read_parameters(checkpoint)
     norms = norms_of(checkpoint, read)
     if not norms:

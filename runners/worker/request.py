@@ -24,7 +24,7 @@ class RandomWeights:
 
 @dataclass(frozen=True)
 class StoredWeights:
-    """A checkpoint in a local folder, its tokenizer or processor beside it, and the headers of its tensors.
+    """A checkpoint in a local folder, its tokenizer or processor beside it, the headers of its tensors, its format.
 
     Raises:
         TypeError, ValueError: no folder. Without one there are no weights, and random ones never take their place.
@@ -32,6 +32,7 @@ class StoredWeights:
 
     folder: Path
     entries: dict[str, TensorEntry]
+    format: str = "safetensors"
 
     def __post_init__(self) -> None:
         if not Path(self.folder).is_dir():

@@ -59,7 +59,7 @@ def _read_parameters(read: ReadJob) -> Reading:
     empty = published(config)
     refuse_unexpected(empty.base_model, config.raw, result.entries, checkpoint.source)
     yield Progress(read.label(), "norms")
-    row = result.columns() | {"error": result.reason, "dtype": result.stored_dtype}
+    row = result.columns() | checkpoint.origin() | {"error": result.reason, "dtype": result.stored_dtype}
     row["objective"] = objective(checkpoint.config())
     row["num_parameters"] = num_parameters(config)
     norms = list_norms(checkpoint, result, empty)
@@ -103,12 +103,19 @@ def _read_trained(read: ReadJob) -> Reading:
 
     checkpoint = read.opened(read.revision)
     config = Configuration(checkpoint.config())
-    entries = checkpoint.headers()  # refuses pickles and broken files before anything is loaded
+    entries = checkpoint.headers()  # refuses broken files before anything is loaded
+    weights = checkpoint.weights().format
+    if not weights.runs:
+        raise ValueError(
+            f"{checkpoint.source}: {weights.name} holds other tensors than transformers' model, and no forward pass is "
+            "had from it; give the checkpoint that it was converted from, or --reads parameters"
+        )
     left_out = refuse_unexpected(published(config).base_model, config.raw, entries, checkpoint.source)
     with checkpoint.local_copy() as folder:
-        rows = yield from _model_reader(read)(read, config, StoredWeights(folder, entries))
+        rows = yield from _model_reader(read)(read, config, StoredWeights(folder, entries, weights.name))
+    row = rows["reads"][0]
+    row |= checkpoint.origin()
     if left_out:
-        row = rows["reads"][0]
         row["engine_detail"] = f"{row['engine_detail']}; not loaded, and of no effect: {_named(left_out)}"
     return rows
 
@@ -135,14 +142,14 @@ def _read_functional(read: ReadJob) -> Reading:
     from deadbench.runners.worker.functional import read_functional
     from deadbench.runners.worker.request import RandomWeights, StoredWeights
     from deadbench.suite.architectures.unexpected_tensors import refuse_unexpected
-    from deadbench.suite.checkpoints.no_weights import PICKLED_SUFFIXES
+    from deadbench.suite.checkpoints.formats.table import WEIGHT_ENDINGS
 
     if read.model.source is None:
         assert read.model.config is not None
         return (yield from read_functional(read, Configuration(read.model.config), RandomWeights(read.seed)))
     checkpoint = read.opened(read.revision)
     # A configuration alone is an architecture at random initialisation; weights that are there are never passed over.
-    stored = (".safetensors", ".safetensors.index.json", *PICKLED_SUFFIXES)  # an index may list shards in a subfolder
+    stored = (".index.json", *WEIGHT_ENDINGS)  # an index may list shards in a subfolder
     trained = any(name.endswith(stored) for name in checkpoint.names())
     entries = checkpoint.headers() if trained else None
     config = Configuration(checkpoint.config())
@@ -150,7 +157,9 @@ def _read_functional(read: ReadJob) -> Reading:
         refuse_unexpected(published(config), config.raw, entries, checkpoint.source)
     with checkpoint.local_copy() as folder:
         weights = RandomWeights(read.seed, folder) if entries is None else StoredWeights(folder, entries)
-        return (yield from read_functional(read, config, weights))
+        rows = yield from read_functional(read, config, weights)
+    rows["reads"][0] |= checkpoint.origin() if entries is not None else {}
+    return rows
 
 
 # One read is one function and one line here; the runner does not change.

@@ -50,6 +50,8 @@ def read_vllm(read: ReadJob, config: Configuration, weights: Weights) -> Reading
         raise ValueError(missing)
     if read.model.modality != "text":
         raise ValueError(f"the vLLM engine reads text models, not {read.model.modality}; give --engine torch")
+    if isinstance(weights, StoredWeights) and weights.format != "safetensors":
+        raise ValueError(f"the vLLM engine reads safetensors, not {weights.format}; give --engine torch")
     if wrapper := wrapped(entries_of(weights) or ()):
         raise ValueError(
             f"{weights.folder}: the tensor {wrapper} carries the name of a wrapper, which vLLM does not know; "

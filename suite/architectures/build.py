@@ -36,7 +36,7 @@ def build_config(config: Mapping[str, Any]) -> Any:
     known = dict(config)
     model_type = known.pop("model_type", None)
     if not isinstance(model_type, str):
-        raise ArchitectureError("the configuration has no model_type")
+        raise ArchitectureError("the configuration has no model_type; give --model-type NAME")
     if model_type not in transformers.CONFIG_MAPPING:
         if known.get("auto_map"):
             raise RemoteCodeError(f"model_type {model_type!r} needs code from the checkpoint, which is never run")

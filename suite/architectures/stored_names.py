@@ -7,7 +7,7 @@ move. The rules are plain patterns, so that the atlas holds them too and no torc
 import functools
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -60,6 +60,10 @@ class Naming:
 
     rules: tuple[Renaming, ...] = ()
     base: str = ""
+
+    def further(self, rules: Iterable[Renaming]) -> "Naming":
+        """With more rules, after these."""
+        return replace(self, rules=(*self.rules, *rules))
 
 
 def naming(model: Any) -> Naming:

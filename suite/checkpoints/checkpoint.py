@@ -1,4 +1,4 @@
-"""A SOURCE becomes a checkpoint: a local folder, a Hub repository at a revision, or a folder behind a URL.
+"""A SOURCE becomes a checkpoint: a folder here or behind a URL, one file of it, or a Hub repository at a revision.
 
 Everything is read through fsspec, by byte ranges, and counted. Nothing is executed from a checkpoint.
 """
@@ -9,33 +9,32 @@ import glob
 import hashlib
 import json
 import os
-import re
 import socket
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from deadbench.suite.checkpoints.configurations import checked, config_file
 from deadbench.suite.checkpoints.download_cache import fetch_once, lease
 from deadbench.suite.checkpoints.fsspec_folder import FsspecFolder, one_line_errors
+from deadbench.suite.checkpoints.headers import read_contents
 from deadbench.suite.checkpoints.http_folder import HttpFolder
 from deadbench.suite.checkpoints.hub_folder import HubFolder
 from deadbench.suite.checkpoints.no_weights import no_config
-from deadbench.suite.checkpoints.sources import hub_id_of, locate
+from deadbench.suite.checkpoints.prepared_folder import as_transformers_expects
+from deadbench.suite.checkpoints.sources import folder_and_file, hub_id_of, locate
 from deadbench.suite.checkpoints.strict_json import MAX_JSON_BYTES, parse_object
-from deadbench.suite.checkpoints.tensors import TensorEntry, read_headers
-from deadbench.suite.checkpoints.weight_files import NAMED_BY, WeightFiles, as_transformers_expects, weight_files
+from deadbench.suite.checkpoints.tensors import Contents, TensorEntry
+from deadbench.suite.checkpoints.weight_files import NAMED_BY, WeightFiles, weight_files, weights_file
 from deadbench.suite.errors import CheckpointError, UnreachableError
 from deadbench.suite.secrets import scrubbed
 from deadbench.suite.storage import is_hidden, is_url, open_place
 
-# Numbers in a configuration that make transformers build so many objects, whatever the device.
-_COUNTS = re.compile(r"^(n_layers?|num_.*layers|.*_layers|depths?|num_labels|(n|num)_.*experts)$")
-_MAX_COUNT = 100_000
 LOADED_PATTERNS = ["*.json", "*.txt", "*.model"]  # what a forward pass needs beside weights; never code
 
 
 class Checkpoint:
-    """One checkpoint folder, wherever it is; counts the bytes it reads.
+    """One checkpoint, a folder or a file of one, wherever it is; counts the bytes it reads.
 
     Attributes:
         source: as the user gave it.
@@ -45,10 +44,19 @@ class Checkpoint:
 
     remark: str | None = None
 
-    def __init__(self, source: str, revision: str | None = None, base: Path | None = None, place: str | None = None):
+    def __init__(
+        self,
+        source: str,
+        revision: str | None = None,
+        base: Path | None = None,
+        place: str | None = None,
+        config: dict[str, Any] | None = None,
+        model_type: str | None = None,
+    ):
         """Open `source`; a relative local path is looked up below `base` too (the registry's folder).
 
-        With `place`, what `locate` found elsewhere, nothing is looked up: it is opened, or it is not there.
+        With `place`, what `locate` found elsewhere, nothing is looked up: it is opened, or it is not there. A `config`
+        takes the place of the checkpoint's config.json, and `model_type` is what a configuration without one is of.
 
         Raises:
             CheckpointError: no such folder, or nothing that could be a Hub id or URL.
@@ -56,12 +64,16 @@ class Checkpoint:
         self.source, self.revision = scrubbed(source), revision
         self._called = f"{source}@{revision}"
         self._names: list[str] | None = None
-        self._config: dict[str, Any] | None = None
+        self._config = None if config is None else checked(config, self.source, model_type)
+        self._model_type = model_type
+        self._own_config = config is None
+        self._as_stored = False  # the configuration is what the folder's config.json says
         self._weights: WeightFiles | None = None
+        self._contents: Contents | None = None
         self._local: Path | None = None
         self._hub_id: str | None = None
         self._folder: HttpFolder | FsspecFolder
-        told, place = place is not None, place or locate(source, base)
+        told, (place, self._file) = place is not None, folder_and_file(place or locate(source, base))
         if os.path.isabs(place) and Path(place).is_dir():
             series = Path(place).resolve()
             self._local = series / revision if revision else series
@@ -79,14 +91,16 @@ class Checkpoint:
                 self._folder = HubFolder(source, self._hub_id, self.revision)
             else:
                 self._folder = FsspecFolder(source, str(self._local))
-        elif source.startswith(("http://", "https://")):
-            address, mark, query = source.partition("?")
+        elif place.startswith(("http://", "https://")):
+            address, mark, query = place.partition("?")
             below = address.rstrip("/") + (f"/{revision}" if revision else "")
             self._folder = HttpFolder(source, below + mark + query)
-        elif is_url(source):
-            self._folder = FsspecFolder(source, source.rstrip("/") + (f"/{revision}" if revision else ""))
+        elif is_url(place):
+            self._folder = FsspecFolder(source, place.rstrip("/") + (f"/{revision}" if revision else ""))
         elif Path(source).exists():
-            raise CheckpointError(f"{source}: not a directory; give the folder that holds config.json")
+            raise CheckpointError(
+                f"{source}: not a directory, nor by its ending weights; give the folder that holds config.json"
+            )
         else:
             raise CheckpointError(
                 f"{source}: no such directory, and neither a Hub id (org/name[@revision]) nor a URL (s3://…)"
@@ -112,6 +126,8 @@ class Checkpoint:
                     if not self._take_from_cache():
                         raise
                     self._names = self._folder.names()
+            if self._file is not None:  # what lies beside it are other weights
+                self._names = [n for n in self._names if n == self._file or n.endswith((".json", ".txt", ".model"))]
         return self._names
 
     def _take_from_cache(self) -> bool:
@@ -125,7 +141,7 @@ class Checkpoint:
     def has(self, name: str) -> bool:
         """Whether there is such a file; a server without listings is asked for this one alone."""
         unlisted = self._names is None and isinstance(self._folder, HttpFolder) and not self._folder.lists
-        if unlisted or "/" in name:
+        if unlisted or "/" in name or is_hidden(name):
             with one_line_errors(f"{self.source}: {name}"):
                 return self._folder.has(name)
         return name in self.names()
@@ -141,25 +157,39 @@ class Checkpoint:
             return self._folder.read(name, start, end)
 
     def weights(self) -> WeightFiles:
-        """The files that hold the weights: those that transformers would open.
+        """The files that hold the weights: those that transformers would open, or the one that was given.
 
         Raises:
             CheckpointError: there are none, or a broken index.
         """
         if self._weights is None:
-            self._weights = weight_files(self, self.config().get(NAMED_BY))
+            if self._file is not None:
+                self._weights = weights_file(self, self._file)
+            else:
+                named = self.config().get(NAMED_BY) if self._own_config and self.has("config.json") else None
+                self._weights = weight_files(self, named)
         return self._weights
 
+    def contents(self) -> Contents:
+        """What the headers of the weights tell; raises as `weights` does, and for malformed headers."""
+        if self._contents is None:
+            self._contents = read_contents(self, self.weights())
+        return self._contents
+
     def headers(self) -> dict[str, TensorEntry]:
-        """All tensors by name, from the headers alone; raises as `weights` does, and for malformed headers."""
-        return read_headers(self, self.weights())
+        """All tensors by name, from the headers alone; raises as `contents` does."""
+        return {entry.name: entry for entry in self.contents().entries}
+
+    def origin(self) -> dict[str, Any]:
+        """The columns that say what was read: the format, and the training step where it records one."""
+        return {"source_format": self.weights().format.name, "source_step": self.contents().step}
 
     def bytes_total(self) -> int:
         """Bytes of all files that hold the weights."""
-        return sum(self.size(name) for name in self.weights().shards)
+        return sum(self.size(name) for name in self._weight_names())
 
     def config(self) -> dict[str, Any]:
-        """The contents of config.json.
+        """The contents of config.json, or what the weights record in its place.
 
         Raises:
             CheckpointError: missing, not JSON, or not an object.
@@ -167,12 +197,14 @@ class Checkpoint:
         if self._config is not None:
             return copy.deepcopy(self._config)
         if not self.has("config.json"):
-            raise no_config(self)
+            self._config = self._recorded_config()
+            return copy.deepcopy(self._config)
         if self.size("config.json") > MAX_JSON_BYTES:
             raise CheckpointError(f"{self.source}: config.json is larger than {MAX_JSON_BYTES} bytes")
-        config = parse_object(self.read("config.json"), f"{self.source}: config.json")
-        _check_counts(config, self.source)
-        self._config = {key: _plain_floats(value) for key, value in config.items()}
+        called = f"{self.source}: config.json"
+        told = parse_object(self.read("config.json"), called)
+        self._config = checked(told, called, self._model_type)
+        self._as_stored = told.get("model_type") == self._config.get("model_type")
         return copy.deepcopy(self._config)
 
     def fingerprint(self, names: Iterable[str] | None = None) -> str:
@@ -186,10 +218,13 @@ class Checkpoint:
             commit = getattr(self._folder, "commit", None)
             if commit:
                 return str(commit)
-            chosen = [name for name in there if name.endswith((".safetensors", ".json"))]
-            chosen += [] if names is not None else [shard for shard in self._shards() if "/" in shard]
+            chosen = there
+            if names is None:
+                chosen = [name for name in there if name.endswith((".safetensors", ".json"))]
+                chosen += sorted(set(self._shards()) - set(chosen))
             facts = [[name, self._folder.size(name), self._folder.stamp(name)] for name in chosen]
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+        told = facts if self._own_config else [facts, self._config]
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
     @contextlib.contextmanager
     def local_copy(self, *, weights: bool = True) -> Iterator[Path]:
@@ -215,19 +250,40 @@ class Checkpoint:
                 else:
                     folder = fetch_once(self._folder, self._called, self.fingerprint(), [*beside, *chosen])
         if weights and self._shards():
-            with as_transformers_expects(folder, self.weights()) as prepared:
+            config = self.config()
+            complete = self._as_stored and self._file is None
+            with as_transformers_expects(folder, self.weights(), config, self._shards(), complete=complete) as prepared:
                 yield prepared
         else:
             yield folder
 
-    def _shards(self) -> tuple[str, ...]:
+    def _recorded_config(self) -> dict[str, Any]:
+        """What the weights record of their architecture."""
+        try:
+            recorded = self.contents().config
+        except UnreachableError:
+            raise
+        except CheckpointError as error:
+            raise (error if self._file else no_config(self)) from error
+        if recorded is None and self._local and self._file is None:  # trainers leave it a folder above
+            above = self._local.parent / "config.json"
+            recorded = config_file(above) if above.is_file() else None
+        if recorded is None:
+            raise no_config(self)
+        return checked(recorded, self.source, self._model_type)
+
+    def _weight_names(self) -> list[str]:
+        """The files that hold values, and those that say where."""
+        return sorted({*self.weights().shards, *(piece.file for e in self.contents().entries for piece in e.pieces)})
+
+    def _shards(self) -> list[str]:
         """The files that hold the weights; none where there are none that can be read."""
         try:
-            return self.weights().shards
+            return self._weight_names() if self.weights().format.scattered else list(self.weights().shards)
         except UnreachableError:
             raise
         except CheckpointError:
-            return ()
+            return []
 
     def _snapshot(self, hub_id: str, patterns: list[str]) -> Path:
         """The folder in the Hub's cache, completed by one process at a time: its own locks are flock's."""
@@ -236,6 +292,16 @@ class Checkpoint:
         name = f"{hub_id}@{self.revision}".replace("/", "--")
         with lease(Path(constants.HF_HUB_CACHE) / ".locks" / f"deadbench-{name}.lock"):
             return Path(snapshot_download(hub_id, revision=self.revision, allow_patterns=patterns))
+
+
+def read_config(told: str) -> dict[str, Any]:
+    """The configuration in a file, or that of a checkpoint.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    path = Path(told).expanduser()
+    return config_file(path) if path.is_file() else Checkpoint(told).config()
 
 
 def list_revisions(source: str, base: Path | None = None) -> list[str]:
@@ -268,24 +334,6 @@ def _cached(hub_id: str, revision: str, *, always: bool = False) -> Path | None:
         with contextlib.suppress(LocalEntryNotFoundError):
             return Path(snapshot_download(hub_id, revision=revision, local_files_only=True))
     return None
-
-
-def _check_counts(config: dict[str, Any], source: str) -> None:
-    for key, value in config.items():
-        values = value if isinstance(value, list) else [value]
-        if isinstance(value, dict):
-            _check_counts(value, source)
-        elif _COUNTS.match(key) and any(isinstance(v, (int, float)) and v > _MAX_COUNT for v in values):
-            raise CheckpointError(f"{source}: config.json: {key} is {value!r}; no model has more than {_MAX_COUNT}")
-
-
-def _plain_floats(value: Any) -> Any:
-    """`value` with transformers' spelling of what JSON has no number for, `{"__float__": "Infinity"}`, as floats."""
-    if isinstance(value, dict):
-        if set(value) == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
-            return float(value["__float__"])
-        return {key: _plain_floats(each) for key, each in value.items()}
-    return [_plain_floats(each) for each in value] if isinstance(value, list) else value
 
 
 def _listing(folder: Path) -> str:

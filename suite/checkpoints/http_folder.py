@@ -16,14 +16,14 @@ from pathlib import Path
 
 import httpx2
 
+from deadbench.suite.checkpoints.formats.table import FORMATS
 from deadbench.suite.checkpoints.http_requests import CutOffError, Requests, body_of, pieces, total
-from deadbench.suite.checkpoints.weight_files import INDEX_FILE, SINGLE_FILE
 from deadbench.suite.errors import ChangedError, CheckpointError
 from deadbench.suite.secrets import scrubbed
 
 # What a web server without listings is asked for.
 KNOWN_FILES = (
-    "config.json", INDEX_FILE, SINGLE_FILE, "pytorch_model.bin", "tokenizer.json",
+    "config.json", *(name for each in FORMATS for name in (each.index, each.file) if name), "tokenizer.json",
     "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model",
     "spiece.model", "preprocessor_config.json", "processor_config.json",
 )  # fmt: skip
@@ -87,10 +87,9 @@ class HttpFolder:
         with concurrent.futures.ThreadPoolExecutor(CONCURRENT_REQUESTS) as pool:
             there = pool.map(self._exists, KNOWN_FILES)
             names = [name for name, found in zip(KNOWN_FILES, there, strict=True) if found]
-        if (
-            INDEX_FILE in names and SINGLE_FILE not in names
-        ):  # shards have no fixed names; those that the index names are there
-            index = self.read(INDEX_FILE)
+        first = next((each for each in FORMATS if each.file in names or each.index in names), None)
+        if first and first.index and first.file not in names:  # shards have no names but those that the index tells
+            index = self.read(first.index)
             shards: set[object] = set()
             with contextlib.suppress(ValueError, AttributeError, TypeError, RecursionError):  # told by who reads it
                 shards = set(json.loads(index)["weight_map"].values())

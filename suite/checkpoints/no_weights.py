@@ -10,41 +10,57 @@ from deadbench.suite.errors import CheckpointError
 from deadbench.suite.storage import is_hidden
 
 _ADAPTER_FILE = "adapter_config.json"
-PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5")
+OTHER_LIBRARIES = (".msgpack", ".h5")
 _POINTER = b"version https://git-lfs"
 _CACHED = re.compile(r"models--(.+)")
 
 
 def no_config(files: Any) -> CheckpointError:
     """That the checkpoint `files` has no config.json, and why."""
-    return CheckpointError(_called(files) + (_instead(files) or "no config.json; not a transformers checkpoint"))
+    return CheckpointError(
+        _called(files) + (_instead(files) or "no config.json; not a transformers checkpoint (or give --config CONFIG)")
+    )
 
 
-def no_weights(files: Any, shards: Sequence[str]) -> CheckpointError:
-    """That it has no weights that can be read, or `shards` of which nothing says that they belong together."""
-    if shards:
-        text = f"{len(shards)} safetensors files and no model.safetensors.index.json: cannot tell which belong together"
+def no_weights(files: Any, found: Sequence[str]) -> CheckpointError:
+    """That it has no weights that can be read, or the files `found` of which nothing says that they belong together."""
+    if found:
+        ending = "safetensors" if found[0].endswith(".safetensors") else found[0].rpartition(".")[2]
+        index = "model.safetensors" if ending == "safetensors" else "pytorch_model.bin"
+        text = (
+            f"{len(found)} {ending} files and no {index}.index.json: cannot tell which belong together; give one file"
+        )
     else:
-        pickled = sorted(name for name in files.names() if name.endswith(PICKLED_SUFFIXES))
+        others = sorted(name for name in files.names() if name.endswith(OTHER_LIBRARIES))
         text = _instead(files) or "no model.safetensors and no model.safetensors.index.json"
-        if pickled:
-            text = (
-                f"only pickled weights ({pickled[0]}), which can run code when opened and are refused; "
-                "convert them to safetensors"
-            )
+        if others:
+            text = f"only weights of another library ({others[0]}); load and save them with transformers"
     return CheckpointError(_called(files) + text)
+
+
+def not_torch(files: Any, name: str) -> CheckpointError:
+    """That the file `name` is none of torch.save."""
+    first = files.read(name, 0, len(_POINTER))
+    if first == _POINTER:
+        return _pointer(files, name)
+    what = "an empty file" if not first else f"not written by torch.save (it begins with {first[:8]!r})"
+    return CheckpointError(f"{_called(files)}{name}: {what}; give a state_dict saved by torch.save, or safetensors")
 
 
 def no_safetensors(files: Any, name: str, length: int, size: int) -> CheckpointError:
     """That the file `name` of `size` bytes is none: its header would be of `length` bytes."""
     if files.read(name, 0, len(_POINTER)) == _POINTER:
-        return CheckpointError(
-            f"{_called(files)}{name} is a Git LFS pointer, not the weights: run `git lfs pull` in that folder, "
-            "or download the checkpoint from the Hub"
-        )
+        return _pointer(files, name)
     return CheckpointError(
         f"{_called(files)}{name}: the header claims {length} bytes, the file has {size}; truncated or not a "
         "safetensors file"
+    )
+
+
+def _pointer(files: Any, name: str) -> CheckpointError:
+    return CheckpointError(
+        f"{_called(files)}{name} is a Git LFS pointer, not the weights: run `git lfs pull` in that folder, "
+        "or download the checkpoint from the Hub"
     )
 
 
@@ -62,15 +78,14 @@ def _instead(files: Any) -> str | None:
             "(merge_and_unload of peft, then save_pretrained) and give that folder"
         )
     for suffixes, text in (
-        ((".gguf",), "a GGUF ({}), which is not safetensors; give the checkpoint that it was converted from"),
         (
             (".distcp",),
-            "shards of torch.distributed.checkpoint ({}), which are not safetensors; convert them with "
-            "`python -m torch.distributed.checkpoint.format_utils dcp_to_torch` and save_pretrained",
+            "shards of torch.distributed.checkpoint ({}) without the .metadata that says what they hold; copy it "
+            "beside them",
         ),
     ):
         found = sorted(name for name in names if name.endswith(suffixes))
-        if found:
+        if found and not (suffixes == (".distcp",) and files.has(".metadata")):
             return text.format(found[0])
     folder = getattr(files, "folder", None)
     return None if folder is None else _of_folder(folder)

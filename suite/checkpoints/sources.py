@@ -1,4 +1,4 @@
-"""What a SOURCE names: a folder, a repository of the Hub, or a URL; settled once, and the same for every process."""
+"""What a SOURCE names: a folder, a file, a repository of the Hub, a URL; settled once, the same for every process."""
 
 import os
 import re
@@ -8,20 +8,29 @@ from deadbench.suite.secrets import scrubbed
 from deadbench.suite.storage import is_url
 
 _HUB = "hf://"
+_FILES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".gguf")  # a SOURCE that is one file
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?$")
 
 
 def locate(source: str, base: Path | None = None) -> str:
-    """What a SOURCE is, as every process and node understands it: a folder's absolute path, `hf://ID`, or as it is.
+    """What a SOURCE is, as every process and node understands it: an absolute path, `hf://ID`, or as it is.
 
     `team/model` is a folder where there is one here, or below `base`, else a Hub id: who carries the answer along need
     not ask again where other folders are.
     """
     if not source.startswith(_HUB):
         for candidate in (Path(source).expanduser(), *([base / source] if base else [])):
-            if candidate.is_dir():
+            if candidate.is_dir() or (candidate.name.endswith(_FILES) and candidate.is_file()):
                 return str(candidate.absolute())
     return f"{_HUB}{source}" if _HUB_ID.match(source) else source
+
+
+def folder_and_file(place: str) -> tuple[str, str | None]:
+    """The folder of a place, and which of its files is meant where that is one: here, or a URL that ends as one."""
+    address, mark, query = place.partition("?") if is_url(place) else (place, "", "")
+    folder, slash, name = address.rpartition("/")
+    meant = name.endswith(_FILES) and (is_url(place) or (os.path.isabs(place) and not Path(place).is_dir()))
+    return (f"{folder}{mark}{query}", name) if meant and slash else (place, None)
 
 
 def is_hub_id(source: str) -> bool:
@@ -30,7 +39,7 @@ def is_hub_id(source: str) -> bool:
 
 
 def is_source(name: str) -> bool:
-    """Whether `name` is a folder here, a Hub id by its form, or a URL."""
+    """Whether `name` is a folder or a file of weights here, a Hub id by its form, or a URL."""
     place = locate(name)
     return os.path.isabs(place) or place.startswith(_HUB) or is_url(place)
 

@@ -44,6 +44,13 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def inside(name: str) -> bool:
+    """Whether a name that a file gives is that of a file in its folder or below it."""
+    return (
+        "\\" not in name and name.isprintable() and all(part and not part.startswith(".") for part in name.split("/"))
+    )
+
+
 def shown(value: object) -> str:
     """A value of unknown size and depth, in a few words."""
     return _SHORT.repr(value)

@@ -1,38 +1,60 @@
-"""Read single tensors of a safetensors checkpoint: the header first, then only the bytes that are asked for.
+"""What is known of a stored tensor before it is read, and reading it: only the bytes that are asked for.
 
-The header is untrusted: its length, offsets, dtypes and shapes are checked before anything is allocated.
-Format: 8 bytes little-endian header length, JSON header, tensor data (github.com/huggingface/safetensors).
+Where a tensor lies is told by one of `suite/checkpoints/formats`; from here on all formats are the same.
 """
 
-import concurrent.futures
-import itertools
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from deadbench.suite.checkpoints.no_weights import no_safetensors
-from deadbench.suite.checkpoints.strict_json import parse_object, shown
-from deadbench.suite.checkpoints.weight_files import Files, WeightFiles, weight_files
+from deadbench.suite.checkpoints.files import Files
+from deadbench.suite.checkpoints.strict_json import shown
 from deadbench.suite.errors import CheckpointError
 
-MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 MAX_DIMENSIONS, MAX_EXTENT = 32, 2**48
-_CONCURRENT_HEADERS = 8  # shards of a remote checkpoint are opened together
 
-_ITEM_BYTES = {
+ITEM_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2,
-    "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
+    "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "C64": 8,
 }  # fmt: skip
 _FLOAT_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
 DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 @dataclass(frozen=True)
+class Piece:
+    """Values of a tensor that lie together.
+
+    Attributes:
+        file: where.
+        start: byte at which they begin.
+        end: byte at which they end.
+        place: the index in the tensor of the first value.
+        shape: of the piece.
+        strides: values from one index to the next, along each axis; None: one after another, the last axis first.
+        locate: gives the piece as it lies, where only reading tells; `start` is then counted from what holds it.
+    """
+
+    file: str
+    start: int
+    end: int
+    place: tuple[int, ...]
+    shape: tuple[int, ...]
+    strides: tuple[int, ...] | None = None
+    locate: "Callable[[Files, Piece], Piece] | None" = None
+
+
+@dataclass(frozen=True)
 class TensorEntry:
-    """One tensor of a header: where it lies and what it is."""
+    """One stored tensor: what it is and where it lies, from `start` to `end` of `file` or in `pieces`.
+
+    Of a tensor in pieces `file` is that of the first; values that are in no piece are zero. Where
+    `flat`, pieces are of its values in one row.
+    """
 
     name: str
     file: str
@@ -40,31 +62,91 @@ class TensorEntry:
     shape: tuple[int, ...]
     start: int
     end: int
+    pieces: tuple[Piece, ...] = ()
+    flat: bool = False
 
 
-def read_headers(files: Files, weights: WeightFiles | None = None) -> dict[str, TensorEntry]:
-    """All tensors of a checkpoint by name, from its headers alone; `weights` are its files, where they are known.
+@dataclass(frozen=True)
+class StoredNorm:
+    """What a format says of the final norm by itself.
+
+    Attributes:
+        name: of its tensors, before `.weight` and `.bias`; None where none is there.
+        family: what the norms do; None where that is not told.
+        eps: of the norms.
+        hidden_size: the width of the residual stream.
+        num_blocks: how many blocks there are.
+        whole_scale: the scale is stored as it is applied, though the architecture adds one to its weight.
+        adds_one: the scale is one more than what is stored.
+    """
+
+    name: str | None
+    family: str | None = None
+    eps: float | None = None
+    hidden_size: int | None = None
+    num_blocks: int | None = None
+    whole_scale: bool = False
+    adds_one: bool = False
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What the header of a file tells.
+
+    Attributes:
+        entries: its tensors.
+        step: the training step, where it is recorded.
+        config: the contents of the config.json that the file makes up for, where it can.
+        remark: what is to be said of how it was read.
+        norm: what it says of the final norm, where it has names of its own.
+    """
+
+    entries: list[TensorEntry]
+    step: int | None = None
+    config: dict[str, Any] | None = None
+    remark: str | None = None
+    norm: StoredNorm | None = None
+
+
+def check_name(file: str, tensor: str) -> None:
+    """Refuse a tensor's name that is a path or not printable.
+
+    It is a key here and nowhere a path, but it goes into messages, tables and other tools' file names.
+    """
+    if not tensor.isprintable() or tensor.startswith(("/", "\\")) or ".." in tensor.replace("\\", "/").split("/"):
+        raise CheckpointError(f"{file}: the tensor name {shown(tensor)} is a path or not printable; corrupt or hostile")
+
+
+def shifted(piece: Piece, start: int) -> Piece:
+    """A piece that was counted from byte `start` of its file, counted from the first."""
+    return replace(piece, start=start + piece.start, end=start + piece.end, locate=None)
+
+
+def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Values from one index to the next along each axis, where the last axis comes first."""
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+
+
+def read_raw(files: Files, entry: TensorEntry, into: NDArray[np.uint8] | None = None) -> NDArray[Any]:
+    """A tensor's values as unsigned integers of its items' size, put together from its pieces; `into` takes its bytes.
 
     Raises:
-        CheckpointError: no safetensors, a missing shard, an index that leaves the folder, a malformed header.
+        CheckpointError: cut off, or of a dtype without a known size.
     """
-    weights = weights or weight_files(files)
-    shards = weights.shards
-    if len(shards) == 1:
-        headers = [_read_header(files, shards[0])]
-    else:
-        with concurrent.futures.ThreadPoolExecutor(_CONCURRENT_HEADERS) as pool:
-            headers = list(pool.map(lambda shard: _read_header(files, shard), shards))
-    held = {shard: {entry.name: entry for entry in header} for shard, header in zip(shards, headers, strict=True)}
-    loaded = {name: entry for shard in shards for name, entry in held[shard].items()}  # the last one counts
-    entries: dict[str, TensorEntry] = {}
-    for tensor, shard in weights.weight_map.items():
-        if tensor not in held[shard]:
-            raise CheckpointError(
-                f"{weights.index}: says that {shard} holds {tensor!r}, which it does not; download the checkpoint again"
-            )
-        entries[tensor] = loaded[tensor]
-    return loaded if not entries else entries | {n: e for n, e in loaded.items() if n not in entries}
+    if entry.dtype not in ITEM_BYTES:
+        raise CheckpointError(f"{entry.file}: tensor {entry.name} is {entry.dtype}; read are {', '.join(ITEM_BYTES)}")
+    dtype = np.dtype(f"<u{ITEM_BYTES[entry.dtype]}")
+    pieces = entry.pieces or (Piece(entry.file, entry.start, entry.end, (0,) * len(entry.shape), entry.shape),)
+    if into is None and len(pieces) == 1 and pieces[0].shape == entry.shape:
+        return _read_piece(files, entry, pieces[0], dtype)
+    shape = (math.prod(entry.shape),) if entry.flat else entry.shape
+    whole = np.zeros(shape, dtype) if into is None else into.view(dtype).reshape(shape)
+    if into is not None and sum(math.prod(piece.shape) for piece in pieces) < whole.size:
+        whole[...] = 0
+    for piece in pieces:
+        place = tuple(slice(at, at + count) for at, count in zip(piece.place, piece.shape, strict=True))
+        whole[place] = _read_piece(files, entry, piece, dtype)
+    return whole.reshape(entry.shape)
 
 
 def read_vector(files: Files, entry: TensorEntry) -> NDArray[np.float64]:
@@ -78,20 +160,18 @@ def read_vector(files: Files, entry: TensorEntry) -> NDArray[np.float64]:
             f"{entry.file}: tensor {entry.name} is {entry.dtype} of shape {list(entry.shape)}; "
             f"expected a vector of {', '.join(_FLOAT_DTYPES)} or BF16"
         )
-    raw = files.read(entry.file, entry.start, entry.end)
-    if len(raw) != entry.end - entry.start:
-        raise CheckpointError(f"{entry.file}: tensor {entry.name} is cut off; download the file again")
+    raw = read_raw(files, entry)
     if entry.dtype == "BF16":
-        values = (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+        values = (raw.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
     else:
-        values = np.frombuffer(raw, _FLOAT_DTYPES[entry.dtype]).astype(np.float64)
+        values = raw.view(_FLOAT_DTYPES[entry.dtype]).astype(np.float64)
     if not np.isfinite(values).all():
         bad = int((~np.isfinite(values)).sum())
         raise CheckpointError(f"{entry.file}: tensor {entry.name} has {bad} values that are not finite")
     return values
 
 
-def stored_dtype(entries: dict[str, TensorEntry]) -> str | None:
+def stored_dtype(entries: Mapping[str, TensorEntry]) -> str | None:
     """Name of the float dtype that most parameters are stored in; None if there are none."""
     sizes: dict[str, int] = {}
     for entry in entries.values():
@@ -100,42 +180,13 @@ def stored_dtype(entries: dict[str, TensorEntry]) -> str | None:
     return DTYPE_NAMES[max(sizes, key=lambda dtype: sizes[dtype])] if sizes else None
 
 
-def _read_header(files: Files, name: str) -> list[TensorEntry]:
-    size = files.size(name)
-    if size < 8:
-        raise CheckpointError(f"{name}: {size} bytes, too short for a safetensors file")
-    length = int.from_bytes(files.read(name, 0, 8), "little")
-    if length > min(MAX_HEADER_BYTES, size - 8):
-        raise no_safetensors(files, name, length, size)
-    raw = files.read(name, 8, 8 + length)
-    if len(raw) != length:
-        raise CheckpointError(f"{name}: the header is cut off; download the file again")
-    header = parse_object(raw, f"{name}: the header")
-    header.pop("__metadata__", None)
-    entries = [_entry(name, tensor, spec, 8 + length, size) for tensor, spec in header.items()]
-    ordered = sorted(entries, key=lambda e: (e.start, e.end))
-    for before, after in itertools.pairwise(ordered):
-        if after.start < before.end:
-            raise CheckpointError(
-                f"{name}: tensors {shown(before.name)} and {shown(after.name)} overlap; corrupt header"
-            )
-    return entries
-
-
-def _entry(file: str, tensor: str, spec: Any, data_start: int, size: int) -> TensorEntry:
-    # A name is a key here and nowhere a path, but it goes into messages, tables and other tools' file names.
-    if not tensor.isprintable() or tensor.startswith(("/", "\\")) or ".." in tensor.replace("\\", "/").split("/"):
-        raise CheckpointError(f"{file}: the tensor name {shown(tensor)} is a path or not printable; corrupt or hostile")
-    try:
-        dtype, shape, (start, end) = spec["dtype"], tuple(spec["shape"]), spec["data_offsets"]
-        sane = isinstance(dtype, str) and all(type(n) is int and n >= 0 for n in (*shape, start, end))
-        sane = sane and len(shape) <= MAX_DIMENSIONS and max(shape, default=0) <= MAX_EXTENT and start <= end
-        if sane and dtype in _ITEM_BYTES:  # dtypes younger than this list are listed, not checked and never read
-            sane = end - start == math.prod(shape) * _ITEM_BYTES[dtype]
-    except (TypeError, KeyError, ValueError):
-        sane = False
-    if not sane:
-        raise CheckpointError(f"{file}: tensor {shown(tensor)} has a malformed entry: {shown(spec)}")
-    if data_start + end > size:
-        raise CheckpointError(f"{file}: tensor {shown(tensor)} lies beyond the end of the file; truncated")
-    return TensorEntry(tensor, file, dtype, shape, data_start + start, data_start + end)
+def _read_piece(files: Files, entry: TensorEntry, piece: Piece, dtype: np.dtype[Any]) -> NDArray[Any]:
+    piece = piece.locate(files, piece) if piece.locate else piece
+    raw = files.read(piece.file, piece.start, piece.end)
+    if len(raw) != piece.end - piece.start:
+        raise CheckpointError(f"{piece.file}: tensor {entry.name} is cut off; download the file again")
+    values = np.frombuffer(raw, dtype)
+    if piece.strides is None:
+        return values.reshape(piece.shape)
+    in_bytes = [stride * dtype.itemsize for stride in piece.strides]
+    return np.ascontiguousarray(np.lib.stride_tricks.as_strided(values, piece.shape, in_bytes, writeable=False))

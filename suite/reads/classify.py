@@ -11,8 +11,12 @@ from deadbench.suite.errors import CheckpointError
 from deadbench.suite.reads.parameters import read_parameters
 
 
-def classify(source: str, verify: bool = False) -> tuple[dict[str, Any], NDArray[np.float64] | None]:
+def classify(
+    source: str, verify: bool = False, config: dict[str, Any] | None = None, model_type: str | None = None
+) -> tuple[dict[str, Any], NDArray[np.float64] | None]:
     """The object that `deadbench classify --json` prints for one source, and its inverse-scale direction.
+
+    `config` takes the place of its config.json; `model_type` is what a configuration without one is of.
 
     Never raises for a bad checkpoint: `error` then holds the one line and the fields are null.
     """
@@ -22,12 +26,13 @@ def classify(source: str, verify: bool = False) -> tuple[dict[str, Any], NDArray
     direction_D = None
     checkpoint = None
     try:
-        checkpoint = Checkpoint(source)
+        checkpoint = Checkpoint(source, config=config, model_type=model_type)
         read = read_parameters(checkpoint, verify)
         columns = read.columns()
         result |= {name: columns[name] for name in CLASSIFY_FIELDS if name in columns}
-        result |= {"revision": checkpoint.revision, "bytes_total": checkpoint.bytes_total()}
-        result["evidence"] = [*read.evidence, *([checkpoint.remark] if checkpoint.remark else [])]
+        result |= {"revision": checkpoint.revision, "bytes_total": checkpoint.bytes_total()} | checkpoint.origin()
+        remarks = (checkpoint.remark, checkpoint.contents().remark)
+        result["evidence"] = [*read.evidence, *(remark for remark in remarks if remark)]
         result["error"] = f"{source}: {read.reason}" if read.needs_remote_code else None
         direction_D = read.direction_D
     except CheckpointError as error:
@@ -40,5 +45,5 @@ def classify(source: str, verify: bool = False) -> tuple[dict[str, Any], NDArray
 CLASSIFY_FIELDS = (
     "source", "revision", "family", "final_norm", "final_norm_tensor", "placement", "scale", "has_bias", "eps",
     "hidden_size", "num_zero_scales", "scale_harmonic", "predicted_dim", "depth_predicted", "evidence", "bytes_read",
-    "bytes_total", "seconds", "error",
+    "bytes_total", "source_format", "source_step", "seconds", "error",
 )  # fmt: skip

@@ -49,6 +49,7 @@ def norms_of(
     prefix = next((f"{path}." for path, module in modules.items() if module is bare and path), "")
     blocks_path, _ = block_list(bare, read.final.path)
     base = naming(model)
+    base = base.further(rule for rule in read.final.naming.rules if rule not in base.rules)
     of_bare, of_heads = StoredTensors(read.entries, base), StoredTensors(read.entries, replace(base, base=""))
     called = wiring.norms if wiring else {}
     norms: dict[str, EffectiveNorm] = {}
@@ -76,6 +77,8 @@ def norms_of(
         if any(name and len(entries) != 1 for name, entries in zip(names, found, strict=True)):
             continue
         scale_D, shift_D = (read_vector(checkpoint, entries[0]) if entries else None for entries in found)
+        if read.whole_scale and behaviour.scale == "1+weight" and scale_D is not None:
+            scale_D = scale_D - 1
         norms[path] = effective_norm(behaviour, scale_D, shift_D, width)
     counts = count_dead_parameters(model, wiring, norms) if wiring else {}
     rows = []

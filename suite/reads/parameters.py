@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from deadbench.suite.architectures.final_names import by_other_names
 from deadbench.suite.architectures.norms import EffectiveNorm, FinalNorm, NormBehaviour, effective_norm
+from deadbench.suite.architectures.stored_names import Renaming
 from deadbench.suite.architectures.stored_tensors import StoredTensors
 from deadbench.suite.atlas.lookup import lookup
 from deadbench.suite.checkpoints.checkpoint import Checkpoint
-from deadbench.suite.checkpoints.tensors import DTYPE_NAMES, TensorEntry, read_vector
+from deadbench.suite.checkpoints.tensors import DTYPE_NAMES, StoredNorm, TensorEntry, read_vector
 from deadbench.suite.errors import ArchitectureError, CheckpointError, RemoteCodeError
 from deadbench.suite.reads.columns import architecture_columns, scale_columns
 from deadbench.suite.schema import Row
@@ -37,6 +39,7 @@ class ParametersRead:
     evidence: list[str] = field(default_factory=list)
     entries: dict[str, TensorEntry] = field(default_factory=dict)
     needs_remote_code: bool = False
+    whole_scale: bool = False  # scales are stored as they are applied, though the architecture adds one
 
     @property
     def stored_dtype(self) -> str | None:
@@ -65,10 +68,21 @@ def read_parameters(checkpoint: Checkpoint, verify: bool = False) -> ParametersR
     """
     raw_config = checkpoint.config()
     entries = checkpoint.headers()
+    told = checkpoint.contents().norm
     refused = False
     try:
         final = _resolve(raw_config, verify)
+        if told and told.name and final.path:
+            names = (Renaming(f"^{re.escape(told.name)}\\.", f"{final.path}."),)
+            final = replace(final, naming=final.naming.further(names))
+            if told.family and told.family != final.family:
+                raise CheckpointError(
+                    f"{checkpoint.source}: its metadata say {told.family}, its architecture is of {final.family}; "
+                    "give --config"
+                )
     except ArchitectureError as error:
+        if told and (known := _as_told(told, entries)):
+            return _read_final(checkpoint, known, entries, told)
         refused = isinstance(error, RemoteCodeError)
         final = FinalNorm(None, NormBehaviour("undetermined"), None, _hidden_size(raw_config), None, reason=str(error))
     if final.path is None:
@@ -77,11 +91,21 @@ def read_parameters(checkpoint: Checkpoint, verify: bool = False) -> ParametersR
             *(_candidates(entries, final.hidden_size) if final.family == "undetermined" else []),
         ]
         return ParametersRead(final, None, None, None, final.reason, seen, entries, refused)
+    return _read_final(checkpoint, final, entries, told)
 
+
+def _read_final(
+    checkpoint: Checkpoint, final: FinalNorm, entries: dict[str, TensorEntry], told: StoredNorm | None
+) -> ParametersRead:
+    """The final norm that is known, read from its tensors."""
+    path = final.path
+    assert path is not None
+    if rules := by_other_names(final, entries):
+        final = replace(final, naming=final.naming.further(rules))
     behaviour = final.behaviour
     stored = StoredTensors(entries, final.naming)
     parameters = (behaviour.scale_parameter, behaviour.shift_parameter)
-    found = [stored.find(final.path, parameter) for parameter in parameters]
+    found = [stored.find(path, parameter) for parameter in parameters]
     scale_entry, shift_entry = (each[0] if len(each) == 1 else None for each in found)
     wanted = list(zip(parameters, (scale_entry, shift_entry), strict=True))
     missing = [f"{final.path}.{name}" for name, entry in wanted if name and entry is None]
@@ -117,6 +141,8 @@ def read_parameters(checkpoint: Checkpoint, verify: bool = False) -> ParametersR
                 f"{entry.file}: tensor {entry.name} has {len(vector)} values; "
                 f"the configuration says {final.hidden_size}"
             )
+    if told and told.whole_scale and behaviour.scale == "1+weight" and weight_D is not None:
+        weight_D = weight_D - 1
     norm = effective_norm(behaviour, weight_D, shift_D, final.hidden_size)
     evidence = [*final.evidence, *(f"tensor {e.name} of shape {list(e.shape)}, {e.dtype}" for _, e in wanted if e)]
     return ParametersRead(
@@ -127,7 +153,20 @@ def read_parameters(checkpoint: Checkpoint, verify: bool = False) -> ParametersR
         None,
         evidence,
         entries,
+        whole_scale=bool(told and told.whole_scale),
     )
+
+
+def _as_told(told: StoredNorm, entries: dict[str, TensorEntry]) -> FinalNorm | None:
+    """The final norm by what the format itself says, of an architecture that transformers does not have."""
+    if told.name is None or told.family is None or told.eps is None:
+        return None
+    shift = "bias" if f"{told.name}.bias" in entries else None
+    said = (f"the metadata of the file: {told.family}, by the key of its epsilon", f"eps = {told.eps}")
+    scale = "1+weight" if told.adds_one else "weight"
+    behaviour = NormBehaviour(told.family, scale, "weight", shift, told.eps, said)
+    placement = "post" if re.search(r"\.\d+\.", told.name) else "pre"
+    return FinalNorm(told.name, behaviour, placement, told.hidden_size, told.num_blocks, evidence=said)
 
 
 def _in_a_further_block(tensor: str, final: FinalNorm) -> str | None:

@@ -26,14 +26,14 @@ from tests.conftest import ROOT, TWINS, save_tiny, write_checkpoint
 
 # Every option of every command, as --help lists them: what scripts out there rely on.
 FLAGS = {
-    "classify": "--save-direction --verify --module --width --allow-undetermined --json --debug",
-    "export": "-o --out --debug",
+    "classify": "--save-direction --verify --module --config --model-type --width --allow-undetermined --json --debug",
+    "export": "-o --out --config --model-type --debug",
     "plan": "--assume --suite --registry --reads --address --out --resume --fresh --engine --tensor-parallel "
-    "--replicas --tokens --input --seed --dtype --accumulator-gb --json --debug",
+    "--replicas --tokens --input --seed --dtype --config --model-type --accumulator-gb --json --debug",
     "run": "--suite --registry --reads --address --out --resume --fresh --engine --tensor-parallel --replicas --tokens "
-    "--input --seed --dtype --accumulator-gb --timeout --max-retries --checkpoint-interval --autoscale --log-format "
-    "--json --debug",
-    "census": "--out --address --resume --fresh --threads --json --debug",
+    "--input --seed --dtype --config --model-type --accumulator-gb --timeout --max-retries --checkpoint-interval "
+    "--autoscale --log-format --json --debug",
+    "census": "--out --address --resume --fresh --threads --config --model-type --json --debug",
     "leaderboard": "--format --sort --family --json --debug",
     "families": "--format --json --debug",
     "dead": "--model --verdict --all --format --json --debug",

@@ -14,7 +14,7 @@ from tests.conftest import save_tiny
 
 NOTHING = {
     "engine": "auto", "tokens": None, "input_spec": None, "dtype": None, "seed": 0, "accumulator_gb": None,
-    "tensor_parallel": None, "replicas": 1,
+    "tensor_parallel": None, "replicas": 1, "config": None, "model_type": None,
 }  # fmt: skip
 
 
@@ -25,7 +25,7 @@ def test_run_and_plan_share_their_options():
         for name in ("run", "plan")
     )
     shared = run.keys() & plan.keys()
-    assert len(shared) == 17
+    assert len(shared) == 19
     assert {name for name in shared if run[name] != plan[name]} == {"address", "out", "tensor_parallel"}
 
 

@@ -151,7 +151,7 @@ def test_a_wish_falls_back_where_the_engine_lacks_the_architecture(tmp_path, mon
     from deadbench.runners.jobs.build import _wished
 
     def wished(model_type, engine="vllm"):
-        return _wished(Model(id="m", engine=engine, config={"model_type": model_type}), tmp_path, False)
+        return _wished(Model(id="m", engine=engine, config={"model_type": model_type}), tmp_path, False, Overrides())
 
     assert (wished("hare"), wished("rabbit"), wished("rabbit", "streaming"), wished("rabbit", "auto")) == (
         "vllm", "torch", "streaming", "torch",

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from deadbench.runners.jobs import opening
+from deadbench.runners.jobs import job as jobs_module
 from deadbench.runners.jobs.build import build_jobs
 from deadbench.runners.jobs.job import JobError, Overrides, read_step
 from deadbench.runners.jobs.opening import unreachable
@@ -198,14 +198,14 @@ def test_models_are_opened_side_by_side(tmp_path, monkeypatch):
     together = threading.Barrier(4, timeout=20)
 
     class Slow:
-        def __init__(self, source, revision=None, base=None, place=None):
+        def __init__(self, source, *_, **__):
             self.source = source
 
         def config(self):
             together.wait()
             raise CheckpointError(f"{self.source}: seen")
 
-    monkeypatch.setattr(opening, "Checkpoint", Slow)
+    monkeypatch.setattr(jobs_module, "Checkpoint", Slow)
     registry, path = registry_of(tmp_path, {name: f"org/{name}" for name in "abcd"})
     built = build_jobs(registry, path, [], "all", ["parameters"], Overrides())
     assert unreachable(built) == [f"{name}: org/{name}: seen" for name in "abcd"]

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from deadbench.runners.jobs import opening
-from deadbench.runners.jobs.job import Unreached
+from deadbench.runners.jobs.job import Overrides, Unreached
 from deadbench.runners.planning.hardware import parse_cluster
 from deadbench.runners.planning.plan import place
 from deadbench.suite.checkpoints.fsspec_folder import one_line_errors
@@ -20,9 +20,9 @@ def test_the_class_of_the_error_is_carried_into_the_read(error, kind, tmp_path, 
     def refused(*_):
         raise error
 
-    monkeypatch.setattr(opening, "Checkpoint", refused)
-    assert opening.open_all("far", ["main"], tmp_path) == ({"main": (None, TEXT)}, [])
-    assert type(opening.open_all("far", ["main"], tmp_path)[0]["main"][1]) is kind
+    monkeypatch.setattr(Overrides, "opened", refused)
+    assert opening.open_all("far", ["main"], tmp_path, Overrides()) == ({"main": (None, TEXT)}, [])
+    assert type(opening.open_all("far", ["main"], tmp_path, Overrides())[0]["main"][1]) is kind
 
 
 def test_only_what_was_not_reached_may_be_there_on_the_cluster_that_is_assumed(tmp_path):

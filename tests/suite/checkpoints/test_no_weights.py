@@ -5,7 +5,7 @@ import json
 import pytest
 
 from deadbench.suite.checkpoints.checkpoint import Checkpoint
-from deadbench.suite.checkpoints.tensors import read_headers
+from deadbench.suite.checkpoints.headers import read_headers
 from deadbench.suite.errors import CheckpointError
 
 CONFIG = json.dumps({"model_type": "gpt2", "n_embd": 32})
@@ -38,13 +38,15 @@ def told(source):
             "an adapter alone (adapter_config.json), without its base org/base; merge it",
         ),
         ({"adapter_config__json": "[]", "config__json": CONFIG}, "an adapter alone (adapter_config.json)"),
-        ({"config__json": CONFIG, "model__gguf": "GGUF"}, "a GGUF (model.gguf), which is not safetensors"),
-        ({"model__gguf": "GGUF"}, "a GGUF (model.gguf), which is not safetensors"),
+        ({"model__gguf": "GGUF"}, "no config.json"),
         (
-            {"config__json": CONFIG, "__metadata": "x", "shard__distcp": "x"},
-            "shards of torch.distributed.checkpoint (shard.distcp)",
+            {"config__json": CONFIG, "shard__distcp": "x"},
+            "shards of torch.distributed.checkpoint (shard.distcp) without the .metadata",
         ),
-        ({"config__json": CONFIG, "pytorch_model__bin": "x"}, "only pickled weights (pytorch_model.bin)"),
+        (
+            {"config__json": CONFIG, "pytorch_model__bin": "x"},
+            "pytorch_model.bin: not written by torch.save (it begins with b'x')",
+        ),
         ({"config__json": CONFIG, "model__safetensors": POINTER}, "a Git LFS pointer, not the weights: run `git lfs"),
         ({"config__json": CONFIG, "model__safetensors": "x" * 200}, "the header claims"),
         ({"config__json": CONFIG}, "no model.safetensors and no model.safetensors.index.json"),

@@ -11,7 +11,7 @@ import pytest
 
 from deadbench.suite.checkpoints import http_folder, http_requests
 from deadbench.suite.checkpoints.checkpoint import Checkpoint, list_revisions
-from deadbench.suite.checkpoints.tensors import read_headers
+from deadbench.suite.checkpoints.headers import read_headers
 from deadbench.suite.errors import CheckpointError
 from deadbench.suite.reads.classify import classify
 from tests.conftest import ROOT, TINY_NEOX, save_tiny

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
-from deadbench.suite.checkpoints.tensors import read_headers, read_vector, stored_dtype
+from deadbench.suite.checkpoints.headers import read_headers
+from deadbench.suite.checkpoints.tensors import read_vector, stored_dtype
 from deadbench.suite.errors import CheckpointError
 
 
@@ -97,7 +98,7 @@ def test_shards_are_followed_through_the_index():
         (raw({"w": entry()}, b"x" * 4), "beyond the end of the file"),
         (raw({"v": entry(), "w": entry(offsets=(4, 12))}, b"x" * 12), "overlap"),
         (Memory(config__json=b"{}"), "no model.safetensors"),
-        (Memory(pytorch_model__bin=b"x"), "only pickled weights"),
+        (Memory(pytorch_model__bin=b"x"), "not written by torch.save"),
         (raw({"w": entry(shape=(1,) * 40)}, b"x" * 8), "malformed"),
         (raw({"w": entry(dtype="F4", shape=(2**60,))}, b"x" * 8), "malformed"),
         (raw({"w": {"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]}}, b"x" * 8), "malformed"),

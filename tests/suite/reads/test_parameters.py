@@ -110,7 +110,7 @@ def bad_checkpoint(kind, folder):
         ("wrong dtype", "is I64"),
         ("wrong width", "has 8 values"),
         ("nan", "not finite"),
-        ("pickled", "only pickled weights"),
+        ("pickled", "not written by torch.save"),
         ("remote code", "never run"),
         ("no config", "no config.json"),
         ("broken config", "not JSON"),

@@ -1,0 +1,75 @@
+"""The contents of a config.json, checked and completed: what any reader may build from."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from deadbench.suite.checkpoints.strict_json import MAX_JSON_BYTES, parse_object
+from deadbench.suite.errors import CheckpointError
+
+# Numbers in a configuration that make transformers build so many objects, whatever the device.
+_COUNTS = re.compile(r"^(n_layers?|num_.*layers|.*_layers|depths?|num_labels|(n|num)_.*experts)$")
+_MAX_COUNT = 100_000
+
+
+def config_file(path: Path) -> dict[str, Any]:
+    """The configuration in a file of any name.
+
+    Raises:
+        CheckpointError: not JSON, not an object, or of counts that no model has.
+    """
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise CheckpointError(f"{path}: larger than {MAX_JSON_BYTES} bytes; no configuration")
+    return checked(parse_object(path.read_bytes(), str(path)), str(path))
+
+
+def checked(config: Mapping[str, Any], called: str, model_type: str | None = None) -> dict[str, Any]:
+    """A configuration as it is read: plain floats, and a `model_type` where its `architectures` or the user tell it.
+
+    Raises:
+        CheckpointError: counts that no model has.
+    """
+    _check_counts(config, called)
+    plain = {key: _plain_floats(value) for key, value in config.items()}
+    if not isinstance(plain.get("model_type"), str):
+        told = model_type or _type_of(plain.get("architectures"))
+        plain |= {"model_type": told} if told else {}
+    return plain
+
+
+def _type_of(architectures: Any) -> str | None:
+    """The model type whose class in transformers is the first that is named; None where there are none, or several."""
+    named = architectures[0] if isinstance(architectures, list) and architectures else None
+    if not isinstance(named, str):
+        return None
+    from transformers.models.auto import modeling_auto
+
+    found = set()
+    for mapping in (value for name, value in vars(modeling_auto).items() if name.endswith("_MAPPING_NAMES")):
+        for model_type, names in mapping.items():
+            if named in ((names,) if isinstance(names, str) else names):
+                found.add(model_type)
+    own = {each for each in found if named.lower().startswith(re.sub(r"[-_]", "", each))}  # others borrow its class
+    candidates = own or found
+    longest = max(map(len, candidates), default=0)
+    longest_named = [each for each in candidates if len(each) == longest]
+    return longest_named[0] if len(longest_named) == 1 else None
+
+
+def _check_counts(config: Mapping[str, Any], called: str) -> None:
+    for key, value in config.items():
+        values = value if isinstance(value, list) else [value]
+        if isinstance(value, dict):
+            _check_counts(value, called)
+        elif _COUNTS.match(key) and any(isinstance(v, (int, float)) and v > _MAX_COUNT for v in values):
+            raise CheckpointError(f"{called}: {key} is {value!r}; no model has more than {_MAX_COUNT}")
+
+
+def _plain_floats(value: Any) -> Any:
+    """`value` with transformers' spelling of what JSON has no number for, `{"__float__": "Infinity"}`, as floats."""
+    if isinstance(value, dict):
+        if set(value) == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
+            return float(value["__float__"])
+        return {key: _plain_floats(each) for key, each in value.items()}
+    return [_plain_floats(each) for each in value] if isinstance(value, list) else value

@@ -1,0 +1,120 @@
+"""What the names in a pickle stand for here: constructors of our own, and plain records for classes.
+
+Whatever is made is plain: numbers, text, lists, dicts, records. No name leads to anything of another module.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from deadbench.suite.checkpoints.strict_json import shown
+from deadbench.suite.errors import CheckpointError
+
+MAX_TEXT = 65_536  # bytes of a name, a key, an option
+_MAX_KEY_ITEMS = 16  # of a tuple that is a key
+
+_SCALARS = (str, int, float, bool, bytes, type(None))
+
+
+class Constructor:
+    """A name that a pickle may hold: what it is called there, and what stands for it here.
+
+    Attributes:
+        name: module and name.
+        make: makes a value of the arguments.
+    """
+
+    __slots__ = ("make", "name")
+
+    def __init__(self, name: str, make: Callable[..., Any]):
+        """What `make` makes takes the place of what `name` would."""
+        self.name, self.make = name, make
+
+
+class Record:
+    """An object of a class that is known: its name and its fields, and nothing that it does.
+
+    Attributes:
+        kind: the name of its class.
+        fields: what was set on it; `state` of it where that was no dict.
+    """
+
+    __slots__ = ("fields", "kind")
+
+    def __init__(self, kind: str, fields: dict[Any, Any] | None = None):
+        """A record of the class `kind`."""
+        self.kind, self.fields = kind, fields or {}
+
+
+def record(name: str) -> Constructor:
+    """A class whose objects are plain records."""
+    return Constructor(name, lambda *args: Record(name, {"args": args} if args else None))
+
+
+class RefusedError(Exception):
+    """What is wrong with a pickle; becomes the one line of a CheckpointError."""
+
+
+class CutOffError(CheckpointError):
+    """A pickle whose end is not there."""
+
+
+def plain_key(key: Any) -> Any:
+    """A key whose hash takes no time and no depth: a plain value, or a flat tuple of such."""
+    if isinstance(key, (*_SCALARS, Record)):
+        return key
+    if type(key) is tuple and len(key) <= _MAX_KEY_ITEMS and all(isinstance(each, _SCALARS) for each in key):
+        return key
+    raise RefusedError(f"has a {type(key).__name__} as a key")
+
+
+def _ordered_dict(*args: Any) -> dict[Any, Any]:
+    found: dict[Any, Any] = {}
+    for pair in args[0] if args else ():
+        key, value = pair
+        found[plain_key(key)] = value
+    return found
+
+
+def _members(*args: Any) -> set[Any]:
+    return {plain_key(each) for each in args[0]} if args else set()
+
+
+def _encoded(text: Any, encoding: Any = "utf-8") -> bytes:
+    """`_codecs.encode`, by which protocol 2 writes bytes."""
+    if not isinstance(text, str) or encoding not in ("latin1", "utf-8", "ascii") or len(text) > MAX_TEXT:
+        raise RefusedError(f"calls _codecs.encode with {shown(text)}, {shown(encoding)}")
+    return text.encode(encoding)
+
+
+def _byte_array(*args: Any) -> bytes:
+    if args and not isinstance(args[0], bytes):
+        raise RefusedError(f"calls bytearray with {shown(args[0])}")
+    return args[0] if args else b""
+
+
+# What training scripts keep beside weights: numbers of numpy, and settings; none of it is looked into.
+_CLASSES = (
+    "numpy.ndarray", "numpy.dtype", "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct",
+    "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "signal.Signals", "megatron.core.enums.ModelType",
+    "megatron.model.enums.ModelType", "megatron.core.transformer.enums.AttnBackend",
+    "megatron.model.enums.PositionEmbeddingType", "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler", "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.utils.tensor_fragment.fragment_address",
+)  # fmt: skip
+CONSTRUCTORS: Mapping[str, Any] = {
+    each.name: each
+    for each in (
+        Constructor("collections.OrderedDict", _ordered_dict),
+        *(
+            Constructor(f"{module}.{name}", make)
+            for module in ("builtins", "__builtin__")  # the latter in protocol 2, which keeps Python 2's names
+            for name, make in (
+                ("set", _members), ("frozenset", _members), ("dict", _ordered_dict),
+                ("bytearray", _byte_array), ("bytes", _byte_array),
+            )
+        ),
+        Constructor("_codecs.encode", _encoded),
+        record("argparse.Namespace"),
+        *map(record, _CLASSES),
+    )
+}  # fmt: skip

@@ -1,0 +1,53 @@
+"""Where training frameworks keep a model: in the folder that is given, or in the one that their `latest` names."""
+
+import re
+
+from deadbench.suite.checkpoints.files import Files
+from deadbench.suite.checkpoints.formats.neox import FIRST_LAYER, layer_files
+from deadbench.suite.checkpoints.formats.zero3 import FIRST_RANK
+from deadbench.suite.checkpoints.strict_json import shown
+from deadbench.suite.errors import CheckpointError
+
+_POINTERS = {"latest": "{}", "latest_checkpointed_iteration.txt": "iter_{:0>7}"}
+_DEEPSPEED, _MEGATRON = "mp_rank_00_model_states.pt", "mp_rank_00{}/model_optim_rng.pt"
+_MOST_STAGES = 1000
+
+
+def trainers_files(files: Files) -> tuple[str, tuple[str, ...]] | None:
+    """(format, files) of a training framework's folder; None where it is none.
+
+    Raises:
+        CheckpointError: a pointer to what is not there.
+    """
+    if found := _inside(files, ""):
+        return found
+    for pointer, form in _POINTERS.items():
+        if files.has(pointer):
+            told = files.read(pointer, 0, 200).decode("utf-8", "replace").strip()
+            if not re.fullmatch(r"[\w-][\w.-]*", told):
+                raise CheckpointError(f"{pointer}: names {shown(told)}, which is no folder of a checkpoint")
+            folder = form.format(told) if told.isdigit() else told
+            found = _inside(files, f"{folder}/")
+            if found is None:
+                raise CheckpointError(f"{pointer}: names {folder}, where no weights are; copy that folder too")
+            return found
+    return None
+
+
+def _inside(files: Files, folder: str) -> tuple[str, tuple[str, ...]] | None:
+    if folder and files.has(f"{folder}.metadata"):
+        return "torch.distributed.checkpoint", (f"{folder}.metadata",)
+    if files.has(f"{folder}{FIRST_LAYER}"):
+        return "gpt-neox", layer_files(files, folder)
+    if files.has(f"{folder}{FIRST_RANK}"):
+        return "deepspeed-zero3", (f"{folder}{FIRST_RANK}",)
+    if files.has(f"{folder}{_DEEPSPEED}"):
+        return "deepspeed", (f"{folder}{_DEEPSPEED}",)
+    if files.has(folder + _MEGATRON.format("")):
+        return "megatron", (folder + _MEGATRON.format(""),)
+    stages = []
+    for number in range(_MOST_STAGES):  # of a pipeline
+        if not files.has(name := folder + _MEGATRON.format(f"_{number:03d}")):
+            break
+        stages.append(name)
+    return ("megatron", tuple(stages)) if stages else None

@@ -1,0 +1,158 @@
+"""The same weights in every format give the same rows, to the bit, and nothing of a checkpoint is run."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from deadbench.runners.jobs.build import build_jobs
+from deadbench.runners.jobs.events import Finished
+from deadbench.runners.jobs.job import Overrides
+from deadbench.runners.worker.run import run_model
+from deadbench.suite.registry.loading import load_registry
+from tests.conftest import ROOT, save_tiny
+from tests.suite.checkpoints.formats.sharded import save_sharded
+
+APART = {
+    "run_id", "model", "source", "source_fingerprint", "source_format", "source_step", "checkpoint_step", "started_at",
+    "finished_at", "load_seconds", "forward_seconds", "spectrum_seconds", "peak_host_bytes",
+}  # fmt: skip
+
+
+def rows(source, reads=("parameters", "trained", "functional"), **overrides):
+    """What `deadbench run SOURCE` stores: by read, its row of `reads` and its further tables."""
+    spec = Overrides(**{"tokens": 64, "input": "tokens:random"} | overrides)
+    registry = ROOT / "models.yaml"
+    jobs = build_jobs(load_registry(registry), registry, [str(source)], None, list(reads), spec)
+    found = {}
+    for job in jobs:
+        for event in run_model(job, "run", 1):
+            if isinstance(event, Finished):
+                assert event.row["status"] == "ok", event.row["error"]
+                tables = {name: table.to_pylist() for name, table in event.tables.items()}
+                kept = [{k: v for k, v in each.items() if k not in APART} for t in tables.values() for each in t]
+                found[event.job.read] = (event.row, kept)
+    return found
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = save_tiny(tmp_path_factory.mktemp("formats") / "safetensors")
+    return folder, load_file(folder / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def expected(tiny):
+    return rows(tiny[0])
+
+
+def as_bin(folder, state):
+    torch.save(state, folder / "pytorch_model.bin")
+    return folder
+
+
+def as_old(folder, state):
+    torch.save(state, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    return folder
+
+
+def as_shards(folder, state):
+    weight_map = {name: f"pytorch_model-0000{i % 2 + 1}-of-00002.bin" for i, name in enumerate(state)}
+    for shard in set(weight_map.values()):
+        torch.save({n: t for n, t in state.items() if weight_map[n] == shard}, folder / shard)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+def as_training_checkpoint(folder, state):
+    wrapped = {f"_forward_module._orig_mod.{name}": tensor for name, tensor in state.items()}
+    (folder / "beside.bin").write_bytes(b"other weights, which are not meant")
+    torch.save({"state_dict": wrapped, "global_step": 42, "hyper_parameters": {"lr": 0.1}}, folder / "last.ckpt")
+    return folder / "last.ckpt"
+
+
+def as_script(folder, state):
+    """A module of a training script holds the model as its attribute, as those of Lightning do."""
+    torch.save({"state_dict": {f"model.{name}": tensor for name, tensor in state.items()}}, folder / "last.ckpt")
+    return folder / "last.ckpt"
+
+
+def as_one_file(folder, state):
+    shutil.copy(folder.parent / "safetensors" / "model.safetensors", folder / "some.safetensors")
+    shutil.copy(folder.parent / "safetensors" / "model.safetensors", folder / "other.safetensors")
+    return folder / "some.safetensors"
+
+
+def as_distributed(folder, state):
+    return save_sharded(folder, state, (3, 2), "model", [(("step",), 42)])
+
+
+FORMATS = {as_one_file: "safetensors", as_distributed: "torch.distributed.checkpoint"}
+
+
+@pytest.mark.parametrize(
+    "form", [as_distributed, as_bin, as_old, as_shards, as_training_checkpoint, as_script, as_one_file]
+)
+def test_rows_are_those_of_safetensors_to_the_bit(form, tiny, expected):
+    folder, state = tiny
+    there = folder.parent / form.__name__
+    there.mkdir()
+    shutil.copy(folder / "config.json", there)
+    found = rows(form(there, state))
+    for read, (row, kept) in found.items():
+        called = [each.pop("final_norm_tensor", None) for each in kept]
+        assert all(name is None or name.endswith("gpt_neox.final_layer_norm.weight") for name in called)
+        assert kept == [{k: v for k, v in e.items() if k != "final_norm_tensor"} for e in expected[read][1]], read
+        assert row["source_format"] == FORMATS.get(form, "torch")
+        step = 42 if form in (as_training_checkpoint, as_distributed) else None
+        assert row["source_step"] == row["checkpoint_step"] == step
+    assert set(found) == set(expected)
+
+
+def test_nanogpt_is_the_gpt2_that_it_is(tmp_path):
+    """Its maps lie the other way round, and shifts that it does not have are zero."""
+    args = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 32, "bias": False, "vocab_size": 97, "dropout": 0.1}
+    shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 32, "vocab_size": 97}
+    config = GPT2Config(**shape, activation_function="gelu", bos_token_id=0, eos_token_id=0)
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.zeros_like(parameter) if name.endswith("bias") else torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "gpt2")
+    state = {n: t for n, t in model.state_dict().items() if not n.endswith("bias")}
+    turned = {n: t.T.contiguous() if "c_" in n else t for n, t in state.items()}
+    saved = {"model": {f"_orig_mod.{n}": t for n, t in turned.items()}, "model_args": args, "iter_num": 9}
+    torch.save(saved, tmp_path / "ckpt.pt")
+    reads = ("parameters", "trained")
+    theirs, ours = rows(tmp_path / "gpt2", reads), rows(tmp_path / "ckpt.pt", reads)
+    for read in reads:
+        pairs = [
+            [{k: v for k, v in each.items() if k not in ("final_norm_tensor", "eps")} for each in side[read][1]]
+            for side in (theirs, ours)
+        ]
+        assert pairs[0] == pairs[1]
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_a_hostile_pickle_is_a_failed_row_and_leaves_no_trace(tiny, tmp_path):
+    folder, state = tiny
+    shutil.copy(folder / "config.json", tmp_path)
+    torch.save(state | {"evil": Evil(tmp_path / "left-behind")}, tmp_path / "pytorch_model.bin")
+    spec = Overrides(tokens=64, input="tokens:random")
+    registry = ROOT / "models.yaml"
+    (job,) = build_jobs(load_registry(registry), registry, [str(tmp_path)], None, ["parameters", "trained"], spec)
+    finished = [event for event in run_model(job, "run", 1) if isinstance(event, Finished)]
+    assert [event.row["status"] for event in finished] == ["failed", "failed"]
+    assert all("names io.open" in event.row["error"] for event in finished)
+    assert not (tmp_path / "left-behind").exists()

@@ -1,0 +1,133 @@
+"""Files that were changed at random are read as they are or refused in one line; nothing runs, nothing is written."""
+
+import io
+import random
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+
+from deadbench.suite.checkpoints.formats import pickle_machine
+from deadbench.suite.checkpoints.formats.dcp import read_dcp
+from deadbench.suite.checkpoints.formats.gguf import read_gguf
+from deadbench.suite.checkpoints.formats.torch_files import read_torch_file
+from deadbench.suite.checkpoints.tensors import read_raw
+from deadbench.suite.errors import CheckpointError
+from tests.suite.checkpoints.formats.ggufs import gguf, llama_like
+from tests.suite.checkpoints.formats.memory import MemoryFiles, saved
+from tests.suite.checkpoints.formats.sharded import save_sharded
+
+WORDS = (
+    b"cos\nsystem\n",
+    b"\x93",
+    b"R",
+    b"b",
+    b"\x81",
+    b"Q",
+    b"\xff" * 8,
+    b"cbuiltins\neval\n",
+    b"\x94",
+    b"(",
+    b"PK\5\6",
+)
+FEW, MANY = 400, 20_000
+
+
+def seeds(folder):
+    """By reader, files that are whole."""
+    state = torch.nn.Sequential(torch.nn.LayerNorm(3), torch.nn.Linear(3, 2)).state_dict()
+    value = {"state_dict": state, "global_step": 7, "hyper": {"lr": 0.1, "betas": (0.9, 0.99), "tags": {"a"}}}
+    zipped, old = saved(value), saved(value, _use_new_zipfile_serialization=False)
+    facts = llama_like("llama", 4, 2, "attention.layer_norm_rms_epsilon") | {"tokenizer.ggml.tokens": ["a", "b"]}
+    of_gguf = gguf(facts, {"output_norm.weight": np.ones(4), "token_embd.weight": np.ones((3, 4))})
+    save_sharded(folder, state, (2,), further=[(("step",), 7)])
+    ranks = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix}
+    with zipfile.ZipFile(io.BytesIO(zipped)) as archive:
+        storages = {name: archive.read(name) for name in archive.namelist() if not name.endswith("data.pkl")}
+        pickled = archive.read("archive/data.pkl")
+
+    def zipped_again(raw):
+        """A pickle that was changed, in an archive whose checksums are right."""
+        file = io.BytesIO()
+        with zipfile.ZipFile(file, "w") as made:
+            for name, content in {"archive/data.pkl": raw, **storages}.items():
+                made.writestr(name, content)
+        return {"w.bin": file.getvalue()}
+
+    return [
+        (read_torch_file, "w.bin", zipped, lambda raw: {"w.bin": raw}),
+        (read_torch_file, "w.bin", old, lambda raw: {"w.bin": raw}),
+        (read_torch_file, "w.bin", pickled, zipped_again),
+        (read_gguf, "w.gguf", of_gguf, lambda raw: {"w.gguf": raw}),
+        (read_dcp, ".metadata", (folder / ".metadata").read_bytes(), lambda raw: {".metadata": raw, **ranks}),
+    ]
+
+
+def changed(raw, random):
+    """The bytes with some flipped, cut out, repeated, or with a word put in."""
+    raw = bytearray(raw)
+    for _ in range(random.randint(1, 4)):
+        at, kind = random.randrange(len(raw) + 1), random.randrange(5)
+        if kind == 0 and at < len(raw):
+            raw[at] = random.randrange(256)
+        elif kind == 1:
+            del raw[at : at + random.randint(1, 9)]
+        elif kind == 2:
+            raw[at:at] = random.choice(WORDS)
+        elif kind == 3:
+            raw[at:at] = raw[at : at + random.randint(1, 60)]
+        else:
+            del raw[at:]
+        raw = raw or bytearray(b"x")
+    return bytes(raw)
+
+
+def fuzz(number, seed, folder):
+    picks = random.Random(seed)
+    touched, told, whole = [], [], seeds(folder)
+    watched = ("open", "os.system", "subprocess.Popen", "import", "exec", "socket.connect", "os.remove", "os.mkdir")
+    armed = True
+
+    def hook(event, arguments):
+        if armed and event in watched:
+            touched.append((event, arguments))
+
+    for reader, name, raw, laid_out in whole:
+        read_all(reader, name, laid_out(raw))
+    sys.addaudithook(hook)  # stays for the life of the process, and is disarmed below
+    try:
+        for _ in range(number):
+            reader, name, raw, laid_out = picks.choice(whole)
+            try:
+                read_all(reader, name, laid_out(changed(raw, picks)))
+            except CheckpointError as error:
+                told.append(str(error))
+    finally:
+        armed = False
+    assert not touched
+    assert len(told) > number / 2
+    assert not any("\n" in line for line in told)
+
+
+def read_all(reader, name, laid_out):
+    """All that is done with a file: its header, then its tensors."""
+    files = MemoryFiles()
+    files.files = laid_out
+    for entry in reader(files, name).entries:
+        read_raw(files, entry)
+
+
+@pytest.fixture
+def few_steps(monkeypatch):
+    monkeypatch.setattr(pickle_machine, "MAX_OPCODES", 100_000)
+
+
+def test_a_few_hundred_changed_files(few_steps, tmp_path):
+    fuzz(FEW, 1, tmp_path)
+
+
+@pytest.mark.full
+def test_many_changed_files(few_steps, tmp_path):
+    fuzz(MANY, 2, tmp_path)

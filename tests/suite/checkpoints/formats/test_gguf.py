@@ -1,0 +1,155 @@
+"""GGUF: the metadata tell the architecture and the family; a header that lies is one line."""
+
+import struct
+
+import numpy as np
+import pytest
+
+from deadbench.suite.checkpoints.checkpoint import Checkpoint
+from deadbench.suite.checkpoints.formats.gguf import read_gguf
+from deadbench.suite.checkpoints.tensors import read_raw, read_vector
+from deadbench.suite.errors import CheckpointError
+from deadbench.suite.reads.classify import classify
+from deadbench.suite.reads.norms_table import list_norms
+from deadbench.suite.reads.parameters import read_parameters
+from tests.suite.checkpoints.formats.ggufs import gguf, llama_like
+from tests.suite.checkpoints.formats.memory import MemoryFiles
+from tests.suite.checkpoints.servers import misbehaving
+
+RMS, LAYER = "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"
+D = 8
+
+
+def scales(seed=0):
+    return np.random.default_rng(seed).uniform(0.5, 1.5, D).astype("f4")
+
+
+def model(architecture, eps_key, names=("output_norm.weight",), further=None):
+    tensors = {"token_embd.weight": np.ones((32, D)), "blk.0.attn_norm.weight": np.ones(D)}
+    return gguf(llama_like(architecture, D, 2, eps_key, further), tensors | {name: scales() for name in names})
+
+
+@pytest.mark.parametrize(
+    ("architecture", "eps_key", "family", "final_norm"),
+    [
+        ("llama", RMS, "rmsnorm", "norm"),
+        ("qwen2", RMS, "rmsnorm", "norm"),
+        ("qwen3moe", RMS, "rmsnorm", "norm"),
+        ("olmo2", RMS, "rmsnorm", "norm"),
+        ("mamba", RMS, "rmsnorm", "norm_f"),
+        ("gpt2", LAYER, "layernorm", "ln_f"),
+        ("gptneox", LAYER, "layernorm", "final_layer_norm"),
+        ("falcon", LAYER, "layernorm", "ln_f"),
+        ("starcoder2", LAYER, "layernorm", "norm"),
+        ("bloom", LAYER, "layernorm", "ln_f"),
+        ("no-such-model", RMS, "rmsnorm", "output_norm"),
+        ("no-such-model", LAYER, "layernorm", "output_norm"),
+    ],
+)
+def test_the_metadata_tell_architecture_and_family(architecture, eps_key, family, final_norm, tmp_path):
+    names = ("output_norm.weight", "output_norm.bias") if family == "layernorm" else ("output_norm.weight",)
+    path = tmp_path / "model.gguf"
+    path.write_bytes(model(architecture, eps_key, names))
+    for source in (path, tmp_path):
+        result, direction_D = classify(str(source))
+        assert result["error"] is None
+        assert (result["family"], result["final_norm"]) == (family, final_norm)
+        assert (result["final_norm_tensor"], result["source_format"]) == ("output_norm.weight", "gguf")
+        assert result["eps"] == pytest.approx(1e-5)
+        assert result["placement"] == "pre"
+        gamma = scales().astype(float)
+        assert result["scale_harmonic"] == pytest.approx(D / (1 / gamma**2).sum(), rel=1e-12)
+        assert abs(direction_D @ (1 / gamma) / np.linalg.norm(1 / gamma)) == pytest.approx(1, abs=1e-12)
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "gemma3"])
+def test_scales_that_the_converter_adds_one_to(architecture, tmp_path):
+    (tmp_path / "model.gguf").write_bytes(model(architecture, RMS))
+    checkpoint = Checkpoint(str(tmp_path))
+    read = read_parameters(checkpoint)
+    assert (read.final.behaviour.scale, read.final.family) == ("1+weight", "rmsnorm")
+    np.testing.assert_allclose(read.norm.scale_D, scales().astype(float), rtol=1e-12)
+    (final,) = (row for row in list_norms(checkpoint, read) if row["role"] == "final")
+    assert final["scale_max"] == pytest.approx(float(scales().max()), rel=1e-12)
+
+
+def test_an_encoder_whose_last_block_ends_in_the_norm(tmp_path):
+    names = [f"blk.{n}.layer_output_norm.{which}" for n in range(2) for which in ("weight", "bias")]
+    (tmp_path / "model.gguf").write_bytes(model("bert", LAYER, names))
+    result, _ = classify(str(tmp_path))
+    assert (result["family"], result["placement"]) == ("layernorm", "post")
+    assert result["final_norm"] == "encoder.layer.1.output.LayerNorm"
+    assert result["final_norm_tensor"] == "blk.1.layer_output_norm.weight"
+
+
+def test_a_family_that_the_architecture_is_not_of(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(model("llama", LAYER))
+    assert "metadata say layernorm, its architecture is of rmsnorm" in classify(str(tmp_path))[0]["error"]
+
+
+def test_tensors_of_every_float_type_and_alignment():
+    values = np.random.default_rng(1).normal(size=(3, 4)).astype("f4")
+    tensors = {"a": values, "b": values, "c": values[0]}
+    for alignment in (1, 32, 64):
+        facts = {"general.architecture": "llama", "general.alignment": alignment}
+        files = MemoryFiles(w__gguf=gguf(facts, tensors, {"b": "F16", "c": "BF16"}, alignment))
+        found = {entry.name: entry for entry in read_gguf(files, "w.gguf").entries}
+        assert (found["a"].shape, found["b"].dtype, found["c"].dtype) == ((3, 4), "F16", "BF16")
+        assert np.array_equal(read_raw(files, found["a"]).view("f4"), values)
+        assert np.array_equal(read_raw(files, found["b"]).view("f2"), values.astype("f2"))
+        expected = (values[0].view("u4") & 0xFFFF0000).view("f4")
+        assert np.array_equal(read_vector(files, found["c"]), expected.astype(float))
+
+
+def test_parts_of_one_file(tmp_path):
+    whole = llama_like("llama", D, 2, RMS, {"split.count": 2})
+    (tmp_path / "m-00001-of-00002.gguf").write_bytes(gguf(whole, {"token_embd.weight": np.ones((32, D))}))
+    (tmp_path / "m-00002-of-00002.gguf").write_bytes(gguf({"split.no": 1}, {"output_norm.weight": scales()}))
+    result, _ = classify(str(tmp_path))
+    assert (result["error"], result["family"]) == (None, "rmsnorm")
+    (tmp_path / "m-00001-of-00002.gguf").unlink()
+    (tmp_path / "other.gguf").write_bytes(model("llama", RMS))
+    config = {"model_type": "llama", "hidden_size": D, "num_hidden_layers": 2}
+    assert "2 gguf files and no" in classify(str(tmp_path), config=config)[0]["error"]
+
+
+def test_over_a_web_server_the_tensors_are_not_fetched(tmp_path):
+    tensors = {"token_embd.weight": np.ones((64, D)), "large": np.zeros((2_000_000,)), "output_norm.weight": scales()}
+    (tmp_path / "model.gguf").write_bytes(gguf(llama_like("llama", D, 2, RMS), tensors))
+    with misbehaving(tmp_path) as server:
+        result, _ = classify(f"{server.url}/model.gguf")
+    assert (result["error"], result["family"]) == (None, "rmsnorm")
+    assert result["bytes_read"] < 600_000
+
+
+GOOD = model("llama", RMS)
+SHAPE = GOOD.index(b"output_norm.weight") + len("output_norm.weight") + 4
+BROKEN = {
+    "cut off": (GOOD[:200], "cut off"),
+    "empty": (b"", "cut off"),
+    "another magic": (b"GGUX" + GOOD[4:], "not a GGUF"),
+    "big-endian": (b"GGUF" + struct.pack(">I", 3) + GOOD[8:], "GGUF of version 50331648"),
+    "version 1": (b"GGUF" + struct.pack("<I", 1) + GOOD[8:], "GGUF of version 1"),
+    "many tensors": (GOOD[:8] + b"\xff" * 8 + GOOD[16:], "at most 1,000,000"),
+    "many keys": (GOOD[:16] + b"\xff" * 8 + GOOD[24:], "at most 100,000"),
+    "a long key": (GOOD[:24] + b"\xff" * 8 + GOOD[32:], "at most 16,777,216"),
+    "no text": (GOOD.replace(b"general.architecture", b"\xff" * 20), "cut off or corrupt"),
+    "an unknown type": (GOOD.replace(b"general.name\x08", b"general.name\x0d"), "unknown type 13"),
+    "an array of arrays": (GOOD.replace(b"tokens\x09\0\0\0\x08", b"tokens\x09\0\0\0\x09"), "an array of the type 9"),
+    "a tensor beyond the end": (GOOD[:-20], "lies beyond the end"),
+    "a huge tensor": (GOOD[:SHAPE] + struct.pack("<Q", 2**40) + GOOD[SHAPE + 8 :], "lies beyond the end"),
+    "axes": (GOOD[: SHAPE - 4] + struct.pack("<I", 99) + GOOD[SHAPE:], "has 99 axes"),
+    "half a block": (GOOD[: SHAPE + 8] + struct.pack("<I", 8) + GOOD[SHAPE + 12 :], "no whole number of Q8_0 blocks"),
+    "overlap": (GOOD[: SHAPE + 12] + struct.pack("<Q", 0) + GOOD[SHAPE + 20 :], "overlap"),
+    "a path": (GOOD.replace(b"output_norm.weight", b"../put_norm.weight"), "is a path"),
+    "alignment": (gguf({"general.alignment": 0}, {"a": scales()}), "an alignment of 0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_headers_are_one_line(name):
+    raw, message = BROKEN[name]
+    files = MemoryFiles(w__gguf=raw)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        read_gguf(files, "w.gguf")
+    assert "\n" not in str(caught.value)
