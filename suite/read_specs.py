@@ -35,8 +35,8 @@ class ReadSpec:
 
 READ_SPECS: dict[str, ReadSpec] = {
     "parameters": ReadSpec(2, "weights", runs_model=False, divides=False),
-    "random": ReadSpec(2, "config", per_checkpoint=False),
-    "trained": ReadSpec(2, "weights"),
+    "random": ReadSpec(3, "config", per_checkpoint=False),
+    "trained": ReadSpec(3, "weights"),
     # Few tokens, and precision enough to see that nothing moves.
     "functional": ReadSpec(1, "either", divides=False, tokens=256, dtype="float64", by_default=False),
 }

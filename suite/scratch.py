@@ -44,6 +44,21 @@ class Scratch:
         self.close()
 
 
+def is_scratch(folder: Path) -> bool:
+    """Whether a folder is one of these, of this user and in the hands of a process that lives; no download can be."""
+    try:
+        descriptor = os.open(folder / _LOCK, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return folder.name.startswith(_PREFIX) and folder.lstat().st_uid == os.getuid()
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def sweep(base: str | Path | None = None) -> int:
     """Remove what killed processes of this user left in the temporary folder; how many things those were."""
     removed = 0

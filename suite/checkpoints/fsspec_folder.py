@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from deadbench.suite.errors import ChangedError, CheckpointError, UnreachableError, first_line, reason_of
+from deadbench.suite.scratch import is_scratch
 from deadbench.suite.secrets import scrubbed
 from deadbench.suite.storage import is_hidden, open_place
 
@@ -132,7 +133,7 @@ def _check_link(folder: Path, name: str) -> None:
     """Refuse a link out of the folder, but for the Hub's cache: snapshots/COMMIT/NAME to the repository's blobs/."""
     folder, target = folder.resolve(), (folder / name).resolve()
     blobs = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else None
-    if not target.is_relative_to(folder) and target.parent != blobs:
+    if not target.is_relative_to(folder) and target.parent != blobs and not is_scratch(folder):
         raise CheckpointError(f"{folder / name}: a link to {target}, outside the checkpoint; put the file itself there")
 
 

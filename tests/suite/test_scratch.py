@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from deadbench.suite.scratch import Scratch, sweep
+from deadbench.suite.scratch import Scratch, is_scratch, sweep
 from tests.conftest import ROOT
 
 
@@ -33,6 +33,17 @@ def test_what_is_in_use_is_left_and_so_is_what_is_another_s(tmp_path):
         ["deadbench-without-lock", "else", "deadbench-young", kept.path.name]
     )
     kept.close()
+
+
+def test_a_scratch_folder_is_known_by_the_process_that_holds_it(tmp_path):
+    with Scratch(tmp_path) as folder:
+        assert is_scratch(folder)
+        copy = tmp_path / "deadbench-copy"
+        copy.mkdir()
+        (copy / "in-use").write_text("")
+        assert not is_scratch(copy)
+        assert not is_scratch(tmp_path)
+    assert not is_scratch(folder)
 
 
 def test_a_link_under_the_name_is_not_followed(tmp_path):
