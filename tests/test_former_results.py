@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
@@ -11,6 +12,7 @@ import pytest
 from deadbench.runners.driver.loop import Summary
 from deadbench.runners.jobs.build import build_jobs
 from deadbench.runners.jobs.job import Overrides
+from deadbench.suite.read_specs import READ_SPECS
 from deadbench.suite.registry.loading import load_registry
 from deadbench.suite.schema import KEY
 from tests.conftest import ROOT
@@ -21,6 +23,13 @@ STORED = Path(__file__).parent / "data"
 REGISTRY = ROOT / "models.yaml"
 SETS = {"quick": "twin-layernorm", "minilm": "./all-MiniLM-L6-v2"}  # with a model whose checkpoints were read
 TWINS = ["twin-layernorm", "twin-rmsnorm"]
+
+
+@pytest.fixture(autouse=True)
+def of_then(monkeypatch):
+    """The versions of the reads that wrote the stored sets."""
+    for read in ("random", "trained"):
+        monkeypatch.setitem(READ_SPECS, read, replace(READ_SPECS[read], version=2))
 
 
 @pytest.fixture
@@ -143,3 +152,9 @@ def test_only_key_fingerprint_and_status_decide_what_is_read_again(deadbench, ly
     rewrite(lying_here, (pl.col("model") == "twin-rmsnorm") & (pl.col("read") == "random"), change)
     assert deadbench("run", "--suite", "quick", "--out", lying_here)[0] == 0
     assert executed == (["twin-rmsnorm random"] if again else [])
+
+
+def test_a_read_whose_numbers_moved_since_is_read_again(deadbench, lying_here, executed, monkeypatch):
+    monkeypatch.setitem(READ_SPECS, "random", replace(READ_SPECS["random"], version=1000))
+    assert deadbench("run", "--suite", "quick", "--out", lying_here)[0] == 0
+    assert set(executed) == {f"{job.model_id} random" for job in jobs([])}

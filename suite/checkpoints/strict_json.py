@@ -11,6 +11,7 @@ MAX_OBJECTS = 3_000_000  # objects and lists of one header: a million tensors, e
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
+_SHOWN_LETTERS = 200
 
 
 def parse_object(raw: bytes, what: str) -> dict[str, Any]:
@@ -53,4 +54,4 @@ def inside(name: str) -> bool:
 
 def shown(value: object) -> str:
     """A value of unknown size and depth, in a few words."""
-    return _SHORT.repr(value)
+    return _SHORT.repr(value)[:_SHOWN_LETTERS]

@@ -37,6 +37,7 @@ def server(tmp_path_factory):
         yield url
 
 
+@pytest.mark.bench  # of few sources it is test_census
 @pytest.mark.benchmark(group="census of checkpoints behind HTTP")
 @pytest.mark.parametrize("how", ["census", "threads alone"])
 def test_sources_a_second(benchmark, ray_session, server, tmp_path, how):

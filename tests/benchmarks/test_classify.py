@@ -157,7 +157,9 @@ def load(folder):
 
 
 @pytest.mark.benchmark(group="one vector of a 500 MB checkpoint")
-@pytest.mark.parametrize("how", ["deadbench classify", "AutoModel.from_pretrained"])
+@pytest.mark.parametrize(
+    "how", ["deadbench classify", pytest.param("AutoModel.from_pretrained", marks=pytest.mark.bench)]
+)
 def test_beside_loading_the_model(benchmark, loaded, how):
     if how.startswith("deadbench"):
         (found,) = benchmark.pedantic(classify, (loaded,), rounds=3, warmup_rounds=1)

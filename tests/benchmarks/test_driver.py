@@ -56,7 +56,9 @@ def drive(benchmark, address, models, seconds, out):
 
 @pytest.mark.ray
 @pytest.mark.benchmark(group="driver: weak scaling over nodes, four models of two reads of 10 s for each")
-@pytest.mark.parametrize("nodes", [1, 2, 4])
+@pytest.mark.parametrize(
+    "nodes", [pytest.param(1, marks=pytest.mark.bench), 2, pytest.param(4, marks=pytest.mark.bench)]
+)
 def test_scaling(benchmark, clusters, sized, nodes, tmp_path):
     models, seconds = sized((4, 10.0), (1, 0.1))
     drive(benchmark, clusters(nodes, 1), nodes * models, seconds, tmp_path / "out")

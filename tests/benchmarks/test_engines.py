@@ -87,6 +87,7 @@ def pass_seconds(rank, meeting, config, rounds, answers):
     answers.put((rank, best, taps))
 
 
+@pytest.mark.bench  # at a small size it is test_two_ranks of the worker
 @pytest.mark.benchmark(group="two ranks (gloo): forward pass with every tap read beside the bare pass")
 def test_reads_on_two_ranks_beside_their_bare_forward(benchmark, llama):
     spawn = multiprocessing.get_context("spawn")

@@ -75,6 +75,7 @@ def test_checkpoint(benchmark, sized, tmp_path, hidden_size, what):
 
 @pytest.mark.ray
 @pytest.mark.benchmark(group="one model's tokens on 2 cores: forward and spectrum seconds in extra_info")
+@pytest.mark.bench  # at a small size it is test_replicas of the worker
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_replicas(benchmark, ray_session, sized, tmp_path, replicas):
     """One process has both cores; of two, each has one."""

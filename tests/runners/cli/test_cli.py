@@ -134,7 +134,7 @@ def test_the_flags_are_frozen():
         (["compare", "RESULTS", "RESULTS", "--junit", "x.xml"], "give one with --gate"),
         (["trend", "RESULTS", "--model", "none"], "--model 'none' has no finished read here"),
         (["trend", "RESULTS", "--model", TWIN, "--metric", "colour"], "'colour' is no numeric column"),
-        (["trend", "RESULTS", "--model", TWIN, "--plot", "x.pdf"], "x.pdf: a plot is written as svg or png"),
+        (["trend", "RESULTS", "--model", TWIN, "--plot", "x.gif"], "x.gif: a plot is written as svg, png or pdf"),
         (["trend", "RESULTS", "--model", "none", "--bisect", "depth"], "is not in"),
         (["trend", "RESULTS", "--model", "gpt2", "--bisect", "depth"], "has no series of checkpoints"),
         (["trend", "RESULTS", "--model", "gpt2", "--bisect", "colour"], "the default gate has no rule for it"),
