@@ -4,6 +4,7 @@ import filecmp
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from safetensors.numpy import load_file
@@ -21,14 +22,13 @@ def test_they_stay_under_six_megabytes_and_hold_every_step():
 
 
 @pytest.mark.subprocess
-@pytest.mark.parametrize("twin", SPECS)
-def test_training_is_bit_reproducible(twin, tmp_path):
+def test_training_is_bit_reproducible(tmp_path):
     """Two fresh processes, the first sixteen steps: the same bytes."""
     code = (
         "import deadbench.suite.twins as t, sys; from pathlib import Path; from importlib import resources\n"
         "t.CHECKPOINT_STEPS = (0, 16)\n"
         "corpus = resources.files('deadbench.suite').joinpath('data/corpus.txt').read_text(encoding='utf-8')\n"
-        f"t.train_twin({twin!r}, Path(sys.argv[1]), corpus)\n"
+        "for twin in t.TWINS: t.train_twin(twin, Path(sys.argv[1]), corpus)\n"
     )
     runs = [
         subprocess.Popen(
@@ -38,10 +38,10 @@ def test_training_is_bit_reproducible(twin, tmp_path):
         for n in (0, 1)
     ]  # fmt: skip
     assert [run.wait() for run in runs] == [0, 0]
-    for step in ("step0", "step16"):
-        files = sorted(p.name for p in (tmp_path / "0" / twin / step).iterdir())
+    for folder in (Path(twin) / step for twin in SPECS for step in ("step0", "step16")):
+        files = sorted(path.name for path in (tmp_path / "0" / folder).iterdir())
         assert files == ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
-        _, mismatch, errors = filecmp.cmpfiles(tmp_path / "0" / twin / step, tmp_path / "1" / twin / step, files, False)
+        _, mismatch, errors = filecmp.cmpfiles(tmp_path / "0" / folder, tmp_path / "1" / folder, files, False)
         assert (mismatch, errors) == ([], [])
 
 

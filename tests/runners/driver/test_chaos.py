@@ -1,4 +1,4 @@
-"""Whatever dies, every read is one row: two seeds of what `python -m tests.runners.chaos` does with twenty."""
+"""Whatever dies, every read is one row: what `python -m tests.runners.chaos` does with twenty seeds."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from tests.runners.chaos import survive
 pytestmark = pytest.mark.ray
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.full)])
 def test_an_actor_a_node_and_the_driver_are_killed_and_every_read_is_one_row(seed, tmp_path):
     happened = survive(seed, models=6, seconds=0.2, folder=tmp_path)
     assert len(happened["killed"]) == 3

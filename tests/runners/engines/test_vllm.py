@@ -271,7 +271,9 @@ def test_a_checkpoint_that_is_not_what_its_config_says_is_a_failed_row(parity):
         assert not any("\n" in error for error in rows["error"])
     errors = dict(zip(rows["model"], rows["error"], strict=True))
     assert errors["wider"].startswith("vLLM cannot load it (")
-    assert "blocks" in errors["shallower"], "which the headers tell before vLLM is asked"
+    assert "of a block that the configuration does not have" in errors["shallower"], (
+        "which the headers tell before vLLM is asked"
+    )
 
 
 @needs_vllm
