@@ -56,6 +56,7 @@ def test_a_failure_leaves_nothing(location, tmp_path, monkeypatch):
     assert sorted(tmp_path.iterdir()) == before
 
 
+@pytest.mark.slow
 def test_the_hub_gets_one_commit_of_the_whole_folder(location, monkeypatch):
     calls = []
 

@@ -17,6 +17,8 @@ from deadbench.runners.jobs.events import Finished
 from deadbench.runners.worker.run import run_model
 from tests.conftest import ROOT, TWINS
 
+pytestmark = pytest.mark.slow
+
 NUM_CHECKPOINTS, BROKEN_FROM = 8, 5
 FINAL_SCALE = "gpt_neox.final_layer_norm.weight"
 

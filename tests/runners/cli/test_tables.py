@@ -85,7 +85,7 @@ def blocks(text):
     return [(header, value.replace(" ", "")) for header, value in pairs]
 
 
-@pytest.mark.parametrize("width", [40, 60, 80, 100, 140])
+@pytest.mark.parametrize("width", [40, 80, *(pytest.param(each, marks=pytest.mark.slow) for each in (60, 100, 140))])
 @pytest.mark.parametrize("command", COMMANDS)
 def test_numbers_are_whole_and_names_fold(deadbench, monkeypatch, command, width):
     wide = tables(printed(deadbench, monkeypatch, command, 1000))

@@ -185,6 +185,7 @@ class Driver(RuleBasedStateMachine):
         self.folder.cleanup()
 
 
+@pytest.mark.slow
 def test_nothing_is_lost_and_nothing_is_twice_whatever_the_disk_does(world):
     checks = [HealthCheck.too_slow, HealthCheck.data_too_large]
     run_state_machine_as_test(

@@ -201,7 +201,13 @@ def wrapped(folder, wrap):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("engine", ["torch", "streaming"])
-@pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED)
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        pytest.param(wrap, id=name, marks=[pytest.mark.slow] * (name != "compiled blocks"))
+        for name, wrap in WRAPPED.items()
+    ],
+)
 def test_wrappers_in_names_change_nothing(wrap, engine, tmp_path):
     folder = wrapped(tmp_path / "m", wrap)
     rows, expected = reads(folder, "parameters,trained", **TOKENS, engine=engine)[0], unwrapped(engine)
@@ -221,6 +227,7 @@ def test_wrappers_in_names_change_nothing(wrap, engine, tmp_path):
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_wrappers_in_names_are_no_obstacle_to_a_functional_read(tmp_path):
     row = reads(wrapped(tmp_path / "m", WRAPPED["compiled"]), "functional", **TOKENS)[0][None, "functional"]

@@ -34,6 +34,7 @@ def test_a_rule(rule, name, own):
     assert renamed(name, [rule]) == own
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     "model_type", ["llava", "segformer", "clip", "mllama", "vit", "qwen2_audio", "internvl", "gpt2"]

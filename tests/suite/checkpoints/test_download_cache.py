@@ -62,6 +62,7 @@ def test_many_processes_cause_one_download(server):
     assert downloads(server)["model.safetensors"] == 1
 
 
+@pytest.mark.slow
 def test_a_download_that_was_cut_off_goes_on(server, whole):
     data = (whole / "model.safetensors").read_bytes()
     with Checkpoint(server.url).local_copy() as copy:

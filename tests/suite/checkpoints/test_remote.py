@@ -233,6 +233,7 @@ def test_without_a_network_the_hubs_cache_is_read_and_said(online, tmp_path, mon
     assert "cannot be reached" in classify("team/model@other")[0]["error"]
 
 
+@pytest.mark.slow
 def test_whole_files_come_complete_or_not_at_all(server, tmp_path):
     checkpoint = Checkpoint(server.url)
     with checkpoint.local_copy() as copy:
