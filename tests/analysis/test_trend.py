@@ -196,6 +196,35 @@ def test_change_point(values, place):
     assert change_point(np.array(values, float)) == place
 
 
+def split_by_least_squares(values):
+    """The definition, over all splits, in plain words; and by how much the criterion is met."""
+    count, whole = len(values), sum((v - np.mean(values)) ** 2 for v in values)
+    left = {
+        place: sum(((part - part.mean()) ** 2).sum() for part in (values[:place], values[place:]))
+        for place in range(1, count)
+    }
+    best = min(left, key=left.get)
+    return best, count * np.log(whole / left[best]) / np.log(count)
+
+
+def test_the_criterion_is_that_of_its_formula():
+    generator, met = np.random.default_rng(0), []
+    for count in range(4, 40):
+        for size in (0.0, 1.0, 2.0):
+            values = generator.normal(size=count) + size * (np.arange(count) >= count // 2)
+            place, criterion = split_by_least_squares(values)
+            met.append(criterion)
+            assert change_point(values) == (place if criterion > 2 else None)
+    assert any(2 < each < 3 for each in met), "a stricter one would be told from it"
+    assert any(1 < each < 2 for each in met), "and a laxer one"
+
+
+def test_a_value_that_is_none_leaves_no_change_point():
+    values = np.r_[np.zeros(10), np.ones(10)]
+    assert change_point(values) == 10
+    assert change_point(np.where(np.arange(20) == 3, np.nan, values)) is None
+
+
 def test_noise_alone_has_a_change_point_rarely():
     generator = np.random.default_rng(0)
     found = sum(change_point(generator.normal(size=50)) is not None for _ in range(400))
