@@ -9,6 +9,7 @@ import tempfile
 import time
 import uuid
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 _PREFIX = "deadbench-"
@@ -46,16 +47,8 @@ class Scratch:
 
 def is_scratch(folder: Path) -> bool:
     """Whether a folder is one of these, of this user and in the hands of a process that lives; no download can be."""
-    try:
-        descriptor = os.open(folder / _LOCK, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return folder.name.startswith(_PREFIX) and folder.lstat().st_uid == os.getuid()
-    finally:
-        os.close(descriptor)
+    with contextlib.suppress(OSError), _in_use(folder) as held:
+        return held and folder.name.startswith(_PREFIX) and folder.lstat().st_uid == os.getuid()
     return False
 
 
@@ -77,13 +70,29 @@ def sweep(base: str | Path | None = None) -> int:
 
 def _remove_if_free(folder: Path) -> bool:
     """Whether nobody held it, and it is gone; a folder without a lock is another's."""
+    with _in_use(folder) as held:
+        if not held:
+            shutil.rmtree(folder, ignore_errors=True)
+    return not folder.exists()
+
+
+@contextlib.contextmanager
+def _in_use(folder: Path) -> Iterator[bool]:
+    """Whether a living process holds the folder; where none does, this one holds it meanwhile.
+
+    Raises:
+        OSError: it has no lock.
+    """
     descriptor = os.open(folder / _LOCK, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield True
+        else:
+            yield False
     finally:
         os.close(descriptor)
-    return not folder.exists()
 
 
 def _end(folder: Path, descriptor: int) -> None:

@@ -54,20 +54,13 @@ def fetch_once(source: Source, called: str, fingerprint: str, names: list[str]) 
     place = cache_folder() / f"{readable}-{key}"
     folder, complete = place / "checkpoint", place / "complete"
     if not complete.exists():
-        _make_own(cache_folder())
+        cache_folder().mkdir(mode=0o700, parents=True, exist_ok=True)  # one that is there may be shared
         folder.mkdir(parents=True, exist_ok=True)
         with lease(place / "lock") as check:
             if not complete.exists():
                 _download(source, called, folder, names, check)
                 complete.touch()
     return folder
-
-
-def _make_own(folder: Path) -> None:
-    """A cache that is not there yet is made for its user alone; one that is, may be shared."""
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        folder.mkdir(mode=0o700, exist_ok=True)
 
 
 class _Check(Protocol):

@@ -4,6 +4,7 @@ The address that is checked is the one that is connected to, so a name cannot be
 proxy of the environment it is the proxy that connects: there only addresses written as such are checked.
 """
 
+import atexit
 import contextlib
 import functools
 import ipaddress
@@ -38,7 +39,9 @@ _MAKING = threading.Lock()
 @functools.cache
 def _client(public_only: bool) -> httpx2.Client:
     ours = {} if "all" in urllib.request.getproxies() else {"all://": _Transport(public_only)}
-    return httpx2.Client(follow_redirects=False, timeout=httpx2.Timeout(IDLE_SECONDS, pool=None), mounts=ours)
+    made = httpx2.Client(follow_redirects=False, timeout=httpx2.Timeout(IDLE_SECONDS, pool=None), mounts=ours)
+    atexit.register(made.close)  # the connections that it keeps
+    return made
 
 
 def is_inside(host: str) -> bool:

@@ -85,25 +85,22 @@ class Requests:
     def _answer(self, url: str, headers: dict[str, str]) -> Iterator[httpx2.Response]:
         """The answer at the end of the redirects, its body not yet read."""
         sender = client()
-        request: httpx2.Request | None = sender.build_request("GET", url, headers=headers)
-        first = origin = request.url if request else httpx2.URL(url)
+        request = sender.build_request("GET", url, headers=headers)
+        first = request.url.host
         for _ in range(_REDIRECTS + 1):
-            if request is None:
-                break
-            if origin.host != first.host:
+            if request.url.host != first:
                 request.headers.pop("Authorization", None)
                 if self._inside is None:
-                    self._inside = is_inside(first.host)
+                    self._inside = is_inside(first)
                 sender = client(public_only=not self._inside)
             with within(HEAD_SECONDS):
                 answer = sender.send(request, stream=True, follow_redirects=False)
-            request = answer.next_request
-            if request is None:
+            if answer.next_request is None:
                 with contextlib.closing(answer):
                     yield answer
                 return
             answer.close()
-            origin = request.url
+            request = answer.next_request
         raise httpx2.TooManyRedirects(f"more than {_REDIRECTS} redirects")
 
     def missing(self, answer: httpx2.Response, called: str) -> FileNotFoundError:
