@@ -1,4 +1,4 @@
-"""A frame for people and for programs: table, json, csv, md, html.
+"""A frame for people and for programs: table, json, csv, md, html, latex.
 
 json and csv keep full precision; the others round to what a reader can use (`analysis/cells.py`). Whatever a user could
 have written (model names, errors) is escaped for where it goes.
@@ -17,9 +17,10 @@ from deadbench.analysis.footnotes import footnotes
 from deadbench.analysis.layouts import LAYOUTS
 from deadbench.analysis.meanings import meaning
 from deadbench.analysis.results import ResultsError
-from deadbench.analysis.terminal import Column, Layout, table
+from deadbench.analysis.terminal import Column, Layout, fit, table
 
 if TYPE_CHECKING:
+    from great_tables import GT
     from rich.console import Group
 
 
@@ -29,6 +30,7 @@ SCREEN_ONLY = {
     "num_zero_scales", "dead_parameters", "hidden_size", "num_blocks", "blocks_preserved", "worst_block", "num_seeds",
     "input", "dtype", "value_low", "value_high", "value_seed_spread", "value_token_error", "threshold",
 }  # fmt: skip
+_PAGE_LETTERS = 110  # of a table across a page of paper, in small print
 PINNED = ("model", "holds")
 # Only rows that are equal here are compared: groups stand apart.
 GROUP = ("protocol", "dtype")
@@ -37,16 +39,20 @@ SAID_ONCE = (*GROUP, "seed")
 _MARKDOWN = str.maketrans(
     {"\\": "\\\\", "|": "\\|", "*": "\\*", "`": "\\`", "[": "\\[", "&": "&amp;", "<": "&lt;", ">": "&gt;"}
 )
+_LATEX = str.maketrans(
+    {letter: f"\\{letter}" for letter in "&%$#_{}"}
+    | {"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}"}
+)
 
 
 def render(frames: Mapping[str, pl.DataFrame], format: str) -> str:
-    """Frames by title as json, csv, md or html; json is one document, `{title: [row, …], …}`, csv the first frame only.
+    """Frames by title; json is one document, `{title: [row, …], …}`, csv the first frame only.
 
     Raises:
         ResultsError: an unknown format.
     """
     formats: dict[str, Callable[[Mapping[str, pl.DataFrame]], str]] = {
-        "json": _json, "csv": _csv, "md": _md, "html": _html,
+        "json": _json, "csv": _csv, "md": _md, "html": _html, "latex": _latex,
     }  # fmt: skip
     if format not in formats:
         raise ResultsError(f"format {format!r} is unknown; choose {', '.join(formats)}")
@@ -59,17 +65,27 @@ def rich_table(frame: pl.DataFrame, title: str, *, width: int, keep: Sequence[st
     Columns in `keep` are shown whatever the width. Below the table stand what all rows share, which columns did not
     fit, and the rows' errors.
     """
+    columns, shared, layout = _columns(frame, title, keep)
+    notes = [shared] if shared else []
+    if {"model", "error"} <= set(frame.columns):
+        errors = frame.select("model", "error").drop_nulls("error").iter_rows()
+        notes += [one_line(f"{model}: {error}") for model, error in errors]
+    notes += footnotes(frame)
+    groups = _groups(frame).to_list() if title == "leaderboard" else []
+    apart = [place for place in range(len(groups) - 1) if groups[place] != groups[place + 1]]
+    return table(
+        columns, layout, width=width, title=header(title), notes=notes, elsewhere="--format json or csv", sections=apart
+    )
+
+
+def _columns(frame: pl.DataFrame, title: str, keep: Sequence[str] = ()) -> tuple[list[Column], str, Layout]:
+    """What the layout of `title` shows of `frame`, what all rows share said in one line, and the layout with `keep`."""
     layout = LAYOUTS.get(title, Layout(columns=frame.columns, keys=frame.columns[:1]))
     layout = layout._replace(columns=[*layout.columns, *keep], keys=[*layout.keys, *keep])
     names = shown(frame)
     wanted = [name for name in dict.fromkeys(layout.columns) if name in names]
     wanted = [name for name in wanted if frame.is_empty() or _has_values(frame[name])]
     shared = [name for name in SAID_ONCE if name in wanted and frame[name].drop_nulls().n_unique() == 1]
-    notes = [", ".join(f"{name} {one_line(str(frame[name].drop_nulls()[0]))}" for name in shared)] if shared else []
-    if {"model", "error"} <= set(frame.columns):
-        errors = frame.select("model", "error").drop_nulls("error").iter_rows()
-        notes += [one_line(f"{model}: {error}") for model, error in errors]
-    notes += footnotes(frame)
     rows = list(cells(frame))
     columns = [
         Column(
@@ -82,11 +98,7 @@ def rich_table(frame: pl.DataFrame, title: str, *, width: int, keep: Sequence[st
         for name in wanted
         if name not in shared
     ]
-    groups = _groups(frame).to_list() if title == "leaderboard" else []
-    apart = [place for place in range(len(groups) - 1) if groups[place] != groups[place + 1]]
-    return table(
-        columns, layout, width=width, title=header(title), notes=notes, elsewhere="--format json or csv", sections=apart
-    )
+    return columns, ", ".join(f"{name} {one_line(str(frame[name].drop_nulls()[0]))}" for name in shared), layout
 
 
 def html_rows(frame: pl.DataFrame) -> dict[str, Any]:
@@ -180,25 +192,42 @@ def escaped(words: str) -> str:
 
 
 def _html(frames: Mapping[str, pl.DataFrame]) -> str:
-    tables = {title: (_great_table(frame, title), footnotes(frame)) for title, frame in frames.items()}
+    tables = {
+        title: (
+            _great_table(frame, title, shown(frame))
+            .tab_options(table_font_size="13px", table_width="100%", data_row_padding="4px")
+            .tab_options(row_group_font_weight="bold")
+            .as_raw_html(),
+            footnotes(frame),
+        )
+        for title, frame in frames.items()
+    }
     return str(environment().get_template("page.html.j2").module.document(tables))
 
 
-def _great_table(frame: pl.DataFrame, title: str) -> str:
-    """The frame as a table of great_tables, which escapes cells and headings; groups of protocols stand apart."""
+def _latex(frames: Mapping[str, pl.DataFrame]) -> str:
+    """Tables with booktabs' rules and the columns that a page has room for; what all rows share and footnotes below."""
+    tables = ["% needs \\usepackage{booktabs}"]
+    for title, frame in frames.items():
+        columns, shared, layout = _columns(frame, title)
+        names = [column.name for column, _ in fit(columns, layout, _PAGE_LETTERS).columns] or list(layout.keys)
+        tables.append(str(_great_table(frame, title, names).as_latex()).strip())
+        tables += [line.translate(_LATEX) for line in (shared, *footnotes(frame)) if line]
+    return "\n\n".join(tables)
+
+
+def _great_table(frame: pl.DataFrame, title: str, names: Sequence[str]) -> "GT":
+    """Columns `names` as a table of great_tables, which escapes cells and headings; groups of protocols stand apart."""
     from great_tables import GT
 
-    names = shown(frame)
-    rows = pl.DataFrame(list(cells(frame)), schema=dict.fromkeys(names, pl.String), orient="row").with_columns(
-        _groups(frame) if set(GROUP) <= set(names) else []
-    )
+    rows = pl.DataFrame(list(cells(frame)), schema=dict.fromkeys(shown(frame), pl.String), orient="row").select(names)
+    if set(GROUP) <= set(names):
+        rows = rows.with_columns(_groups(frame))
     table = GT(rows, id=title, groupname_col="group" if "group" in rows.columns else None)
-    return str(
+    return (
         table.cols_label({name: header(name) for name in names})
         .cols_align("left")
         .cols_align("right", [name for name in names if frame.schema[name].is_numeric()])
-        .tab_options(table_font_size="13px", table_width="100%", data_row_padding="4px", row_group_font_weight="bold")
-        .as_raw_html()
     )
 
 

@@ -20,6 +20,8 @@ from deadbench.runners.cli.console import (
 )
 from deadbench.runners.cli.options import GateFile
 
+_ONLY_HERE = ("bencher", "github")  # formats of a comparison
+
 
 def compare(
     baseline: Annotated[str, typer.Argument(metavar="BASELINE", help="RESULTS, or RESULTS@REVISION.")],
@@ -30,12 +32,13 @@ def compare(
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw the depths, candidate over baseline: .svg, .png or .pdf.")
     ] = None,
-    format: Annotated[str, typer.Option("--format", help=f"One of {', '.join(FORMATS)}, github.")] = "table",
+    format: Annotated[str, typer.Option("--format", help=f"One of {', '.join((*FORMATS, *_ONLY_HERE))}.")] = "table",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """What changed from one result set, or one checkpoint, to another, read by read. With a gate: exit 1 if it breaks.
 
+    `--format bencher` is the candidate in Bencher's metric format (`bencher run --adapter json`).
     In GitHub Actions the gate's summary also goes to the job's page ($GITHUB_STEP_SUMMARY).
 
     Example: [bold]deadbench compare results/main results/branch --gate gate.yaml --junit gate.xml[/bold]
@@ -51,7 +54,7 @@ def compare(
     from deadbench.suite.storage import write_whole
 
     format = "json" if as_json else format
-    one_of("--format", format, (*FORMATS, "github"))
+    one_of("--format", format, (*FORMATS, *_ONLY_HERE))
     if gate is None and (junit is not None or format == "github"):
         raise UserError(f"{'--junit' if junit else '--format github'} reports a gate; give one with --gate FILE")
     check_folder("--junit", junit)
@@ -68,13 +71,18 @@ def compare(
             raise UserError(f"--plot {plot}: no depth was compared; there is nothing to draw")
         save_plot(spec, plot)
         say(f"wrote {plot}")
-    if rules is None:
+    if format == "bencher":
+        from deadbench.analysis.bencher import bencher
+
+        print(bencher(rows))
+    if rules is None and format != "bencher":
         rows = compared_over_seeds(rows)
         shown = rows if show_all else rows.filter(rows["verdict"] != "same")
         if shown.is_empty():
             say(f"no differences: {num_reads(rows)} reads, {rows['metric'].n_unique()} metrics compared")
         if format != "table" or len(shown):
             print_frames({"compare": shown}, format)
+    if rules is None:
         return
     judged = judge(rows, rules)
     failures = broken(judged)
@@ -91,7 +99,7 @@ def compare(
 
         verdict = {"passed": failures.is_empty(), "num_checks": len(judged), "num_broken": len(failures)}
         print(json.dumps({"compare": plain_rows(shown), "gate": verdict}, indent=2))
-    elif format != "table" or len(shown):
+    elif format != "bencher" and (format != "table" or len(shown)):
         print_frames({"compare": shown}, format)
     for line in (headline(judged), *sides(judged, baseline, candidate)):
         say(line)

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 EXIT_FALSE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
-FORMATS = ("table", "json", "csv", "md", "html")
+FORMATS = ("table", "json", "csv", "md", "html", "latex")
 PLAIN_WIDTH = 150  # columns of a table that is not printed to a terminal
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]

@@ -134,3 +134,22 @@ def test_text(name, value, unit, expected):
 )  # fmt: skip
 def test_magnitude(count, expected):
     assert magnitude(int(count)) == expected
+
+
+def test_latex_escapes_has_the_columns_of_a_page_and_says_once_what_all_rows_share(frame, read):
+    rows = [read(r"a_b&50%\x{~^$#}", depth=13.123456, protocol="my_quick"), read("b", depth=2.0, protocol="my_quick")]
+    table = render({"leaderboard": leaderboard(frame(rows))}, "latex")
+    assert table.startswith("% needs \\usepackage{booktabs}\n")
+    (line,) = [line for line in table.splitlines() if "13.12" in line]
+    assert r"a\_b\&50\%\textbackslash{}x\{\textasciitilde{}\textasciicircum{}\$\#\}" in line
+    assert line.count(" & ") == table.split(r"\toprule")[1].split(r"\midrule")[0].count(" & ") <= 12
+    assert table.rstrip().splitlines()[-1] == r"protocol my\_quick, dtype float32"
+
+
+def test_latex_of_two_protocols_has_a_column_of_them(frame, read):
+    table = render({"leaderboard": leaderboard(frame([read("a", protocol="p"), read("b", protocol="q")]))}, "latex")
+    assert [line.rsplit(" & ", 1)[1] for line in table.splitlines() if " & " in line] == [
+        r"protocol \\ ",
+        r"p \\",
+        r"q \\",
+    ]

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from deadbench.runners.cli.console import FORMATS
 from tests.conftest import ROOT, TINY_NEOX, write_checkpoint
 
 pytestmark = pytest.mark.subprocess
@@ -20,7 +21,6 @@ TABLES = {
     "gate": ["compare", f"{QUICK}@step4096", f"{QUICK}@step16", "--gate", "examples/gate.yaml"],
     "trend": ["trend", QUICK, "--model", "twin-layernorm"],
 }
-FORMATS = ("table", "json", "csv", "md", "html")
 # Every command line in one process: importing takes longer than printing.
 ALL = """
 import contextlib, json, sys
@@ -51,6 +51,7 @@ def test_every_command_and_format_prints(tmp_path, encoding):
     commands = {(name, format): [*arguments, "--format", format] for name, arguments in TABLES.items()
                 for format in FORMATS}  # fmt: skip
     commands["gate", "github"] = [*TABLES["gate"], "--format", "github"]
+    commands["compare", "bencher"] = [*TABLES["compare"], "--format", "bencher"]
     commands["report", None] = ["report", QUICK, "-o", tmp_path / "é模.html"]
     commands["classify", None] = ["classify", folder]
     commands["classify", "json"] = ["classify", folder, "--json"]
