@@ -46,6 +46,7 @@ READS = [
     ),
     Column("source_step", INT, "steps", "training step that is recorded with the weights; null where none is"),
     Column("checkpoint_step", INT, "steps", "training step of the checkpoint, if its name tells, else source_step"),
+    Column("tokens_seen", INT, "tokens", "tokens of training by then, where a trainer or the registry says"),
     Column("modality", TEXT, "", "text, image or audio"),
     Column("protocol", TEXT, "", "name of the protocol and what was overridden; only equal ones are compared"),
     Column("input", TEXT, "", "input specification"),

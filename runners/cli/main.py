@@ -16,6 +16,7 @@ from deadbench.runners.cli.compare import compare
 from deadbench.runners.cli.console import EXIT_FALSE, EXIT_INTERRUPTED, EXIT_USAGE, UserError, print_anywhere
 from deadbench.runners.cli.glossary import glossary
 from deadbench.runners.cli.init import init
+from deadbench.runners.cli.log import log
 from deadbench.runners.cli.plan import plan
 from deadbench.runners.cli.results import dead, families, leaderboard, publish, report
 from deadbench.runners.cli.run import run
@@ -35,7 +36,7 @@ app = typer.Typer(
 # Every command, in the order of --help: the more used before the less.
 for command in (
     run, leaderboard, report, trend, compare, families, dead,
-    classify, plan, init, export, census, publish, glossary,
+    classify, plan, init, log, export, census, publish, glossary,
 ):  # fmt: skip
     app.command()(command)
 

@@ -41,6 +41,7 @@ FLAGS = {
     "trend": "--model --metric --plot --bisect --gate --registry --suite --address --format --json --debug",
     "report": "-o --out --plots --plot-format --debug",
     "init": "--registry --debug",
+    "log": "--to --model --json --debug",
     "glossary": "--json --debug",
     "publish": "--to --title --license --private --debug",
 }
@@ -123,7 +124,7 @@ def test_the_flags_are_frozen():
         (["run", "gpt2", "--input", "tokens:x.npy", "--tokens", "5"], "leave one out"),
         (["run", "gpt2", "--out", "/proc/nope"], "cannot be written"),
         (["leaderboard", "/no/such/results"], "/no/such/results"),
-        (["leaderboard", "RESULTS", "--format", "xml"], "choose table, json, csv, md, html"),
+        (["leaderboard", "RESULTS", "--format", "xml"], "choose table, json, csv, md, html, latex"),
         (["leaderboard", "RESULTS", "--sort", "colour"], "colour"),
         (["leaderboard", "RESULTS", "--family", "batchnorm"], "batchnorm"),
         (["families", "/no/such/results"], "/no/such/results"),
