@@ -119,8 +119,40 @@ READS = [
     Column("num_algebraic", INT, "dimensions", "directions below 1e-6 lambda_mean that fall with the roundoff squared"),
     Column("num_learned", INT, "dimensions", "of those, directions as dead in float64 as in float32, or zero scales"),
     Column("num_rounding", INT, "dimensions", "of those, directions too deep to tell"),
+    # what the other directions say of v
+    Column(
+        "schur_ratio",
+        REAL,
+        "",
+        "1 - S/lambda_v, S = 1/(v^T C^-1 v): the share of lambda_v that the other directions explain, replayed in "
+        "float32; null with zero scales",
+    ),
+    Column("schur_ratio_exact", REAL, "", "the same replayed in float64"),
+    Column("schur_ratio_as_executed", REAL, "", "the same of the output that the model itself computed, in its dtype"),
+    Column("schur_baseline", REAL, "", "(D - 1)/N: what noise that has nothing to do with the rest gives there"),
     # residual stream
+    Column("stream_mean_share", REAL, "", "variance of the final norm's input along 1/sqrt(D) over the mean variance"),
+    Column(
+        "stream_centred",
+        FLAG,
+        "",
+        "that is rounding alone, or by parameters what writes to the stream sums to zero: an RMSNorm then has the "
+        "kernel gamma^-1 too",
+    ),
+    Column(
+        "massive_coordinates",
+        pa.list_(INT),
+        "",
+        "coordinates of the final norm's input with a second moment above 1000 times the median, largest first",
+    ),
+    Column("massive_weight", REAL, "", "squared weight of v on them"),
     Column("blocks_preserved", FLAG, "", "no block collapsed a direction of the residual stream; null if not read"),
+    Column(
+        "blocks_nondecreasing",
+        INT,
+        "blocks",
+        "blocks after which the smallest singular value is no smaller, but for three standard errors by the halves",
+    ),
     Column("worst_block", INT, "block", "block with the smallest ratio of smallest singular values; null if not read"),
     Column("worst_block_ratio", REAL, "", "that ratio; null if not read"),
     # how
@@ -177,7 +209,14 @@ BLOCKS = [
     Column("preserved", FLAG, "", "state is preserved or preserved-dead"),
     Column("bottom_coordinates", pa.list_(INT), "", "largest coordinates of the bottom direction"),
     Column("bottom_weights", pa.list_(REAL), "", "their squared weights"),
+    Column("nondecreasing", FLAG, "", "ratio is at least 1, or below by no more than three standard errors"),
     Column("participation", REAL, "dimensions", "1 / sum u_i^4 of the bottom direction"),
+    Column(
+        "massive_coordinates",
+        pa.list_(INT),
+        "",
+        "coordinates with a second moment above 1000 times the median, largest first",
+    ),
     Column("bottom_direction", pa.list_(REAL), "", "the bottom direction itself, where state is collapsed"),
 ]
 
