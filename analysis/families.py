@@ -12,7 +12,7 @@ A model, here (model, protocol), holds a claim when all its tested reads do.
 
 import polars as pl
 
-from deadbench.analysis.claims import CLAIMS, LOG_LAMBDA_V, RANDOM_COLUMNS, TWIN, Claim
+from deadbench.analysis.claims import CLAIMS, LOG_LAMBDA_V, LOG_LAMBDA_V_AS_EXECUTED, RANDOM_COLUMNS, TWIN, Claim
 from deadbench.analysis.lines import LINE, forward_lines, last, ok_reads, parameter_reads
 from deadbench.analysis.results import collected, collected_all, finite
 from deadbench.suite.schema import KEY, arrow_schema
@@ -96,7 +96,9 @@ def collapsed_blocks(reads: pl.LazyFrame, blocks: pl.LazyFrame) -> pl.DataFrame:
 
 
 def _offered(reads: pl.LazyFrame) -> pl.LazyFrame:
-    forward = forward_lines(reads, each_seed=True).with_columns(log_lambda_v=LOG_LAMBDA_V)
+    forward = forward_lines(reads, each_seed=True).with_columns(
+        log_lambda_v=LOG_LAMBDA_V, log_lambda_v_as_executed=LOG_LAMBDA_V_AS_EXECUTED
+    )
     random = forward.filter(pl.col("read") == "random")
     beside = random.group_by(LINE).agg(pl.col(RANDOM_COLUMNS).mean().name.prefix("random_"))
     # The twin's depth at the same place, the mean over its seeds.

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 SCREEN_ONLY = {
     "objective", "depth_predicted", "precision_slope", "containment", "num_algebraic", "num_rounding",
     "num_zero_scales", "dead_parameters", "hidden_size", "num_blocks", "blocks_preserved", "worst_block", "num_seeds",
-    "input", "dtype", "value_low", "value_high", "value_seed_spread", "value_token_error", "threshold",
+    "depth_as_executed", "blocks_nondecreasing", "input", "dtype",
+    "value_low", "value_high", "value_seed_spread", "value_token_error", "threshold",
 }  # fmt: skip
 PINNED = ("model", "holds")
 # Only rows that are equal here are compared: groups stand apart.

@@ -46,9 +46,13 @@ READS = [
     ),
     Column("source_step", INT, "steps", "training step that is recorded with the weights; null where none is"),
     Column("checkpoint_step", INT, "steps", "training step of the checkpoint, if its name tells, else source_step"),
+    Column(
+        "tokens_seen", INT, "tokens", "that the checkpoint was trained on: its Trainer's count, else by the registry's"
+    ),
     Column("modality", TEXT, "", "text, image or audio"),
     Column("protocol", TEXT, "", "name of the protocol and what was overridden; only equal ones are compared"),
     Column("input", TEXT, "", "input specification"),
+    Column("skip_positions", INT, "positions", "first positions of each sequence that are left out of the statistics"),
     Column("num_tokens", INT, "tokens", "rows of the final norm's output that entered the statistics"),
     Column("num_distinct_inputs", INT, "tokens", "distinct token ids (text) or distinct patches (image) among them"),
     # architecture
@@ -169,6 +173,7 @@ READS = [
     Column("started_at", TIME, "", "start of the read"),
     Column("finished_at", TIME, "", "end of the read"),
     Column("attempt", INT, "", "1 for the first try of this run"),
+    Column("flags", pa.list_(TEXT), "", "what a reader of the row should know: names of suite/reads/flags.py"),
     Column("status", TEXT, "", "ok or failed"),
     Column("error", TEXT, "", "one line; for an ok row without a final norm, why there is none"),
 ]
