@@ -12,7 +12,9 @@ and on a functional read
 
 - `kept_still`, `moved`: over its maps and steps, in decades, the least factor by which a random direction changed the
   outputs more than a LayerNorm's compensated dead direction, and the largest one for RMSNorms' gamma^-1. A factor is
-  one of KL divergences, or, where there are no logits, of squared changes of the last hidden state.
+  one of KL divergences, or, where there are no logits, of squared changes of the last hidden state. Steps from 0.01 on.
+- `not_gauge`, `off_regular`, `unit_order`: how many of its compensated directions are no gauge, how far from 1 the
+  order of a random direction is at most, and the least order of a planted dead unit.
 
 Where it is null, the read cannot test the claim.
 """
@@ -226,6 +228,20 @@ CLAIMS = {
     "rmsnorm-outputs-move": _claim(
         "Linear maps that an RMSNorm feeds, moved along its inverse scales (control): the outputs change.",
         "any", FUNCTIONAL, _at_most("log10(random / inverse-scale change)", pl.col("moved"), 4, "decades", strict=True),
+    ),
+    "layernorm-directions-gauge": _claim(
+        "Linear maps that a LayerNorm feeds: its dead direction is a gauge, nothing moves at any step.",
+        "any", FUNCTIONAL, _at_most("compensated directions that move", pl.col("not_gauge"), 0, "dimensions"),
+    ),
+    "random-directions-regular": _claim(
+        "Linear maps that a norm feeds, any family (control): along a random direction the outputs move in first "
+        "order.",
+        "any", FUNCTIONAL, _at_most("|k - 1|", pl.col("off_regular"), 0.1, ""),
+    ),
+    "dead-units-singular": _claim(
+        "Hidden units planted dead (control): their weights in and out, moved jointly, move the outputs in second "
+        "order at least.",
+        "any", FUNCTIONAL, _at_least("k", pl.col("unit_order"), 1.9, ""),
     ),
     "classified": Claim(
         "Any family: the parameters alone tell the normalisation family that the registry expects.",
