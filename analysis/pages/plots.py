@@ -94,7 +94,7 @@ def report_plots(
             "Moved along a dead direction",
             "How far the outputs move when the weights move by e: KL divergence, or the squared change of the last "
             "hidden state where there are no logits; the median over the maps, shaded their middle half. Dashed, "
-            "the powers e^(2k): a regular direction follows k = 1, a dead hidden unit k = 2, a gauge is rounding alone.",
+            "the powers e^(2k): a regular direction follows k = 1, a dead hidden unit k = 2, a gauge is rounding.",
             by_family(lambda family: movement_plot(reads, functional, family)),
         ),
         (
