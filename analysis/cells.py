@@ -12,6 +12,9 @@ HEADERS = {
     "depth_random": "random",
     "depth_predicted": "predicted",
     "depth_exact": "float64",
+    "depth_as_executed": "executed",
+    "deepening_as_executed": "deepening, executed",
+    "blocks_nondecreasing": "no fall",
     "kernel_exact": "exact",
     "num_dead_1e6": "dead 1e-6",
     "num_zero_scales": "zeros",
@@ -58,7 +61,7 @@ ERRORS = {
 MAX_LISTED = 8  # of a list's items; json and csv have all
 _DECIMALS = {
     "alignment": 4, "containment": 4, "deepening": 2, "worst_block_ratio": 3, "ratio": 3, "bottom_weights": 2,
-    "weights": 2, "precision_slope": 2, "angle": 2, "angle_from_first": 2,
+    "deepening_as_executed": 2, "weights": 2, "precision_slope": 2, "angle": 2, "angle_from_first": 2,
 }  # fmt: skip
 _DECIMALS_OF_UNIT = {"cosine": 4, "decades": 2, "dimensions": 0, "slope": 2, "ratio": 3, "share": 4}
 

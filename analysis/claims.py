@@ -4,6 +4,7 @@ A claim is one entry of `CLAIMS`: which reads test it, and one expression that s
 claim, add an entry. An expression sees the columns of `reads`, on a forward read also
 
 - `log_lambda_v`: log10 of the variance along v, cut like the depth at what the projection resolves,
+- `log_lambda_v_as_executed`: the same of the output that the model itself computed, in its dtype,
 - `random_<column>`: the mean over seeds of `RANDOM_COLUMNS` of the model's reads at random initialisation,
 - `twin_depth`, `twin_depth_standard_error`: the depth of the same model with another norm (`TWIN`),
 
@@ -11,7 +12,9 @@ and on a functional read
 
 - `kept_still`, `moved`: over its maps and steps, in decades, the least factor by which a random direction changed the
   outputs more than a LayerNorm's compensated dead direction, and the largest one for RMSNorms' gamma^-1. A factor is
-  one of KL divergences, or, where there are no logits, of squared changes of the last hidden state.
+  one of KL divergences, or, where there are no logits, of squared changes of the last hidden state. Steps from 0.01 on.
+- `not_gauge`, `off_regular`, `unit_order`: how many of its compensated directions are no gauge, how far from 1 the
+  order of a random direction is at most, and the least order of a planted dead unit.
 
 Where it is null, the read cannot test the claim.
 """
@@ -20,7 +23,14 @@ from typing import NamedTuple
 
 import polars as pl
 
-RANDOM_COLUMNS = ["log_lambda_v", "num_dead_1e6", "num_learned", "depth_predicted", "lambda_v_standard_error"]
+RANDOM_COLUMNS = [
+    "log_lambda_v",
+    "log_lambda_v_as_executed",
+    "num_dead_1e6",
+    "num_learned",
+    "depth_predicted",
+    "lambda_v_standard_error",
+]
 # Twins are trained alike and differ in the norm only: their ids are equal but for the family's name.
 TWIN = pl.col("model").str.replace("layernorm|rmsnorm", "*")
 
@@ -90,11 +100,16 @@ def _both(a: str, b: str) -> pl.Expr:
 
 
 LOG_LAMBDA_V = _kept_log_lambda_v()
+LOG_LAMBDA_V_AS_EXECUTED = pl.when(pl.col("lambda_mean") > 0).then(
+    pl.col("lambda_mean").log10() - pl.col("depth_as_executed")
+)
 # u_D is arbitrary inside a kernel of two or more dimensions: alignment carries no claim there.
 _ALIGNMENT = pl.when(pl.col("num_zero_scales").fill_null(0) < 2).then(pl.col("alignment"))
+_CENTRED = pl.col("stream_centred").fill_null(False)  # an RMSNorm is then a LayerNorm, and no control
 _NO_ZEROS = pl.col("num_zero_scales").fill_null(0) == 0
 _SLOPE = pl.col("precision_slope")
 _DEEPENING = pl.col("random_log_lambda_v") - pl.col("log_lambda_v")
+_EXECUTED_DEEPENING = pl.col("random_log_lambda_v_as_executed") - pl.col("log_lambda_v_as_executed")
 # In the closed form only HM(gamma^2) moves in training: the depths of equal architectures differ by log10 of its ratio.
 _PREDICTED_DEEPENING = pl.col("depth_predicted") - pl.col("random_depth_predicted")
 _MORE_DEAD = pl.col("num_dead_1e6") - pl.col("random_num_dead_1e6")
@@ -116,11 +131,17 @@ CLAIMS = {
     ),
     "rmsnorm-random-unaligned": _claim(
         "RMSNorm at random initialisation (control): the bottom eigenvector is not the inverse-scale direction.",
-        "rmsnorm", RANDOM, _at_most("alignment", _ALIGNMENT, 0.99995, "cosine", strict=True),
+        "rmsnorm", RANDOM, _at_most("alignment", pl.when(~_CENTRED).then(_ALIGNMENT), 0.99995, "cosine", strict=True),
     ),
     "rmsnorm-inverse-scale-alive": _claim(
         "RMSNorm, random or trained (control): the variance along the inverse-scale direction is no rounding error.",
-        "rmsnorm", FORWARD, _at_most("depth", pl.col("depth"), 4, "decades", strict=True),
+        "rmsnorm", FORWARD, _at_most("depth", pl.when(~_CENTRED).then(pl.col("depth")), 4, "decades", strict=True),
+        _DEPTH_ERROR,
+    ),
+    "rmsnorm-centred-kernel": _claim(
+        "RMSNorm of a centred stream, random or trained: the variance along the inverse-scale direction is rounding, "
+        "as a LayerNorm's; such models are no controls.",
+        "rmsnorm", FORWARD, _at_least("depth", pl.when(_CENTRED).then(pl.col("depth")), 4, "decades"),
         _DEPTH_ERROR,
     ),
     "random-direction-alive": _claim(
@@ -138,7 +159,8 @@ CLAIMS = {
     ),
     "rmsnorm-kernel-inexact": Claim(
         "RMSNorm, random or trained (control): nothing along the inverse-scale direction is filled by rounding alone.",
-        "rmsnorm", FORWARD, ~pl.col("kernel_exact"), "precision slope <= 0.5", _SLOPE, "slope", 0.5 - _SLOPE,
+        "rmsnorm", FORWARD, pl.when(~_CENTRED).then(~pl.col("kernel_exact")), "precision slope <= 0.5", _SLOPE, "slope",
+        0.5 - _SLOPE,
     ),
     "layernorm-one-algebraic": _claim(
         "LayerNorm without zero scales, random or trained: exactly one dead direction is algebraic.",
@@ -150,9 +172,14 @@ CLAIMS = {
     ),
     "layernorm-deepens": _claim(
         "LayerNorm: training deepens the direction, lambda_v at the last checkpoint is below that at random "
-        "initialisation.",
+        "initialisation; the norm replayed in float32.",
         "layernorm", TRAINED, _at_least("log10(random / trained lambda_v)", _DEEPENING, 0, "decades", strict=True),
         _DEEPENING_ERROR,
+    ),
+    "layernorm-deepens-as-executed": _claim(
+        "LayerNorm: the same of the outputs as the model computed them, in the dtype that it ran in.",
+        "layernorm", TRAINED,
+        _at_least("log10(random / trained lambda_v, as executed)", _EXECUTED_DEEPENING, 0, "decades", strict=True),
     ),
     "deepening-predicted": _claim(
         "LayerNorm: the scales alone predict how much lambda_v falls in training.",
@@ -201,6 +228,20 @@ CLAIMS = {
     "rmsnorm-outputs-move": _claim(
         "Linear maps that an RMSNorm feeds, moved along its inverse scales (control): the outputs change.",
         "any", FUNCTIONAL, _at_most("log10(random / inverse-scale change)", pl.col("moved"), 4, "decades", strict=True),
+    ),
+    "layernorm-directions-gauge": _claim(
+        "Linear maps that a LayerNorm feeds: its dead direction is a gauge, nothing moves at any step.",
+        "any", FUNCTIONAL, _at_most("compensated directions that move", pl.col("not_gauge"), 0, "dimensions"),
+    ),
+    "random-directions-regular": _claim(
+        "Linear maps that a norm feeds, any family (control): along a random direction the outputs move in first "
+        "order.",
+        "any", FUNCTIONAL, _at_most("|k - 1|", pl.col("off_regular"), 0.1, ""),
+    ),
+    "dead-units-singular": _claim(
+        "Hidden units planted dead (control): their weights in and out, moved jointly, move the outputs in second "
+        "order at least.",
+        "any", FUNCTIONAL, _at_least("k", pl.col("unit_order"), 1.9, ""),
     ),
     "classified": Claim(
         "Any family: the parameters alone tell the normalisation family that the registry expects.",

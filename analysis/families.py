@@ -12,12 +12,13 @@ A model, here (model, protocol), holds a claim when all its tested reads do.
 
 import polars as pl
 
-from deadbench.analysis.claims import CLAIMS, LOG_LAMBDA_V, RANDOM_COLUMNS, TWIN, Claim
+from deadbench.analysis.claims import CLAIMS, LOG_LAMBDA_V, LOG_LAMBDA_V_AS_EXECUTED, RANDOM_COLUMNS, TWIN, Claim
 from deadbench.analysis.lines import LINE, forward_lines, last, ok_reads, parameter_reads
 from deadbench.analysis.results import collected, collected_all, finite
 from deadbench.suite.schema import KEY, arrow_schema
 
 _DIGITS = 13
+LEAST_STEP = 0.01  # of a functional read: below, a change of the outputs nears what rounding makes
 SCHEMA = {
     "claim": pl.String,
     "statement": pl.String,
@@ -96,7 +97,9 @@ def collapsed_blocks(reads: pl.LazyFrame, blocks: pl.LazyFrame) -> pl.DataFrame:
 
 
 def _offered(reads: pl.LazyFrame) -> pl.LazyFrame:
-    forward = forward_lines(reads, each_seed=True).with_columns(log_lambda_v=LOG_LAMBDA_V)
+    forward = forward_lines(reads, each_seed=True).with_columns(
+        log_lambda_v=LOG_LAMBDA_V, log_lambda_v_as_executed=LOG_LAMBDA_V_AS_EXECUTED
+    )
     random = forward.filter(pl.col("read") == "random")
     beside = random.group_by(LINE).agg(pl.col(RANDOM_COLUMNS).mean().name.prefix("random_"))
     # The twin's depth at the same place, the mean over its seeds.
@@ -115,6 +118,12 @@ def _offered(reads: pl.LazyFrame) -> pl.LazyFrame:
 
 def _moved(reads: pl.LazyFrame, functional: pl.LazyFrame) -> pl.LazyFrame:
     """Functional reads with the worst map's factors, `kept_still` and `moved`; see `analysis/claims.py`."""
+    told = functional.unique([*KEY, "run_id", "site", "direction"]).group_by(*KEY, "run_id").agg(
+        not_gauge=_counted(pl.col("verdict") != "gauge", pl.col("direction") == "compensated"),
+        off_regular=(pl.col("kl_order") - 1).abs().filter(pl.col("direction") == "random").max(),
+        unit_order=pl.col("kl_order").filter(pl.col("direction").str.starts_with("planted-")).min(),
+    )  # fmt: skip
+    functional = functional.filter(pl.col("step") >= LEAST_STEP)
     change = pl.coalesce("kl", pl.col("output_change").pow(2))
     place = [*KEY, "run_id", "site", "step"]
     control = functional.filter(pl.col("direction") == "random").select(*place, control=change)
@@ -126,7 +135,14 @@ def _moved(reads: pl.LazyFrame, functional: pl.LazyFrame) -> pl.LazyFrame:
         moved=factor.filter(pl.col("direction") == "inverse-scale-rms").max(),
     )
     ok = last(ok_reads(reads).filter(pl.col("read") == "functional"), ["model", "protocol", "revision"])
-    return ok.join(worst, on=[*KEY, "run_id"], how="left", nulls_equal=True)
+    beside = worst.join(told, on=[*KEY, "run_id"], how="left", nulls_equal=True)
+    return ok.join(beside, on=[*KEY, "run_id"], how="left", nulls_equal=True)
+
+
+def _counted(condition: pl.Expr, among: pl.Expr) -> pl.Expr:
+    """How many of those `among` hold; null where of none it is known."""
+    known = condition.filter(among).drop_nulls()
+    return pl.when(known.len() > 0).then(known.sum().cast(pl.Int64))
 
 
 def dead_parameters(reads: pl.LazyFrame) -> pl.DataFrame:

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 SCREEN_ONLY = {
     "objective", "depth_predicted", "precision_slope", "containment", "num_algebraic", "num_rounding",
     "num_zero_scales", "dead_parameters", "hidden_size", "num_blocks", "blocks_preserved", "worst_block", "num_seeds",
-    "input", "dtype", "value_low", "value_high", "value_seed_spread", "value_token_error", "threshold",
+    "depth_as_executed", "blocks_nondecreasing", "input", "dtype",
+    "value_low", "value_high", "value_seed_spread", "value_token_error", "threshold",
 }  # fmt: skip
 _PAGE_LETTERS = 110  # of a table across a page of paper, in small print
 PINNED = ("model", "holds")

@@ -24,6 +24,8 @@ COLUMNS = [
     "depth_random",
     "depth_random_spread",
     "deepening",
+    "depth_as_executed",
+    "deepening_as_executed",
     "depth_predicted",
     "depth_exact",
     "kernel_exact",
@@ -43,6 +45,7 @@ COLUMNS = [
     "blocks_preserved",
     "worst_block",
     "worst_block_ratio",
+    "blocks_nondecreasing",
     "num_seeds",
     "num_replicates",
     "input",
@@ -55,6 +58,8 @@ SORTABLE = [
     "depth",
     "depth_random",
     "deepening",
+    "depth_as_executed",
+    "deepening_as_executed",
     "depth_predicted",
     "depth_exact",
     "alignment",
@@ -72,7 +77,9 @@ SORTABLE = [
 GROUP = ["protocol", "dtype"]
 _READ = [column.name for column in READS if column.name in {*COLUMNS, "kernel_exact", "num_zero_scales"}]
 # A zero scale makes these large, and no kernel does: they rank kernels alone.
-_OF_THE_KERNEL = ("depth", "depth_exact", "depth_predicted", "deepening")
+_OF_THE_KERNEL = (
+    "depth", "depth_exact", "depth_predicted", "deepening", "depth_as_executed", "deepening_as_executed",
+)  # fmt: skip
 _DEAD = 6  # decades from which a direction that no kernel explains is dead, as where dead directions are counted
 
 
@@ -83,7 +90,8 @@ def leaderboard(reads: pl.LazyFrame, *, sort: str = "depth", family: str | None 
     over `num_replicates`. `depth = log10(lambda_mean / lambda_v)` in decades, `depth_standard_error` from the sample of
     tokens, `depth_spread` the standard deviation over the replicates, null for one. `depth_random` is that of the same
     model, protocol and dtype at random initialisation, the mean over `num_seeds` seeds, and `depth_random_spread` their
-    standard deviation, null for one; `deepening = depth - depth_random` where the line is a trained read. The family is
+    standard deviation, null for one; `deepening = depth - depth_random` where the line is a trained read,
+    `deepening_as_executed` that of the outputs in the precision that the model ran in, which is `dtype`. The family is
     what the read found the norm to do, not what the registry expects. `dead_parameters` and their share of all
     parameters are counted at the line's own parameters: beside a trained read, by the read of parameters of the same
     checkpoint.
@@ -108,14 +116,20 @@ def leaderboard(reads: pl.LazyFrame, *, sort: str = "depth", family: str | None 
 
     forward = series_lines(reads, _READ)
     random = forward.filter(pl.col("read") == "random").select(
-        *LINE, depth_random="depth", depth_random_spread="depth_spread", num_seeds="num_replicates"
+        *LINE,
+        depth_random="depth",
+        depth_random_spread="depth_spread",
+        executed_random="depth_as_executed",
+        num_seeds="num_replicates",
     )
     trained_first = forward.sort(pl.col("read") == "trained", descending=True, maintain_order=True)
     best = trained_first.unique(LINE, keep="first", maintain_order=True)
     parameters = averaged(in_series(parameter_lines(reads)), [*LINE, "read"], _READ)
     read = pl.concat([best, parameters, failed_lines(reads).select(_READ)], how="diagonal")
+    is_trained = pl.col("read") == "trained"
     lines = read.join(random, on=LINE, how="left", nulls_equal=True, maintain_order="left").with_columns(
-        pl.when(pl.col("read") == "trained").then(pl.col("depth") - pl.col("depth_random")).alias("deepening")
+        deepening=pl.when(is_trained).then(pl.col("depth") - pl.col("depth_random")),
+        deepening_as_executed=pl.when(is_trained).then(pl.col("depth_as_executed") - pl.col("executed_random")),
     )
     # Which parameters are dead a trained read does not say; that of the same checkpoint's parameters does.
     census = ["dead_parameters", "dead_parameters_share"]

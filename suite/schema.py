@@ -46,10 +46,13 @@ READS = [
     ),
     Column("source_step", INT, "steps", "training step that is recorded with the weights; null where none is"),
     Column("checkpoint_step", INT, "steps", "training step of the checkpoint, if its name tells, else source_step"),
-    Column("tokens_seen", INT, "tokens", "tokens of training by then, where a trainer or the registry says"),
+    Column(
+        "tokens_seen", INT, "tokens", "trained on: by its Trainer's count, else step x the registry's tokens a step"
+    ),
     Column("modality", TEXT, "", "text, image or audio"),
     Column("protocol", TEXT, "", "name of the protocol and what was overridden; only equal ones are compared"),
     Column("input", TEXT, "", "input specification"),
+    Column("skip_positions", INT, "positions", "first positions of each sequence that are left out of the statistics"),
     Column("num_tokens", INT, "tokens", "rows of the final norm's output that entered the statistics"),
     Column("num_distinct_inputs", INT, "tokens", "distinct token ids (text) or distinct patches (image) among them"),
     # architecture
@@ -120,8 +123,24 @@ READS = [
     Column("num_algebraic", INT, "dimensions", "directions below 1e-6 lambda_mean that fall with the roundoff squared"),
     Column("num_learned", INT, "dimensions", "of those, directions as dead in float64 as in float32, or zero scales"),
     Column("num_rounding", INT, "dimensions", "of those, directions too deep to tell"),
+    # what the other directions say of v
+    Column(
+        "schur_ratio", REAL, "", "1 - S/lambda_v, S = 1/(v^T C^-1 v): what the others explain; null with zero scales"
+    ),
+    Column("schur_ratio_exact", REAL, "", "the same replayed in float64"),
+    Column("schur_ratio_as_executed", REAL, "", "the same of the output that the model itself computed, in its dtype"),
+    Column("schur_baseline", REAL, "", "(D - 1)/N: what noise that has nothing to do with the rest gives there"),
     # residual stream
+    Column("stream_mean_share", REAL, "", "variance of the final norm's input along 1/sqrt(D) over the mean variance"),
+    Column(
+        "stream_centred", FLAG, "", "that is rounding alone, or by stored rows zero: an RMSNorm has the kernel then"
+    ),
+    Column("massive_coordinates", pa.list_(INT), "", "of that input, second moment above 1000 times the median"),
+    Column("massive_weight", REAL, "", "squared weight of v on them"),
     Column("blocks_preserved", FLAG, "", "no block collapsed a direction of the residual stream; null if not read"),
+    Column(
+        "blocks_nondecreasing", INT, "blocks", "blocks that left the smallest singular value no smaller, but for noise"
+    ),
     Column("worst_block", INT, "block", "block with the smallest ratio of smallest singular values; null if not read"),
     Column("worst_block_ratio", REAL, "", "that ratio; null if not read"),
     # how
@@ -138,6 +157,7 @@ READS = [
     Column("started_at", TIME, "", "start of the read"),
     Column("finished_at", TIME, "", "end of the read"),
     Column("attempt", INT, "", "1 for the first try of this run"),
+    Column("flags", pa.list_(TEXT), "", "what a reader of the row should know: names of suite/reads/flags.py"),
     Column("status", TEXT, "", "ok or failed"),
     Column("error", TEXT, "", "one line; for an ok row without a final norm, why there is none"),
 ]
@@ -178,7 +198,9 @@ BLOCKS = [
     Column("preserved", FLAG, "", "state is preserved or preserved-dead"),
     Column("bottom_coordinates", pa.list_(INT), "", "largest coordinates of the bottom direction"),
     Column("bottom_weights", pa.list_(REAL), "", "their squared weights"),
+    Column("nondecreasing", FLAG, "", "ratio is at least 1, or below by no more than three standard errors"),
     Column("participation", REAL, "dimensions", "1 / sum u_i^4 of the bottom direction"),
+    Column("massive_coordinates", pa.list_(INT), "", "second moment above 1000 times the median, largest first"),
     Column("bottom_direction", pa.list_(REAL), "", "the bottom direction itself, where state is collapsed"),
 ]
 
@@ -213,8 +235,14 @@ FUNCTIONAL = [
     Column("site", TEXT, "", "module path, in the published architecture, of the linear map that was moved"),
     Column("norm", TEXT, "", "module path of the norm that feeds it"),
     Column("family", TEXT, "", "what that norm does"),
-    Column("direction", TEXT, "", "compensated, or a control: uncompensated, random or inverse-scale-rms"),
-    Column("step", REAL, "output", "e in W + e u w^T, |w| = 1, u of root mean square 1"),
+    Column(
+        "direction",
+        TEXT,
+        "",
+        "compensated, zero-scale or learned; a control: uncompensated, random or inverse-scale-rms; or planted-unit or "
+        "planted-chain, a dead hidden unit of two or three factors",
+    ),
+    Column("step", REAL, "output", "e in W + e u w^T, |w| = 1, u of rms 1; the factor of a planted unit's weights"),
     Column("kl", REAL, "nats", "mean KL divergence of the output distributions; null where there are no logits"),
     Column("output_change", REAL, "", "norm of the change of logits, else of the last hidden state, over their norm"),
     Column(
@@ -223,6 +251,11 @@ FUNCTIONAL = [
         "nats",
         "closed-form Fisher information along u w^T, kl = e^2/2 of it; null but at a replayed head",
     ),
+    Column(
+        "kl_order", REAL, "", "k in KL ~ step^(2k), or of output_change^2, over the direction's steps; null for gauge"
+    ),
+    Column("kl_order_error", REAL, "", "standard error of that fit"),
+    Column("verdict", TEXT, "", "gauge (nothing moves), regular (k = 1), singular (k >= 1.9) or unresolved"),
     Column("compensation", TEXT, "", "what took u (w . beta) off: none (it is 0, or control), bias, or a bias added"),
     Column("has_bias", FLAG, "", "the map has a bias of its own; without, an added one is no parameter of the model"),
     Column(

@@ -10,6 +10,7 @@ from deadbench.analysis.plots.axes import Spec
 from deadbench.analysis.plots.models import MAX_MODELS, depth_plot, predicted_plot, size_plot, slope_plot
 from deadbench.analysis.plots.movement import movement_plot
 from deadbench.analysis.plots.norms import norms_plot
+from deadbench.analysis.plots.positions import QUANTITIES, positions_plot
 from deadbench.analysis.plots.spectra import MAX_SPECTRA, block_plot, spectra_plot
 from deadbench.analysis.plots.training import training_plot, turning_plot
 from deadbench.analysis.results import collected
@@ -92,8 +93,15 @@ def report_plots(
         (
             "Moved along a dead direction",
             "How far the outputs move when the weights move by e: KL divergence, or the squared change of the last "
-            "hidden state where there are no logits; the median over the maps, shaded their middle half.",
+            "hidden state where there are no logits; the median over the maps, shaded their middle half. Dashed, "
+            "the powers e^(2k): a regular direction follows k = 1, a dead hidden unit k = 2, a gauge is rounding.",
             by_family(lambda family: movement_plot(reads, functional, family)),
+        ),
+        (
+            "First positions left out",
+            "Models that were read both ways: with all positions, and by a protocol with skip_positions. Attention "
+            "sinks and massive activations sit at the first ones.",
+            [(QUANTITIES[name], positions_plot(reads, blocks, name)) for name in QUANTITIES],
         ),
     ]
     told = [(title, caption, [(name, spec) for name, spec in panels if spec]) for title, caption, panels in plots]

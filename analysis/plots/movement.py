@@ -1,5 +1,7 @@
 """What the functional read measured: how far the outputs move along a dead direction, and along the controls."""
 
+from typing import Any
+
 import polars as pl
 
 from deadbench.analysis.colours import DIRECTION_COLOURS, RULE
@@ -11,12 +13,14 @@ from deadbench.suite.schema import KEY
 
 # In nats. Float64 gives nothing that moved about 1e-33; a deeper value, or 0, is drawn here.
 STILL = 1e-36
+MAX_ORDER = 3  # of a power that is drawn
 
 
 def movement_plot(reads: pl.LazyFrame, functional: pl.LazyFrame, family: str | None = None) -> Spec | None:
     """The change of the outputs over the length of the step: the median over the maps, and their middle half.
 
-    The KL divergence in nats; where a model has no logits, the squared relative change of its last hidden state.
+    The KL divergence in nats; where a model has no logits, the squared relative change of its last hidden state. Dashed
+    are powers `e^(2k)`, k = 1 to 3, from the largest value down: a line along one of them has that order.
     """
     import altair as alt
 
@@ -35,6 +39,8 @@ def movement_plot(reads: pl.LazyFrame, functional: pl.LazyFrame, family: str | N
             high=change.quantile(0.75),
             largest=change.max(),
             maps=pl.len(),
+            kl_order=pl.col("kl_order").median(),
+            verdicts=pl.col("verdict").drop_nulls().unique().sort().str.join(", "),
         )
         .sort("model", "direction", "step")
     )
@@ -55,6 +61,27 @@ def movement_plot(reads: pl.LazyFrame, functional: pl.LazyFrame, family: str | N
         medians = medians.encode(strokeDash=alt.StrokeDash("model:N", legend=models))
     points = base.mark_point(filled=True, size=50, opacity=1).encode(
         tooltip=["model:N", "family:N", "direction:N", tooltip("step", "~g"), tooltip("value", ".2e", "median"),
-                 tooltip("least", ".2e"), tooltip("largest", ".2e"), "maps:Q"],
+                 tooltip("least", ".2e"), tooltip("largest", ".2e"), "maps:Q",
+                 tooltip("kl_order", ".3f"), "verdicts:N"],
     )  # fmt: skip
-    return specification(alt.layer(bands, medians, points), {"movement": frame.to_dicts()}, height=300)
+    powers = _powers(sorted(set(steps)), max(values), min(values))
+    guide = alt.Chart(alt.NamedData(name="powers")).encode(x="step:Q", y="value:Q", detail="order:N")
+    dashed = guide.mark_line(color=RULE, strokeDash=[4, 3], strokeWidth=1)
+    ends = (
+        guide.transform_filter("datum.is_end").mark_text(align="left", dx=3, dy=10, color=RULE).encode(text="order:N")
+    )
+    layers = alt.layer(dashed, ends, bands, medians, points)
+    return specification(layers, {"movement": frame.to_dicts(), "powers": powers}, height=300)
+
+
+def _powers(steps: list[float], top: float, bottom: float) -> list[dict[str, Any]]:
+    """Points of `top (e / e_max)^(2k)` above `bottom`, of each k to `MAX_ORDER`; the first is where its name stands."""
+    found = []
+    for order in range(1, MAX_ORDER + 1):
+        points = [(step, top * (step / steps[-1]) ** (2 * order)) for step in steps]
+        shown = [(step, value) for step, value in points if value >= bottom]
+        found += [
+            {"order": f"k = {order}", "step": step, "value": value, "is_end": place == 0}
+            for place, (step, value) in enumerate(shown)
+        ]
+    return found

@@ -262,6 +262,7 @@ def _protocol_hash(read: str, protocol: Protocol, dtype: str, input_spec: str) -
     if spec.runs_model:
         facts |= {"tokens": protocol.tokens, "sequence_length": protocol.sequence_length, "dtype": dtype}
         facts |= {"input": content_hash(input_spec)}
+        facts |= {"skip_positions": protocol.skip_positions} if protocol.skip_positions else {}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
 

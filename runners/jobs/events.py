@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from deadbench.runners.jobs.job import ReadJob, read_step
+from deadbench.runners.jobs.job import ReadJob, read_step, tokens_seen
 from deadbench.runners.results.versions import versions
+from deadbench.suite.reads.flags import flags
 from deadbench.suite.schema import Row, to_table
 from deadbench.suite.secrets import scrubbed
 
@@ -68,10 +69,13 @@ def to_tables(rows: Rows, read: ReadJob, run_id: str, attempt: int, started_at: 
     """Arrow tables of a read: the key in every row, and in the row of `reads` what is known without measuring."""
     key = {"run_id": run_id} | read.key_columns()
     step = read_step(read)
+    step = rows["reads"][0].get("source_step") if step is None else step
     row = rows["reads"][0] | {
         "source": scrubbed(read.model.source or "inline config"),
         "source_fingerprint": read.fingerprint,
-        "checkpoint_step": rows["reads"][0].get("source_step") if step is None else step,
+        "checkpoint_step": step,
+        "tokens_seen": tokens_seen(read, step),
+        "skip_positions": read.protocol.skip_positions if read.engine else None,
         "modality": read.model.modality,
         "protocol": read.protocol_name,
         "family_expected": read.model.family,
@@ -83,6 +87,7 @@ def to_tables(rows: Rows, read: ReadJob, run_id: str, attempt: int, started_at: 
     row.setdefault("input", read.input)
     row.setdefault("peak_host_bytes", peak_host_bytes())
     row.setdefault("tensor_parallel", read.tensor_parallel if read.engine else None)
+    row["flags"] = flags(row, rows.get("blocks", ())) if row.get("status") == "ok" else None
     keyed = {name: [key | each for each in (rows[name] if name != "reads" else [row])] for name in rows}
     return {name: to_table(name, each) for name, each in keyed.items()}
 

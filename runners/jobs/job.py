@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from deadbench.suite.checkpoints.checkpoint import Checkpoint
-from deadbench.suite.checkpoints.series import trainer_step
+from deadbench.suite.checkpoints.series import trainer_step, trainer_tokens
 from deadbench.suite.checkpoints.sources import locate
 from deadbench.suite.checkpoints.training_steps import checkpoint_step
 from deadbench.suite.read_specs import READ_SPECS
@@ -186,4 +186,21 @@ def read_step(job: ReadJob) -> int | None:
     named = checkpoint_step(job.revision or Path(job.model.source or "").name)
     if named is not None:
         return named
-    return trainer_step(Path(job.place or locate(job.model.source or "", job.base)) / (job.revision or ""))
+    return trainer_step(_folder(job))
+
+
+def tokens_seen(job: ReadJob, step: int | None) -> int | None:
+    """Tokens that the checkpoint of a job was trained on; None where nothing tells.
+
+    By what its Trainer counted, else `step` times the registry's tokens per step.
+    """
+    if not READ_SPECS[job.read].per_checkpoint:
+        return None
+    counted = trainer_tokens(_folder(job))
+    if counted is not None or step is None or job.model.tokens_per_step is None:
+        return counted
+    return step * job.model.tokens_per_step
+
+
+def _folder(job: ReadJob) -> Path:
+    return Path(job.place or locate(job.model.source or "", job.base)) / (job.revision or "")

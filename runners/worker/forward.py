@@ -103,7 +103,14 @@ def read_forward(read: ReadJob, config: Configuration, weights: Weights) -> Read
     stream_columns, blocks, spectra = stream.finish()
     position.spectrum_seconds += time.perf_counter() - started
     row |= scale_columns(norm, name) | columns | stream_columns
+    told = {
+        "few-distinct-rows": measured.distinct.count() < measured.distinct.limit,
+        "tf32": engine.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32,
+        "not-stored": bool(engine.absent),
+        "unlawful-initialisation": bool(unlawful),
+    }
     row |= {
+        "flags": [name for name, is_so in told.items() if is_so],
         "final_norm_tensor": tensor_name(entries_of(weights), resolved.final_in_whole),
         "input": inputs.description,
         "num_distinct_inputs": inputs.num_distinct,

@@ -1,5 +1,6 @@
 """The functional read: the published model with its head, its linear maps moved along dead directions and controls."""
 
+import contextlib
 import time
 from typing import Any
 
@@ -17,8 +18,11 @@ from deadbench.suite.architectures.kernel_test import live_norm
 from deadbench.suite.architectures.locate import find_final_norm
 from deadbench.suite.inputs.batches import Batch
 from deadbench.suite.reads.columns import architecture_columns
-from deadbench.suite.reads.perturbation import read_head, read_inner, sites
+from deadbench.suite.reads.dead_units import InFloat64, hidden_layer, read_units
+from deadbench.suite.reads.kl_order import with_orders
+from deadbench.suite.reads.perturbation import finest_roundoff, read_head, read_inner, sites
 from deadbench.suite.schema import Row
+from deadbench.suite.spectra.directions import UNIT_ROUNDOFF
 
 _IMAGES = 16  # stand for the tokens of an image classifier, which gives one distribution a picture
 
@@ -62,21 +66,35 @@ def read_functional(read: ReadJob, config: Configuration, weights: Weights) -> R
 
     head = _head(model, wiring.reads) if has_logits else None
     wanted = sites(model, wiring, norms, head)
+    inner = next((site for site in wanted if site.path != head), None)
+    roundoff = UNIT_ROUNDOFF[read.dtype]
+    if inner is not None:
+        roundoff = finest_roundoff(inner, before, run, [read.seed, wanted.index(inner)], read.dtype)
     rows: list[Row] = []
     for number, site in enumerate(wanted):
         yield Progress(read.label(), "sites", number, len(wanted))
         seed = [read.seed, number]
         replayed = None
-        if site.path == head and len(captured[site.norm_path]) == len(inputs.batches):
-            acts = _rows(captured[site.norm_path], inputs.batches)
+        once = len(captured[site.norm_path]) == len(inputs.batches)
+        acts = _rows(captured[site.norm_path], inputs.batches) if once else None
+        if site.path == head and acts is not None:
             replayed = read_head(site, acts, before, seed)
         if replayed is None:
             replayed = []
-            for row in read_inner(site, before, run, seed, has_logits=has_logits):
+            for row in read_inner(site, before, run, seed, has_logits=has_logits, acts_ND=acts):
                 replayed.append(row)
                 yield Progress(read.label(), "sites", number, len(wanted))
         # A map that the measured output does not depend on (a pooler) says nothing.
-        rows += replayed if any(row["output_change"] for row in replayed) else []
+        rows += with_orders(replayed, roundoff) if any(row["output_change"] for row in replayed) else []
+    layer = hidden_layer(model, wiring, norms)
+    if layer is not None:
+        planted = []
+        with InFloat64() if read.dtype == "float64" else contextlib.nullcontext():  # the third order is small
+            for row in read_units(
+                layer, run, [read.seed, len(wanted)], UNIT_ROUNDOFF[read.dtype], has_logits=has_logits
+            ):
+                planted.append(row)
+        rows += with_orders(planted, UNIT_ROUNDOFF[read.dtype])
     kind = "trained" if isinstance(weights, StoredWeights) else "random"
     row = architecture_columns(find_final_norm(getattr(model, "base_model", model))) | {
         "num_parameters": num_parameters(config),

@@ -68,6 +68,7 @@ def make_inputs(
         modality=read.model.modality,
         num_tokens=num_tokens,
         sequence_length=read.protocol.sequence_length,
+        skip_positions=read.protocol.skip_positions,
         seed=read.seed,
         folder=folder,
         batch_tokens=batch_tokens,

@@ -7,11 +7,15 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
 from deadbench.runners.engines.registry import ENGINES
 from deadbench.runners.jobs.events import Event, Finished, Progress, Reading, to_tables
 from deadbench.runners.jobs.job import ModelJob, ReadJob
 from deadbench.suite.errors import one_line
+
+if TYPE_CHECKING:
+    from deadbench.runners.jobs.resolved import Configuration
 
 
 def run_model(job: ModelJob, run_id: str, attempt: int) -> Iterator[Event]:
@@ -62,6 +66,7 @@ def _read_parameters(read: ReadJob) -> Reading:
     row = result.columns() | checkpoint.origin() | {"error": result.reason, "dtype": result.stored_dtype}
     row["objective"] = objective(checkpoint.config())
     row["num_parameters"] = num_parameters(config)
+    row["flags"] = _quantised(config)
     norms = list_norms(checkpoint, result, empty)
     counted = [each["dead_parameters"] for each in norms if each["dead_parameters"] is not None]
     row["dead_parameters"] = sum(counted) if counted else None
@@ -114,10 +119,15 @@ def _read_trained(read: ReadJob) -> Reading:
     with checkpoint.local_copy() as folder:
         rows = yield from _model_reader(read)(read, config, StoredWeights(folder, entries, weights.name))
     row = rows["reads"][0]
-    row |= checkpoint.origin()
+    row |= checkpoint.origin() | {"flags": [*row.get("flags", ()), *_quantised(config)]}
     if left_out:
         row["engine_detail"] = f"{row['engine_detail']}; not loaded, and of no effect: {_named(left_out)}"
     return rows
+
+
+def _quantised(config: "Configuration") -> list[str]:
+    """The flag of weights that are stored in fewer bits than they are computed in, where the configuration says so."""
+    return ["quantised"] if config.raw.get("quantization_config") else []
 
 
 def _named(tensors: list[str]) -> str:
@@ -158,7 +168,7 @@ def _read_functional(read: ReadJob) -> Reading:
     with checkpoint.local_copy() as folder:
         weights = RandomWeights(read.seed, folder) if entries is None else StoredWeights(folder, entries)
         rows = yield from read_functional(read, config, weights)
-    rows["reads"][0] |= checkpoint.origin() if entries is not None else {}
+    rows["reads"][0] |= checkpoint.origin() | {"flags": _quantised(config)} if entries is not None else {}
     return rows
 
 

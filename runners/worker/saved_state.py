@@ -28,7 +28,7 @@ from deadbench.suite.reads.residual import STREAM_STATE, ResidualRead
 from deadbench.suite.spectra.arrow_state import StateError, struct
 from deadbench.suite.storage import is_url, open_place, put_in_place, written_aside
 
-_VERSION = 2  # of the states: raised when what is in them changes its meaning
+_VERSION = 3  # of the states: raised when what is in them changes its meaning
 _WRITING_SHARE = 20  # the time between two checkpoints is at least so many times what the last took to write
 _DISK_SHARE = 2  # of what is free on a local disk, a checkpoint takes at most one part in so many
 _FILE = pa.schema(

@@ -50,6 +50,8 @@ def read_vllm(read: ReadJob, config: Configuration, weights: Weights) -> Reading
         raise ValueError(missing)
     if read.model.modality != "text":
         raise ValueError(f"the vLLM engine reads text models, not {read.model.modality}; give --engine torch")
+    if read.protocol.skip_positions:
+        raise ValueError("the vLLM engine leaves no positions out, as skip_positions asks; give --engine torch")
     if isinstance(weights, StoredWeights) and weights.format != "safetensors":
         raise ValueError(f"the vLLM engine reads safetensors, not {weights.format}; give --engine torch")
     if wrapper := wrapped(entries_of(weights) or ()):

@@ -106,14 +106,23 @@ def gathered(names: Sequence[str], known: Container[str] = ()) -> list[str | Ser
 
 def trainer_step(folder: Path) -> int | None:
     """`global_step` of the `trainer_state.json` that transformers' Trainer leaves in a local checkpoint."""
+    return _trainers_count(folder, "global_step")
+
+
+def trainer_tokens(folder: Path) -> int | None:
+    """`num_input_tokens_seen` of the same; 0 is what a Trainer writes that was not told to count them: None."""
+    return _trainers_count(folder, "num_input_tokens_seen") or None
+
+
+def _trainers_count(folder: Path, key: str) -> int | None:
     path = folder / "trainer_state.json"
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             return None
-        step = json.loads(path.read_text(encoding="utf-8"))["global_step"]
+        count = json.loads(path.read_text(encoding="utf-8"))[key]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None  # it is no Trainer's, or not here
-    return step if isinstance(step, int) and not isinstance(step, bool) and 0 <= step < 2**63 else None
+    return count if isinstance(count, int) and not isinstance(count, bool) and 0 <= count < 2**63 else None
 
 
 def _steps(place: str, folders: Sequence[str]) -> dict[str, int | None]:

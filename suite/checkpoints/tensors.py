@@ -160,14 +160,31 @@ def read_vector(files: Files, entry: TensorEntry) -> NDArray[np.float64]:
             f"{entry.file}: tensor {entry.name} is {entry.dtype} of shape {list(entry.shape)}; "
             f"expected a vector of {', '.join(_FLOAT_DTYPES)} or BF16"
         )
-    raw = read_raw(files, entry)
-    if entry.dtype == "BF16":
-        values = (raw.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    else:
-        values = raw.view(_FLOAT_DTYPES[entry.dtype]).astype(np.float64)
+    values = _as_float64(read_raw(files, entry), entry.dtype)
     if not np.isfinite(values).all():
         bad = int((~np.isfinite(values)).sum())
         raise CheckpointError(f"{entry.file}: tensor {entry.name} has {bad} values that are not finite")
+    return values
+
+
+def read_rows(files: Files, entry: TensorEntry, first: int, count: int) -> NDArray[np.float64] | None:
+    """`count` rows of a matrix from row `first`, by one range of bytes; None where they do not lie so.
+
+    Raises:
+        CheckpointError: cut off.
+    """
+    if entry.dtype not in DTYPE_NAMES or len(entry.shape) != 2 or entry.pieces or first + count > entry.shape[0]:
+        return None
+    row_bytes = entry.shape[1] * ITEM_BYTES[entry.dtype]
+    start = entry.start + first * row_bytes
+    piece = Piece(entry.file, start, start + count * row_bytes, (0, 0), (count, entry.shape[1]))
+    return _as_float64(_read_piece(files, entry, piece, np.dtype(f"<u{ITEM_BYTES[entry.dtype]}")), entry.dtype)
+
+
+def _as_float64(raw: NDArray[Any], dtype: str) -> NDArray[np.float64]:
+    if dtype == "BF16":
+        return (raw.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    values: NDArray[np.float64] = raw.view(_FLOAT_DTYPES[dtype]).astype(np.float64)
     return values
 
 

@@ -8,7 +8,7 @@ Shapes: B items, T positions.
 
 import inspect
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from deadbench.suite.architectures.parts import PICTURE_NAMES, SOUND_NAMES
 from deadbench.suite.errors import InputError, first_line, reason_of
 from deadbench.suite.inputs.batches import Batch, Inputs
 from deadbench.suite.inputs.early_checks import check_positions
+from deadbench.suite.inputs.positions import longest, tables, tokens_for, without_first
 from deadbench.suite.inputs.signals import (
     distinct_patches,
     noise_like,
@@ -34,8 +35,6 @@ from deadbench.suite.inputs.tokens import token_batches
 from deadbench.suite.tracing.meta_passes import attempts
 from deadbench.suite.tracing.minimal_inputs import minimal_inputs, placed
 
-_POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe", "char_position_embeddings")
-_LENGTH_KEYS = ("max_position_embeddings", "max_encoder_position_embeddings", "max_sequence_length", "max_seq_len")
 _DECODED = 32  # tokens a decoder is given beside pictures or sound
 _RANDOM_IDS = ("input_ids", "decoder_input_ids")
 
@@ -51,6 +50,7 @@ def feed(
     folder: Path | None,
     batch_tokens: int,
     least_items: int = 1,
+    skip_positions: int = 0,
     form: Mapping[str, Tensor] | None = None,
     final: FinalNorm | None = None,
 ) -> Inputs:
@@ -66,6 +66,7 @@ def feed(
         folder: the checkpoint's, with its tokenizer or processor.
         batch_tokens: rows of one forward pass, about.
         least_items: pictures or sounds there must be, however many rows each gives.
+        skip_positions: first tokens of each sequence that are run and do not count as rows.
         form: the minimal input that the part runs on, where it is known; else it is looked for.
         final: the part's final norm, where it is known; else it is looked for where its rows must be counted.
 
@@ -74,7 +75,11 @@ def feed(
     """
     form = working_form(part) if form is None else form
     if modality == "text":
-        return _feed_tokens(part, spec, form, final, num_tokens, sequence_length, seed, folder, batch_tokens)
+        return _feed_tokens(
+            part, spec, form, final, num_tokens, sequence_length, seed, folder, batch_tokens, skip_positions
+        )
+    if skip_positions:
+        raise InputError(f"skip_positions leaves out tokens of text; an input of {modality} has none")
     crops_of = spec.partition(":")[2]
     names = PICTURE_NAMES if modality == "image" else SOUND_NAMES
     main = next((name for name in names if name in form), None)
@@ -121,6 +126,7 @@ def _feed_tokens(
     seed: int,
     folder: Path | None,
     batch_tokens: int,
+    skip_positions: int,
 ) -> Inputs:
     if "input_ids" not in form:
         raise InputError(f"the model takes {', '.join(sorted(form))}, no text; its modality is another")
@@ -129,7 +135,7 @@ def _feed_tokens(
     others = {name: tensor for name, tensor in form.items() if name != "input_ids"}
     length = form["input_ids"].shape[1]
     whole_rows = not others or (final.rows_per_item if final else _rows(part, form, None)) == length
-    sequence_length = min(sequence_length, num_tokens, _longest(part))
+    sequence_length = min(sequence_length, num_tokens, longest(part))
 
     def tokens(count: int) -> Inputs:
         made = token_batches(
@@ -143,10 +149,13 @@ def _feed_tokens(
             avoided_ids=_special_ids(config),
         )
         if getattr(config, "position_embedding_type", "absolute") == "absolute":
-            longest = max(batch.model_inputs["input_ids"].shape[1] for batch in made.batches)
-            check_positions(longest, max(_tables(part), default=None))  # a smaller table may be another tower's
+            length = max(batch.model_inputs["input_ids"].shape[1] for batch in made.batches)
+            check_positions(length, max(tables(part), default=None))  # a smaller table may be another tower's
         return made
 
+    if skip_positions and (not whole_rows or skip_positions >= sequence_length):
+        whose = f"sequences of {sequence_length} tokens" if whole_rows else "rows of pictures and text together"
+        raise InputError(f"skip_positions {skip_positions} cannot be left out of {whose}; give less in the protocol")
     if not whole_rows:  # rows of pictures and text together: whole sequences only, and as many as give the rows
         sample = Batch({"input_ids": torch.full((1, sequence_length), 5)})
         rows = _rows(part, _accompanied(sample, others, seed, part, length).model_inputs, final)
@@ -154,7 +163,7 @@ def _feed_tokens(
         count = rows * (made.num_tokens // sequence_length)
         made = replace(made, batches=[replace(b, rows=rows * len(b.model_inputs["input_ids"])) for b in made.batches])
     else:
-        made = tokens(num_tokens)
+        made = without_first(tokens(tokens_for(num_tokens, sequence_length, skip_positions)), skip_positions)
         count = made.num_tokens
     batches = [_accompanied(batch, others, seed + i, part, length) for i, batch in enumerate(made.batches)]
     known = [name for name in others if name != "decoder_input_ids"]
@@ -257,24 +266,6 @@ def _slice(inputs: dict[str, Tensor], start: int, per_batch: int, count: int) ->
         share = max(1, tensor.shape[0] // count)
         part[name] = tensor[start * share : (start + per_batch) * share] if tensor.shape[0] >= count else tensor
     return part
-
-
-def _longest(part: nn.Module) -> int:
-    """How many positions the model knows: what its configuration says, and what its position tables hold."""
-    config: Any = part.config
-    said = [getattr(c, key, None) for c in (config, config.get_text_config()) for key in _LENGTH_KEYS]
-    limits = [n for n in said if isinstance(n, int) and n > 0]
-    return min([*limits, *_tables(part)], default=1 << 30)
-
-
-def _tables(part: nn.Module) -> Iterator[int]:
-    """Positions of each table of them."""
-    for name, module in part.named_modules():
-        # x_, y_, h_ and w_position_embeddings of document models are of the page, not of the text.
-        leaf = name.rpartition(".")[2]
-        if isinstance(module, nn.Embedding) and leaf in _POSITION_TABLES:
-            taken = getattr(module, "offset", 0) or (module.padding_idx + 1 if module.padding_idx is not None else 0)
-            yield module.num_embeddings - int(taken)
 
 
 def _vocabulary(config: Any) -> int:

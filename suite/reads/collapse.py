@@ -28,3 +28,25 @@ def collapse_limit(hidden_size: int, ratios: tuple[float, float]) -> float | Non
     by_width = COLLAPSE_RATIO * min(1.0, hidden_size / FULL_WIDTH)
     by_noise = 1 - NOISE_DEVIATIONS * abs(ratios[0] - ratios[1]) / math.sqrt(2)
     return min(by_width, by_noise)
+
+
+def is_nondecreasing(state: str, ratio: float | None, ratios: tuple[float, float] | None) -> bool | None:
+    """Whether a block left the smallest singular value no smaller; null where it fell and the halves are too short.
+
+    A fall counts as noise up to three standard errors of the whole read's ratio, `|r_1 - r_2| / 2`. A direction that
+    was dead before and is dead after stayed at zero; one that died has fallen.
+
+    Args:
+        state: of the block, as in `blocks`.
+        ratio: the smallest singular value against that of the tap before.
+        ratios: the same of each half of the tokens; None where it did not fall, or one of the two is dead.
+
+    Example:
+        >>> is_nondecreasing("preserved", 0.97, (0.95, 0.99)), is_nondecreasing("preserved", 0.9, (0.9, 0.9))
+        (True, False)
+    """
+    if ratios is None or ratio is None:
+        return state != "collapsed"
+    if any(map(math.isnan, ratios)):
+        return None
+    return ratio >= 1 - NOISE_DEVIATIONS * abs(ratios[0] - ratios[1]) / 2

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from deadbench.suite.architectures.norms import EffectiveNorm
 from deadbench.suite.reads.distinct_rows import CELLS, MIN_DISTINCT, DistinctRows
 from deadbench.suite.reads.rows import check_rows, token_rows
+from deadbench.suite.reads.stream_moments import STREAM_MOMENTS_STATE, StreamMoments, massive_coordinates
 from deadbench.suite.reads.verdicts import KERNEL_SLOPE, EarlyVerdict, precision_slope
 from deadbench.suite.schema import Row
 from deadbench.suite.spectra.arrow_state import VECTOR, StateError, fields, struct, vector
@@ -31,6 +32,7 @@ from deadbench.suite.spectra.directions import (
     zero_scales,
 )
 from deadbench.suite.spectra.projections import ALONG_STATE, ExactProjection, VarianceAlong, inverse_direction
+from deadbench.suite.spectra.schur import Regression
 from deadbench.suite.spectra.spectrum import Spectrum
 
 STATE = pa.schema(
@@ -42,6 +44,8 @@ STATE = pa.schema(
         "along_executed": pa.struct(ALONG_STATE),
         "sequences": VECTOR,
         "distinct": CELLS,
+        "regression": VECTOR,
+        "moments": pa.struct(STREAM_MOMENTS_STATE),
     }
 )
 DEAD_THRESHOLDS = {"num_dead_1e4": 1e-4, "num_dead_1e6": 1e-6, "num_dead_1e8": 1e-8, "num_dead_1e10": 1e-10}
@@ -72,6 +76,8 @@ class FinalNormRead:
         self.along_float64 = VarianceAlong(direction_D, shift_D, ExactProjection)
         self.sequences = SequenceSums(shift_D)
         self.distinct = DistinctRows(D, MIN_DISTINCT * D)
+        self.regression = Regression(D, 3)  # of the deviations in float32, in float64 and as executed
+        self.moments = StreamMoments(D)
         self.along_executed: VarianceAlong | None = None  # the float32 replay is what a float32 model on CPU executed
 
     def update(self, input_BTD: Tensor, output_BTD: Tensor, mask_BT: Bool[Tensor, "B T"] | None = None) -> None:
@@ -84,19 +90,26 @@ class FinalNormRead:
         check_rows(x_ND, "before the final norm")
         if y_ND.dtype == torch.float32 and y_ND.device.type == "cpu":
             replay_ND = y_ND  # the model ran in the standard's own precision: bit for bit the same
+            executed_N = None
         else:
             with torch.no_grad():
                 replay_ND = self._replay(x_ND.cpu().float())
             if self.along_executed is None:
                 self.along_executed = self._new_along()
-            self.along_executed.update(y_ND)
+            executed_N = self.along_executed.update(y_ND)
         self.spectrum.update(replay_ND)
         deviation_N = self.along_float32.update(replay_ND)
         self.sequences.update(replay_ND, deviation_N, sequence_lengths(output_BTD, mask_BT))
         rows = max(1, _CACHED_ELEMENTS // x_ND.shape[1])
-        for x_chunk, replay_chunk in zip(x_ND.split(rows), replay_ND.split(rows), strict=True):
-            exact_chunk = self.norm(x_chunk)
-            self.along_float64.update(exact_chunk)
+        along_N2 = torch.stack([deviation_N, deviation_N if executed_N is None else executed_N], dim=1)
+        for x_chunk, replay_chunk, along in zip(
+            x_ND.split(rows), replay_ND.split(rows), along_N2.split(rows), strict=True
+        ):
+            stream_chunk = x_chunk.detach().cpu().double()
+            exact_chunk = self.norm(stream_chunk)
+            deviation = self.along_float64.update(exact_chunk)
+            self.regression.update(exact_chunk, torch.stack([along[:, 0], deviation, along[:, 1]], dim=1))
+            self.moments.update(stream_chunk, x_chunk.dtype)
             self._early.update(replay_chunk, exact_chunk)
             self.distinct.update(exact_chunk)
 
@@ -113,6 +126,8 @@ class FinalNormRead:
                 self.along_executed.merge(other.along_executed)
         self._early.float64.merge(other._early.float64)
         self.distinct.merge(other.distinct)
+        self.regression.merge(other.regression)
+        self.moments.merge(other.moments)
 
     def to_arrow(self) -> pa.RecordBatch:
         """The exact state as one Arrow row; the norm itself is not in it."""
@@ -125,6 +140,8 @@ class FinalNormRead:
             "along_executed": None if executed is None else executed.to_arrow(),
             "sequences": vector(torch.from_numpy(self.sequences.sums_S4)),
             "distinct": self.distinct.to_arrow(),
+            "regression": self.regression.to_arrow(),
+            "moments": self.moments.to_arrow(),
         }
         return struct(columns, STATE)
 
@@ -143,6 +160,8 @@ class FinalNormRead:
         self.along_float64.restore(row["along_float64"])
         self.sequences.sums_S4 = row["sequences"].values.to_numpy().reshape(-1, 4).copy()
         self.distinct.restore(row["distinct"])
+        self.regression.restore(row["regression"])
+        self.moments.restore(row["moments"])
         if row["along_executed"].is_valid:
             self.along_executed = self._new_along()
             self.along_executed.restore(row["along_executed"])
@@ -178,6 +197,7 @@ class FinalNormRead:
             "precision_slope": precision_slope(lambda_v, lambda_exact),
             "lambda_control": _variance_along_random(spectrum),
         }
+        row |= self._schur_columns(spectrum) | self._stream_columns()
         slope = row["precision_slope"]
         row["kernel_exact"] = None if slope is None else slope > KERNEL_SLOPE
         if trace == 0:
@@ -189,6 +209,27 @@ class FinalNormRead:
             "verdicts": verdicts,
             "dead_coordinates": [coordinates for coordinates, _ in leading],
             "dead_weights": [weights for _, weights in leading],
+        }
+
+    def _schur_columns(self, spectrum: Spectrum) -> Row:
+        """`1 - S/lambda_v` of each evaluation; null with zero scales, where v is none that C could single out."""
+        names = ("schur_ratio", "schur_ratio_exact", "schur_ratio_as_executed")
+        if len(zero_scales(self.norm.scale_D)):
+            return dict.fromkeys([*names, "schur_baseline"])
+        ratios = self.regression.finish(spectrum, inverse_scale_direction(self.norm.scale_D))
+        baseline = (len(self.norm.scale_D) - 1) / spectrum.num_tokens
+        return dict(zip(names, ratios, strict=True)) | {"schur_baseline": None if ratios[0] is None else baseline}
+
+    def _stream_columns(self) -> Row:
+        """Whether what the norm is fed is centred, and its massive coordinates."""
+        share, centred = self.moments.mean_share()
+        massive = massive_coordinates(self.moments.mean_square())
+        v_D = inverse_scale_direction(self.norm.scale_D)
+        return {
+            "stream_mean_share": share,
+            "stream_centred": centred,
+            "massive_coordinates": massive,
+            "massive_weight": float(np.sum(v_D[massive] ** 2)),
         }
 
 

@@ -20,6 +20,7 @@ from deadbench.suite.atlas.lookup import lookup
 from deadbench.suite.checkpoints.checkpoint import Checkpoint
 from deadbench.suite.checkpoints.tensors import DTYPE_NAMES, StoredNorm, TensorEntry, read_vector
 from deadbench.suite.errors import ArchitectureError, CheckpointError, RemoteCodeError
+from deadbench.suite.reads.centred_stream import CENTRED, writes_centred
 from deadbench.suite.reads.columns import architecture_columns, scale_columns
 from deadbench.suite.schema import Row
 from deadbench.suite.spectra.directions import inverse_scale_direction
@@ -40,6 +41,7 @@ class ParametersRead:
     entries: dict[str, TensorEntry] = field(default_factory=dict)
     needs_remote_code: bool = False
     whole_scale: bool = False  # scales are stored as they are applied, though the architecture adds one
+    stream_centred: bool | None = None  # by rows of what writes to it; None where they do not tell, or nobody asks
 
     @property
     def stored_dtype(self) -> str | None:
@@ -51,7 +53,7 @@ class ParametersRead:
         return (
             architecture_columns(self.final)
             | scale_columns(self.norm, self.stored_dtype)
-            | {"final_norm_tensor": self.final_norm_tensor}
+            | {"final_norm_tensor": self.final_norm_tensor, "stream_centred": self.stream_centred}
         )
 
 
@@ -144,7 +146,10 @@ def _read_final(
     if told and told.whole_scale and behaviour.scale == "1+weight" and weight_D is not None:
         weight_D = weight_D - 1
     norm = effective_norm(behaviour, weight_D, shift_D, final.hidden_size)
+    centred = writes_centred(checkpoint, entries, final.hidden_size) if final.family == "rmsnorm" else None
     evidence = [*final.evidence, *(f"tensor {e.name} of shape {list(e.shape)}, {e.dtype}" for _, e in wanted if e)]
+    if centred:
+        evidence.append(CENTRED)
     return ParametersRead(
         final,
         norm,
@@ -154,6 +159,7 @@ def _read_final(
         evidence,
         entries,
         whole_scale=bool(told and told.whole_scale),
+        stream_centred=centred,
     )
 
 

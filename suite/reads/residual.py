@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from deadbench.suite.ranks import Ranks
-from deadbench.suite.reads.collapse import collapse_limit
+from deadbench.suite.reads.collapse import collapse_limit, is_nondecreasing
 from deadbench.suite.reads.distinct_rows import MIN_DISTINCT
 from deadbench.suite.reads.rows import check_rows, token_rows
+from deadbench.suite.reads.stream_moments import massive_coordinates
 from deadbench.suite.reads.tap import TAP_STATE, Tap
 from deadbench.suite.schema import Row
 from deadbench.suite.spectra.arrow_state import StateError, fields, struct
@@ -44,6 +45,7 @@ class _TapSpectrum:
     floor: float
     dead_kD: NDArray[np.float64]
     rank_limited: bool
+    massive: list[int]
 
     @property
     def sigma_min(self) -> float:
@@ -57,13 +59,15 @@ class _TapSpectrum:
             "floor": self.floor,
             "dead": self.dead_kD.tolist(),
             "rank_limited": self.rank_limited,
+            "massive": self.massive,
         }
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> "_TapSpectrum":
         eigenvalues_D, dead_kD = np.array(plain["eigenvalues"]), np.array(plain["dead"])
         dead_kD = dead_kD.reshape(-1, len(eigenvalues_D))
-        return cls(eigenvalues_D, np.array(plain["bottom"]), plain["floor"], dead_kD, plain["rank_limited"])
+        rest = plain["rank_limited"], plain["massive"]
+        return cls(eigenvalues_D, np.array(plain["bottom"]), plain["floor"], dead_kD, *rest)
 
     def fell_from(self, before: "_TapSpectrum") -> bool:
         """Whether the bottom is lower than it was, neither being dead: the halves must then say by how much."""
@@ -201,6 +205,7 @@ class ResidualRead:
         worst = min(rated, key=lambda row: (row["state"] != "collapsed", float(row["ratio"])), default=None)
         columns: Row = {
             "blocks_preserved": all(row["state"] != "collapsed" for row in judged) if judged else None,
+            "blocks_nondecreasing": sum(bool(row["nondecreasing"]) for row in judged) if judged else None,
             "worst_block": worst["block"] if worst else None,
             "worst_block_ratio": worst["ratio"] if worst else None,
         }
@@ -219,6 +224,7 @@ class ResidualRead:
             max(float(floors_D[-1]), resolution),
             spectrum.eigenvectors_DD[dead_D],
             tap.num_distinct() < MIN_DISTINCT * self.hidden_size,
+            massive_coordinates(spectrum.mean_square_D),
         )
 
     def _row(
@@ -233,11 +239,12 @@ class ResidualRead:
         coordinates, weights = leading_coordinates(now.bottom_D)
         before = None if ahead is None or known[ahead].rank_limited else known[ahead]
         ratio = now.sigma_min / before.sigma_min if before is not None and before.sigma_min > 0 else None
-        state, limit = None, None
+        state, limit, nondecreasing = None, None, None
         if before is not None and ahead is not None:
             ratios = _ratios(halves.get(index), halves.get(ahead)) if now.fell_from(before) else None
             limit = collapse_limit(self.hidden_size, ratios) if ratios else None
             state = self._state(now, before, ratios, limit)
+            nondecreasing = is_nondecreasing(state, ratio, ratios)
         return {
             "block": index,
             "sigma_min": now.sigma_min,
@@ -251,7 +258,9 @@ class ResidualRead:
             "preserved": None if state is None else state in ("preserved", "preserved-dead"),
             "bottom_coordinates": coordinates,
             "bottom_weights": weights,
+            "nondecreasing": nondecreasing,
             "participation": float(1 / np.sum(now.bottom_D**4)),
+            "massive_coordinates": now.massive,
             "bottom_direction": now.bottom_D.tolist() if state == "collapsed" else None,
         }
 

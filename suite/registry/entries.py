@@ -36,11 +36,22 @@ class Strict(BaseModel):
 class Protocol(Strict):
     """How a read is made; only reads of one protocol are compared.
 
-    `tokens` is a number, or a multiple of the hidden size (`8D`).
+    `tokens` is a number, or a multiple of the hidden size (`8D`). The first `skip_positions` tokens of each sequence
+    are run and left out of the statistics: attention sinks and massive activations sit there.
     """
 
     tokens: TokenRule = "8D"
     sequence_length: Annotated[int, Field(gt=0)] = 256
+    skip_positions: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _leaves_some(self) -> Self:
+        if self.skip_positions >= self.sequence_length:
+            raise ValueError(
+                f"skip_positions {self.skip_positions} leaves nothing of sequences of {self.sequence_length} tokens; "
+                "give less, or longer sequences"
+            )
+        return self
 
 
 class CheckpointPattern(Strict):
@@ -137,8 +148,9 @@ class Model(Strict):
     `source` is a Hub id, a URL, or a folder relative to the registry; `checkpoints` are Hub revisions or folders below
     the source. Where there is a `revision` too, it stands for the model, and the series is read by the suites that say
     `checkpoints: true`. With an inline `config` (contents of a config.json) a random-init read needs no source at all.
-    `stack` says which half of an encoder-decoder a forward pass is read in. `seen` and `unverified` say how well the
-    entry is known: `unverified` names keys of the entry, or `config.KEY`, that no page has shown.
+    `stack` says which half of an encoder-decoder a forward pass is read in, `tokens_per_step` how many tokens a step of
+    training took. `seen` and `unverified` say how well the entry is known: `unverified` names keys of the entry, or
+    `config.KEY`, that no page has shown.
     """
 
     id: Annotated[str, Field(pattern=r"^[\w][\w.\-/]*$")]
@@ -152,6 +164,7 @@ class Model(Strict):
     gpus: Annotated[int, Field(ge=1)] = 1
     config: dict[str, Any] | None = None
     checkpoints: Series | None = None
+    tokens_per_step: Annotated[int, Field(gt=0)] | None = None
     input: str | None = None
     stack: Stack = "encoder"
     licence: str | None = None

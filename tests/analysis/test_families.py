@@ -1,10 +1,12 @@
 import math
 
+import polars as pl
 import pytest
 
 from deadbench.analysis.claims import CLAIMS
 from deadbench.analysis.families import SCHEMA, collapsed_blocks, confusion, families
 from deadbench.analysis.results import scan
+from deadbench.suite.schema import KEY, to_table
 
 
 def claim(frame, rows, claim_id):
@@ -209,3 +211,54 @@ def test_any_number_of_result_sets_is_one(result_set, read):
     places = [result_set([read(model, containment=1.0)], name=model) for model in "abc"]
     (row,) = families(scan([*places, places[0]])).filter(claim="layernorm-kernel-contained").to_dicts()
     assert row["num_models"] == 3
+
+
+def test_deepening_as_executed_belongs_to_the_dtype_of_the_model(frame, read):
+    spectrum = {"lambda_mean": 2.0, "depth_limit": 28.0, "lambda_v": 1e-14, "dtype": "bfloat16"}
+    rows = [
+        read("m", "random", depth_as_executed=4.0, **spectrum), read("m", depth_as_executed=5.0, **spectrum),
+        read("old", "random", **spectrum), read("old", **spectrum),
+    ]  # fmt: skip
+    executed, replayed = (claim(frame, rows, f"layernorm-deepens{name}") for name in ("-as-executed", ""))
+    assert (executed["num_models"], executed["holds"]) == (1, True)
+    assert executed["value_median"] == pytest.approx(1.0)
+    assert (replayed["num_models"], replayed["holds"]) == (2, False)
+    assert "dtype that it ran in" in executed["statement"]
+    assert "float32" in replayed["statement"]
+
+
+def test_an_rmsnorm_of_a_centred_stream_is_no_control_and_counted_apart(frame, read):
+    rows = [
+        read("plain", depth=1.0, kernel_exact=False, precision_slope=0.0, stream_centred=False, **RMS),
+        read("centred", depth=13.0, kernel_exact=False, precision_slope=0.0, stream_centred=True, **RMS),
+        read("old", depth=1.0, kernel_exact=False, precision_slope=0.0, **RMS),
+    ]
+    control, apart = (claim(frame, rows, f"rmsnorm-{name}") for name in ("inverse-scale-alive", "centred-kernel"))
+    assert (control["num_models"], control["holds"]) == (2, True)
+    assert (apart["num_models"], apart["holds"], apart["value_median"]) == (1, True, 13.0)
+    assert claim(frame, rows, "rmsnorm-kernel-inexact")["num_models"] == 2
+
+
+def test_orders_of_directions_are_judged_by_their_worst(frame, read):
+    reads = [read(name, "functional", dtype="float64", family=None) for name in ("good", "bad", "old")]
+
+    def rows(row, verdicts, orders):
+        key = {name: row.get(name) for name in ["run_id", *KEY]}
+        directions = ("compensated", "random", "planted-unit")
+        return [
+            key
+            | {"site": "a", "direction": d, "step": t, "kl": 1e-3, "output_change": 1.0, "verdict": v, "kl_order": k}
+            for d, v, k in zip(directions, verdicts, orders, strict=True)
+            for t in (0.001, 0.1)
+        ]
+
+    moved = rows(reads[0], ("gauge", "regular", "singular"), (None, 1.01, 1.99))
+    moved += rows(reads[1], ("regular", "unresolved", "unresolved"), (1.0, 1.3, 1.5))
+    moved += rows(reads[2], (None, None, None), (None, None, None))
+    table = families(frame(reads), pl.DataFrame(pl.from_arrow(to_table("functional", moved))).lazy())
+    for name, value in (
+        ("layernorm-directions-gauge", 0.5), ("random-directions-regular", 0.155), ("dead-units-singular", 1.745),
+    ):  # fmt: skip
+        (row,) = table.filter(claim=name).to_dicts()
+        assert (row["num_models"], row["num_hold"], row["failing"]) == (2, 1, ["bad"]), name
+        assert row["value_median"] == pytest.approx(value), name

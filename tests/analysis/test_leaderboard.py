@@ -92,7 +92,17 @@ def test_the_family_is_what_was_measured(frame, read):
 @pytest.mark.parametrize("sort", SORTABLE)
 def test_every_sortable_column_ranks(frame, read, sort):
     rows = [read("small", depth=1.0), read("large", depth=1.0)]
-    if sort in ("depth_random", "deepening"):
+    if sort == "deepening_as_executed":
+        rows = [
+            read(m, r, depth_as_executed=d)
+            for m, r, d in [
+                ("small", "trained", 1.0),
+                ("large", "trained", 2.0),
+                ("small", "random", 1.5),
+                ("large", "random", 1),
+            ]
+        ]
+    elif sort in ("depth_random", "deepening"):
         rows += [read("small", "random", depth=3.0), read("large", "random", depth=3.0)]
         rows[1]["depth"] = 2.0
         rows[3]["depth"] = 3.0 if sort == "depth_random" else 2.0

@@ -8,6 +8,7 @@ from deadbench.analysis.plots.comparison import comparison_plot
 from deadbench.analysis.plots.models import depth_plot, predicted_plot
 from deadbench.analysis.plots.movement import STILL, movement_plot
 from deadbench.analysis.plots.norms import norms_plot
+from deadbench.analysis.plots.positions import QUANTITIES, WITH, WITHOUT, positions_plot
 from deadbench.analysis.plots.spectra import spectra_plot
 from deadbench.analysis.plots.training import training_plot, trend_plot
 from deadbench.analysis.results import scan
@@ -101,6 +102,29 @@ def test_movement_shows_the_median_over_the_maps_and_draws_nothing_below_stillne
     assert (found["m", "random", 1.0]["value"], found["m", "random", 1.0]["maps"]) == (1e-3, 3)
     assert found["n", "random", 1.0]["value"] == pytest.approx(0.01)
     assert movement_plot(frame([row]), table("functional", moved), "rmsnorm") is None
+    powers = {(each["order"], each["step"]): each["value"] for each in spec["datasets"]["powers"]}
+    top = max(each["high"] for each in spec["datasets"]["movement"])
+    assert powers["k = 2", 0.1] == pytest.approx(powers["k = 2", 1.0] * 1e-4)
+    assert powers["k = 1", 1.0] == top
+
+
+def test_models_that_were_read_with_and_without_first_positions_are_beside_each_other(frame, read):
+    rows = [
+        read("a", depth=13.0, massive_weight=0.0, skip_positions=0),
+        read("a", depth=12.5, massive_weight=0.1, skip_positions=4, protocol="late", protocol_hash="late"),
+        read("b", depth=11.0),  # an older row, of which nothing was left out
+    ]
+    taps = [key(rows[0]) | {"block": i, "sigma_min": s, "sigma_median": 2.0} for i, s in enumerate((0.2, 0.1))]
+    taps += [key(rows[1]) | {"block": 0, "sigma_min": 0.4, "sigma_median": 2.0}]
+    plots = {name: positions_plot(frame(rows), table("blocks", taps), name) for name in QUANTITIES}
+    found = {
+        name: {(each["model"], each["positions"]): each["value"] for each in spec["datasets"]["positions"]}
+        for name, spec in plots.items()
+    }
+    assert found["depth"] == {("a", WITH): 13.0, ("a", WITHOUT): 12.5}, "b was read one way only"
+    assert found["massive_weight"] == {("a", WITH): 0.0, ("a", WITHOUT): 0.1}
+    assert found["sigma_min"] == {("a", WITH): pytest.approx(0.05), ("a", WITHOUT): pytest.approx(0.2)}
+    assert positions_plot(frame(rows[2:]), table("blocks", []), "depth") is None
 
 
 def test_norms_are_placed_by_block_with_zero_scales_marked(frame, read):

@@ -23,7 +23,7 @@ EMPTY = {
 
 @pytest.fixture(scope="module")
 def tables(minilm, tmp_path_factory):
-    """Rows by table: of a checkpoint of a series, with a broken block, of scales that are zero, of a failed read."""
+    """Rows by table: of a checkpoint of a series, with a broken and a massive block, of zero scales, of a failure."""
     folder = tmp_path_factory.mktemp("columns")
     write_checkpoint(folder / "broken", TINY_NEOX)
     (folder / "broken" / "model.safetensors").write_bytes(b"broken")
@@ -34,6 +34,7 @@ def tables(minilm, tmp_path_factory):
             "family": "layernorm",
             "dtype": "float32",
             "checkpoints": ["step4096"],
+            "tokens_per_step": 2048,
         },
         {"id": "minilm", "source": str(minilm)},
         {"id": "broken", "source": "broken"},
@@ -45,6 +46,7 @@ def tables(minilm, tmp_path_factory):
     def damaged(self, *arguments):
         model = load(self, *arguments)
         model.layers[1].register_forward_hook(lambda module, args, y: y - 0.98 * (y @ q_D)[..., None] * q_D)
+        model.layers[3].register_forward_hook(lambda module, args, y: y + 1e3 * torch.eye(64)[5])
         return model
 
     found = {name: [] for name in TABLES}

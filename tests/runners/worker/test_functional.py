@@ -44,9 +44,18 @@ def test_the_twins_layernorm_is_dead_and_its_rmsnorm_is_not():
         assert change(site["uncompensated", 1.0]) > MARGIN * change(site["compensated", 1.0])
     row = tables["reads"][0]
     assert (row["dtype"], row["num_tokens"], row["family"], row["read"]) == ("float64", 32, "layernorm", "functional")
+    verdicts = {(r["direction"], r["verdict"]) for r in tables["functional"]}
+    assert verdicts == {
+        ("compensated", "gauge"), ("uncompensated", "regular"), ("random", "regular"), ("planted-unit", "singular")
+    }  # fmt: skip
 
     control = by_site(read_tables(TWINS / "rmsnorm/step4096", "functional", tokens=32)["functional"])
-    assert {d for site in control.values() for d, _ in site} == {"inverse-scale-rms", "random"}
+    assert {(d, r["verdict"]) for site in control.values() for (d, _), r in site.items()} == {
+        ("inverse-scale-rms", "regular"), ("random", "regular"),
+        ("planted-unit", "singular"), ("planted-chain", "singular"),
+    }  # fmt: skip
+    chain = control["model.layers.0.mlp.gate_proj"]["planted-chain", 1.0]
+    assert chain["kl_order"] == pytest.approx(3, abs=0.1)
     for site in control.values():
         assert change(site["inverse-scale-rms", 1.0]) > 1e-3 * change(site["random", 1.0])
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from deadbench.suite.checkpoints.series import Series, gathered, series_in, trainer_step
+from deadbench.suite.checkpoints.series import Series, gathered, series_in, trainer_step, trainer_tokens
 
 
 @pytest.fixture
@@ -126,3 +126,13 @@ def test_a_bucket_holds_a_series(folder):
 def test_a_trainers_state_that_tells_nothing(tmp_path, step):
     (tmp_path / "trainer_state.json").write_text(f'{{"global_step": {step}}}')
     assert trainer_step(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("state", "tokens"),
+    [('{"num_input_tokens_seen": 4096}', 4096), ('{"num_input_tokens_seen": 0}', None), ('{"global_step": 3}', None),
+     ('{"num_input_tokens_seen": -1}', None), ('{"num_input_tokens_seen": true}', None), ("{", None)],
+)  # fmt: skip
+def test_a_trainers_tokens_are_believed_where_it_counted_them(state, tokens, tmp_path):
+    (tmp_path / "trainer_state.json").write_text(state)
+    assert trainer_tokens(tmp_path) == tokens

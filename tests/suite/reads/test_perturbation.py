@@ -8,7 +8,17 @@ import torch
 from torch import nn
 
 from deadbench.suite.architectures.norms import EffectiveNorm
-from deadbench.suite.reads.perturbation import Site, directional_fisher, kl_divergence, moves, read_head, read_inner
+from deadbench.suite.reads.kl_order import with_orders
+from deadbench.suite.reads.perturbation import (
+    STEPS,
+    Site,
+    directional_fisher,
+    finest_roundoff,
+    kl_divergence,
+    moves,
+    read_head,
+    read_inner,
+)
 
 
 @pytest.mark.parametrize("size", [1e-17, 1e-12, 1e-8, 1e-4, 0.009, 0.011, 1.0, 30.0])
@@ -70,7 +80,7 @@ def test_an_rmsnorms_inverse_scale_is_alive_and_without_a_shift_nothing_is_compe
     assert names == {"inverse-scale-rms": "none", "random": "none"}
     acts = torch.randn(30, 6)
     rows = read_head(site, acts, site.module(site.norm(acts)).detach(), [0, 0])
-    assert min(row["kl"] for row in rows) > 1e-6
+    assert min(row["kl"] / row["step"] ** 2 for row in rows) > 1e-2
 
 
 def test_a_map_that_does_not_make_the_logits_is_not_replayed_as_a_head():
@@ -102,3 +112,43 @@ def test_a_map_inside_gives_the_heads_rows_and_is_put_back(bias):
     with pytest.raises(RuntimeError):
         list(read_inner(site, run(), fail, [0, 0], has_logits=True))
     assert all(torch.equal(p, kept[name]) for name, p in site.module.named_parameters())
+
+
+def test_known_directions_of_a_head_have_their_verdicts():
+    site = a_site()
+    site.norm.scale_D[2] = 1e-40  # as good as an exact zero: v lies on it
+    acts = torch.randn(30, 6)
+    rows = with_orders(read_head(site, acts, site.module(site.norm(acts)).detach(), [0, 0]), 2.0**-24)
+    found = {row["direction"]: row["verdict"] for row in rows}
+    assert found == {
+        "compensated": "gauge", "uncompensated": "regular", "random": "regular", "zero-scale": "gauge"
+    }  # fmt: skip
+    assert len(rows) == 4 * len(STEPS)
+
+
+def test_a_learned_dead_direction_is_moved_where_the_outputs_have_one():
+    site = a_site(family="rmsnorm")
+    acts = torch.randn(60, 6).double()
+    assert "learned" not in {move.name for move in moves(site, [0, 0], acts)}
+    acts[:, 3] = acts[:, 1] * site.norm.scale_D[1] / site.norm.scale_D[3]  # equal outputs, but for their shifts
+    acts[:, 3] += 1e-6 * torch.randn(60)
+    assert "learned" not in {move.name for move in moves(site, [0, 0], acts[:11])}, "too few rows to tell"
+    (learned,) = (move for move in moves(site, [0, 0], acts) if move.name == "learned")
+    assert learned.w_D.abs().tolist() == pytest.approx([0, 0.5**0.5, 0, 0.5**0.5, 0, 0], abs=1e-4)
+    rows = read_head(site, acts, site.module(site.norm(acts)).detach(), [0, 0])
+    of = {row["direction"]: row for row in with_orders(rows, 2.0**-53)}
+    assert of["learned"]["verdict"] == "regular", "small, and no gauge"
+    assert of["learned"]["fisher"] < 1e-9 * of["random"]["fisher"]
+
+
+@pytest.mark.parametrize("upcast", [False, True])
+def test_a_stream_in_float32_is_told_from_one_in_float64(upcast):
+    site = a_site()
+    y = site.norm(torch.randn(30, 6))
+
+    def run():
+        out = site.module(y).detach()
+        return out.float().double() if upcast else out
+
+    found = finest_roundoff(site, run(), run, [0, 0], "float64")
+    assert found == (2.0**-24 if upcast else 2.0**-53)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from deadbench.suite.reads.collapse import collapse_limit
+from deadbench.suite.reads.collapse import collapse_limit, is_nondecreasing
 from deadbench.suite.reads.residual import ResidualRead
 
 D, N, TAPS = 24, 24 * 16, 6
@@ -197,3 +197,39 @@ def test_a_narrow_stream_that_falls_as_random_weights_do_is_preserved_and_says_b
     assert blocks[3]["ratio"] < 0.8
     assert (blocks[3]["state"], blocks[3]["collapse_below"]) == ("preserved", pytest.approx(0.8 * D / 512))
     assert [row["collapse_below"] for row in blocks[:3]] == [None] * 3, "nothing fell, no limit was asked"
+
+
+def test_blocks_that_do_not_fall_are_counted_beyond_the_halves_noise():
+    taps, q = stream(), direction()
+    for index in range(2, TAPS):
+        taps[index] = taps[index] - (0.3 if index == 2 else 0.02) * torch.outer(taps[index] @ q, q)
+    columns, blocks, _ = read(taps)
+    fell = [row["block"] for row in blocks if row["nondecreasing"] is False]
+    assert blocks[0]["nondecreasing"] is None, "there is nothing before the embedding"
+    assert 2 in fell
+    assert columns["blocks_nondecreasing"] == sum(row["nondecreasing"] is True for row in blocks)
+    assert columns["blocks_preserved"] is True, "at this width a fall of a third is no collapse"
+
+
+@pytest.mark.parametrize(
+    ("state", "ratio", "ratios", "expected"),
+    [
+        ("preserved", 1.2, None, True),
+        ("preserved", 0.9, (0.9, 0.9), False),
+        ("preserved", 0.97, (0.95, 0.99), True),
+        ("preserved", 0.9, (np.nan, 0.9), None),
+        ("preserved-dead", 0.5, None, True),
+        ("collapsed", 1e-9, None, False),
+        ("revived", 1e9, None, True),
+    ],
+)
+def test_what_counts_as_not_falling(state, ratio, ratios, expected):
+    assert is_nondecreasing(state, ratio, ratios) is expected
+
+
+def test_massive_coordinates_are_told_at_each_tap():
+    taps = stream()
+    for index in range(2, TAPS):
+        taps[index][:, 5] += 500
+    _, blocks, _ = read(taps)
+    assert [row["massive_coordinates"] for row in blocks] == [[], [], *[[5]] * (TAPS - 2)]
