@@ -6,6 +6,7 @@ TERMS = {
     "alignment": "Cosine between v and the bottom eigenvector of the final norm's output; 1 where the direction "
     "that the scales tell is the one that is measured.",
     "broken": "Of a gate's check: the metric got worse by more than the gate bears; the opposite is passed.",
+    "cannot tell": "Of a gate's check: the noise hides whether a change is borne; more tokens or seeds would tell.",
     "change step": "The first checkpoint after a step in a metric, where one step explains the series better "
     "than none.",
     "claim": "A statement about a normalisation family; a model holds it when all its reads that can test it do.",
