@@ -10,8 +10,10 @@ from typing import Literal, NamedTuple
 
 import polars as pl
 
-from deadbench.analysis.lines import in_natural_order, natural, ok_reads
-from deadbench.analysis.results import ResultsError, collected, collected_all, latest, scan
+from deadbench.analysis.lines import in_natural_order, ok_reads
+from deadbench.analysis.paired import ROW, Samples, paired_noises
+from deadbench.analysis.results import ResultsError, collected, collected_all, latest
+from deadbench.analysis.student import widened
 from deadbench.suite.schema import READS
 
 Scale = Literal["absolute", "relative", "decades"]
@@ -37,20 +39,21 @@ METRICS: dict[str, Scale] = {
 # Means of squares over tokens: of N gaussian ones the relative standard error is sqrt(2/N).
 _MEANS_OF_SQUARES = ("lambda_v", "lambda_control")
 _DEPTHS_OF_ONE = ("depth", "depth_exact", "depth_as_executed")
-_RESAMPLED = ("lambda_v", "depth")  # have a standard error of their own, where there were sequences enough
+_RESAMPLED = ("lambda_v", "depth")  # have a standard error of their own, and sums by sequence, where there were enough
 _ROUNDING = 1e-9  # the same numbers, added up in another order
 _NOTHING = pl.lit(None, dtype=pl.Float64)
 _ABOUT_BLOCKS = ("blocks_preserved", "worst_block_ratio")
 
 _WHICH = ["model", "revision", "read", "seed", "engine"]
 _ORDER = [pl.col("model", "read"), in_natural_order("revision"), pl.col("seed")]
-_ABOUT = ["protocol_hash", "protocol", "dtype", "num_tokens", "worst_block", "family", "error"]
+_ABOUT = ["run_id", "protocol_hash", "protocol", "dtype", "num_tokens", "worst_block", "family", "error"]
 _BESIDE = ["worst_block", "family", "error", "depth_standard_error"]  # of the candidate
 _ABOUT += [f"{metric}_standard_error" for metric in _RESAMPLED]
 _ROW = ["place", *_WHICH, "protocol", "dtype", "candidate_model", "candidate_revision"]
 COLUMNS = [
     *_WHICH, "metric", "baseline", "baseline_error", "candidate", "candidate_error", "change", "scale", "noise",
-    "noise_from", "verdict", "detail", "protocol", "dtype", "candidate_model", "candidate_revision",
+    "noise_from", "num_tokens", "num_noise_seeds", "verdict", "detail", "protocol", "dtype", "candidate_model",
+    "candidate_revision",
 ]  # fmt: skip
 
 
@@ -61,34 +64,21 @@ class Ask(NamedTuple):
     scale: Scale
 
 
-def open_side(location: str) -> pl.LazyFrame:
-    """The reads of one side of a comparison: `RESULTS`, or `RESULTS@REVISION` for one checkpoint of every model.
-
-    Raises:
-        ResultsError: no result set, or no such revision in it.
-    """
-    try:
-        return scan(location)
-    except ResultsError:
-        folder, at, revision = location.rpartition("@")
-        if not at or not folder:
-            raise
-    reads = scan(folder)
-    known = collected(reads.select(pl.col("revision").drop_nulls().unique()))["revision"].to_list()
-    if revision not in known:
-        shown = ", ".join(sorted(known, key=natural)[:20]) or "none"
-        raise ResultsError(f"{location}: no checkpoint {revision!r} in {folder}; choose {shown}")
-    return reads.filter(pl.col("revision") == revision)
-
-
-def compare(baseline: pl.LazyFrame, candidate: pl.LazyFrame, asked: Mapping[str, Scale] = METRICS) -> pl.DataFrame:
+def compare(
+    baseline: pl.LazyFrame,
+    candidate: pl.LazyFrame,
+    asked: Mapping[str, Scale] = METRICS,
+    samples: Samples | None = None,
+) -> pl.DataFrame:
     """One row for every pair and metric that the baseline has, and one for every read that has no pair.
 
     `change` is candidate - baseline on `scale`: absolute, relative (to the baseline's magnitude) or decades (of the
     ratio; of the values where they are decades already). `noise` is the standard deviation that the change would have
-    from sampling alone, on the same scale, and `noise_from` where it is known from: `seeds` (the baseline's spread over
-    its seeds), `bootstrap` (of the baseline, over its sequences), `tokens` (the standard error of a mean over so many
-    independent gaussian tokens), else null.
+    from sampling alone, on the same scale, and `noise_from` where it is known from: `pairs` (with `samples`: of the
+    difference itself, over the sequences that both sides read), `seeds` (the baseline's spread over its seeds, of which
+    there are `num_noise_seeds`), `bootstrap` (of the baseline, over its sequences), `tokens` (the standard error of a
+    mean over so many independent gaussian tokens), else null. Where few sequences or seeds tell of it, it is wider by
+    Student's t, so that two of it are exceeded by chance as rarely as two of a known one.
     `baseline_error` and `candidate_error` are the depths' own standard errors, from the sample of tokens.
     `verdict` is same, noise (at most two such deviations), changed, lost (the candidate has no value, `detail` says why
     where its row does), missing or failed.
@@ -106,7 +96,8 @@ def compare(baseline: pl.LazyFrame, candidate: pl.LazyFrame, asked: Mapping[str,
     left, right = _matched_names(*sides)
     keys = [*_WHICH, "protocol_hash"]
     told = list(dict.fromkeys([*metrics, *_BESIDE]))
-    beside = right.select(*keys, *_original(right), *told).rename({name: f"candidate_{name}" for name in told})
+    own = [pl.col(name).alias(f"candidate_{name}") for name in ROW if name not in ("model", "revision")]
+    beside = right.select(*keys, *_original(right), *own, *(pl.col(name).alias(f"candidate_{name}") for name in told))
     pairs = left.join(beside, on=keys, how="inner", nulls_equal=True)
     alone = left.join(pairs, on=keys, how="anti", nulls_equal=True)
     _refuse_mixed(alone, right)
@@ -115,6 +106,11 @@ def compare(baseline: pl.LazyFrame, candidate: pl.LazyFrame, asked: Mapping[str,
             f"nothing to compare: the baseline has {_models(left)}, the candidate {_models(right)}; "
             "a pair needs the same model id, checkpoint, read and seed"
         )
+    pairs = pairs.with_columns(pl.col(name).alias(f"own_{name}") for name in ROW if name not in ("model", "revision"))
+    if samples is not None:
+        pairs = pairs.hstack(paired_noises(pairs, samples))
+    else:
+        pairs = pairs.with_columns(paired_lambda_v=_NOTHING, paired_depth=_NOTHING)
     # Names repeat for every metric: as categories they are four bytes each.
     names = pl.selectors.string().cast(pl.Categorical)
     lazy = _with_spread(pairs.sort(_ORDER, nulls_last=True), asked).with_columns(names).with_row_index("place").lazy()
@@ -237,14 +233,15 @@ def _change(metric: str, scale: Scale, before: pl.Expr, after: pl.Expr) -> pl.Ex
 
 
 def _with_spread(pairs: pl.DataFrame, asked: Mapping[str, Scale]) -> pl.DataFrame:
-    """With `noise_<metric>`: the baseline's standard deviation over seeds, on the metric's scale; null for one seed."""
+    """With `noise_<metric>`: the baseline's deviation over `spread_seeds` seeds, on the metric's scale, if several."""
     group = [name for name in [*_WHICH, "protocol_hash"] if name != "seed"]
-    columns = {}
+    columns: dict[str, pl.Expr] = {"spread_seeds": pl.len().cast(pl.Int64)}
     for metric, scale in asked.items():
         value = _number(metric)
         if scale == "decades" and _UNITS[metric] != "decades":
             value = pl.when(value > 0).then(value.log10())
-        columns[f"noise_{metric}"] = value.std() / value.mean().abs() if scale == "relative" else value.std()
+        spread = value.std() / value.mean().abs() if scale == "relative" else value.std()
+        columns[f"noise_{metric}"] = spread * widened(value.is_not_null().sum() - 1)
     several = pairs.filter(pl.len().over(group) > 1) if pairs["seed"].n_unique() > 1 else pairs.clear()
     return pairs.join(several.group_by(group).agg(**columns), on=group, how="left", nulls_equal=True)
 
@@ -267,6 +264,8 @@ def _token_noise(metric: str, scale: Scale) -> tuple[pl.Expr, pl.Expr]:
 def _differences(pairs: pl.LazyFrame, ask: Ask) -> pl.LazyFrame:
     metric, scale = ask
     seeds, (resampled, tokens) = pl.col(f"noise_{metric}"), _token_noise(metric, scale)
+    in_decades = scale == "decades" or _UNITS[metric] == "decades"
+    paired = pl.col(f"paired_{metric}") if metric in _RESAMPLED and in_decades else _NOTHING
     about_block = metric in _ABOUT_BLOCKS
     rows = pairs.select(
         *(pl.col(f"own_{name}").alias(name) if name in ("model", "revision") else pl.col(name) for name in _ROW),
@@ -276,14 +275,18 @@ def _differences(pairs: pl.LazyFrame, ask: Ask) -> pl.LazyFrame:
         candidate=_number(f"candidate_{metric}"),
         candidate_error=_number("candidate_depth_standard_error") if metric == "depth" else _NOTHING,
         scale=_name(scale),
-        # A difference has the noise of both sides.
-        noise=math.sqrt(2) * pl.coalesce(seeds, resampled, tokens),
-        noise_from=pl.when(seeds.is_not_null())
+        # A difference has the noise of both sides; a paired one is of the difference itself.
+        noise=pl.coalesce(paired, math.sqrt(2) * pl.coalesce(seeds, resampled, tokens)),
+        noise_from=pl.when(paired.is_not_null())
+        .then(_name("pairs"))
+        .when(seeds.is_not_null())
         .then(_name("seeds"))
         .when(resampled.is_not_null())
         .then(_name("bootstrap"))
         .when(tokens.is_not_null())
         .then(_name("tokens")),
+        num_tokens="num_tokens",
+        num_noise_seeds=pl.when(paired.is_null() & seeds.is_not_null()).then("spread_seeds"),
         detail=pl.format("block {}", "candidate_worst_block") if about_block else pl.lit(None, dtype=pl.String),
         why_lost=_WHY_LOST,
     ).filter(pl.col("baseline").is_not_null())

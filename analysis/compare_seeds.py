@@ -4,6 +4,7 @@ import polars as pl
 
 from deadbench.analysis.compare import verdict_of
 from deadbench.analysis.replicates import general_name
+from deadbench.analysis.student import widened
 from deadbench.suite.schema import READS
 
 _IN_DECADES = [column.name for column in READS if column.unit == "decades"]
@@ -33,7 +34,8 @@ def compared_over_seeds(table: pl.DataFrame) -> pl.DataFrame:
           for side in ("baseline", "candidate")),
         *(pl.when(~is_magnitude.first()).then(pl.col(side).std()).alias(f"{side}_error")
           for side in ("baseline", "candidate")),
-        change=change.mean(), noise=change.std() / pairs.sqrt(), noise_from=pl.lit("seeds"), num_seeds=pairs,
+        change=change.mean(), noise=change.std() / pairs.sqrt() * widened(pairs - 1), noise_from=pl.lit("seeds"),
+        num_tokens=pl.col("num_tokens").sum(), num_noise_seeds=pairs.cast(pl.Int64), num_seeds=pairs,
         **{name: _in_common(name) for name in ("detail", "candidate_model", "candidate_revision")},
     ).rename({"series": "model", "series_revision": "revision"})  # fmt: skip
     means = means.with_columns(verdict=verdict_of("change", "noise").cast(pl.String)).cast({"num_seeds": pl.Int64})

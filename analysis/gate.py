@@ -2,19 +2,20 @@
 
     noise: 2            # a change within so many standard deviations of its noise never breaks
     missing: fail       # a baseline's read that the candidate lacks: fail or ignore
+    cannot_tell: pass   # a change whose noise hides whether it is borne: pass or fail
     metrics:
       depth: {worse: lower, decades: 0.5}
       num_learned: {worse: higher, absolute: 0, reads: [trained]}
       worst_block_ratio: {worse: lower, relative: 0.2, models: ["twin-*"]}
 
 A metric is a numeric column of `reads`. `worse` says which way is a regression (lower, higher, changed) and one of
-absolute, relative, decades how much of it is borne.
+absolute, relative, decades how much of it is borne. `drift` bounds a slope over checkpoints: analysis/drift.py.
 """
 
 import difflib
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Literal, Self, get_args
+from typing import Annotated, Literal, Self, TypeVar, get_args
 
 import polars as pl
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -26,6 +27,9 @@ from deadbench.suite.schema import READS as COLUMNS
 from deadbench.suite.yaml_file import YamlError, load_yaml
 
 BROKEN = ("broken", "lost", "missing", "failed")
+CANNOT_TELL = "cannot tell"
+_TOO_MANY = 1000  # times as many tokens: nobody reads them
+_Rule = TypeVar("_Rule")
 _Bound = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -61,16 +65,28 @@ class MetricGate(_Strict):
         return ("decades", self.decades) if self.decades is not None else ("absolute", self.absolute or 0.0)
 
 
+class DriftGate(_Strict):
+    """What slope of one metric is borne over the `last` checkpoints of a series, per 1 000 steps of training."""
+
+    worse: Literal["lower", "higher", "changed"]
+    per_1000_steps: _Bound
+    last: Annotated[int, Field(ge=4)] = 8
+    reads: list[ReadName] = list(get_args(ReadName))
+    models: list[str] = ["*"]
+
+
 class Gate(_Strict):
     """A whole gate file."""
 
     noise: _Bound = 2.0
     missing: Literal["fail", "ignore"] = "fail"
+    cannot_tell: Literal["pass", "fail"] = "pass"
     metrics: Annotated[dict[str, MetricGate], Field(min_length=1)]
+    drift: dict[str, DriftGate] = {}
 
-    @field_validator("metrics")
+    @field_validator("metrics", "drift")
     @classmethod
-    def _known(cls, metrics: dict[str, MetricGate]) -> dict[str, MetricGate]:
+    def _known(cls, metrics: dict[str, _Rule]) -> dict[str, _Rule]:
         names = [column.name for column in COLUMNS if unit_of(column.name) is not None]
         for metric in metrics:
             if metric not in names:
@@ -127,18 +143,22 @@ def load_gate(path: Path) -> Gate:
 
 
 def judge(comparison: pl.DataFrame, gate: Gate) -> pl.DataFrame:
-    """The rows of `compare(…, gate.scales())` that the gate speaks of, with `allowed` and the verdict passed or broken.
+    """The rows of `compare(…, gate.scales())` that the gate speaks of, with `allowed` and one of three verdicts.
 
-    A change breaks when it is worse by more than `allowed`: the metric's bound, or `gate.noise` times the noise where
-    that is larger. lost breaks too; missing and failed reads do unless the gate ignores them.
+    broken: worse by more than `allowed`, the metric's bound or `gate.noise` times the noise where that is larger.
+    cannot tell: not so, but within that noise it may be worse than the bound; `detail` says how many tokens or seeds
+    would tell. passed: no worse than the bound, whatever the noise; where nothing is borne (a bound of 0) noise is
+    passed, for no number of tokens would tell. lost breaks too; missing and failed reads do unless they are ignored.
     """
     comparison = comparison.with_columns(pl.col("verdict").cast(pl.String))
     judged = [_without_metric(comparison, gate)]
     for metric, each in gate.metrics.items():
         of_metric = comparison.filter((pl.col("metric") == metric) & pl.col("read").cast(pl.String).is_in(each.reads))
-        wanted = [name for name in of_metric["model"].unique() if any(fnmatchcase(name, p) for p in each.models)]
+        wanted = judged_models(of_metric["model"], each.models)
         worse = {"lower": -pl.col("change"), "higher": pl.col("change"), "changed": pl.col("change").abs()}[each.worse]
-        allowed = pl.max_horizontal(pl.lit(each.bound[1]), gate.noise * pl.col("noise"))
+        bound, hidden = pl.lit(each.bound[1]), gate.noise * pl.col("noise")
+        allowed = pl.max_horizontal(bound, hidden)
+        unclear = (pl.col("verdict") != "lost") & (worse <= allowed) & (bound > 0) & (worse + hidden > bound)
         judged.append(
             of_metric.filter(pl.col("model").cast(pl.String).is_in(wanted)).with_columns(
                 allowed=allowed,
@@ -146,7 +166,10 @@ def judge(comparison: pl.DataFrame, gate: Gate) -> pl.DataFrame:
                 .then("verdict")
                 .when(worse > allowed)
                 .then(pl.lit("broken"))
+                .when(unclear)
+                .then(pl.lit(CANNOT_TELL))
                 .otherwise(pl.lit("passed")),
+                detail=pl.when(unclear).then(_would_tell(worse, bound, hidden)).otherwise("detail"),
             )
         )
     checks = pl.concat(judged, how="diagonal")
@@ -157,9 +180,36 @@ def judge(comparison: pl.DataFrame, gate: Gate) -> pl.DataFrame:
     return checks
 
 
+def judged_models(names: pl.Series, patterns: list[str]) -> list[str]:
+    """Those of `names` that one of the shell patterns fits."""
+    return [name for name in names.unique() if any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def undecided(judged: pl.DataFrame) -> pl.DataFrame:
+    """What neither breaks the gate nor passes it."""
+    return judged.filter(pl.col("verdict") == CANNOT_TELL)
+
+
+def _would_tell(worse: pl.Expr, bound: pl.Expr, hidden: pl.Expr) -> pl.Expr:
+    """How many tokens, or seeds, would tell, were the change what it is now; noise falls with their root."""
+    distance = pl.when(worse > bound).then(worse).otherwise(bound - worse)
+    times = (hidden / distance).pow(2)
+    seeds = pl.col("num_noise_seeds")
+    needed = (times * pl.coalesce(seeds, "num_tokens")).ceil()
+    return (
+        pl.when(times.is_finite() & (times <= _TOO_MANY))
+        .then(pl.format("about {} {} would tell", needed.cast(pl.Int64, strict=False), _unit(seeds)))
+        .otherwise(pl.format("not even {} times as many {} would tell", pl.lit(_TOO_MANY), _unit(seeds)))
+    )
+
+
+def _unit(seeds: pl.Expr) -> pl.Expr:
+    return pl.when(seeds.is_null()).then(pl.lit("tokens")).otherwise(pl.lit("seeds"))
+
+
 def broken(judged: pl.DataFrame) -> pl.DataFrame:
     """What breaks the gate, the worst kind first."""
-    order = pl.col("verdict").cast(pl.Enum([*BROKEN, "passed", "ignored"]))
+    order = pl.col("verdict").cast(pl.Enum([*BROKEN, CANNOT_TELL, "passed", "ignored"]))
     return judged.filter(pl.col("verdict").is_in(BROKEN)).sort(order, maintain_order=True)
 
 

@@ -6,6 +6,7 @@ TERMS = {
     "alignment": "Cosine between v and the bottom eigenvector of the final norm's output; 1 where the direction "
     "that the scales tell is the one that is measured.",
     "broken": "Of a gate's check: the metric got worse by more than the gate bears; the opposite is passed.",
+    "cannot tell": "Of a gate's check: the noise hides whether a change is borne; more tokens or seeds would tell.",
     "centred stream": "A residual stream without a mean over its coordinates, as after folding the mean into what "
     "writes to it: an RMSNorm of it computes what a LayerNorm does, and has the kernel gamma^-1 too.",
     "change step": "The first checkpoint after a step in a metric, where one step explains the series better than "

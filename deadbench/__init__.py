@@ -96,15 +96,18 @@ def compare(baseline: str | Path, candidate: str | Path, *, gate: str | Path | N
 
     Example: `deadbench.compare("results/quick@step0", "results/quick@step4096").filter(verdict="changed")`
     """
-    from deadbench.analysis.compare import METRICS, open_side
+    from deadbench.analysis.compare import METRICS
     from deadbench.analysis.compare import compare as differences
+    from deadbench.analysis.drift import with_drift
     from deadbench.analysis.gate import judge, load_gate
+    from deadbench.analysis.paired import Samples
+    from deadbench.analysis.sides import open_side
 
-    sides = open_side(str(baseline)), open_side(str(candidate))
-    if gate is None:
-        return differences(*sides, METRICS)
-    rules = load_gate(Path(gate))
-    return judge(differences(*sides, rules.scales()), rules)
+    left, right = open_side(str(baseline)), open_side(str(candidate))
+    rules = None if gate is None else load_gate(Path(gate))
+    asked = METRICS if rules is None else rules.scales()
+    rows = differences(left.reads, right.reads, asked, Samples(left.samples, right.samples))
+    return rows if rules is None else with_drift(judge(rows, rules), right.until, rules)
 
 
 def trend(results: str | Path, model: str, *, metrics: Sequence[str] | None = None) -> "pl.DataFrame":

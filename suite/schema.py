@@ -264,12 +264,24 @@ FUNCTIONAL = [
     Column("num_tokens", INT, "tokens", "output rows that were compared"),
 ]
 
+SAMPLES = [
+    RUN_ID,
+    *KEY_COLUMNS,
+    Column("site", TEXT, "", "final_norm"),
+    Column("total_variance", REAL, "", "trace of the covariance, over all rows, of the norm replayed in float32"),
+    Column("num_tokens", pa.list_(INT), "tokens", "rows of each sequence, in the order of the input"),
+    Column("sum_along", pa.list_(REAL), "", "of each sequence, the sum of v . (y - beta)"),
+    Column("squares_along", pa.list_(REAL), "", "the sum of its squares"),
+    Column("squares_total", pa.list_(REAL), "", "the sum of |y - beta|^2"),
+]
+
 TABLES: dict[str, list[Column]] = {
     "reads": READS,
     "spectra": SPECTRA,
     "blocks": BLOCKS,
     "norms": NORMS,
     "functional": FUNCTIONAL,
+    "samples": SAMPLES,
 }
 
 Row = dict[str, Any]

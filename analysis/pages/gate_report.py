@@ -6,7 +6,7 @@ import polars as pl
 
 from deadbench.analysis.cells import one_line, text
 from deadbench.analysis.formats import escaped, render
-from deadbench.analysis.gate import BROKEN, broken
+from deadbench.analysis.gate import BROKEN, CANNOT_TELL, broken, undecided
 from deadbench.suite.secrets import scrubbed
 
 _SUMMARY_COLUMNS = [
@@ -18,9 +18,11 @@ _MAX_MEMBERS = 5  # of one side in a line
 
 def headline(judged: pl.DataFrame) -> str:
     """`deadbench gate: 2 of 48 checks broke`."""
-    count = len(broken(judged))
-    outcome = f"{count} of {len(judged)} checks broke" if count else f"all {len(judged)} checks passed"
-    return f"deadbench gate: {outcome}"
+    count, unclear = len(broken(judged)), len(undecided(judged))
+    outcomes = [f"{count} of {len(judged)} checks broke"] if count else []
+    if unclear:
+        outcomes.append(f"{unclear} of {len(judged)} checks cannot tell")
+    return f"deadbench gate: {', '.join(outcomes) or f'all {len(judged)} checks passed'}"
 
 
 def sides(judged: pl.DataFrame, baseline: str, candidate: str) -> list[str]:
@@ -45,24 +47,34 @@ def _members(rows: pl.DataFrame, model: str, revision: str) -> str:
 
 
 def github_summary(judged: pl.DataFrame, *places: str) -> str:
-    """GitHub-flavoured Markdown: the headline, and a table of what broke, of `places` (baseline and candidate)."""
-    failures = broken(judged)
+    """GitHub-flavoured Markdown: the headline, tables of what broke and of what cannot be told.
+
+    `places` are where baseline and candidate lie.
+    """
+    failures, unclear = broken(judged), undecided(judged)
     mark = "❌" if len(failures) else "✅"
     lines = [f"### {mark} {headline(judged)}"]
     if len(failures):
         if places:
             lines += ["", *(f"- {escaped(line)}" for line in sides(judged, *places))]
         lines += ["", render({"compare": failures.select(_SUMMARY_COLUMNS)}, "md")]
+    if len(unclear):
+        lines += ["", render({"compare": unclear.select(_SUMMARY_COLUMNS)}, "md")]
     return "\n".join(lines) + "\n"
 
 
 def junit(judged: pl.DataFrame) -> str:
-    """JUnit XML: a suite a model, a case each check; what broke is a failure."""
+    """JUnit XML: a suite a model, a case each check; what broke is a failure, what cannot be told is skipped."""
     root = ElementTree.Element("testsuites", name="deadbench gate")
     for (model,), checks in judged.group_by("model", maintain_order=True):
         count = len(broken(checks))
         suite = ElementTree.SubElement(
-            root, "testsuite", name=one_line(str(model)), tests=str(len(checks)), failures=str(count)
+            root,
+            "testsuite",
+            name=one_line(str(model)),
+            tests=str(len(checks)),
+            failures=str(count),
+            skipped=str(len(undecided(checks))),
         )
         for row in checks.iter_rows(named=True):
             place = " ".join(one_line(str(row[name])) for name in ("revision", "read") if row[name] is not None)
@@ -75,6 +87,8 @@ def junit(judged: pl.DataFrame) -> str:
             if row["verdict"] in BROKEN:
                 message = _said(row)
                 ElementTree.SubElement(case, "failure", type=row["verdict"], message=message).text = message
+            elif row["verdict"] == CANNOT_TELL:
+                ElementTree.SubElement(case, "skipped", message=_said(row))
     ElementTree.indent(root)
     return ElementTree.tostring(root, encoding="unicode", xml_declaration=True)
 

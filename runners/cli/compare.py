@@ -38,6 +38,9 @@ def compare(
 ) -> None:
     """What changed from one result set, or one checkpoint, to another, read by read. With a gate: exit 1 if it breaks.
 
+    Where both sides read the same sequences, noise is that of their paired difference. A check has three outcomes:
+    passed, broken, cannot tell (exit 1 only by `cannot_tell: fail` in gate.yaml); `drift:` there bounds a slope.
+
     `--format bencher` is the candidate in Bencher's metric format (`bencher run --adapter json`).
     In GitHub Actions the gate's summary also goes to the job's page ($GITHUB_STEP_SUMMARY).
 
@@ -45,12 +48,17 @@ def compare(
 
     Example: [bold]deadbench compare results/quick@step16 results/quick@step4096[/bold]
     """
-    from deadbench.analysis.compare import METRICS, num_reads, open_side
+    import polars as pl
+
+    from deadbench.analysis.compare import METRICS, num_reads
     from deadbench.analysis.compare import compare as differences
     from deadbench.analysis.compare_seeds import compared_over_seeds
-    from deadbench.analysis.gate import broken, judge, load_gate, unjudged
+    from deadbench.analysis.drift import with_drift
+    from deadbench.analysis.gate import broken, judge, load_gate, undecided, unjudged
     from deadbench.analysis.pages.gate_report import github_summary, headline, sides
     from deadbench.analysis.pages.gate_report import junit as junit_xml
+    from deadbench.analysis.paired import Samples
+    from deadbench.analysis.sides import open_side
     from deadbench.suite.storage import write_whole
 
     format = "json" if as_json else format
@@ -61,7 +69,8 @@ def compare(
     check_folder("--plot", plot)
     rules = load_gate(gate) if gate is not None else None
     asked = rules.scales() if rules else METRICS
-    rows = differences(open_side(baseline), open_side(candidate), asked)
+    left, right = open_side(baseline), open_side(candidate)
+    rows = differences(left.reads, right.reads, asked, Samples(left.samples, right.samples))
     if plot is not None:
         from deadbench.analysis.plots.comparison import comparison_plot
         from deadbench.analysis.plots.export import save_plot
@@ -84,20 +93,22 @@ def compare(
             print_frames({"compare": shown}, format)
     if rules is None:
         return
-    judged = judge(rows, rules)
-    failures = broken(judged)
+    judged = with_drift(judge(rows, rules), right.until, rules)
+    failures, unclear = broken(judged), undecided(judged)
+    fails = len(failures) > 0 or (rules.cannot_tell == "fail" and len(unclear) > 0)
     if junit is not None:
         write_whole(junit, junit_xml(judged).encode())
     if page := os.environ.get("GITHUB_STEP_SUMMARY"):
         with open(page, "a", encoding="utf-8") as file:
             file.write(github_summary(judged, baseline, candidate))
-    shown = judged if show_all else failures
+    shown = judged if show_all else pl.concat([failures, unclear])
     if format == "github":
         print(github_summary(judged, baseline, candidate), end="")
     elif format == "json":
         from deadbench.analysis.formats import plain_rows
 
-        verdict = {"passed": failures.is_empty(), "num_checks": len(judged), "num_broken": len(failures)}
+        verdict = {"passed": not fails, "num_checks": len(judged), "num_broken": len(failures)}
+        verdict["num_cannot_tell"] = len(unclear)
         print(json.dumps({"compare": plain_rows(shown), "gate": verdict}, indent=2))
     elif format != "bencher" and (format != "table" or len(shown)):
         print_frames({"compare": shown}, format)
@@ -105,5 +116,5 @@ def compare(
         say(line)
     for metric in unjudged(judged, rules):
         say(f"{gate}: no read of the baseline has {metric}; it judged nothing")
-    if len(failures):
+    if fails:
         raise typer.Exit(EXIT_FALSE)

@@ -112,6 +112,7 @@ class _HookedRead:
             "reads": [scale_columns(self.measured.norm, self.dtype) | columns | stream_columns],
             "spectra": [final_spectrum, *spectra],
             "blocks": blocks,
+            "samples": [self.measured.samples(columns["lambda_mean"])],
         }
         return [_packed(to_table(name, rows[name])) for name in rows]
 

@@ -118,7 +118,8 @@ def read_forward(read: ReadJob, config: Configuration, weights: Weights) -> Read
         "spectrum_seconds": position.spectrum_seconds,
         "peak_device_bytes": engine.peak_device_bytes(),
     }
-    return {"reads": [row], "spectra": [final_spectrum, *spectra], "blocks": blocks}
+    samples = [measured.samples(columns["lambda_mean"])]
+    return {"reads": [row], "spectra": [final_spectrum, *spectra], "blocks": blocks, "samples": samples}
 
 
 def _loaded(

@@ -103,7 +103,7 @@ def read_vllm(read: ReadJob, config: Configuration, weights: Weights) -> Reading
         started = time.perf_counter()
         tables = [pa.ipc.open_stream(part).read_all() for part in llm.collective_rpc("deadbench_finish")[0]]
         spectrum += time.perf_counter() - started
-    reads, spectra, blocks = (_rows(table) for table in tables)
+    reads, spectra, blocks, samples = (_rows(table) for table in tables)
     row |= reads[0] | {
         "final_norm_tensor": tensor_name(entries_of(weights), final),
         "input": inputs.description,
@@ -116,7 +116,7 @@ def read_vllm(read: ReadJob, config: Configuration, weights: Weights) -> Reading
         "tensor_parallel": read.tensor_parallel,
         "engine_detail": f"vLLM {_version()}, {detail}",
     }
-    return {"reads": [row], "spectra": spectra, "blocks": blocks}
+    return {"reads": [row], "spectra": spectra, "blocks": blocks, "samples": samples}
 
 
 @contextlib.contextmanager

@@ -211,6 +211,15 @@ class FinalNormRead:
             "dead_weights": [weights for _, weights in leading],
         }
 
+    def samples(self, mean: float) -> Row:
+        """The row of `samples`: what each sequence adds to the sums; `mean` is the mean eigenvalue."""
+        tokens_S, *sums = self.sequences.sums_S4.T
+        lists = dict(
+            zip(("sum_along", "squares_along", "squares_total"), (each.tolist() for each in sums), strict=True)
+        )
+        variance = mean * len(self.norm.scale_D)
+        return {"site": "final_norm", "total_variance": variance, "num_tokens": tokens_S.astype(int).tolist()} | lists
+
     def _schur_columns(self, spectrum: Spectrum) -> Row:
         """`1 - S/lambda_v` of each evaluation; null with zero scales, where v is none that C could single out."""
         names = ("schur_ratio", "schur_ratio_exact", "schur_ratio_as_executed")

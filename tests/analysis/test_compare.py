@@ -2,10 +2,12 @@ import math
 
 import pytest
 
-from deadbench.analysis.compare import METRICS, compare, open_side
+from deadbench.analysis.compare import METRICS, compare
 from deadbench.analysis.compare_seeds import compared_over_seeds
 from deadbench.analysis.formats import render
 from deadbench.analysis.results import ResultsError
+from deadbench.analysis.sides import open_side
+from deadbench.analysis.student import widening
 
 
 def rows_of(frame, baseline, candidate, asked=METRICS):
@@ -44,8 +46,8 @@ def test_scales(frame, read, scale, metric, before, after, change):
 def test_noise_comes_from_the_seeds_else_from_the_tokens(frame, read):
     baseline = [read("m", "random", seed=s, lambda_v=v) for s, v in enumerate((1e-13, 1e-14))]
     (first, _) = rows_of(frame, baseline, baseline, {"lambda_v": "decades"})
-    # log10 of the two values differ by one decade: standard deviation 1/sqrt(2), of a difference 1.
-    assert (first["noise"], first["noise_from"]) == (pytest.approx(1.0), "seeds")
+    # log10 of the two values differ by one decade: standard deviation 1/sqrt(2), of a difference 1; two seeds widen it.
+    assert (first["noise"], first["noise_from"]) == (pytest.approx(widening(1)), "seeds")
 
     one = [read("m", depth=13.0, num_tokens=800, alignment=0.9)]
     depth, alignment = rows_of(frame, one, one, {"depth": "decades", "alignment": "absolute"})
@@ -137,10 +139,10 @@ def test_nothing_in_common(frame, read):
 
 def test_a_side_is_a_result_set_or_one_checkpoint_of_it(result_set, read):
     location = result_set([read(revision="step1", depth=1.0), read(revision="step2", depth=2.0), read(read="random")])
-    assert open_side(location).collect().height == 3
-    assert open_side(f"{location}@step2").collect()["depth"].to_list() == [2.0]
+    assert open_side(location).reads.collect().height == 3
+    assert open_side(f"{location}@step2").reads.collect()["depth"].to_list() == [2.0]
     odd = result_set([read(depth=3.0)], name="a@b")
-    assert open_side(odd).collect()["depth"].to_list() == [3.0], "a folder of that name comes first"
+    assert open_side(odd).reads.collect()["depth"].to_list() == [3.0], "a folder of that name comes first"
     with pytest.raises(ResultsError, match="no checkpoint 'step3' in .*; choose step1, step2"):
         open_side(f"{location}@step3")
     with pytest.raises(ResultsError, match="no such result set"):
@@ -161,7 +163,7 @@ def test_over_seeds_a_comparison_is_of_means_with_the_noise_of_the_mean_change(f
     assert depth == ("m-seed*", "depth", 13.0, pytest.approx(13.3), pytest.approx(0.3), "seeds", "noise", 3)
     assert lambda_v[2:5] == (pytest.approx(1e-13), pytest.approx(10**-13.3), pytest.approx(-0.3))
     errors = both.filter(model="m-seed*").select("baseline_error", "candidate_error", "noise").rows()
-    assert errors[0] == (1.0, pytest.approx(1.2124, abs=1e-4), pytest.approx(0.26458 / 3**0.5, abs=1e-4))
+    assert errors[0] == (1.0, pytest.approx(1.2124, abs=1e-4), pytest.approx(0.26458 / 3**0.5 * widening(2), abs=1e-4))
     assert errors[1][:2] == (None, None), "a factor has no error on the value's own scale"
     shown = render({"compare": both}, "md")
     assert "13 ± 1 |" in shown

@@ -6,6 +6,7 @@ import yaml
 from deadbench.analysis.compare import compare
 from deadbench.analysis.gate import DEFAULT, Gate, GateError, broken, judge, load_gate, unjudged
 from deadbench.analysis.pages.gate_report import github_summary, headline, junit
+from deadbench.analysis.student import widening
 from tests.conftest import ROOT
 
 EVIL = "<script>|x\x00</testcase>"
@@ -45,19 +46,20 @@ def test_direction_and_bound(frame, read, metric, rule, before, after, breaks):
 
 
 def test_noise_widens_a_bound_and_never_narrows_it(frame, read):
-    seeds = [read("m", "random", seed=s, depth=d) for s, d in enumerate((13.0, 12.0))]  # noise 1 decade
-    worse = [row | {"depth": row["depth"] - 1.5} for row in seeds]
+    seeds = [read("m", "random", seed=s, depth=d) for s, d in enumerate((13.0, 12.0))]  # noise 1 decade, by two seeds
+    worse = [row | {"depth": row["depth"] - 1.5 * widening(1)} for row in seeds]
     rule = {"depth": {"worse": "lower", "decades": 0.1}}
     assert broken(judged(frame, seeds, worse, rule)).is_empty()
     assert len(broken(judged(frame, seeds, worse, rule, noise=1))) == 2
     assert len(broken(judged(frame, seeds, worse, rule, noise=0))) == 2
-    checks = judged(frame, seeds, worse, {"depth": {"worse": "lower", "decades": 5}}, noise=1)
-    assert checks["allowed"].to_list() == [5.0, 5.0]
+    checks = judged(frame, seeds, worse, {"depth": {"worse": "lower", "decades": 20}}, noise=1)
+    assert checks["allowed"].to_list() == [20.0, 20.0]
 
 
 def test_what_is_allowed_is_the_bound_or_so_many_times_the_noise(frame, read):
     seeds = [read("m", "random", seed=s, depth=d) for s, d in enumerate((13.0, 12.5))]  # noise half a decade
-    for noise, decades, allowed in ((2, 0.1, 1.0), (1, 0.1, 0.5), (3, 0.1, 1.5), (0, 0.1, 0.1), (2, 1.25, 1.25)):
+    half = 0.5 * widening(1)  # of two seeds
+    for noise, decades, allowed in ((2, 0.1, 2 * half), (1, 0.1, half), (3, 0.1, 3 * half), (0, 0.1, 0.1), (2, 9, 9)):
         checks = judged(frame, seeds, seeds, {"depth": {"worse": "lower", "decades": decades}}, noise=noise)
         assert checks["allowed"].to_list() == pytest.approx([allowed] * 2)
 
@@ -165,3 +167,32 @@ def test_summaries_escape_what_users_wrote(frame, read):
     passed = judged(frame, sides[0], sides[0], {"depth": {"worse": "lower"}})
     assert github_summary(passed) == "### ✅ deadbench gate: all 1 checks passed\n"
     assert not list(ElementTree.fromstring(junit(passed)).iter("failure"))
+
+
+@pytest.mark.parametrize(
+    ("depth", "error", "bound", "verdict", "detail"),
+    [
+        (13.0, 0.1, 0.5, "passed", None),
+        (12.75, 0.1, 0.5, "cannot tell", "about 1049 tokens would tell"),  # worse by 0.25, noise hides 0.2828
+        (12.4, 0.5, 0.5, "cannot tell", "about 4551 tokens would tell"),  # 0.6 worse, noise hides 1.4142
+        (12.5, 0.1, 0.5, "cannot tell", "not even 1000 times as many tokens would tell"),
+        (12.0, 0.1, 0.5, "broken", None),
+        (12.9, 0.1, 0.0, "passed", None),  # where nothing is borne noise is
+    ],
+)
+def test_a_check_passes_breaks_or_cannot_tell(frame, read, depth, error, bound, verdict, detail):
+    side = {"num_tokens": 819, "depth_standard_error": error}
+    rule = {"depth": {"worse": "lower", "decades": bound}}
+    (row,) = judged(frame, [read("m", depth=13.0, **side)], [read("m", depth=depth)], rule).iter_rows(named=True)
+    assert (row["verdict"], row["detail"]) == (verdict, detail)
+
+
+def test_what_cannot_be_told_is_said_and_breaks_nothing(frame, read):
+    before = [read("m", depth=13.0, num_tokens=819, depth_standard_error=0.5)]
+    checks = judged(frame, before, [read("m", depth=12.4)], {"depth": {"worse": "lower", "decades": 0.5}})
+    assert headline(checks) == "deadbench gate: 1 of 1 checks cannot tell"
+    assert broken(checks).is_empty()
+    assert "cannot tell" in github_summary(checks)
+    (suite,) = ElementTree.fromstring(junit(checks))
+    assert (suite.get("failures"), suite.get("skipped")) == ("0", "1")
+    assert "about" in suite[0][0].get("message")
