@@ -120,9 +120,19 @@ READS = [
     Column("num_learned", INT, "dimensions", "of those, directions as dead in float64 as in float32, or zero scales"),
     Column("num_rounding", INT, "dimensions", "of those, directions too deep to tell"),
     # residual stream
-    Column("blocks_preserved", FLAG, "", "no block collapsed a direction of the residual stream; null if not read"),
-    Column("worst_block", INT, "block", "block with the smallest ratio of smallest singular values; null if not read"),
-    Column("worst_block_ratio", REAL, "", "that ratio; null if not read"),
+    Column(
+        "blocks_preserved",
+        FLAG,
+        "",
+        "no block that was read collapsed a direction of the residual stream; null if none was",
+    ),
+    Column(
+        "worst_block",
+        INT,
+        "block",
+        "tap with the smallest ratio of smallest singular values, of those read; null if none was",
+    ),
+    Column("worst_block_ratio", REAL, "", "that ratio; null if no tap was read"),
     # how
     Column("engine_detail", TEXT, "", "how the engine held the model, and where random weights came from"),
     Column("tensor_parallel", INT, "devices", "devices that shared the model"),
@@ -163,7 +173,7 @@ BLOCKS = [
     Column("sigma_min", REAL, "stream", "smallest singular value of the centred stream over sqrt(N)"),
     Column("sigma_median", REAL, "stream", "median singular value"),
     Column("sigma_max", REAL, "stream", "largest singular value"),
-    Column("ratio", REAL, "", "sigma_min against the tap before"),
+    Column("ratio", REAL, "", "sigma_min against the tap that was read before: K blocks ago with --taps every:K"),
     Column("floor", REAL, "stream", "rounding floor along the bottom direction"),
     Column("state", TEXT, "", "preserved, collapsed, preserved-dead or revived"),
     Column(

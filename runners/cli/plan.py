@@ -30,6 +30,7 @@ def plan(
     replicas: options.Replicas = 1,
     tokens: options.Tokens = None,
     input_spec: options.InputSpec = None,
+    taps: options.Taps = None,
     seed: options.Seed = 0,
     dtype: options.Dtype = None,
     config: options.Config = None,
@@ -50,7 +51,7 @@ def plan(
     overrides = options.overridden(
         engine=engine, tokens=tokens, input_spec=input_spec, dtype=dtype, seed=seed,
         accumulator_gb=accumulator_gb, tensor_parallel=tensor_parallel, replicas=replicas,
-        config=config, model_type=model_type,
+        config=config, model_type=model_type, taps=taps,
     )  # fmt: skip
     jobs, cluster, names = options.jobs_and_cluster(
         models, suite, registry, reads, overrides, assume=assume, address=address

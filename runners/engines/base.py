@@ -75,8 +75,8 @@ class Engine(Protocol):
 class WorkerExtension(Protocol):
     """What a read asks of an engine that runs in workers of its own, each of which reads there; see `StreamReader`."""
 
-    def deadbench_begin(self, sought: bytes, num_tokens: int, dtype: str) -> None:
-        """Hook the model; the pass that follows finds the final norm and the blocks."""
+    def deadbench_begin(self, sought: bytes, num_tokens: int, dtype: str, stride: int) -> None:
+        """Hook the model; the pass that follows finds the final norm; each `stride`-th tap is read."""
 
     def deadbench_pass(self, first: int, count: int) -> None:
         """Read the taps `first` to `first + count - 1` in the pass that follows."""

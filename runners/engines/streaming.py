@@ -96,7 +96,7 @@ class StreamingEngine(PartEngine):
     def passes(
         self, model: nn.Module, norm: nn.Module, batches: list[Batch], blocks: Blocks | None = None
     ) -> Iterator[tuple[Batch, ForwardPass] | Swept]:
-        """As `TorchEngine.passes`, in one sweep over the blocks; `Swept` after each, before its batches come out.
+        """As `TorchEngine.passes`, in one sweep over the blocks; `Swept` after each, once its batches have come out.
 
         The seconds of the first batch are those of the sweep; `blocks.on_input` is called block by block.
         """
@@ -115,7 +115,8 @@ class StreamingEngine(PartEngine):
             stack.enter_context(handed_over(self._blocks))
             for run in runs:
                 stack.callback(run.kill)
-            calls = 0
+            calls = swept = 0
+            num_blocks = sum(module in self._blocks for module in model.modules())
             for run in runs:
                 with torch.no_grad(), clock.model():
                     run.go_on(None)
@@ -142,9 +143,8 @@ class StreamingEngine(PartEngine):
                             yield run.batch, clock.forward_pass(captured, calls + tapped)
                         else:
                             parked.put(run)
-                calls += tapped
-                if tapped:
-                    yield Swept(calls, len(taps))
+                calls, swept = calls + tapped, swept + 1
+                yield Swept(swept, max(swept, num_blocks))  # one block may be called many times
 
     def _parked_budget(self) -> float:
         if self.parked_bytes is not None:

@@ -91,7 +91,7 @@ def _resident(row: Placement, need: Needs, read: ReadJob, room: Room) -> Placeme
     return replace(
         row,
         gpus=_share(peak, room.device) if shared else row.gpus,
-        passes=-(-need.num_taps // at_once),
+        passes=_passes(need, at_once),
         accumulator_bytes=int(need.held * at_once + need.decomposed),
         note=spec.on_top,
         **_peak(peak, need.resident_load, room.on_gpu),
@@ -111,7 +111,7 @@ def _sharded(
         row,
         gpus=tensor_parallel if room.on_gpu else 0,
         tensor_parallel=tensor_parallel,
-        passes=-(-need.num_taps // at_once),
+        passes=_passes(need, at_once),
         accumulator_bytes=int(need.held * min(at_once, need.num_taps) / tensor_parallel + need.decomposed),
         note=joined(note, ENGINES[str(row.engine)].on_top),
         **_peak(peak, need.outside + need.drawing * tensor_parallel, room.on_gpu),
@@ -124,7 +124,7 @@ def _streamed(row: Placement, need: Needs, room: Room, smallest: float, loadable
         row,
         engine=_BLOCKWISE,
         passes=1,
-        accumulator_bytes=int(2 * need.held + need.decomposed),
+        accumulator_bytes=int(need.compared() + need.decomposed),
         **_peak(smallest, need.outside + need.drawing, room.on_gpu),
     )
     if smallest <= room.device:
@@ -180,6 +180,11 @@ def _share(peak: float, budget: float) -> float:
 def _taps_at_once(read: ReadJob, need: Needs, free: float) -> int:
     share = read.accumulator_gb * 1e9 if read.accumulator_gb is not None else free / _ACCUMULATOR_SHARE
     return min(need.num_taps, max(1, int(share // need.decomposed)))
+
+
+def _passes(need: Needs, at_once: int) -> int:
+    """Over the tokens: one is always made, for the final norm."""
+    return max(1, -(-need.num_taps // max(1, at_once)))
 
 
 def _peak(value: float, host: float, on_gpu: bool) -> dict[str, Any]:

@@ -59,7 +59,7 @@ class Passes:
         if self._ranks.replicas:
             self._batches, self._first_row = inputs.share(self._ranks.rank, self._ranks.size)
         self._num_rows = sum(batch.num_rows for batch in self._batches)
-        blocks_path, _ = block_list(model, final.path)
+        blocks_path, _ = block_list(model, final.path) if read.protocol.tap_stride else (None, 0)
         self._blocks = list(model.get_submodule(blocks_path).children()) if blocks_path else []
         facts = {"dtype": dtype, "device": engine.device_name(), "hidden_size": final.hidden_size}
         facts |= {"num_tokens": inputs.num_tokens, "num_batches": len(inputs.batches), "batch_tokens": batch_tokens}
@@ -126,17 +126,18 @@ class Passes:
             self._engine.device,
             self._ranks,
             self._first_row,
+            self._read.protocol.tap_stride,
         )
         return FinalNormRead(self._of_rows, self._norm, self._first_row), stream
 
     def _taps_a_pass(self, stream: ResidualRead) -> int:
-        """How many taps are read at once, by all ranks together where they divide them."""
+        """Through how many taps a pass goes, by all ranks together where they divide those that are read."""
         if self._engine.tap_by_tap:
             return sys.maxsize
         budget = min(self._ranks.share(accumulator_bytes(self._read, self._engine.device)))
         if self._ranks.replicas and self._engine.device.type == "cpu":
             budget /= self._ranks.size  # they may be on one node
-        taps = stream.taps_within(budget, stream.hidden_size)
+        taps = stream.taps_within(budget, stream.hidden_size) * max(1, stream.stride)
         return taps if self._ranks.replicas else self._ranks.size * taps
 
     def _pass(self, measured: FinalNormRead, stream: ResidualRead, position: Position) -> Events:
@@ -186,7 +187,7 @@ class Passes:
         if self._blocks:
             # A post-LN model's stream leaves its last block through the final norm.
             last = traffic.output_BTD if self._final.placement == "post" else traffic.input_BTD
-            stream.update(traffic.num_block_calls, last, batch.mask_ST)
+            stream.update(traffic.num_block_calls, last, batch.mask_ST, is_last=True)
             position.num_taps = traffic.num_block_calls + 1
 
     def _merge(self, measured: FinalNormRead) -> None:

@@ -207,6 +207,16 @@ def test_rows_are_those_of_the_resident_read(kind):
     assert [e.done for e in results[1][1] if e.phase == "blocks"] == [1, 2, 3, 4], "a block is progress"
 
 
+def test_without_taps_the_final_norm_is_the_same_and_each_block_is_progress():
+    source = TWINS / "layernorm/step4096"
+    settings = {"input": "tokens:random", "tokens": 600, "engine": "streaming"}
+    (whole, _), (alone, events) = (run_read(source, "trained", taps=taps, **settings) for taps in ("all", "none"))
+    assert alone.row["lambda_min"] == whole.row["lambda_min"]
+    assert (alone.row["blocks_preserved"], alone.row["worst_block_ratio"]) == (None, None)
+    assert alone.tables["blocks"].num_rows == 0
+    assert [(e.done, e.total) for e in events if e.phase == "blocks"] == [(n, 4) for n in (1, 2, 3, 4)]
+
+
 @pytest.mark.parametrize("engine", ["torch", "streaming"])
 def test_a_checkpoint_that_does_not_match_its_configuration_is_one_line(engine, tmp_path):
     save_tiny(tmp_path / "m")

@@ -87,6 +87,21 @@ def test_placements_on_assumed_clusters(registry, shape, engines, ranks):
         assert row.tensor_parallel == 1 or 64 % row.tensor_parallel == 0
 
 
+def test_taps_that_are_not_read_take_neither_memory_nor_passes(registry):
+    plans = {
+        taps: make_plan(jobs_of(registry, ["pythia-6.9b"], taps=taps, accumulator_gb=1.5), parse_cluster("1x80GB"))[0]
+        for taps in ("all", "every:8", "none")
+    }
+    tap, decomposed = 16 * 4096**2, 40 * 4096**2
+    assert [row.passes for row in plans.values()] == [17, 3, 1], "two taps a pass: of 33, of 0, 8, 16, 24, 32, of none"
+    assert [row.accumulator_bytes for row in plans.values()] == [2 * tap + decomposed, 2 * tap + decomposed, decomposed]
+    streamed = [
+        make_plan(jobs_of(registry, ["pythia-6.9b"], taps=taps, engine="streaming"), parse_cluster("0x64GB"))[0]
+        for taps in ("all", "none")
+    ]
+    assert streamed[0].peak_host_bytes - streamed[1].peak_host_bytes == 2 * tap
+
+
 def test_a_small_model_takes_a_part_of_a_gpu_that_holds_it_whole(registry):
     jobs = jobs_of(registry, ["pythia-1.4b", "pythia-6.9b"])
     for shape, shares in (("8x40GB", [0.25, 1]), ("8x141GB", [0.125, 0.5])):
