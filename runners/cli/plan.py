@@ -100,12 +100,22 @@ def _print(rows: list[dict[str, Any]], label: str) -> None:
         column("accumulator_bytes", "accum.", gigabytes("accumulator_bytes")),
         column("peak_bytes", "peak", gigabytes("peak_bytes")),
         column("peak_host_bytes", "host", gigabytes("peak_host_bytes")),
+        column("disk_bytes", "disk", gigabytes("disk_bytes")),
         column("note", "note", notes, is_text=True),
     ]
     layout = Layout(
         [each.name for each in columns],
         keys=["order", "model", "read", "peak_bytes", "note"],
-        dropped=["passes", "activation_bytes", "accumulator_bytes", "weight_bytes", "dtype", "peak_host_bytes", "gpus"],
+        dropped=[
+            "disk_bytes",
+            "passes",
+            "activation_bytes",
+            "accumulator_bytes",
+            "weight_bytes",
+            "dtype",
+            "peak_host_bytes",
+            "gpus",
+        ],
     )
     terminal = console()
     title = f"plan for {label}, GB"

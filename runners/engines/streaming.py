@@ -12,19 +12,21 @@ import json
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 import psutil
+import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
 from deadbench.runners.engines.base import Blocks, ForwardPass, Swept, mismatch
 from deadbench.runners.engines.deferred_init import deferred_model
 from deadbench.runners.engines.resident import PartEngine
-from deadbench.runners.engines.stepped_pass import Parked, SteppedPass, handed_over, same_block
+from deadbench.runners.engines.stepped_pass import BlockCall, Parked, SteppedPass, handed_over, same_block
+from deadbench.runners.engines.sweep_state import Packed
 from deadbench.suite.architectures.build import build_config
 from deadbench.suite.architectures.parts import streamed_paths
 from deadbench.suite.errors import CheckpointError
@@ -48,6 +50,7 @@ class StreamingEngine(PartEngine):
 
     parked_bytes: float | None = None
     _blocks: dict[nn.Module, "_Block"] = field(default_factory=dict)
+    _begun: Iterable[pa.RecordBatch] | None = None
 
     def load_random(self, config: Any, seed: int, dtype: torch.dtype, *, published: bool = False) -> nn.Module:
         """The weights that `TorchEngine.load_random` draws, bit for bit; those of blocks when they are wanted."""
@@ -96,11 +99,15 @@ class StreamingEngine(PartEngine):
     def passes(
         self, model: nn.Module, norm: nn.Module, batches: list[Batch], blocks: Blocks | None = None
     ) -> Iterator[tuple[Batch, ForwardPass] | Swept]:
-        """As `TorchEngine.passes`, in one sweep over the blocks; `Swept` after each, once its batches have come out.
+        """As `TorchEngine.passes`, in one sweep over the blocks; `Swept` after each batch, once it has come out.
 
-        The seconds of the first batch are those of the sweep; `blocks.on_input` is called block by block.
+        The seconds of the sweep are told by `Swept`; `blocks.on_input` is called block by block.
+
+        Raises:
+            StateError: the model does not come to the place that it was to go on from.
         """
         taps = dict.fromkeys(blocks.modules if blocks else ())
+        num_blocks = sum(module in self._blocks for module in model.modules())
         captured: dict[str, Tensor] = {}
 
         def capture(module: nn.Module, args: Any, output: Any) -> None:
@@ -115,36 +122,67 @@ class StreamingEngine(PartEngine):
             stack.enter_context(handed_over(self._blocks))
             for run in runs:
                 stack.callback(run.kill)
-            calls = swept = 0
-            num_blocks = sum(module in self._blocks for module in model.modules())
-            for run in runs:
+            for run in runs:  # all of them, whatever is done: what a model draws, it draws batch by batch
                 with torch.no_grad(), clock.model():
                     run.go_on(None)
                 if run.finished:  # a model without blocks
                     yield run.batch, clock.forward_pass(captured, 0)
                 else:
                     parked.put(run)
-            while not all(run.finished for run in runs):
-                module = same_block(runs)
-                tapped = module in taps
+            self._bring_back(runs, parked)
+            while standing := [run for run in runs if not run.finished]:
+                done = min(len(run.called) for run in standing)
+                behind = [run for run in standing if len(run.called) == done]
+                module = same_block(behind)
+                tapped, tap = module in taps, sum(each in taps for each in behind[0].called)
                 with self._loaded(module, clock):
-                    for run in runs:
+                    for left, run in zip(range(len(behind) - 1, -1, -1), behind, strict=True):
                         parked.take(run)
-                        call = run.call
-                        assert call is not None
                         if tapped and blocks is not None:
                             with clock.taps():
-                                blocks.on_input(calls, call.stream().detach(), run.batch)
+                                blocks.on_input(tap, run.standing().stream().detach(), run.batch)
                         with torch.no_grad(), clock.model():
-                            run.go_on(self._blocks[module].forward(*call.args, **call.kwargs))
-                            if self.device.type == "cuda":
-                                torch.cuda.synchronize(self.device)
+                            run.go_on(self._called(run.standing()))
                         if run.finished:
-                            yield run.batch, clock.forward_pass(captured, calls + tapped)
+                            yield run.batch, clock.forward_pass(captured, tap + tapped)
                         else:
                             parked.put(run)
-                calls, swept = calls + tapped, swept + 1
-                yield Swept(swept, max(swept, num_blocks))  # one block may be called many times
+                        yield Swept(
+                            done + (not left),
+                            max(done + 1, num_blocks),  # one block may be called many times
+                            len(runs) - left if left else 0,
+                            len(runs),
+                            *clock.so_far(),
+                            lambda: _states(runs, parked),
+                        )
+
+    def go_on_from(self, sweep: Iterable[pa.RecordBatch]) -> None:
+        """Have the next passes, over the same batches, begin where a sweep has told that it stood."""
+        self._begun = sweep
+
+    def _bring_back(self, runs: list[SteppedPass], parked: Parked) -> None:
+        """Where a sweep goes on, each of `runs` to the place it had; those that are not told of had come out."""
+        sweep, self._begun = self._begun, None
+        if sweep is None:
+            return
+        left = {*range(len(runs))}
+        for state in sweep:
+            packed = Packed(state, self.device)
+            left -= {packed.run}
+            parked.take(runs[packed.run])
+            with torch.no_grad():
+                runs[packed.run].come_to(packed)
+            parked.put(runs[packed.run])
+        for number in left:
+            parked.take(runs[number])
+            runs[number].kill()
+
+    def _called(self, call: BlockCall) -> Any:
+        """What the block's own forward returns."""
+        result = self._blocks[call.module].forward(*call.args, **call.kwargs)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return result
 
     def _parked_budget(self) -> float:
         if self.parked_bytes is not None:
@@ -207,7 +245,7 @@ class _Block:
 
 
 class _Clock:
-    """Seconds in the model and in the taps since a batch last came out."""
+    """Seconds in the model and in the taps since they were last told."""
 
     def __init__(self) -> None:
         self._seconds = {"model": 0.0, "taps": 0.0}
@@ -226,11 +264,24 @@ class _Clock:
     def taps(self) -> contextlib.AbstractContextManager[None]:
         return self._running("taps")
 
-    def forward_pass(self, captured: dict[str, Tensor], calls: int) -> ForwardPass:
-        """The pass of the batch that has just come out."""
+    def so_far(self) -> tuple[float, float]:
+        """Those of the model and those of the taps."""
         model, taps = self._seconds["model"], self._seconds["taps"]
         self._seconds = {"model": 0.0, "taps": 0.0}
-        return ForwardPass(captured.pop("input"), captured.pop("output"), model, taps, calls)
+        return model, taps
+
+    def forward_pass(self, captured: dict[str, Tensor], calls: int) -> ForwardPass:
+        """The pass of the batch that has just come out."""
+        return ForwardPass(captured.pop("input"), captured.pop("output"), *self.so_far(), calls)
+
+
+def _states(runs: list[SteppedPass], parked: Parked) -> Iterator[pa.RecordBatch]:
+    """Of those that have not come out, one after another: what waits on disk is in memory meanwhile."""
+    for number, run in enumerate(runs):
+        if not run.finished:
+            parked.take(run)
+            yield run.state(number)
+            parked.put(run)
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

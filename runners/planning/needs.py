@@ -51,6 +51,17 @@ class Needs:
         """Accumulators of a read that goes from tap to tap: of two while one is compared with the one before."""
         return min(2, self.num_taps) * self.held
 
+    def saved(self, taps: int) -> float:
+        """Disk for the checkpoint of a running read with so many taps: the new one is written beside the old one.
+
+        The final norm holds as much as two taps at most.
+        """
+        return 2 * self.held * (taps + 2)
+
+    def swept(self, parked: float) -> float:
+        """Disk of block streaming: its checkpoints, with every batch's stream, and the streams that wait there."""
+        return self.saved(min(2, self.num_taps)) + 2 * self.stream + max(0.0, self.stream - parked)
+
     def streamed(self, parked: float = math.inf) -> float:
         """Peak of block streaming, with at most `parked` bytes of waiting streams in memory.
 

@@ -19,7 +19,10 @@ _BLOCKWISE = next(name for name, spec in ENGINES.items() if spec.blockwise)
 
 @dataclass(frozen=True)
 class Placement:
-    """One read of one model: how it would run. `problem` says why it cannot, and what would."""
+    """One read of one model: how it would run. `problem` says why it cannot, and what would.
+
+    `disk_bytes`: what its checkpoints take in the result set, and streams that wait in the temporary folder.
+    """
 
     order: int
     model: str
@@ -35,6 +38,7 @@ class Placement:
     accumulator_bytes: int | None = None
     peak_bytes: int | None = None
     peak_host_bytes: int | None = None
+    disk_bytes: int | None = None
     note: str | None = None
     problem: str | None = None
 
@@ -73,7 +77,8 @@ def fit(
         return replace(row, **peaks, problem=f"{too_large} do not fit in {room.label(loadable)}{can}")
     why = f"block streaming: resident needs {too_large}" if least > room.device or not loadable else None
     other = None if size.has_plan or tensor_parallel == 1 else _shared_otherwise(size, need, cluster)
-    return _streamed(replace(row, note=joined(why, other)), need, room, smallest, loadable)
+    row = replace(row, note=joined(why, other), disk_bytes=int(need.swept(parked)))
+    return _streamed(row, need, room, smallest, loadable)
 
 
 def _engines(read: ReadJob) -> tuple[str, ...]:
@@ -94,6 +99,7 @@ def _resident(row: Placement, need: Needs, read: ReadJob, room: Room) -> Placeme
         passes=_passes(need, at_once),
         accumulator_bytes=int(need.held * at_once + need.decomposed),
         note=spec.on_top,
+        disk_bytes=int(need.saved(at_once)) if spec.resume else None,
         **_peak(peak, need.resident_load, room.on_gpu),
     )
 
@@ -114,6 +120,7 @@ def _sharded(
         passes=_passes(need, at_once),
         accumulator_bytes=int(need.held * min(at_once, need.num_taps) / tensor_parallel + need.decomposed),
         note=joined(note, ENGINES[str(row.engine)].on_top),
+        disk_bytes=int(need.saved(min(at_once, need.num_taps))) if ENGINES[str(row.engine)].resume else None,
         **_peak(peak, need.outside + need.drawing * tensor_parallel, room.on_gpu),
     )
 

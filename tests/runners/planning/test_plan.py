@@ -102,6 +102,21 @@ def test_taps_that_are_not_read_take_neither_memory_nor_passes(registry):
     assert streamed[0].peak_host_bytes - streamed[1].peak_host_bytes == 2 * tap
 
 
+def test_checkpoints_and_waiting_streams_are_counted_as_disk(registry):
+    D, tokens = 4096, 8 * 4096
+    tap, stream = 16 * D**2, 4 * tokens * D
+
+    def planned(cluster, **overrides):
+        (row,) = make_plan(jobs_of(registry, ["pythia-6.9b"], **overrides), parse_cluster(cluster))
+        return row.disk_bytes
+
+    assert planned("1x80GB", taps="none") == 2 * 2 * tap, "the final norm's, and again while it is replaced"
+    assert planned("1x80GB", accumulator_gb=1.5) == 2 * 4 * tap
+    assert planned("0x200GB", engine="streaming") == 2 * (4 * tap + stream)
+    assert planned("0x8GB", engine="streaming", taps="none") > 2 * (2 * tap + stream), "streams that find no room"
+    assert planned("1x80GB", engine="vllm") is None
+
+
 def test_a_small_model_takes_a_part_of_a_gpu_that_holds_it_whole(registry):
     jobs = jobs_of(registry, ["pythia-1.4b", "pythia-6.9b"])
     for shape, shares in (("8x40GB", [0.25, 1]), ("8x141GB", [0.125, 0.5])):
