@@ -12,7 +12,7 @@ import json
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,20 +22,19 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from deadbench.runners.engines.base import Blocks, ForwardPass, Swept, mismatch
+from deadbench.runners.engines.base import Blocks, ForwardPass, Swept
+from deadbench.runners.engines.block_weights import Block, Coming, Values, put
 from deadbench.runners.engines.deferred_init import deferred_model
 from deadbench.runners.engines.resident import PartEngine
 from deadbench.runners.engines.stepped_pass import BlockCall, Parked, SteppedPass, handed_over, same_block
+from deadbench.runners.engines.sweep_clock import Clock
 from deadbench.runners.engines.sweep_state import Packed
 from deadbench.suite.architectures.build import build_config
 from deadbench.suite.architectures.parts import streamed_paths
-from deadbench.suite.errors import CheckpointError
 from deadbench.suite.inputs.batches import Batch
 from deadbench.suite.scratch import Scratch
 
 _PARKED_SHARE = 4  # of the memory that is free, waiting streams take one part in so many before they go to disk
-
-Values = Callable[[str], Tensor]
 
 
 @dataclass(eq=False)
@@ -49,7 +48,9 @@ class StreamingEngine(PartEngine):
     tap_by_tap: ClassVar[bool] = True
 
     parked_bytes: float | None = None
-    _blocks: dict[nn.Module, "_Block"] = field(default_factory=dict)
+    _blocks: dict[nn.Module, Block] = field(default_factory=dict)
+    _coming: Coming | None = None
+    _reads_ahead: bool = False
     _begun: Iterable[pa.RecordBatch] | None = None
 
     def load_random(self, config: Any, seed: int, dtype: torch.dtype, *, published: bool = False) -> nn.Module:
@@ -60,6 +61,7 @@ class StreamingEngine(PartEngine):
         deferred = {name: tensor for name, tensor in _tensors(model) if tensor.is_meta}
         self._place(model, lambda name: drawn.value(deferred[name]), dtype)
         self.load_seconds = time.perf_counter() - started
+        self._reads_ahead = self.device.type == "cuda"
         self.detail = "blocks streamed; random weights drawn block by block, equal to those of the resident model"
         return model
 
@@ -93,6 +95,7 @@ class StreamingEngine(PartEngine):
         remove_hook_from_submodules(model)
         self._place(model, lambda name: stored[name], None)
         self.load_seconds = time.perf_counter() - started
+        self._reads_ahead = True
         self.detail = "blocks streamed from the checkpoint"
         return model
 
@@ -114,12 +117,13 @@ class StreamingEngine(PartEngine):
             captured["input"] = args[0].detach()
             captured["output"] = (output[0] if isinstance(output, tuple) else output).detach()
 
-        clock = _Clock()
+        clock = Clock()
         runs = [SteppedPass(batch, model, self._on_device(model, batch.model_inputs)) for batch in batches]
         with contextlib.ExitStack() as stack:
             parked = stack.enter_context(Parked(self._parked_budget()))
             stack.callback(norm.register_forward_hook(capture).remove)
             stack.enter_context(handed_over(self._blocks))
+            self._coming = stack.enter_context(Coming(self._blocks, model, ahead=self._reads_ahead))
             for run in runs:
                 stack.callback(run.kill)
             for run in runs:  # all of them, whatever is done: what a model draws, it draws batch by batch
@@ -197,7 +201,7 @@ class StreamingEngine(PartEngine):
         def ready(tensor: Tensor) -> Tensor:
             return tensor.detach().to(self.device, dtype if tensor.is_floating_point() else None)
 
-        blocks = {path: _Block(model.get_submodule(path), values, ready) for path in streamed_paths(model)}
+        blocks = {path: Block(model.get_submodule(path), values, ready) for path in streamed_paths(model)}
         final_norm = self.resolved.final_in_whole.path if self.resolved else None
         placed: dict[int, Tensor] = {}
         for name, tensor in list(_tensors(model)):
@@ -209,70 +213,18 @@ class StreamingEngine(PartEngine):
                 continue
             if id(tensor) not in placed:
                 placed[id(tensor)] = ready(values(name) if tensor.is_meta else tensor)
-            _put(owner, attribute, placed[id(tensor)])
+            put(owner, attribute, placed[id(tensor)])
         self._blocks = {block.module: block for block in blocks.values()}
 
     @contextlib.contextmanager
-    def _loaded(self, module: nn.Module, clock: "_Clock") -> Iterator[None]:
+    def _loaded(self, module: nn.Module, clock: Clock) -> Iterator[None]:
+        assert self._coming is not None
         try:
             with clock.model():
-                self._blocks[module].load()
+                self._coming.load(module)
             yield
         finally:
             self._blocks[module].drop()
-
-
-class _Block:
-    """A block of which the large tensors come and go."""
-
-    def __init__(self, module: nn.Module, values: Values, ready: Callable[[Tensor], Tensor]):
-        self.module, self.forward = module, module.forward
-        self.absent: list[tuple[nn.Module, str, str]] = []
-        self._values, self._ready = values, ready
-        self._placeholders: list[Tensor] = []
-
-    def load(self) -> None:
-        self._placeholders = [getattr(owner, attribute) for owner, attribute, _ in self.absent]
-        for (owner, attribute, name), placeholder in zip(self.absent, self._placeholders, strict=True):
-            value = self._values(name)
-            if value.shape != placeholder.shape:
-                raise CheckpointError(mismatch(name, value.shape, placeholder.shape))
-            _put(owner, attribute, self._ready(value))
-
-    def drop(self) -> None:
-        for (owner, attribute, _), placeholder in zip(self.absent, self._placeholders, strict=True):
-            _put(owner, attribute, placeholder)
-
-
-class _Clock:
-    """Seconds in the model and in the taps since they were last told."""
-
-    def __init__(self) -> None:
-        self._seconds = {"model": 0.0, "taps": 0.0}
-
-    @contextlib.contextmanager
-    def _running(self, what: str) -> Iterator[None]:
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._seconds[what] += time.perf_counter() - started
-
-    def model(self) -> contextlib.AbstractContextManager[None]:
-        return self._running("model")
-
-    def taps(self) -> contextlib.AbstractContextManager[None]:
-        return self._running("taps")
-
-    def so_far(self) -> tuple[float, float]:
-        """Those of the model and those of the taps."""
-        model, taps = self._seconds["model"], self._seconds["taps"]
-        self._seconds = {"model": 0.0, "taps": 0.0}
-        return model, taps
-
-    def forward_pass(self, captured: dict[str, Tensor], calls: int) -> ForwardPass:
-        """The pass of the batch that has just come out."""
-        return ForwardPass(captured.pop("input"), captured.pop("output"), *self.so_far(), calls)
 
 
 def _states(runs: list[SteppedPass], parked: Parked) -> Iterator[pa.RecordBatch]:
@@ -288,13 +240,6 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers by name, shared ones by each."""
     yield from model.named_parameters(remove_duplicate=False)
     yield from model.named_buffers(remove_duplicate=False)
-
-
-def _put(owner: nn.Module, attribute: str, tensor: Tensor) -> None:
-    if attribute in owner._parameters:
-        owner._parameters[attribute] = nn.Parameter(tensor, requires_grad=False)
-    else:
-        owner._buffers[attribute] = tensor
 
 
 def _offloaded(model: nn.Module) -> Any:
