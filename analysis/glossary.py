@@ -43,7 +43,8 @@ TERMS = {
     "preserved": "A block of the residual stream after which no direction died.",
     "preserved-dead": "A block after which the same directions are dead as before it: it closed none. Behind "
     "post-norm blocks every place carries that norm's own kernel.",
-    "protocol": "How many tokens a read takes, in sequences of which length; only reads of one protocol are compared.",
+    "protocol": "How many tokens a read takes, in sequences of which length, and which taps; only reads of one "
+    "protocol are compared.",
     "rank-limited": "Too few distinct inputs for the rank to mean anything at that place; no dead direction.",
     "read": "What is made of a checkpoint: parameters (the scales alone), random (a forward pass at random "
     "initialisation), trained (one with its weights), functional (weights moved along dead directions).",

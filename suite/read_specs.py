@@ -17,6 +17,7 @@ class ReadSpec:
             checkpoint; `either`: a checkpoint where there is a source, else the registry's configuration.
         runs_model: it has forward passes, and with them an input, an engine and a dtype.
         per_checkpoint: made for each checkpoint of a series; else once a model.
+        taps: it reads the residual stream, as far as the protocol says.
         divides: several processes may share its model or its tokens.
         tokens: how many it is fed unless told otherwise; None: as the protocol says.
         dtype: what it runs in unless told otherwise; None: as the model's entry says.
@@ -26,6 +27,7 @@ class ReadSpec:
     version: int
     opens: Literal["config", "weights", "either"]
     runs_model: bool = True
+    taps: bool = True
     per_checkpoint: bool = True
     divides: bool = True
     tokens: int | None = None
@@ -34,10 +36,10 @@ class ReadSpec:
 
 
 READ_SPECS: dict[str, ReadSpec] = {
-    "parameters": ReadSpec(2, "weights", runs_model=False, divides=False),
+    "parameters": ReadSpec(2, "weights", runs_model=False, taps=False, divides=False),
     "random": ReadSpec(3, "config", per_checkpoint=False),
     "trained": ReadSpec(3, "weights"),
     # Few tokens, and precision enough to see that nothing moves.
-    "functional": ReadSpec(1, "either", divides=False, tokens=256, dtype="float64", by_default=False),
+    "functional": ReadSpec(1, "either", taps=False, divides=False, tokens=256, dtype="float64", by_default=False),
 }
 DEFAULT_READS = tuple(name for name, spec in READ_SPECS.items() if spec.by_default)

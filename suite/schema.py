@@ -137,12 +137,22 @@ READS = [
     ),
     Column("massive_coordinates", pa.list_(INT), "", "of that input, second moment above 1000 times the median"),
     Column("massive_weight", REAL, "", "squared weight of v on them"),
-    Column("blocks_preserved", FLAG, "", "no block collapsed a direction of the residual stream; null if not read"),
+    Column(
+        "blocks_preserved",
+        FLAG,
+        "",
+        "no block that was read collapsed a direction of the residual stream; null if none was",
+    ),
     Column(
         "blocks_nondecreasing", INT, "blocks", "blocks that left the smallest singular value no smaller, but for noise"
     ),
-    Column("worst_block", INT, "block", "block with the smallest ratio of smallest singular values; null if not read"),
-    Column("worst_block_ratio", REAL, "", "that ratio; null if not read"),
+    Column(
+        "worst_block",
+        INT,
+        "block",
+        "tap with the smallest ratio of smallest singular values, of those read; null if none was",
+    ),
+    Column("worst_block_ratio", REAL, "", "that ratio; null if no tap was read"),
     # how
     Column("engine_detail", TEXT, "", "how the engine held the model, and where random weights came from"),
     Column("tensor_parallel", INT, "devices", "devices that shared the model"),
@@ -184,7 +194,7 @@ BLOCKS = [
     Column("sigma_min", REAL, "stream", "smallest singular value of the centred stream over sqrt(N)"),
     Column("sigma_median", REAL, "stream", "median singular value"),
     Column("sigma_max", REAL, "stream", "largest singular value"),
-    Column("ratio", REAL, "", "sigma_min against the tap before"),
+    Column("ratio", REAL, "", "sigma_min against the tap that was read before: K blocks ago with --taps every:K"),
     Column("floor", REAL, "stream", "rounding floor along the bottom direction"),
     Column("state", TEXT, "", "preserved, collapsed, preserved-dead or revived"),
     Column(

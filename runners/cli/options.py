@@ -1,5 +1,6 @@
 """Options that several commands share, and the jobs that the options of `run` and `plan` ask for."""
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,6 +36,14 @@ InputSpec = Annotated[
 Seed = Annotated[int, typer.Option(min=0, metavar="N", help="Seed of random weights and inputs.")]
 Dtype = Annotated[
     str | None, typer.Option(help="auto, float32, float16, bfloat16, float64. \\[default: the registry's, or auto]")
+]
+Taps = Annotated[
+    str | None,
+    typer.Option(
+        metavar="RULE",
+        help="Places of the residual stream to read: all, none (the final norm alone), or every:K. "
+        "\\[default: the protocol's, all]",
+    ),
 ]
 
 # Of what architecture a SOURCE is, where it does not say.
@@ -88,6 +97,7 @@ def overridden(
     replicas: int,
     config: str | None,
     model_type: str | None,
+    taps: str | None,
 ) -> "Overrides":
     """What the flags change in the protocol.
 
@@ -96,11 +106,14 @@ def overridden(
     """
     from deadbench.runners.engines.registry import ENGINES
     from deadbench.runners.jobs.job import Overrides
+    from deadbench.suite.registry.entries import TAP_RULE
     from deadbench.suite.registry.entries import Dtype as Allowed
 
     one_of("--dtype", dtype, Allowed.__args__)  # type: ignore[attr-defined]
     if engine not in ("auto", *ENGINES):
         raise UserError(f"--engine {engine!r} cannot be run by this version; choose auto, {', '.join(ENGINES)}")
+    if taps is not None and not re.fullmatch(TAP_RULE, taps):
+        raise UserError(f"--taps {taps!r} is unknown; choose all, none or every:K, such as every:4")
     if tokens is not None and input_spec is not None and input_spec.endswith(".npy"):
         raise UserError("--tokens does nothing with tokens:FILE.npy, which is used exactly as given; leave one out")
     chosen = None if engine == "auto" else engine
@@ -115,6 +128,7 @@ def overridden(
         replicas,
         given_config(config),
         model_type,
+        taps,
     )
 
 

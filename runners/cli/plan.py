@@ -30,6 +30,7 @@ def plan(
     replicas: options.Replicas = 1,
     tokens: options.Tokens = None,
     input_spec: options.InputSpec = None,
+    taps: options.Taps = None,
     seed: options.Seed = 0,
     dtype: options.Dtype = None,
     config: options.Config = None,
@@ -50,7 +51,7 @@ def plan(
     overrides = options.overridden(
         engine=engine, tokens=tokens, input_spec=input_spec, dtype=dtype, seed=seed,
         accumulator_gb=accumulator_gb, tensor_parallel=tensor_parallel, replicas=replicas,
-        config=config, model_type=model_type,
+        config=config, model_type=model_type, taps=taps,
     )  # fmt: skip
     jobs, cluster, names = options.jobs_and_cluster(
         models, suite, registry, reads, overrides, assume=assume, address=address
@@ -99,12 +100,22 @@ def _print(rows: list[dict[str, Any]], label: str) -> None:
         column("accumulator_bytes", "accum.", gigabytes("accumulator_bytes")),
         column("peak_bytes", "peak", gigabytes("peak_bytes")),
         column("peak_host_bytes", "host", gigabytes("peak_host_bytes")),
+        column("disk_bytes", "disk", gigabytes("disk_bytes")),
         column("note", "note", notes, is_text=True),
     ]
     layout = Layout(
         [each.name for each in columns],
         keys=["order", "model", "read", "peak_bytes", "note"],
-        dropped=["passes", "activation_bytes", "accumulator_bytes", "weight_bytes", "dtype", "peak_host_bytes", "gpus"],
+        dropped=[
+            "disk_bytes",
+            "passes",
+            "activation_bytes",
+            "accumulator_bytes",
+            "weight_bytes",
+            "dtype",
+            "peak_host_bytes",
+            "gpus",
+        ],
     )
     terminal = console()
     title = f"plan for {label}, GB"

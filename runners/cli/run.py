@@ -35,6 +35,7 @@ def run(
     replicas: options.Replicas = 1,
     tokens: options.Tokens = None,
     input_spec: options.InputSpec = None,
+    taps: options.Taps = None,
     seed: options.Seed = 0,
     dtype: options.Dtype = None,
     config: options.Config = None,
@@ -74,7 +75,7 @@ def run(
     overrides = options.overridden(
         engine=engine, tokens=tokens, input_spec=input_spec, dtype=dtype, seed=seed,
         accumulator_gb=accumulator_gb, tensor_parallel=tensor_parallel, replicas=replicas,
-        config=config, model_type=model_type,
+        config=config, model_type=model_type, taps=taps,
     )  # fmt: skip
     if sys.stderr.isatty() and log_format == "text":  # who waits sees at once that something happens
         say("planning, then starting Ray …")

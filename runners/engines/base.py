@@ -1,10 +1,11 @@
 """What every engine gives: the final norm's traffic of one batch after another, and the blocks' inputs meanwhile."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
@@ -36,10 +37,22 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Swept:
-    """An engine that runs block by block: every batch has passed `num_done` of `num_blocks` block calls."""
+    """An engine that runs block by block has taken another batch through a block.
+
+    Attributes:
+        num_done: of `num_blocks` block calls, those that every batch has passed.
+        num_ahead: of `num_batches`, those that have passed one more.
+        seconds: of the model since it last told, and `tap_seconds` of the taps.
+        state: where the sweep stands at this moment, batch by batch, for another process to go on from.
+    """
 
     num_done: int
     num_blocks: int
+    num_ahead: int
+    num_batches: int
+    seconds: float
+    tap_seconds: float
+    state: Callable[[], Iterator[pa.RecordBatch]]
 
 
 class Engine(Protocol):
@@ -72,11 +85,18 @@ class Engine(Protocol):
         """What the device calls itself."""
 
 
+class SweepingEngine(Engine, Protocol):
+    """An engine that is `tap_by_tap`: its passes are one sweep over the blocks, of all batches."""
+
+    def go_on_from(self, sweep: Iterable[pa.RecordBatch]) -> None:
+        """Have the next passes, over the same batches, begin where a sweep has told that it stood."""
+
+
 class WorkerExtension(Protocol):
     """What a read asks of an engine that runs in workers of its own, each of which reads there; see `StreamReader`."""
 
-    def deadbench_begin(self, sought: bytes, num_tokens: int, dtype: str) -> None:
-        """Hook the model; the pass that follows finds the final norm and the blocks."""
+    def deadbench_begin(self, sought: bytes, num_tokens: int, dtype: str, stride: int) -> None:
+        """Hook the model; the pass that follows finds the final norm; each `stride`-th tap is read."""
 
     def deadbench_pass(self, first: int, count: int) -> None:
         """Read the taps `first` to `first + count - 1` in the pass that follows."""

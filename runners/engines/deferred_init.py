@@ -6,7 +6,9 @@ records of one weight gives the value that it has in the whole model drawn at on
 disk, and one weight in memory.
 """
 
+import contextlib
 import math
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +26,8 @@ _CHUNK_ELEMENTS = 2**20  # the generator is moved on by drawing so many values a
 _FILLS = {torch.ops.aten.uniform_.default, torch.ops.aten.normal_.default}
 # These look at values and do nothing to a meta tensor: each is recorded whole.
 _LOOKING = {name: getattr(nn.init, name) for name in ("_no_grad_trunc_normal_", "orthogonal_", "dirac_", "sparse_")}
+_DIRAC = _LOOKING["dirac_"]  # which draws nothing
+_ONE_AT_A_TIME = threading.Lock()
 _OVERWRITES = _FILLS | {torch.ops.aten.zero_.default, torch.ops.aten.fill_.Scalar, *_LOOKING.values()}
 
 
@@ -76,9 +80,11 @@ class DeferredInit(TorchDispatchMode):
                 if step.index < before and step.overwrites:
                     break
         real: dict[int, torch.UntypedStorage] = {}
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        alone = all(_takes_generator(step.function) for step in steps.values() if step.generator is not None)
+        # Weights are drawn by several threads at once, each by a generator of its own; the process has one other.
+        with torch.no_grad(), contextlib.nullcontext() if alone else _shared_generator():
             for index in sorted(steps):
-                self._replay(steps[index], real)
+                self._replay(steps[index], real, alone=alone)
         return self._real(wanted, real)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -136,22 +142,24 @@ class DeferredInit(TorchDispatchMode):
     def _move_generator_on(self, func: Any, args: Any, kwargs: Any) -> None:
         """Draw what `func` would draw and throw it away, a piece at a time where pieces draw the same."""
         target: Any = args[0] if args else None
-        if func in _FILLS and target.is_contiguous() and target.dtype == torch.float32:
-            # Both kernels take one value per element in order; normal_ works in groups of 16 and draws a last one anew.
+        if func in _FILLS and _in_order(target):
             # One piece of memory for all: freed ones between the tape's small objects would never be given back.
-            rest = target.numel()
-            while rest >= 2 * _CHUNK_ELEMENTS:
-                func(self._piece[:_CHUNK_ELEMENTS], *args[1:], **kwargs)
-                rest -= _CHUNK_ELEMENTS
-            func(self._piece[:rest], *args[1:], **kwargs)
+            for piece in _pieces(target.view(-1)):
+                func(self._piece[: len(piece)], *args[1:], **kwargs)
             return
         real_args, real_kwargs = tree_map(_scratch, (args, kwargs))
         func(*real_args, **real_kwargs)
 
-    def _replay(self, step: _Step, real: dict[int, torch.UntypedStorage]) -> None:
-        if step.generator is not None:
-            torch.set_rng_state(step.generator)
+    def _replay(self, step: _Step, real: dict[int, torch.UntypedStorage], *, alone: bool) -> None:
         args, kwargs = tree_map(lambda x: self._real(x, real) if isinstance(x, _View) else x, (step.args, step.kwargs))
+        if step.generator is not None and not alone:
+            torch.set_rng_state(step.generator)
+        elif step.generator is not None and step.function is not _DIRAC:
+            kwargs = kwargs | {"generator": torch.Generator().set_state(step.generator)}
+        if step.function in _FILLS and _in_order(args[0]):
+            for piece in _pieces(args[0].view(-1)):
+                step.function(piece, *args[1:], **kwargs)
+            return
         out = step.function(*args, **kwargs)
         results = tree_leaves(out)
         for place, view in step.made.items():
@@ -182,6 +190,36 @@ class DeferredInit(TorchDispatchMode):
         storage = tensor.untyped_storage()
         self._storages[storage._cdata] = storage
         self._writers.setdefault(storage._cdata, [])
+
+
+def _in_order(target: Tensor) -> bool:
+    """Whether a fill draws the same piece by piece.
+
+    It takes one value per element, in order; normal_ works in groups of 16 and draws a last one anew.
+    """
+    return target.is_contiguous() and target.dtype == torch.float32
+
+
+def _pieces(flat: Tensor) -> Iterator[Tensor]:
+    """A tensor in pieces that stay in the cache, the last one up to twice as large."""
+    while len(flat) >= 2 * _CHUNK_ELEMENTS:
+        yield flat[:_CHUNK_ELEMENTS]
+        flat = flat[_CHUNK_ELEMENTS:]
+    yield flat
+
+
+def _takes_generator(function: Any) -> bool:
+    """Whether a random operation draws by a generator that it is given, and by no other."""
+    if function in _LOOKING.values():
+        return function is not _LOOKING["sparse_"]
+    return any(argument.name == "generator" for argument in function._schema.arguments)
+
+
+@contextlib.contextmanager
+def _shared_generator() -> Iterator[None]:
+    """Inside, the process's generator is one thread's, and afterwards as it was."""
+    with _ONE_AT_A_TIME, torch.random.fork_rng(devices=[]):
+        yield
 
 
 def deferred_model(config: Any, seed: int) -> tuple[nn.Module, DeferredInit]:

@@ -73,7 +73,7 @@ ENGINES: dict[str, EngineSpec] = {
         refuses=f"{_HERE}.vllm_support:why_vllm_cannot",
         on_top="vLLM's cache and processes come on top",
     ),
-    "streaming": EngineSpec(f"{_HERE}.streaming:StreamingEngine", blockwise=True),
+    "streaming": EngineSpec(f"{_HERE}.streaming:StreamingEngine", blockwise=True, resume=True),
 }
 DEFAULT = "torch"  # takes every read, needs nothing more, and is what a read runs on until the plan says otherwise
 AUTO = (DEFAULT, "streaming")  # what `auto` may become: the plan takes the first that fits

@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
+from deadbench.runners.engines.sweep_state import Packed, pack, seen
 from deadbench.suite.inputs.batches import Batch
 from deadbench.suite.scratch import Scratch
+from deadbench.suite.spectra.arrow_state import StateError
 
 
 @dataclass(frozen=True)
@@ -39,22 +42,61 @@ class BlockCall:
 
 
 class SteppedPass:
-    """The forward pass of one batch, which stops at each block's call."""
+    """The forward pass of one batch, which stops at each block's call.
+
+    Attributes:
+        call: the one at which it stands.
+        called: the blocks whose results it has been given.
+    """
 
     def __init__(self, batch: Batch, model: nn.Module, inputs: dict[str, Any]):
         self.batch = batch
         self.call: BlockCall | None = None
+        self.called: list[nn.Module] = []
+        self._results: list[Any] = []
         self._pass = greenlet(lambda: _without_result(model, inputs))
 
     def go_on(self, result: Any) -> None:
         """Run to the next block's call, `result` being what the last one returns."""
+        if self.call is not None:
+            self.called.append(self.call.module)
+            self._results.append(seen(result))
         self.call = None
         self.call = self._pass.switch(result) if self._pass else self._pass.switch()
+
+    def standing(self) -> BlockCall:
+        """The call at which it stands."""
+        assert self.call is not None
+        return self.call
 
     @property
     def finished(self) -> bool:
         """Whether the model's forward has returned."""
         return bool(self._pass.dead)
+
+    def state(self, number: int) -> pa.RecordBatch:
+        """Where it stands, as pass `number` of a sweep.
+
+        Raises:
+            StateError: a block returned what cannot be saved.
+        """
+        call = self.standing()
+        return pack(number, self._results, call.stream(), (call.args, call.kwargs))
+
+    def come_to(self, packed: Packed) -> None:
+        """From its first block's call to where a state was saved, without running a block.
+
+        Raises:
+            StateError: the model does not come there.
+        """
+        for result in packed.results():
+            if self.finished:
+                raise StateError("the model does not come to the place where it was saved")
+            self.go_on(result)
+            del result  # as a block's own, it is the model's to hold
+        if self.call is None:
+            raise StateError("the model does not come to the place where it was saved")
+        packed.settle(self.call.stream(), (self.call.args, self.call.kwargs))
 
     def kill(self) -> None:
         """Unwind a pass that will not go on, so that it gives its memory back."""
@@ -124,7 +166,7 @@ class Parked:
 
 
 def same_block(runs: list[SteppedPass]) -> nn.Module:
-    """The block before which all passes stand.
+    """The block before which all of these passes stand.
 
     Raises:
         ValueError: they stand before different ones.

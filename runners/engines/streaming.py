@@ -12,28 +12,29 @@ import json
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 import psutil
+import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from deadbench.runners.engines.base import Blocks, ForwardPass, Swept, mismatch
+from deadbench.runners.engines.base import Blocks, ForwardPass, Swept
+from deadbench.runners.engines.block_weights import Block, Coming, Values, put
 from deadbench.runners.engines.deferred_init import deferred_model
 from deadbench.runners.engines.resident import PartEngine
-from deadbench.runners.engines.stepped_pass import Parked, SteppedPass, handed_over, same_block
+from deadbench.runners.engines.stepped_pass import BlockCall, Parked, SteppedPass, handed_over, same_block
+from deadbench.runners.engines.sweep_clock import Clock
+from deadbench.runners.engines.sweep_state import Packed
 from deadbench.suite.architectures.build import build_config
 from deadbench.suite.architectures.parts import streamed_paths
-from deadbench.suite.errors import CheckpointError
 from deadbench.suite.inputs.batches import Batch
 from deadbench.suite.scratch import Scratch
 
 _PARKED_SHARE = 4  # of the memory that is free, waiting streams take one part in so many before they go to disk
-
-Values = Callable[[str], Tensor]
 
 
 @dataclass(eq=False)
@@ -47,7 +48,10 @@ class StreamingEngine(PartEngine):
     tap_by_tap: ClassVar[bool] = True
 
     parked_bytes: float | None = None
-    _blocks: dict[nn.Module, "_Block"] = field(default_factory=dict)
+    _blocks: dict[nn.Module, Block] = field(default_factory=dict)
+    _coming: Coming | None = None
+    _reads_ahead: bool = False
+    _begun: Iterable[pa.RecordBatch] | None = None
 
     def load_random(self, config: Any, seed: int, dtype: torch.dtype, *, published: bool = False) -> nn.Module:
         """The weights that `TorchEngine.load_random` draws, bit for bit; those of blocks when they are wanted."""
@@ -57,6 +61,7 @@ class StreamingEngine(PartEngine):
         deferred = {name: tensor for name, tensor in _tensors(model) if tensor.is_meta}
         self._place(model, lambda name: drawn.value(deferred[name]), dtype)
         self.load_seconds = time.perf_counter() - started
+        self._reads_ahead = self.device.type == "cuda"
         self.detail = "blocks streamed; random weights drawn block by block, equal to those of the resident model"
         return model
 
@@ -90,61 +95,98 @@ class StreamingEngine(PartEngine):
         remove_hook_from_submodules(model)
         self._place(model, lambda name: stored[name], None)
         self.load_seconds = time.perf_counter() - started
+        self._reads_ahead = True
         self.detail = "blocks streamed from the checkpoint"
         return model
 
     def passes(
         self, model: nn.Module, norm: nn.Module, batches: list[Batch], blocks: Blocks | None = None
     ) -> Iterator[tuple[Batch, ForwardPass] | Swept]:
-        """As `TorchEngine.passes`, in one sweep over the blocks; `Swept` after each, before its batches come out.
+        """As `TorchEngine.passes`, in one sweep over the blocks; `Swept` after each batch, once it has come out.
 
-        The seconds of the first batch are those of the sweep; `blocks.on_input` is called block by block.
+        The seconds of the sweep are told by `Swept`; `blocks.on_input` is called block by block.
+
+        Raises:
+            StateError: the model does not come to the place that it was to go on from.
         """
         taps = dict.fromkeys(blocks.modules if blocks else ())
+        num_blocks = sum(module in self._blocks for module in model.modules())
         captured: dict[str, Tensor] = {}
 
         def capture(module: nn.Module, args: Any, output: Any) -> None:
             captured["input"] = args[0].detach()
             captured["output"] = (output[0] if isinstance(output, tuple) else output).detach()
 
-        clock = _Clock()
+        clock = Clock()
         runs = [SteppedPass(batch, model, self._on_device(model, batch.model_inputs)) for batch in batches]
         with contextlib.ExitStack() as stack:
             parked = stack.enter_context(Parked(self._parked_budget()))
             stack.callback(norm.register_forward_hook(capture).remove)
             stack.enter_context(handed_over(self._blocks))
+            self._coming = stack.enter_context(Coming(self._blocks, model, ahead=self._reads_ahead))
             for run in runs:
                 stack.callback(run.kill)
-            calls = 0
-            for run in runs:
+            for run in runs:  # all of them, whatever is done: what a model draws, it draws batch by batch
                 with torch.no_grad(), clock.model():
                     run.go_on(None)
                 if run.finished:  # a model without blocks
                     yield run.batch, clock.forward_pass(captured, 0)
                 else:
                     parked.put(run)
-            while not all(run.finished for run in runs):
-                module = same_block(runs)
-                tapped = module in taps
+            self._bring_back(runs, parked)
+            while standing := [run for run in runs if not run.finished]:
+                done = min(len(run.called) for run in standing)
+                behind = [run for run in standing if len(run.called) == done]
+                module = same_block(behind)
+                tapped, tap = module in taps, sum(each in taps for each in behind[0].called)
                 with self._loaded(module, clock):
-                    for run in runs:
+                    for left, run in zip(range(len(behind) - 1, -1, -1), behind, strict=True):
                         parked.take(run)
-                        call = run.call
-                        assert call is not None
                         if tapped and blocks is not None:
                             with clock.taps():
-                                blocks.on_input(calls, call.stream().detach(), run.batch)
+                                blocks.on_input(tap, run.standing().stream().detach(), run.batch)
                         with torch.no_grad(), clock.model():
-                            run.go_on(self._blocks[module].forward(*call.args, **call.kwargs))
-                            if self.device.type == "cuda":
-                                torch.cuda.synchronize(self.device)
+                            run.go_on(self._called(run.standing()))
                         if run.finished:
-                            yield run.batch, clock.forward_pass(captured, calls + tapped)
+                            yield run.batch, clock.forward_pass(captured, tap + tapped)
                         else:
                             parked.put(run)
-                calls += tapped
-                if tapped:
-                    yield Swept(calls, len(taps))
+                        yield Swept(
+                            done + (not left),
+                            max(done + 1, num_blocks),  # one block may be called many times
+                            len(runs) - left if left else 0,
+                            len(runs),
+                            *clock.so_far(),
+                            lambda: _states(runs, parked),
+                        )
+
+    def go_on_from(self, sweep: Iterable[pa.RecordBatch]) -> None:
+        """Have the next passes, over the same batches, begin where a sweep has told that it stood."""
+        self._begun = sweep
+
+    def _bring_back(self, runs: list[SteppedPass], parked: Parked) -> None:
+        """Where a sweep goes on, each of `runs` to the place it had; those that are not told of had come out."""
+        sweep, self._begun = self._begun, None
+        if sweep is None:
+            return
+        left = {*range(len(runs))}
+        for state in sweep:
+            packed = Packed(state, self.device)
+            left -= {packed.run}
+            parked.take(runs[packed.run])
+            with torch.no_grad():
+                runs[packed.run].come_to(packed)
+            parked.put(runs[packed.run])
+        for number in left:
+            parked.take(runs[number])
+            runs[number].kill()
+
+    def _called(self, call: BlockCall) -> Any:
+        """What the block's own forward returns."""
+        result = self._blocks[call.module].forward(*call.args, **call.kwargs)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return result
 
     def _parked_budget(self) -> float:
         if self.parked_bytes is not None:
@@ -159,7 +201,7 @@ class StreamingEngine(PartEngine):
         def ready(tensor: Tensor) -> Tensor:
             return tensor.detach().to(self.device, dtype if tensor.is_floating_point() else None)
 
-        blocks = {path: _Block(model.get_submodule(path), values, ready) for path in streamed_paths(model)}
+        blocks = {path: Block(model.get_submodule(path), values, ready) for path in streamed_paths(model)}
         final_norm = self.resolved.final_in_whole.path if self.resolved else None
         placed: dict[int, Tensor] = {}
         for name, tensor in list(_tensors(model)):
@@ -171,79 +213,33 @@ class StreamingEngine(PartEngine):
                 continue
             if id(tensor) not in placed:
                 placed[id(tensor)] = ready(values(name) if tensor.is_meta else tensor)
-            _put(owner, attribute, placed[id(tensor)])
+            put(owner, attribute, placed[id(tensor)])
         self._blocks = {block.module: block for block in blocks.values()}
 
     @contextlib.contextmanager
-    def _loaded(self, module: nn.Module, clock: "_Clock") -> Iterator[None]:
+    def _loaded(self, module: nn.Module, clock: Clock) -> Iterator[None]:
+        assert self._coming is not None
         try:
             with clock.model():
-                self._blocks[module].load()
+                self._coming.load(module)
             yield
         finally:
             self._blocks[module].drop()
 
 
-class _Block:
-    """A block of which the large tensors come and go."""
-
-    def __init__(self, module: nn.Module, values: Values, ready: Callable[[Tensor], Tensor]):
-        self.module, self.forward = module, module.forward
-        self.absent: list[tuple[nn.Module, str, str]] = []
-        self._values, self._ready = values, ready
-        self._placeholders: list[Tensor] = []
-
-    def load(self) -> None:
-        self._placeholders = [getattr(owner, attribute) for owner, attribute, _ in self.absent]
-        for (owner, attribute, name), placeholder in zip(self.absent, self._placeholders, strict=True):
-            value = self._values(name)
-            if value.shape != placeholder.shape:
-                raise CheckpointError(mismatch(name, value.shape, placeholder.shape))
-            _put(owner, attribute, self._ready(value))
-
-    def drop(self) -> None:
-        for (owner, attribute, _), placeholder in zip(self.absent, self._placeholders, strict=True):
-            _put(owner, attribute, placeholder)
-
-
-class _Clock:
-    """Seconds in the model and in the taps since a batch last came out."""
-
-    def __init__(self) -> None:
-        self._seconds = {"model": 0.0, "taps": 0.0}
-
-    @contextlib.contextmanager
-    def _running(self, what: str) -> Iterator[None]:
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._seconds[what] += time.perf_counter() - started
-
-    def model(self) -> contextlib.AbstractContextManager[None]:
-        return self._running("model")
-
-    def taps(self) -> contextlib.AbstractContextManager[None]:
-        return self._running("taps")
-
-    def forward_pass(self, captured: dict[str, Tensor], calls: int) -> ForwardPass:
-        """The pass of the batch that has just come out."""
-        model, taps = self._seconds["model"], self._seconds["taps"]
-        self._seconds = {"model": 0.0, "taps": 0.0}
-        return ForwardPass(captured.pop("input"), captured.pop("output"), model, taps, calls)
+def _states(runs: list[SteppedPass], parked: Parked) -> Iterator[pa.RecordBatch]:
+    """Of those that have not come out, one after another: what waits on disk is in memory meanwhile."""
+    for number, run in enumerate(runs):
+        if not run.finished:
+            parked.take(run)
+            yield run.state(number)
+            parked.put(run)
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers by name, shared ones by each."""
     yield from model.named_parameters(remove_duplicate=False)
     yield from model.named_buffers(remove_duplicate=False)
-
-
-def _put(owner: nn.Module, attribute: str, tensor: Tensor) -> None:
-    if attribute in owner._parameters:
-        owner._parameters[attribute] = nn.Parameter(tensor, requires_grad=False)
-    else:
-        owner._buffers[attribute] = tensor
 
 
 def _offloaded(model: nn.Module) -> Any:

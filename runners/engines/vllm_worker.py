@@ -32,14 +32,14 @@ class StreamReader:
 
     model_runner: Any
 
-    def deadbench_begin(self, sought: bytes, num_tokens: int, dtype: str) -> None:
+    def deadbench_begin(self, sought: bytes, num_tokens: int, dtype: str, stride: int) -> None:
         """Hook the model; the pass that follows is a probe, in which the final norm and the blocks are found.
 
         `sought` is the final norm and its module as transformers builds it, pickled by the parent process: here vLLM
-        has put its own layers into transformers' classes.
+        has put its own layers into transformers' classes. Each `stride`-th tap is read, and the last; 0: none.
         """
         final, replay = pickle.loads(sought)
-        self._hooked_read = _HookedRead(self.model_runner.get_model(), final, replay, num_tokens, dtype)
+        self._hooked_read = _HookedRead(self.model_runner.get_model(), final, replay, num_tokens, dtype, stride)
 
     def deadbench_pass(self, first: int, count: int) -> None:
         """The taps `first` to `first + count - 1` are read in the pass that follows; the final norm in the first."""
@@ -57,14 +57,20 @@ class StreamReader:
 class _HookedRead:
     """One read of one model, by hooks, in one worker."""
 
-    def __init__(self, model: nn.Module, final: FinalNorm, replay: nn.Module, num_tokens: int, dtype: str):
+    def __init__(self, model: nn.Module, final: FinalNorm, replay: nn.Module, num_tokens: int, dtype: str, stride: int):
         group = get_tp_group()
         self.model, self.num_tokens, self.dtype = model, num_tokens, dtype
         self.ranks = Ranks(group.rank_in_group, group.world_size, lambda mine: _gather(group, mine))
         self.final, self.replay = final, replay
         assert self.final.hidden_size is not None
         self.stream = ResidualRead(
-            self.final.hidden_size, num_tokens, dtype, str(self.final.placement), _device(model), self.ranks
+            self.final.hidden_size,
+            num_tokens,
+            dtype,
+            str(self.final.placement),
+            _device(model),
+            self.ranks,
+            stride=stride,
         )
         self.measured: FinalNormRead | None = None
         self.formula: EffectiveNorm | None = None
@@ -160,7 +166,7 @@ class _HookedRead:
             self.measured.update(entered, left.double() if left.dtype == torch.float32 else left)
         last = left if self.final.placement == "post" else entered
         self.calls = len(self._taps)
-        self.stream.update(self.calls, last)
+        self.stream.update(self.calls, last, is_last=True)
         self.rows += len(left)
 
     def _entered(self, candidates: list[Tensor]) -> Tensor:
@@ -187,7 +193,7 @@ class _HookedRead:
             raise ValueError(f"vLLM's {name} ({type(module).__name__}) is not the final norm of the configuration")
         self.norm, self.formula, self.measured = module, formula, FinalNormRead(replay, formula)
         self._recorded, self._candidates = [], {}
-        blocks_path, _ = block_list(self.model, name)
+        blocks_path, _ = block_list(self.model, name) if self.stream.stride else (None, 0)
         self._taps = list(self.model.get_submodule(blocks_path).children()) if blocks_path else []
         for tap, block in enumerate(self._taps):
             hook = self._guarded(self._before_block(tap))

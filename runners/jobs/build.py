@@ -127,6 +127,8 @@ def _meant(
 
 def _label(registry: Registry, protocol_name: str, model: Model, overrides: Overrides) -> str:
     """What the command line changes; an input that the registry gives the model under that protocol changes nothing."""
+    if overrides.taps == registry.protocols[protocol_name].taps:
+        overrides = replace(overrides, taps=None)
     if overrides.input is None:
         return overrides.label()
     suites = [suite for suite in registry.suites.values() if suite.protocol == protocol_name]
@@ -230,7 +232,8 @@ def _read_job(asked: _Asked, read: str, revision: str | None, engine: str, opene
     """One read of one checkpoint, with its key."""
     spec, overrides = READ_SPECS[read], asked.overrides
     tokens = overrides.tokens or spec.tokens or asked.protocol.tokens
-    protocol = asked.protocol.model_copy(update={"tokens": tokens})
+    taps = overrides.taps or asked.protocol.taps
+    protocol = asked.protocol.model_copy(update={"tokens": tokens, "taps": taps})
     dtype = overrides.dtype or spec.dtype or asked.model.dtype
     fingerprint, error = opened
     return ReadJob(
@@ -263,6 +266,8 @@ def _protocol_hash(read: str, protocol: Protocol, dtype: str, input_spec: str) -
         facts |= {"tokens": protocol.tokens, "sequence_length": protocol.sequence_length, "dtype": dtype}
         facts |= {"input": content_hash(input_spec)}
         facts |= {"skip_positions": protocol.skip_positions} if protocol.skip_positions else {}
+    if spec.taps and protocol.tap_stride != 1:  # a row of the whole stream keeps the hash that it always had
+        facts |= {"taps": protocol.taps}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -6,6 +6,7 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal
 
 import pyarrow as pa
 
@@ -18,16 +19,17 @@ from deadbench.suite.secrets import scrubbed
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a running model is; `done` of `total` tokens in the phase, zero where it has no count.
+    """Where a running model is; `done` of `total` in the phase, tokens or blocks by `unit`, zero where it has no count.
 
     `device_bytes`: what the process has taken of its GPU.
     """
 
     label: str
     phase: str
-    done: int = 0
+    done: float = 0
     total: int = 0
     device_bytes: int | None = None
+    unit: Literal["tokens", "blocks"] = "tokens"
 
 
 @dataclass(frozen=True)

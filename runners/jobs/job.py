@@ -44,6 +44,7 @@ class Overrides:
     replicas: int = 1
     config: dict[str, Any] | None = None
     model_type: str | None = None
+    taps: str | None = None
 
     def opened(self, source: str | None, revision: str | None = None, base: Path | None = None) -> Checkpoint:
         """A checkpoint of `source`, of the architecture that the command line says.
@@ -55,7 +56,7 @@ class Overrides:
 
     def label(self) -> str:
         """The overrides that change numbers, as they are appended to the protocol's name."""
-        named = {"tokens": self.tokens, "input": self.input, "dtype": self.dtype}
+        named = {"tokens": self.tokens, "input": self.input, "dtype": self.dtype, "taps": self.taps}
         changed = [f"{name}={value}" for name, value in named.items() if value is not None]
         return f"[{','.join(changed)}]" if changed else ""
 

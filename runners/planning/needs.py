@@ -23,7 +23,7 @@ class Needs:
     `weights` in the run's dtype; `outside` and `block`: of them, those outside the blocks and in the largest block;
     `resident_load`: what loading the whole model takes in host memory; `drawing`: what loading one tensor takes;
     `activations` of one batch, with the statistics taken from it; `stream`: every batch's hidden states; `held` and
-    `decomposed`: one tap's accumulators while tokens pass, and at its end.
+    `decomposed`: one tap's accumulators while tokens pass, and at its end; `num_taps`: how many are read.
     """
 
     weights: float
@@ -45,19 +45,37 @@ class Needs:
     def sharded(self, tensor_parallel: int) -> float:
         """Peak of one of `tensor_parallel` devices, with one tap at a time: what is outside the blocks is on each."""
         inside = (self.weights - self.outside) / tensor_parallel
-        return self.outside + inside + self.activations + self.held + self.decomposed
+        return self.outside + inside + self.activations + min(1, self.num_taps) * self.held + self.decomposed
+
+    def compared(self) -> float:
+        """Accumulators of a read that goes from tap to tap: of two while one is compared with the one before."""
+        return min(2, self.num_taps) * self.held
+
+    def saved(self, taps: int) -> float:
+        """Disk for the checkpoint of a running read with so many taps: the new one is written beside the old one.
+
+        The final norm holds as much as two taps at most.
+        """
+        return 2 * self.held * (taps + 2)
+
+    def swept(self, parked: float) -> float:
+        """Disk of block streaming: its checkpoints, with every batch's stream, and the streams that wait there."""
+        return self.saved(min(2, self.num_taps)) + 2 * self.stream + max(0.0, self.stream - parked)
 
     def streamed(self, parked: float = math.inf) -> float:
         """Peak of block streaming, with at most `parked` bytes of waiting streams in memory.
 
-        Two taps are alive when one is compared with the one before; the embedding output of every batch stays.
+        The embedding output of every batch stays.
         """
         waiting = self.stream + min(self.stream, parked)
-        return self.outside + self.block + self.activations + waiting + 2 * self.held + self.decomposed
+        return self.outside + self.block + self.activations + waiting + self.compared() + self.decomposed
 
 
-def needs(size: ModelSize, read: str, itemsize: int, num_tokens: int) -> Needs:
-    """The bytes of a read by forward pass that runs in a dtype of `itemsize` bytes over `num_tokens` tokens."""
+def needs(size: ModelSize, read: str, itemsize: int, num_tokens: int, stride: int = 1) -> Needs:
+    """The bytes of a read by forward pass that runs in a dtype of `itemsize` bytes over `num_tokens` tokens.
+
+    Each `stride`-th tap is read, and the last; 0: none.
+    """
     D = size.hidden_size
     batch = min(BATCH_TOKENS, num_tokens)
     # Beside the activations: the norm's captured input and output, and the float64 rows and products of one update.
@@ -76,6 +94,6 @@ def needs(size: ModelSize, read: str, itemsize: int, num_tokens: int) -> Needs:
         stream=num_tokens * D * itemsize,
         held=_HELD[read] * D**2,
         decomposed=TAP_BYTES * D**2,
-        num_taps=size.num_taps,
+        num_taps=-(-(size.num_taps - 1) // stride) + 1 if stride else 0,
         num_tokens=num_tokens,
     )

@@ -19,7 +19,10 @@ _BLOCKWISE = next(name for name, spec in ENGINES.items() if spec.blockwise)
 
 @dataclass(frozen=True)
 class Placement:
-    """One read of one model: how it would run. `problem` says why it cannot, and what would."""
+    """One read of one model: how it would run. `problem` says why it cannot, and what would.
+
+    `disk_bytes`: what its checkpoints take in the result set, and streams that wait in the temporary folder.
+    """
 
     order: int
     model: str
@@ -35,6 +38,7 @@ class Placement:
     accumulator_bytes: int | None = None
     peak_bytes: int | None = None
     peak_host_bytes: int | None = None
+    disk_bytes: int | None = None
     note: str | None = None
     problem: str | None = None
 
@@ -73,7 +77,8 @@ def fit(
         return replace(row, **peaks, problem=f"{too_large} do not fit in {room.label(loadable)}{can}")
     why = f"block streaming: resident needs {too_large}" if least > room.device or not loadable else None
     other = None if size.has_plan or tensor_parallel == 1 else _shared_otherwise(size, need, cluster)
-    return _streamed(replace(row, note=joined(why, other)), need, room, smallest, loadable)
+    row = replace(row, note=joined(why, other), disk_bytes=int(need.swept(parked)))
+    return _streamed(row, need, room, smallest, loadable)
 
 
 def _engines(read: ReadJob) -> tuple[str, ...]:
@@ -91,9 +96,10 @@ def _resident(row: Placement, need: Needs, read: ReadJob, room: Room) -> Placeme
     return replace(
         row,
         gpus=_share(peak, room.device) if shared else row.gpus,
-        passes=-(-need.num_taps // at_once),
+        passes=_passes(need, at_once),
         accumulator_bytes=int(need.held * at_once + need.decomposed),
         note=spec.on_top,
+        disk_bytes=int(need.saved(at_once)) if spec.resume else None,
         **_peak(peak, need.resident_load, room.on_gpu),
     )
 
@@ -111,9 +117,10 @@ def _sharded(
         row,
         gpus=tensor_parallel if room.on_gpu else 0,
         tensor_parallel=tensor_parallel,
-        passes=-(-need.num_taps // at_once),
+        passes=_passes(need, at_once),
         accumulator_bytes=int(need.held * min(at_once, need.num_taps) / tensor_parallel + need.decomposed),
         note=joined(note, ENGINES[str(row.engine)].on_top),
+        disk_bytes=int(need.saved(min(at_once, need.num_taps))) if ENGINES[str(row.engine)].resume else None,
         **_peak(peak, need.outside + need.drawing * tensor_parallel, room.on_gpu),
     )
 
@@ -124,7 +131,7 @@ def _streamed(row: Placement, need: Needs, room: Room, smallest: float, loadable
         row,
         engine=_BLOCKWISE,
         passes=1,
-        accumulator_bytes=int(2 * need.held + need.decomposed),
+        accumulator_bytes=int(need.compared() + need.decomposed),
         **_peak(smallest, need.outside + need.drawing, room.on_gpu),
     )
     if smallest <= room.device:
@@ -180,6 +187,11 @@ def _share(peak: float, budget: float) -> float:
 def _taps_at_once(read: ReadJob, need: Needs, free: float) -> int:
     share = read.accumulator_gb * 1e9 if read.accumulator_gb is not None else free / _ACCUMULATOR_SHARE
     return min(need.num_taps, max(1, int(share // need.decomposed)))
+
+
+def _passes(need: Needs, at_once: int) -> int:
+    """Over the tokens: one is always made, for the final norm."""
+    return max(1, -(-need.num_taps // max(1, at_once)))
 
 
 def _peak(value: float, host: float, on_gpu: bool) -> dict[str, Any]:

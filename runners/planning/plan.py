@@ -55,7 +55,7 @@ def place(read: ReadJob, cluster: Cluster, tensor_parallel: int | None = None) -
     if inline:
         remark = "sized by the registry's configuration"
     share = -(-num_tokens(read.protocol.tokens, size.hidden_size) // read.replicas)
-    row, need = replace(row, dtype=dtype), needs(size, read.read, _ITEM_BYTES[dtype], share)
+    row, need = replace(row, dtype=dtype), needs(size, read.read, _ITEM_BYTES[dtype], share, read.protocol.tap_stride)
     if not READ_SPECS[read.read].divides:
         found = fit_whole(row, need, Room.of(cluster))
     else:

@@ -45,9 +45,9 @@ class EventLog(Reporter):
         if last is not None and last[1:] == (event.label, event.phase) and now - last[0] < _PROGRESS_SECONDS:
             return
         self._told[model_id] = now, event.label, event.phase
-        tokens = {"tokens_done": event.done, "tokens_total": event.total} if event.total else {}
+        count = {f"{event.unit}_done": event.done, f"{event.unit}_total": event.total} if event.total else {}
         memory = {} if event.device_bytes is None else {"device_bytes": event.device_bytes}
-        self._tell("progress", model=model_id, read=event.label, phase=event.phase, **tokens, **memory)
+        self._tell("progress", model=model_id, read=event.label, phase=event.phase, **count, **memory)
 
     def finished(self, event: Finished) -> None:
         """`read_finished`: the outcome, and the numbers that one asks for first."""

@@ -15,6 +15,8 @@ class Metrics:
 
     def progress(self, model_id: str, event: Progress) -> None:
         """Count the tokens since the last event of the same phase."""
+        if event.unit != "tokens":
+            return
         last = self._tokens.get(model_id)
         same = last is not None and (last.label, last.phase) == (event.label, event.phase)
         new = event.done - (last.done if same and last is not None else 0)

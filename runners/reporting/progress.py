@@ -14,30 +14,37 @@ from rich.table import Table
 from deadbench.runners.jobs.events import Finished, Progress
 from deadbench.runners.jobs.job import ModelJob, ReadJob
 
-_HEADERS = ("model", "phase", "tokens", "tokens/s", "GPU memory", "left")
+_HEADERS = ("model", "phase", "done", "rate", "GPU memory", "left")
+_TOLD_SECONDS = 60.0  # between two lines of one model where there is no terminal
 
 
 @dataclass
 class _Line:
     progress: Progress
     since: float = field(default_factory=time.monotonic)
-    phase_since: float = field(default_factory=time.monotonic)
-    phase_done: int = 0
+    counted: str | None = None
+    counted_since: float = field(default_factory=time.monotonic)
+    counted_from: float = 0
+    told: float = field(default_factory=time.monotonic)
 
     def moved(self, event: Progress) -> None:
-        if event.phase != self.progress.phase:
-            self.phase_since, self.phase_done = time.monotonic(), event.done
+        if event.total and event.phase != self.counted:  # a checkpoint, which counts nothing, begins nothing anew
+            self.counted, self.counted_since, self.counted_from = event.phase, time.monotonic(), event.done
         self.progress = event
 
-    def tokens_per_second(self) -> float | None:
-        """Of this phase; None where it has no count yet."""
-        seconds, done = time.monotonic() - self.phase_since, self.progress.done - self.phase_done
-        return done / seconds if done > 0 and seconds > 0 else None
+    def per_second(self) -> float | None:
+        """Tokens or blocks of this phase; None where it has no count yet."""
+        seconds, done = time.monotonic() - self.counted_since, self.progress.done - self.counted_from
+        return done / seconds if self.progress.total and done > 0 and seconds > 0 else None
 
     def seconds_left(self) -> float | None:
         """Of this phase, at this rate."""
-        rate = self.tokens_per_second()
+        rate = self.per_second()
         return (self.progress.total - self.progress.done) / rate if rate else None
+
+    def due(self) -> bool:
+        """Whether it is time for another line on how far it is, which there is where one can say how long it takes."""
+        return self.seconds_left() is not None and time.monotonic() - self.told >= _TOLD_SECONDS
 
 
 class Reporter:
@@ -79,6 +86,10 @@ class Reporter:
                 self.say(f"{event.label}: {event.phase}")
         else:
             line.moved(event)
+            if self._live is None and line.due():
+                line.told = time.monotonic()
+                left = _duration(line.seconds_left() or 0.0)
+                self.say(f"{event.label}: {event.phase}, {_count(event)}, about {left} left")
 
     def finished(self, event: Finished) -> None:
         """A read is over, and in the results."""
@@ -113,15 +124,25 @@ class Reporter:
 
 
 def _cells(line: _Line) -> tuple[str, ...]:
-    event, rate, left = line.progress, line.tokens_per_second(), line.seconds_left()
+    event, rate, left = line.progress, line.per_second(), line.seconds_left()
     return (
         event.label,
         event.phase,
-        f"{event.done:,}/{event.total:,}" if event.total else "-",
-        f"{rate:,.0f}" if rate is not None else "-",
+        _count(event) if event.total else "-",
+        "-"
+        if rate is None
+        else f"{rate:,.0f} tokens/s"
+        if event.unit == "tokens"
+        else f"{_duration(1 / rate)} a block",
         f"{event.device_bytes / 1e9:.1f} GB" if event.device_bytes is not None else "-",
         _duration(left) if left is not None else f"({_duration(time.monotonic() - line.since)} so far)",
     )
+
+
+def _count(event: Progress) -> str:
+    """How far it is; of blocks with a tenth, since one can take minutes."""
+    done = f"{event.done:,.0f}" if event.unit == "tokens" else f"{event.done:.1f}"
+    return f"{done} of {event.total:,} {event.unit}"
 
 
 def _duration(seconds: float) -> str:

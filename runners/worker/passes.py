@@ -8,15 +8,16 @@ they saw is merged at the end of a pass. Now and then all is saved, and a read t
 import contextlib
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import psutil
+import pyarrow as pa
 import torch
 from torch import nn
 
-from deadbench.runners.engines.base import Blocks, Engine, ForwardPass, Swept
+from deadbench.runners.engines.base import Blocks, Engine, ForwardPass, SweepingEngine, Swept
 from deadbench.runners.engines.registry import ENGINES
 from deadbench.runners.jobs.events import Progress, Remark
 from deadbench.runners.jobs.job import ReadJob
@@ -59,15 +60,28 @@ class Passes:
         if self._ranks.replicas:
             self._batches, self._first_row = inputs.share(self._ranks.rank, self._ranks.size)
         self._num_rows = sum(batch.num_rows for batch in self._batches)
-        blocks_path, _ = block_list(model, final.path)
+        blocks_path, _ = block_list(model, final.path) if read.protocol.tap_stride else (None, 0)
         self._blocks = list(model.get_submodule(blocks_path).children()) if blocks_path else []
         facts = {"dtype": dtype, "device": engine.device_name(), "hidden_size": final.hidden_size}
         facts |= {"num_tokens": inputs.num_tokens, "num_batches": len(inputs.batches), "batch_tokens": batch_tokens}
+        self._sweeps_on = False  # whether a sweep over the blocks goes on from a checkpoint
         self._checkpoint = SavedRead(read, self._ranks, facts, possible=ENGINES[read.engine].resume)
 
     def run(self) -> Generator[Progress | Remark, None, tuple[FinalNormRead, ResidualRead, Position]]:
         """Feed both reads until every tap is read; rank 0's are those of all."""
-        measured, stream, position = yield from self._begin()
+        begun = yield from self._begin()
+        try:
+            return (yield from self._until_read(*begun))
+        except ValueError as error:
+            if not self._sweeps_on or self._ranks.size > 1:
+                raise
+            yield Remark(self._read.label(), f"its checkpoint leads nowhere ({error}): begins anew")
+        self._sweeps_on = False
+        return (yield from self._until_read(*self._empty(), Position(per_pass=self._per_pass)))
+
+    def _until_read(
+        self, measured: FinalNormRead, stream: ResidualRead, position: Position
+    ) -> Generator[Progress | Remark, None, tuple[FinalNormRead, ResidualRead, Position]]:
         while position.first < position.num_taps:
             stream.wanted = range(position.first, position.first + position.per_pass)
             # Replicas are each in a batch of their own: what fails in one is told at the end of the pass.
@@ -98,8 +112,10 @@ class Passes:
             yield Remark(self._read.label(), self._checkpoint.remark)
         found = self._ranks.share(position)
         passes = {(each.first, each.per_pass) for each in found if each is not None}
-        batches = {each and each.batch for each in found}
-        if self._ranks.replicas:  # each at a batch of its own, but in the same pass; in the first, those without begin
+        batches = {each and (each.batch, each.swept) for each in found}
+        if (
+            self._ranks.replicas and not self._engine.tap_by_tap
+        ):  # each at a batch of its own, but in the same pass; in the first, those without begin
             usable = len(passes) == 1 and (None not in found or passes.pop()[0] == 0)
         else:
             usable = len(passes) == 1 and len(batches) == 1
@@ -111,9 +127,14 @@ class Passes:
         if position is None:
             measured, stream = self._empty()
             return measured, stream, Position(per_pass=next(each.per_pass for each in found if each is not None))
-        done = sum(batch.num_rows for batch in self._batches[: position.batch])
-        where = f"{done} of {self._num_rows} tokens" + (f", taps from {position.first}" if position.first else "")
-        yield Remark(self._read.label(), f"goes on from its checkpoint, at {where}")
+        if self._engine.tap_by_tap:
+            self._sweeps_on, where = True, f"after block {position.swept}"
+        else:
+            done = sum(batch.num_rows for batch in self._batches[: position.batch])
+            where = f"at {done} of {self._num_rows} tokens" + (
+                f", taps from {position.first}" if position.first else ""
+            )
+        yield Remark(self._read.label(), f"goes on from its checkpoint, {where}")
         return measured, stream, position
 
     def _empty(self) -> tuple[FinalNormRead, ResidualRead]:
@@ -126,17 +147,18 @@ class Passes:
             self._engine.device,
             self._ranks,
             self._first_row,
+            self._read.protocol.tap_stride,
         )
         return FinalNormRead(self._of_rows, self._norm, self._first_row), stream
 
     def _taps_a_pass(self, stream: ResidualRead) -> int:
-        """How many taps are read at once, by all ranks together where they divide them."""
+        """Through how many taps a pass goes, by all ranks together where they divide those that are read."""
         if self._engine.tap_by_tap:
             return sys.maxsize
         budget = min(self._ranks.share(accumulator_bytes(self._read, self._engine.device)))
         if self._ranks.replicas and self._engine.device.type == "cpu":
             budget /= self._ranks.size  # they may be on one node
-        taps = stream.taps_within(budget, stream.hidden_size)
+        taps = stream.taps_within(budget, stream.hidden_size) * max(1, stream.stride)
         return taps if self._ranks.replicas else self._ranks.size * taps
 
     def _pass(self, measured: FinalNormRead, stream: ResidualRead, position: Position) -> Events:
@@ -145,12 +167,15 @@ class Passes:
         label, first = self._read.label(), position.first
         done = sum(batch.num_rows for batch in self._batches[: position.batch])
         torch.manual_seed(self._read.seed)  # ViT-MAE and ViLT draw what they look at: every pass sees the same
-        for step in self._engine.passes(self._model, self._module, self._batches[position.batch :], blocks):
+        left = self._batches[position.batch :]
+        if self._engine.tap_by_tap:
+            left = self._batches  # it knows itself which are done
+            if self._sweeps_on:
+                cast(SweepingEngine, self._engine).go_on_from(self._checkpoint.sweep())
+        for step in self._engine.passes(self._model, self._module, left, blocks):
             started = time.perf_counter()
-            if isinstance(step, Swept):  # all of this tap's rows are there, and nothing of the next tap's
-                stream.end_pass()
-                position.spectrum_seconds += time.perf_counter() - started
-                yield Progress(label, "blocks", step.num_done, step.num_blocks)
+            if isinstance(step, Swept):
+                yield from self._through_a_block(step, measured, stream, position)
                 continue
             batch, traffic = step
             with contextlib.nullcontext() if self._ranks.replicas else self._ranks.together():
@@ -162,9 +187,29 @@ class Passes:
             several = position.num_taps > position.per_pass
             phase = f"taps {first} to {min(first + position.per_pass, position.num_taps) - 1}" if several else "forward"
             yield Progress(label, phase, done, self._num_rows)
-            if position.batch < len(self._batches) and self._checkpoint.is_due():
-                yield from self._save(position, measured, stream, in_step=not self._ranks.replicas)
+            in_step = not self._ranks.replicas
+            sweeps = self._engine.tap_by_tap
+            if not sweeps and position.batch < len(self._batches) and self._checkpoint.is_due(in_step=in_step):
+                yield from self._save(position, measured, stream, in_step=in_step)
         yield Progress(label, "spectrum", done, self._num_rows)
+
+    def _through_a_block(
+        self, step: Swept, measured: FinalNormRead, stream: ResidualRead, position: Position
+    ) -> Events:
+        """One more batch, of an engine that runs block by block; replicas are in step after each block."""
+        position.forward_seconds += step.seconds
+        started = time.perf_counter()
+        if not step.num_ahead:  # all of this tap's rows are there, and nothing of the next tap's
+            stream.end_pass()
+        position.spectrum_seconds += step.tap_seconds + time.perf_counter() - started
+        position.swept = step.num_done
+        done = step.num_done + step.num_ahead / step.num_batches
+        yield Progress(self._read.label(), "blocks", done, step.num_blocks, unit="blocks")
+        replicas = self._ranks.replicas
+        if position.batch == len(self._batches) or (replicas and step.num_ahead):
+            return
+        if self._checkpoint.is_due(in_step=replicas):
+            yield from self._save(position, measured, stream, step.state(), in_step=replicas)
 
     def _take(
         self,
@@ -186,7 +231,7 @@ class Passes:
         if self._blocks:
             # A post-LN model's stream leaves its last block through the final norm.
             last = traffic.output_BTD if self._final.placement == "post" else traffic.input_BTD
-            stream.update(traffic.num_block_calls, last, batch.mask_ST)
+            stream.update(traffic.num_block_calls, last, batch.mask_ST, is_last=True)
             position.num_taps = traffic.num_block_calls + 1
 
     def _merge(self, measured: FinalNormRead) -> None:
@@ -199,10 +244,18 @@ class Passes:
             other.restore(state)
             measured.merge(other)
 
-    def _save(self, position: Position, measured: FinalNormRead, stream: ResidualRead, *, in_step: bool) -> Events:
+    def _save(
+        self,
+        position: Position,
+        measured: FinalNormRead,
+        stream: ResidualRead,
+        sweep: Iterable[pa.RecordBatch] = (),
+        *,
+        in_step: bool,
+    ) -> Events:
         label = self._read.label()
         yield Progress(label, "checkpoint")
-        self._checkpoint.save(position, measured, stream, in_step=in_step)
+        self._checkpoint.save(position, measured, stream, sweep, in_step=in_step)
         if self._checkpoint.remark:
             yield Remark(label, self._checkpoint.remark)
 

@@ -2,7 +2,7 @@
 
 `OUT/_progress/<identity>.arrow`, one for each rank, written by the process that reads: what it holds may be gigabytes,
 and nothing of that passes through the driver, which only removes it when the row is stored. A file is whole or not
-there, and says what it is of; what does not fit is never used.
+there, ends with the hash of what it holds, and says what it is of; what does not fit is never used.
 """
 
 import contextlib
@@ -17,8 +17,10 @@ from typing import Any
 
 import pyarrow as pa
 
+from deadbench.runners.engines.sweep_state import SWEEP_STATE
 from deadbench.runners.jobs.job import ReadJob
 from deadbench.runners.results.versions import versions
+from deadbench.runners.worker.hashed_file import Hashed, check_whole
 from deadbench.runners.worker.progress_folder import FOLDER, name_of
 from deadbench.suite.errors import message
 from deadbench.suite.ranks import Ranks
@@ -37,17 +39,22 @@ _FILE = pa.schema(
         "position": pa.string(),
         "final_norm": pa.struct(FINAL_NORM_STATE),
         "stream": pa.struct(STREAM_STATE),
+        "sweep": pa.struct(SWEEP_STATE),
     }
 )
 
 
 @dataclass
 class Position:
-    """Where a read is: in which pass (by its first tap), how many of its batches are done, and the seconds so far."""
+    """Where a read is: in which pass (by its first tap), how many of its batches are done, and the seconds so far.
+
+    `swept`: through how many blocks every batch has gone, where an engine runs block by block.
+    """
 
     first: int = 0
     per_pass: int = 0
     batch: int = 0
+    swept: int = 0
     num_taps: int = 1
     forward_seconds: float = 0.0
     spectrum_seconds: float = 0.0
@@ -76,23 +83,32 @@ class SavedRead:
                 self.remark = f"no checkpoints: {read.checkpoint_location} is no folder of this node"
                 self._target = None
 
-    def is_due(self) -> bool:
+    def is_due(self, *, in_step: bool) -> bool:
         """Whether it is time to save; ranks that are in step say so together, by the clock of the first."""
         if not self.interval:
             return False
         due = self._target is not None and time.monotonic() >= self._due
-        return due if self._ranks.replicas else bool(self._ranks.share(due)[0])
+        return bool(self._ranks.share(due)[0]) if in_step else due
 
-    def save(self, position: Position, measured: FinalNormRead, stream: ResidualRead, *, in_step: bool) -> None:
+    def save(
+        self,
+        position: Position,
+        measured: FinalNormRead,
+        stream: ResidualRead,
+        sweep: Iterable[pa.RecordBatch] = (),
+        *,
+        in_step: bool,
+    ) -> None:
         """Write the state in the place of the last one; with `in_step` all ranks do, or none.
 
-        What cannot be written is said in `remark`: the read goes on.
+        `sweep`: where an engine that runs block by block stands. What cannot be written is said in `remark`: the read
+        goes on.
         """
         started = time.monotonic()
         aside, failure = None, None
         if self._target is not None:
             try:
-                aside = self._write(self._batches(position, measured, stream))
+                aside = self._write(self._batches(position, measured, stream, sweep))
             except Exception as error:  # whatever a disk, a bucket or its library comes up with
                 failure = f"no checkpoint: {message(error)}"
         written = [bool(aside)] if not in_step else self._ranks.share(bool(aside))
@@ -119,24 +135,42 @@ class SavedRead:
             return None
         try:
             with _fs(self._target).open(self._target, "rb") as file:
-                reader = pa.ipc.open_file(file)
-                head = reader.get_batch(0)
-                if reader.schema != _FILE or head.column("facts")[0].as_py() != self._facts:
-                    raise StateError("it is of another version, input, device or number of ranks")
-                position = Position(**json.loads(head.column("position")[0].as_py()))
-                measured.restore(reader.get_batch(1).column("final_norm")[0])
-                rest = (reader.get_batch(i).column("stream") for i in range(2, reader.num_record_batches))
-                stream.restore(pa.RecordBatch.from_struct_array(column) for column in rest)
-                return position
+                check_whole(file)
+            states = self._states()
+            head = next(states)
+            if head.schema != _FILE or head.column("facts")[0].as_py() != self._facts:
+                raise StateError("it is of another version, input, device or number of ranks")
+            position = Position(**json.loads(head.column("position")[0].as_py()))
+            measured.restore(next(states).column("final_norm")[0])
+            stream.restore(_each(states, "stream"))
+            return position
         except Exception as error:  # a torn file can break a parser anywhere
             self.remark = f"its checkpoint is ignored: {message(error)}"
             return None
 
-    def _batches(self, position: Position, measured: FinalNormRead, stream: ResidualRead) -> Iterator[pa.RecordBatch]:
+    def sweep(self) -> Iterator[pa.RecordBatch]:
+        """Where an engine that runs block by block stood, from the checkpoint that was loaded: one batch at a time."""
+        return _each(self._states(), "sweep")
+
+    def _states(self) -> Iterator[pa.RecordBatch]:
+        """What the file holds, one after another."""
+        assert self._target is not None
+        with _fs(self._target).open(self._target, "rb") as file, pa.ipc.open_stream(file) as reader:
+            yield from reader
+
+    def _batches(
+        self,
+        position: Position,
+        measured: FinalNormRead,
+        stream: ResidualRead,
+        sweep: Iterable[pa.RecordBatch],
+    ) -> Iterator[pa.RecordBatch]:
         yield _row(facts=self._facts, position=json.dumps(asdict(position)))
         yield _row(final_norm=measured.to_arrow())
         for state in stream.to_arrow():
             yield _row(stream=state)
+        for state in sweep:
+            yield _row(sweep=state)
 
     def _write(self, batches: Iterable[pa.RecordBatch]) -> str:
         """The file beside its target; whole, and on a local disk for good."""
@@ -146,12 +180,21 @@ class SavedRead:
         if not is_url(aside):
             Path(aside).parent.mkdir(exist_ok=True)
             room = shutil.disk_usage(Path(aside).parent).free / _DISK_SHARE
-        with written_aside(aside, fs) as file, pa.ipc.new_file(file, _FILE) as writer:
-            for batch in batches:
-                writer.write_batch(batch)
-                if file.tell() > room:
-                    raise OSError(f"it would take more than half of the {2 * room / 1e9:.1f} GB that are free")
+        with written_aside(aside, fs) as file:
+            hashed = Hashed(file)
+            with pa.ipc.new_stream(hashed, _FILE) as writer:
+                for batch in batches:
+                    writer.write_batch(batch)
+                    if hashed.written > room:
+                        raise OSError(f"it would take more than half of the {2 * room / 1e9:.1f} GB that are free")
+            hashed.seal()
         return aside
+
+
+def _each(states: Iterator[pa.RecordBatch], column: str) -> Iterator[pa.RecordBatch]:
+    """Those of one kind, which are packed in a column of their own."""
+    packed = (state.column(column) for state in states)
+    return (pa.RecordBatch.from_struct_array(each) for each in packed if each[0].is_valid)
 
 
 def _fs(path: str) -> Any:

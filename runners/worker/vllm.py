@@ -72,18 +72,18 @@ def read_vllm(read: ReadJob, config: Configuration, weights: Weights) -> Reading
     yield Progress(read.label(), "input", 0, wanted)
     inputs = make_inputs(read, whole, weights.folder, wanted, BATCH_TOKENS, resolved=resolved)
     check_inputs(inputs, final.hidden_size)
-    prompts = list(_prompts(inputs))
+    prompts, stride = list(_prompts(inputs)), read.protocol.tap_stride
     row: Row = architecture_columns(final) | {"num_parameters": num_parameters(Configuration(raw_config))}
 
     yield Progress(read.label(), "loading")
     started = time.perf_counter()
     with _loaded(read, raw_config, weights, dtype, max(map(len, prompts))) as llm:
         load_seconds = time.perf_counter() - started
-        llm.collective_rpc("deadbench_begin", args=(sought, inputs.num_tokens, dtype))
+        llm.collective_rpc("deadbench_begin", args=(sought, inputs.num_tokens, dtype, stride))
         _run(llm, prompts[:1])
         device = pick_device()
         budget = accumulator_bytes(read, device) / (1 if device.type == "cuda" else read.tensor_parallel)
-        per_pass = read.tensor_parallel * ResidualRead.taps_within(budget, final.hidden_size)
+        per_pass = max(1, stride) * read.tensor_parallel * ResidualRead.taps_within(budget, final.hidden_size)
         first, num_taps, detail = 0, 1, ""
         forward = spectrum = 0.0
         while first < num_taps:

@@ -79,7 +79,7 @@ class ResidualRead:
     """Accumulates the taps of one model and says block by block what became of the bottom.
 
     Accumulators of all taps of a large model do not fit beside it. The taps are then read in several passes over the
-    same tokens: `wanted` says which are read now, `end_pass` ends a pass. The rows do not depend on the cut.
+    same tokens: `wanted` says which may be read now, `end_pass` ends a pass. The rows do not depend on the cut.
     """
 
     def __init__(
@@ -91,15 +91,17 @@ class ResidualRead:
         device: torch.device | str = "cpu",
         ranks: Ranks | None = None,
         first_row: int = 0,
+        stride: int = 1,
     ):
         """Read taps of a model that runs in `dtype` over `num_tokens` tokens; `placement` as in `reads`.
 
         With `ranks`, every rank gives its taps and all end their passes together; each has all the rows then.
         `first_row` is how many rows of each tap come before the first that is given here, to another rank.
+        Each `stride`-th tap is read, and the last (0: none); a tap is then compared with the one that was read before.
         """
         self.hidden_size, self.num_tokens, self.dtype, self.placement = hidden_size, num_tokens, dtype, placement
         self._half_tokens = max(0, num_tokens // 2 - first_row)
-        self.device, self.ranks = device, ranks or Ranks()
+        self.device, self.ranks, self.stride = device, ranks or Ranks(), stride
         self.wanted = range(0)
         self._taps: dict[int, Tap] = {}
         self._last_tap: dict[int, Tap] = {}  # of the pass before: its halves may yet be asked for
@@ -112,14 +114,17 @@ class ResidualRead:
         """How many taps of this width fit in `budget_bytes`, at least one."""
         return max(1, int(budget_bytes // (TAP_BYTES * hidden_size**2)))
 
-    def update(self, tap: int, acts: Tensor, mask: Bool[Tensor, "B T"] | None = None) -> None:
+    def update(self, tap: int, acts: Tensor, mask: Bool[Tensor, "B T"] | None = None, *, is_last: bool = False) -> None:
         """Add one forward pass's stream at `tap`; a stream of another width (a merger's, a pyramid's) is left out.
+
+        `is_last`: no tap comes after it.
 
         Raises:
             ValueError: values that are not finite, or rows of zeros after the first block.
         """
-        mine = self.ranks.replicas or tap % self.ranks.size == self.ranks.rank
-        if tap not in self.wanted or not mine or acts.shape[-1] != self.hidden_size:
+        if not self.stride or tap not in self.wanted or (tap % self.stride and not is_last):
+            return
+        if not (self.ranks.replicas or self._owner(tap) == self.ranks.rank) or acts.shape[-1] != self.hidden_size:
             return
         rows = token_rows(acts, mask)
         if tap:
@@ -150,9 +155,9 @@ class ResidualRead:
         self._taps = {}
 
     def _merge_replicas(self) -> None:
-        """What the ranks saw of tap t is brought to rank t mod size and merged there, in the order of the tokens."""
+        """What the ranks saw of a tap is brought to one of them and merged there, in the order of the tokens."""
         for index in sorted({index for part in self.ranks.share(list(self._taps)) for index in part}):
-            owner, state = index % self.ranks.size, None
+            owner, state = self._owner(index), None
             with self.ranks.together():
                 if index in self._taps:
                     state = self._taps.pop(index).to_arrow()
@@ -162,6 +167,10 @@ class ResidualRead:
                 for other in others:
                     merged.merge(other)
                 self._taps[index] = merged
+
+    def _owner(self, tap: int) -> int:
+        """The rank of a tap: taps that are read go to one rank after another."""
+        return -(-tap // self.stride) % self.ranks.size
 
     def _shared(self, mine: dict[int, Any]) -> dict[int, Any]:
         """What all ranks have, by tap."""

@@ -20,6 +20,7 @@ Family = Literal["layernorm", "rmsnorm", "none", "other"]
 Dtype = Literal["auto", "float32", "float16", "bfloat16", "float64"]
 Engine = Literal["auto", "torch", "streaming", "vllm"]
 Stack = Literal["encoder", "decoder"]
+TAP_RULE = r"all|none|every:[1-9]\d*"
 TokenRule = Annotated[str, Field(pattern=r"^[1-9]\d*D$")] | Annotated[int, Field(gt=0)]
 
 
@@ -36,13 +37,22 @@ class Strict(BaseModel):
 class Protocol(Strict):
     """How a read is made; only reads of one protocol are compared.
 
-    `tokens` is a number, or a multiple of the hidden size (`8D`). The first `skip_positions` tokens of each sequence
-    are run and left out of the statistics: attention sinks and massive activations sit there.
+    `tokens` is a number, or a multiple of the hidden size (`8D`). `taps` says which places of the residual stream are
+    read: `all`, `none`, or `every:K`, the embedding output, each K-th block's and the last one's. The first
+    `skip_positions` tokens of each sequence are run and left out of the statistics: attention sinks and massive
+    activations sit there.
     """
 
     tokens: TokenRule = "8D"
     sequence_length: Annotated[int, Field(gt=0)] = 256
     skip_positions: Annotated[int, Field(ge=0)] = 0
+    taps: Annotated[str, Field(pattern=rf"^({TAP_RULE})$")] = "all"
+
+    @property
+    def tap_stride(self) -> int:
+        """Each so-many-th tap is read, and the last; 0: none."""
+        named = {"all": 1, "none": 0}
+        return named[self.taps] if self.taps in named else int(self.taps.removeprefix("every:"))
 
     @model_validator(mode="after")
     def _leaves_some(self) -> Self:

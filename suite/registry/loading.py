@@ -95,6 +95,8 @@ def _first_mistake(error: ValidationError, raw: dict[str, Any]) -> str:
         return f"{entry}{details['ctx']['error']}"
     if key == "tokens":
         return f"{entry}tokens {value!r} is neither a positive number nor a multiple of the hidden size such as 8D"
+    if key == "taps":
+        return f"{entry}taps {value!r} is unknown; choose all, none or every:K, such as every:4"
     return f"{entry}{key} {value!r}: {details['msg'][0].lower()}{details['msg'][1:]}"
 
 

@@ -162,7 +162,7 @@ class CovarianceFactor:
         columns = {
             "hidden_size": self.hidden_size,
             "offset": vector(self.offset_D),
-            "off_centre": self._off_centre(),
+            "off_centre": self._by_qr.off_centre,  # the Gram matrix knows its own, at the end of all rows
             "gram": self._by_gram.to_arrow() if self._by_gram is not None else None,
         }
         return struct(columns | self._by_qr.columns(), COVARIANCE_STATE)

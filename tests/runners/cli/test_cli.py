@@ -29,10 +29,10 @@ FLAGS = {
     "classify": "--save-direction --verify --module --config --model-type --width --allow-undetermined --json --debug",
     "export": "-o --out --config --model-type --debug",
     "plan": "--assume --suite --registry --reads --address --out --resume --fresh --engine --tensor-parallel "
-    "--replicas --tokens --input --seed --dtype --config --model-type --accumulator-gb --json --debug",
+    "--replicas --tokens --input --taps --seed --dtype --config --model-type --accumulator-gb --json --debug",
     "run": "--suite --registry --reads --address --out --resume --fresh --engine --tensor-parallel --replicas --tokens "
-    "--input --seed --dtype --config --model-type --accumulator-gb --timeout --max-retries --checkpoint-interval "
-    "--autoscale --log-format --json --debug",
+    "--input --taps --seed --dtype --config --model-type --accumulator-gb --timeout --max-retries "
+    "--checkpoint-interval --autoscale --log-format --json --debug",
     "census": "--out --address --resume --fresh --threads --config --model-type --json --debug",
     "leaderboard": "--format --sort --family --json --debug",
     "families": "--format --json --debug",
@@ -116,6 +116,7 @@ def test_the_flags_are_frozen():
         (["run", "--engine", "vlm"], "'vlm' cannot be run by this version; choose auto, torch, vllm, streaming"),
         (["run", "--tensor-parallel", "2"], "2 devices do not divide its 9 attention heads; choose one of 1, 3, 9"),
         (["run", "--dtype", "int8"], "--dtype 'int8' is unknown; choose auto, float32"),
+        (["run", "--taps", "some"], "--taps 'some' is unknown; choose all, none or every:K, such as every:4"),
         (["run", "--suite", "none"], "suite 'none' is unknown; choose quick"),
         (["run", "--reads", "guess"], "read 'guess' is unknown"),
         (["run", "--registry", "none.yaml"], "none.yaml: no such registry file"),

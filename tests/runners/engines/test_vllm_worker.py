@@ -93,12 +93,12 @@ def context(monkeypatch):
     return pretend_vllm(monkeypatch)
 
 
-def reader_of(model, sought, num_tokens=TOKENS):
+def reader_of(model, sought, num_tokens=TOKENS, stride=1):
     """A worker of vLLM with our extension, which has looked at the model."""
     worker = importlib.import_module("deadbench.runners.engines.vllm_worker")
     reader = worker.StreamReader()
     reader.model_runner = SimpleNamespace(get_model=lambda: model)
-    reader.deadbench_begin(pickle.dumps(sought), num_tokens, "float32")
+    reader.deadbench_begin(pickle.dumps(sought), num_tokens, "float32", stride)
     return reader
 
 
@@ -168,6 +168,17 @@ def test_the_rows_do_not_depend_on_how_many_taps_are_read_in_a_pass(context, sou
     model = Model(True)
     _, tables = read(reader_of(model, sought), model, context, per_pass=per_pass)
     assert_rows(tables, expected_rows(model, sought))
+
+
+@pytest.mark.parametrize(("stride", "blocks"), [(2, [0, 2, 3]), (0, [])])
+def test_the_taps_that_are_asked_for_are_read(context, sought, stride, blocks):
+    model = Model(True)
+    _, tables = read(reader_of(model, sought, stride=stride), model, context)
+    columns, _, every, _ = expected_rows(model, sought)
+    assert [row["block"] for row in tables["blocks"]] == blocks
+    sigmas = [row["sigma_min"] for row in every if row["block"] in blocks]
+    assert [row["sigma_min"] for row in tables["blocks"]] == pytest.approx(sigmas)
+    assert tables["reads"][0]["depth"] == pytest.approx(columns["depth"], rel=1e-9)
 
 
 def test_passes_that_warm_up_are_not_read(context, sought):
@@ -265,9 +276,9 @@ def test_ranks_share_the_taps_and_the_first_tells(monkeypatch, sought, per_pass)
     alone, *models = (Model(True) for _ in range(3))
     alone.run(PASSES)
 
-    def noted(self, tap, *rest):
+    def noted(self, tap, *rest, **also):
         before = {*self._taps}
-        update(self, tap, *rest)
+        update(self, tap, *rest, **also)
         updated.update((self.ranks.rank, new) for new in {*self._taps} - before)
 
     def work(ranks):

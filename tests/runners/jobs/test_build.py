@@ -50,7 +50,7 @@ def test_models_named_without_a_suite_run_under_the_standard_protocol():
 
 @pytest.mark.parametrize(
     "changed",
-    [{"tokens": 999}, {"dtype": "bfloat16"}, {"input": "tokens:random"}, {"seed": 1}],
+    [{"tokens": 999}, {"dtype": "bfloat16"}, {"input": "tokens:random"}, {"taps": "none"}, {"seed": 1}],
     ids=lambda change: next(iter(change)),
 )
 def test_whatever_changes_numbers_changes_the_identity(changed):
@@ -59,6 +59,20 @@ def test_whatever_changes_numbers_changes_the_identity(changed):
     assert plain.identity() == only(["twin-layernorm"]).identity()
     if "seed" not in changed:
         assert other.protocol_name == f"standard[{next(iter(changed))}={next(iter(changed.values()))}]"
+
+
+def test_taps_are_part_of_a_read_of_the_stream_alone():
+    """All of them, however that is said, is the read that it always was."""
+    plain = only(["twin-layernorm"])
+    for same in ("all", "every:1"):
+        assert only(["twin-layernorm"], taps=same).identity() == plain.identity()
+    assert only(["twin-layernorm"], taps="all").protocol_name == "standard"
+    hashes = {only(["twin-layernorm"], taps=taps).protocol_hash for taps in ("none", "every:2", "every:3", "all")}
+    assert len(hashes) == 4
+    assert only(["twin-layernorm"], taps="every:2").protocol.tap_stride == 2
+    for read in ("parameters", "functional"):
+        one, other = (only(["twin-layernorm"], read, taps=taps) for taps in (None, "none"))
+        assert one.identity() == other.identity()
 
 
 def test_an_input_file_counts_by_content(tmp_path):

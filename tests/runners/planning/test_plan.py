@@ -87,6 +87,36 @@ def test_placements_on_assumed_clusters(registry, shape, engines, ranks):
         assert row.tensor_parallel == 1 or 64 % row.tensor_parallel == 0
 
 
+def test_taps_that_are_not_read_take_neither_memory_nor_passes(registry):
+    plans = {
+        taps: make_plan(jobs_of(registry, ["pythia-6.9b"], taps=taps, accumulator_gb=1.5), parse_cluster("1x80GB"))[0]
+        for taps in ("all", "every:8", "none")
+    }
+    tap, decomposed = 16 * 4096**2, 40 * 4096**2
+    assert [row.passes for row in plans.values()] == [17, 3, 1], "two taps a pass: of 33, of 0, 8, 16, 24, 32, of none"
+    assert [row.accumulator_bytes for row in plans.values()] == [2 * tap + decomposed, 2 * tap + decomposed, decomposed]
+    streamed = [
+        make_plan(jobs_of(registry, ["pythia-6.9b"], taps=taps, engine="streaming"), parse_cluster("0x64GB"))[0]
+        for taps in ("all", "none")
+    ]
+    assert streamed[0].peak_host_bytes - streamed[1].peak_host_bytes == 2 * tap
+
+
+def test_checkpoints_and_waiting_streams_are_counted_as_disk(registry):
+    D, tokens = 4096, 8 * 4096
+    tap, stream = 16 * D**2, 4 * tokens * D
+
+    def planned(cluster, **overrides):
+        (row,) = make_plan(jobs_of(registry, ["pythia-6.9b"], **overrides), parse_cluster(cluster))
+        return row.disk_bytes
+
+    assert planned("1x80GB", taps="none") == 2 * 2 * tap, "the final norm's, and again while it is replaced"
+    assert planned("1x80GB", accumulator_gb=1.5) == 2 * 4 * tap
+    assert planned("0x200GB", engine="streaming") == 2 * (4 * tap + stream)
+    assert planned("0x8GB", engine="streaming", taps="none") > 2 * (2 * tap + stream), "streams that find no room"
+    assert planned("1x80GB", engine="vllm") is None
+
+
 def test_a_small_model_takes_a_part_of_a_gpu_that_holds_it_whole(registry):
     jobs = jobs_of(registry, ["pythia-1.4b", "pythia-6.9b"])
     for shape, shares in (("8x40GB", [0.25, 1]), ("8x141GB", [0.125, 0.5])):

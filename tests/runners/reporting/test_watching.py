@@ -39,7 +39,9 @@ def test_the_live_table_has_rate_memory_and_time_left(clock):
     console.print(reporter._render())
     console.file.close()
     line = next(text for text in console.export_text().splitlines() if "m random" in text)
-    assert re.split(r"\s{2,}", line.strip()) == ["m random", "forward", "3,000/9,000", "200", "2.5 GB", "30 s"]
+    assert re.split(r"\s{2,}", line.strip()) == [
+        "m random", "forward", "3,000 of 9,000 tokens", "200 tokens/s", "2.5 GB", "30 s"
+    ]  # fmt: skip
 
 
 def test_events_are_one_json_object_a_line(capsys, clock, jobs):

@@ -75,8 +75,9 @@ class StackEngine:
                 raise KeyboardInterrupt
             self.taken.append(batch)
             x_BTD = batch.model_inputs["x_BTD"]
-            for call, block in enumerate(blocks.modules):
-                blocks.on_input(call, x_BTD, batch)
+            for call, block in enumerate(model.blocks):
+                if block in blocks.modules:
+                    blocks.on_input(call, x_BTD, batch)
                 x_BTD = block(x_BTD)
             yield batch, ForwardPass(x_BTD, norm(x_BTD), 1.0, 0.5, len(blocks.modules))
 
@@ -215,6 +216,34 @@ def test_a_stack_without_blocks_has_a_final_norm_and_no_stream(read, inputs):
     assert columns["num_tokens"] == inputs.num_tokens
     assert (blocks, spectra, of_stream["blocks_preserved"]) == ([], [], None)
     assert position.num_taps == 1
+
+
+def tapped(read, taps):
+    """The read of those taps."""
+    return replace(read, protocol=read.protocol.model_copy(update={"taps": taps}))
+
+
+@pytest.mark.parametrize(("fit", "passes"), [(1, 2), (2, 1)])
+def test_each_second_tap_and_the_last_in_as_many_passes_as_they_need(read, model, inputs, fit, passes):
+    engine = StackEngine()
+    said, _, _ = run(tapped(fitting(read, fit), "every:2"), model, inputs, engine)
+    assert [row["block"] for row in said[3]] == [0, 2, 3]
+    assert len(engine.taken) == passes * BATCHES
+    assert said[0] == run(read, model, inputs)[0][0], "the final norm is the same"
+
+
+def test_without_taps_one_pass_and_the_final_norm_alone(read, model, inputs):
+    engine = StackEngine()
+    said, _, _ = run(tapped(fitting(read, 1), "none"), model, inputs, engine)
+    assert len(engine.taken) == BATCHES
+    assert said[0] == run(read, model, inputs)[0][0]
+    assert said[3:] == [[], []]
+
+
+def test_replicas_read_the_taps_that_are_asked_for(read, model, inputs):
+    for taps, blocks in (("every:2", [0, 2, 3]), ("none", [])):
+        said, *_ = replicas(2, tapped(read, taps), model, inputs)[0]
+        assert [row["block"] for row in said[3]] == blocks
 
 
 @pytest.mark.parametrize(("fit", "cut"), [(1, 1), (1, 6), (1, 20), (3, 5), (3, 6), (3, 8), (4, 1), (4, 5)])

@@ -218,12 +218,6 @@ def test_checkpoints_go_to_a_bucket_too(registry, monkeypatch, small_batches):
     assert not fsspec.filesystem("memory").find("/results")
 
 
-def test_streaming_says_nothing_and_saves_nothing(registry, tmp_path, monkeypatch, small_batches):
-    job = job_of(registry, "neox", engine="streaming").checkpointed(1e-9, str(tmp_path))
-    rows_of(run_model(job, "run", 1))
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.parametrize(("engine", "size"), [("torch", 11), ("streaming", 2)])
 def test_replicas_in_threads(registry, undisturbed, monkeypatch, small_batches, engine, size):
     """More replicas than batches; and block by block, in step at every block."""

@@ -20,13 +20,13 @@ def stream(seed=0, dtype=torch.float32, tokens=N):
     return [t.to(dtype) for t in torch.stack(taps).cumsum(0)]
 
 
-def read(taps, *, dtype="float32", placement="pre", batch=50, per_pass=TAPS):
-    measured = ResidualRead(D, len(taps[0]), dtype, placement)
+def read(taps, *, dtype="float32", placement="pre", batch=50, per_pass=TAPS, stride=1):
+    measured = ResidualRead(D, len(taps[0]), dtype, placement, stride=stride)
     for first in range(0, len(taps), per_pass):
         measured.wanted = range(first, first + per_pass)
         for start in range(0, len(taps[0]), batch):
             for index, acts in enumerate(taps):
-                measured.update(index, acts[start : start + batch])
+                measured.update(index, acts[start : start + batch], is_last=index == len(taps) - 1)
         measured.end_pass()
     return measured.finish()
 
@@ -138,6 +138,26 @@ def test_any_number_of_passes_gives_the_same_rows(per_pass):
     taps, q = stream(), direction()
     taps[3] = taps[3] - torch.outer(taps[3] @ q, q)
     assert read(taps, per_pass=per_pass) == read(taps)
+
+
+@pytest.mark.parametrize("per_pass", [3, TAPS])
+def test_each_third_tap_and_the_last_are_compared_with_the_one_read_before(per_pass):
+    taps, q = stream(), direction()
+    for index in range(2, TAPS):
+        taps[index] = taps[index] - torch.outer(taps[index] @ q, q)
+    _, whole, spectra = read(taps)
+    columns, blocks, some = read(taps, stride=3, per_pass=per_pass)
+    assert [row["block"] for row in blocks] == [0, 3, 5]
+    assert some == [spectra[0], spectra[3], spectra[5]]
+    assert blocks[1]["ratio"] == whole[3]["sigma_min"] / whole[0]["sigma_min"]
+    assert [row["state"] for row in blocks] == [None, "collapsed", "preserved-dead"]
+    assert (columns["blocks_preserved"], columns["worst_block"]) == (False, 3)
+
+
+def test_no_tap_is_null_and_no_row():
+    columns, blocks, spectra = read(stream(), stride=0)
+    assert columns == dict.fromkeys(("blocks_preserved", "worst_block", "worst_block_ratio"))
+    assert (blocks, spectra) == ([], [])
 
 
 def test_taps_within_a_budget():

@@ -155,6 +155,10 @@ def change(path, value):
         (change(("suites", "s", "protocol"), "x"), "suite s: protocol 'x' is unknown; choose standard"),
         (change(("suites", "s", "models", "append"), {"model": "m", "redas": []}), "unknown key 'models.2.redas'"),
         (change(("protocols", "standard", "tokens"), "4x"), "protocol standard: tokens '4x' is neither"),
+        (
+            change(("protocols", "standard", "taps"), "every:0"),
+            "protocol standard: taps 'every:0' is unknown; choose all",
+        ),
         (change(("protocols",), {}), "protocols: 'standard' is missing"),
         (change(("sweets",), {}), "unknown key 'sweets'; allowed: models, protocols or suites"),
     ],
