@@ -6,6 +6,7 @@ built: what writes is told by the names of tensors, so that a centred stream is 
 embedding is not centred, as nearly every one, costs eight rows. Shapes: D hidden size, N rows.
 """
 
+import itertools
 import re
 from collections.abc import Mapping
 
@@ -23,10 +24,11 @@ _EMBEDDING = re.compile(r"(^|\.)(\w*emb\w*|wte|wpe)\.(\w+\.)?weight$")
 _NOT_INPUT = re.compile(r"(head|embed_out|output|rotary|rel)")
 _IN_BLOCK = re.compile(r"\.(\d+)\.")
 _WRITER = re.compile(
-    r"\.(o_proj|out_proj|c_proj|wo|w2|down_proj|fc2|fc_out|out_lin|lin2|dense_4h_to_h|attention\.dense|output\.dense)"
+    r"\.(o_proj|out_proj|c_proj|wo|w2|down_proj|fc2|fc_out|out_lin|lin2|dense_4h_to_h|attention\.dense|output\.dense|"
+    r"attn_output|ffn_down)"
     r"\.weight$"
 )
-_MOST_BYTES = 2**28  # of one map that is read whole
+_MOST_BYTES, _MOST_WRITERS = 2**27, 8  # of one map that is read whole; of a block, experts being many
 
 
 def writes_centred(files: Files, entries: Mapping[str, TensorEntry], hidden_size: int) -> bool | None:
@@ -58,9 +60,8 @@ def writes_centred(files: Files, entries: Mapping[str, TensorEntry], hidden_size
     blocks = sorted({_block(e.name) for e in writers})
     if not blocks:
         return None
-    for writer in writers:
-        if _block(writer.name) not in (blocks[0], blocks[-1]):
-            continue
+    of_blocks = [[e for e in writers if _block(e.name) == block][:_MOST_WRITERS] for block in {blocks[0], blocks[-1]}]
+    for writer in itertools.chain(*of_blocks):
         rows = _outputs(files, writer, hidden_size)
         if rows is None:
             return None
