@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from deadbench.runners.engines.registry import ENGINES
 from deadbench.runners.jobs.events import Event, Finished, Progress, Reading, to_tables
 from deadbench.runners.jobs.job import ModelJob, ReadJob
+from deadbench.suite.checkpoints.checkpoint import Checkpoint
 from deadbench.suite.errors import one_line
 
 
@@ -105,19 +106,43 @@ def _read_trained(read: ReadJob) -> Reading:
     config = Configuration(checkpoint.config())
     entries = checkpoint.headers()  # refuses broken files before anything is loaded
     weights = checkpoint.weights().format
-    if not weights.runs:
-        raise ValueError(
-            f"{checkpoint.source}: {weights.name} holds other tensors than transformers' model, and no forward pass is "
-            "had from it; give the checkpoint that it was converted from, or --reads parameters"
-        )
+    _refuse_without_pass(checkpoint)
     left_out = refuse_unexpected(published(config).base_model, config.raw, entries, checkpoint.source)
     with checkpoint.local_copy() as folder:
         rows = yield from _model_reader(read)(read, config, StoredWeights(folder, entries, weights.name))
     row = rows["reads"][0]
     row |= checkpoint.origin()
+    if merged := _merged(checkpoint):
+        row["engine_detail"] = f"{row['engine_detail']}; {merged}"
     if left_out:
         row["engine_detail"] = f"{row['engine_detail']}; not loaded, and of no effect: {_named(left_out)}"
     return rows
+
+
+def _refuse_without_pass(checkpoint: Checkpoint) -> None:
+    """Raise ValueError where no forward pass can be had of a checkpoint, before its weights are loaded."""
+    from deadbench.runners.engines.merged_adapter import why_not_merged
+    from deadbench.suite.checkpoints.adapters import AdaptedCheckpoint
+
+    weights = checkpoint.weights().format
+    if not weights.runs:
+        raise ValueError(
+            f"{checkpoint.source}: {weights.name} holds other tensors than transformers' model, and no forward pass is "
+            "had from it; give the checkpoint that it was converted from, or --reads parameters"
+        )
+    if isinstance(checkpoint, AdaptedCheckpoint) and (reason := why_not_merged(checkpoint)):
+        raise ValueError(reason)
+
+
+def _merged(checkpoint: Checkpoint) -> str | None:
+    """What was merged into what, for an adapter's row."""
+    from deadbench.suite.checkpoints.adapters import AdaptedCheckpoint
+
+    if not isinstance(checkpoint, AdaptedCheckpoint):
+        return None
+    return (
+        f"{checkpoint.kind} adapter merged into {len(checkpoint.changes())} maps of its base {checkpoint.base.source}"
+    )
 
 
 def _named(tensors: list[str]) -> str:
@@ -154,6 +179,7 @@ def _read_functional(read: ReadJob) -> Reading:
     entries = checkpoint.headers() if trained else None
     config = Configuration(checkpoint.config())
     if entries is not None:
+        _refuse_without_pass(checkpoint)
         refuse_unexpected(published(config), config.raw, entries, checkpoint.source)
     with checkpoint.local_copy() as folder:
         weights = RandomWeights(read.seed, folder) if entries is None else StoredWeights(folder, entries)
