@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from deadbench.suite.checkpoints.adapters import AdaptedCheckpoint
 from deadbench.suite.checkpoints.no_weights import ADAPTER_FILE
+from deadbench.suite.checkpoints.quantised import method_of
 from deadbench.suite.checkpoints.strict_json import shown
 from deadbench.suite.checkpoints.tensors import TensorEntry
 from deadbench.suite.errors import CheckpointError, reason_of
@@ -73,6 +74,11 @@ def why_not_merged(checkpoint: AdaptedCheckpoint) -> str | None:
     if not checkpoint.changes():
         return None
     peft_settings(checkpoint)
+    if quantised := method_of(checkpoint.config()):
+        return (
+            f"{checkpoint.source}: its base {checkpoint.base.source} is quantised ({quantised}), and nothing is merged "
+            f"into that; name the base's plain weights in base_model_name_or_path of {ADAPTER_FILE}, or {merge}"
+        )
     from importlib.util import find_spec
 
     return f"{checkpoint.source}: {INSTALL}" if find_spec("peft") is None else None

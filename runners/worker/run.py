@@ -106,7 +106,7 @@ def _read_trained(read: ReadJob) -> Reading:
     config = Configuration(checkpoint.config())
     entries = checkpoint.headers()  # refuses broken files before anything is loaded
     weights = checkpoint.weights().format
-    _refuse_without_pass(checkpoint)
+    _refuse_without_pass(checkpoint, read.engine)
     left_out = refuse_unexpected(published(config).base_model, config.raw, entries, checkpoint.source)
     with checkpoint.local_copy() as folder:
         rows = yield from _model_reader(read)(read, config, StoredWeights(folder, entries, weights.name))
@@ -119,10 +119,11 @@ def _read_trained(read: ReadJob) -> Reading:
     return rows
 
 
-def _refuse_without_pass(checkpoint: Checkpoint) -> None:
+def _refuse_without_pass(checkpoint: Checkpoint, engine: str | None) -> None:
     """Raise ValueError where no forward pass can be had of a checkpoint, before its weights are loaded."""
     from deadbench.runners.engines.merged_adapter import why_not_merged
     from deadbench.suite.checkpoints.adapters import AdaptedCheckpoint
+    from deadbench.suite.checkpoints.quantised import why_not_run
 
     weights = checkpoint.weights().format
     if not weights.runs:
@@ -130,7 +131,10 @@ def _refuse_without_pass(checkpoint: Checkpoint) -> None:
             f"{checkpoint.source}: {weights.name} holds other tensors than transformers' model, and no forward pass is "
             "had from it; give the checkpoint that it was converted from, or --reads parameters"
         )
-    if isinstance(checkpoint, AdaptedCheckpoint) and (reason := why_not_merged(checkpoint)):
+    reason = why_not_merged(checkpoint) if isinstance(checkpoint, AdaptedCheckpoint) else None
+    if engine is None or ENGINES[engine].in_process:  # others unpack weights themselves
+        reason = reason or why_not_run(checkpoint.config(), checkpoint.source)
+    if reason:
         raise ValueError(reason)
 
 
@@ -179,7 +183,7 @@ def _read_functional(read: ReadJob) -> Reading:
     entries = checkpoint.headers() if trained else None
     config = Configuration(checkpoint.config())
     if entries is not None:
-        _refuse_without_pass(checkpoint)
+        _refuse_without_pass(checkpoint, read.engine)
         refuse_unexpected(published(config), config.raw, entries, checkpoint.source)
     with checkpoint.local_copy() as folder:
         weights = RandomWeights(read.seed, folder) if entries is None else StoredWeights(folder, entries)

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deadbench.suite.checkpoints.files import Files
+from deadbench.suite.checkpoints.quantised import is_part
 from deadbench.suite.checkpoints.strict_json import shown
 from deadbench.suite.errors import CheckpointError
 
@@ -172,10 +173,10 @@ def read_vector(files: Files, entry: TensorEntry) -> NDArray[np.float64]:
 
 
 def stored_dtype(entries: Mapping[str, TensorEntry]) -> str | None:
-    """Name of the float dtype that most parameters are stored in; None if there are none."""
+    """Name of the float dtype that most parameters are stored in, scales of quantised ones not among them; or None."""
     sizes: dict[str, int] = {}
     for entry in entries.values():
-        if entry.dtype in DTYPE_NAMES:
+        if entry.dtype in DTYPE_NAMES and not is_part(entry.name):
             sizes[entry.dtype] = sizes.get(entry.dtype, 0) + math.prod(entry.shape)
     return DTYPE_NAMES[max(sizes, key=lambda dtype: sizes[dtype])] if sizes else None
 
