@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from deadbench.runners.cli.checkpoint_pair import are_checkpoints, compare_checkpoints
 from deadbench.runners.cli.console import (
     EXIT_FALSE,
     FORMATS,
@@ -22,8 +23,8 @@ from deadbench.runners.cli.options import GateFile
 
 
 def compare(
-    baseline: Annotated[str, typer.Argument(metavar="BASELINE", help="RESULTS, or RESULTS@REVISION.")],
-    candidate: Annotated[str, typer.Argument(metavar="CANDIDATE", help="RESULTS, or RESULTS@REVISION.")],
+    baseline: Annotated[str, typer.Argument(metavar="BASELINE", help="RESULTS, RESULTS@REVISION, or a SOURCE.")],
+    candidate: Annotated[str, typer.Argument(metavar="CANDIDATE", help="The same; a SOURCE beside a SOURCE.")],
     gate: GateFile = None,
     show_all: Annotated[bool, typer.Option("--all", help="Also list what did not change, or passed.")] = False,
     junit: Annotated[Path | None, typer.Option(metavar="FILE", help="With --gate: write JUnit XML.")] = None,
@@ -36,11 +37,16 @@ def compare(
 ) -> None:
     """What changed from one result set, or one checkpoint, to another, read by read. With a gate: exit 1 if it breaks.
 
+    Of two checkpoints (folders, files, hf://ORG/NAME), one of them quantised: whether each norm's scale was moved into
+    the maps that it feeds, as AWQ and SmoothQuant do, and into all of them; exit 1 where one was left unscaled.
+
     In GitHub Actions the gate's summary also goes to the job's page ($GITHUB_STEP_SUMMARY).
 
     Example: [bold]deadbench compare results/main results/branch --gate gate.yaml --junit gate.xml[/bold]
 
     Example: [bold]deadbench compare results/quick@step16 results/quick@step4096[/bold]
+
+    Example: [bold]deadbench compare ./model ./model-awq --all[/bold]
     """
     from deadbench.analysis.compare import METRICS, num_reads, open_side
     from deadbench.analysis.compare import compare as differences
@@ -52,6 +58,11 @@ def compare(
 
     format = "json" if as_json else format
     one_of("--format", format, (*FORMATS, "github"))
+    if are_checkpoints(baseline, candidate):
+        if gate is not None or plot is not None:
+            raise UserError("--gate and --plot are of result sets, and these are checkpoints; leave them out")
+        compare_checkpoints(baseline, candidate, format, show_all=show_all)
+        return
     if gate is None and (junit is not None or format == "github"):
         raise UserError(f"{'--junit' if junit else '--format github'} reports a gate; give one with --gate FILE")
     check_folder("--junit", junit)

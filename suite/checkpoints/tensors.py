@@ -161,14 +161,19 @@ def read_vector(files: Files, entry: TensorEntry) -> NDArray[np.float64]:
             f"{entry.file}: tensor {entry.name} is {entry.dtype} of shape {list(entry.shape)}; "
             f"expected a vector of {', '.join(_FLOAT_DTYPES)} or BF16"
         )
-    raw = read_raw(files, entry)
-    if entry.dtype == "BF16":
-        values = (raw.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    else:
-        values = raw.view(_FLOAT_DTYPES[entry.dtype]).astype(np.float64)
+    values = read_floats(files, entry)
     if not np.isfinite(values).all():
         bad = int((~np.isfinite(values)).sum())
         raise CheckpointError(f"{entry.file}: tensor {entry.name} has {bad} values that are not finite")
+    return values
+
+
+def read_floats(files: Files, entry: TensorEntry) -> NDArray[np.float64]:
+    """A tensor of one of `DTYPE_NAMES` as float64; raises as `read_raw` does."""
+    raw = read_raw(files, entry)
+    if entry.dtype == "BF16":
+        return (raw.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    values: NDArray[np.float64] = raw.view(_FLOAT_DTYPES[entry.dtype]).astype(np.float64)
     return values
 
 

@@ -9,8 +9,8 @@ from transformers import AutoModel
 from deadbench.suite.architectures.build import build_config, build_model, build_published
 from deadbench.suite.architectures.unexpected_tensors import refuse_unexpected
 from deadbench.suite.checkpoints.checkpoint import Checkpoint
-from deadbench.suite.checkpoints.tensors import TensorEntry
 from deadbench.suite.checkpoints.quantised import is_part
+from deadbench.suite.checkpoints.tensors import TensorEntry
 from deadbench.suite.errors import CheckpointError
 from tests.conftest import TINY_NEOX, TWINS, save_tiny
 
