@@ -138,7 +138,8 @@ class Model(Strict):
     the source. Where there is a `revision` too, it stands for the model, and the series is read by the suites that say
     `checkpoints: true`. With an inline `config` (contents of a config.json) a random-init read needs no source at all.
     `stack` says which half of an encoder-decoder a forward pass is read in. `seen` and `unverified` say how well the
-    entry is known: `unverified` names keys of the entry, or `config.KEY`, that no page has shown.
+    entry is known: `unverified` names keys of the entry, or `config.KEY`, that no page has shown. In the file one entry
+    with `seeds` stands for a model of each (`suite/registry/seeds.py`).
     """
 
     id: Annotated[str, Field(pattern=r"^[\w][\w.\-/]*$")]
