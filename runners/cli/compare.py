@@ -7,7 +7,11 @@ from typing import Annotated
 
 import typer
 
-from deadbench.runners.cli.checkpoint_pair import are_checkpoints, compare_checkpoints
+from deadbench.runners.cli.checkpoint_pair import (
+    are_checkpoints,
+    compare_checkpoints,
+    frames_of_quantised_pair,
+)
 from deadbench.runners.cli.console import (
     EXIT_FALSE,
     FORMATS,
@@ -38,7 +42,8 @@ def compare(
     """What changed from one result set, or one checkpoint, to another, read by read. With a gate: exit 1 if it breaks.
 
     Of two checkpoints (folders, files, hf://ORG/NAME), one of them quantised: whether each norm's scale was moved into
-    the maps that it feeds, as AWQ and SmoothQuant do, and into all of them; exit 1 where one was left unscaled.
+    the maps that it feeds, as AWQ and SmoothQuant do, and into all of them; exit 1 where one was left unscaled. Result
+    sets of such a pair show the same table, where the checkpoints are still here.
 
     In GitHub Actions the gate's summary also goes to the job's page ($GITHUB_STEP_SUMMARY).
 
@@ -69,7 +74,8 @@ def compare(
     check_folder("--plot", plot)
     rules = load_gate(gate) if gate is not None else None
     asked = rules.scales() if rules else METRICS
-    rows = differences(open_side(baseline), open_side(candidate), asked)
+    one, other = open_side(baseline), open_side(candidate)
+    rows = differences(one, other, asked)
     if plot is not None:
         from deadbench.analysis.plots.comparison import comparison_plot
         from deadbench.analysis.plots.export import save_plot
@@ -84,8 +90,9 @@ def compare(
         shown = rows if show_all else rows.filter(rows["verdict"] != "same")
         if shown.is_empty():
             say(f"no differences: {num_reads(rows)} reads, {rows['metric'].n_unique()} metrics compared")
-        if format != "table" or len(shown):
-            print_frames({"compare": shown}, format)
+        scaling = frames_of_quantised_pair(one, other, show_all=show_all)
+        if format != "table" or len(shown) or scaling:
+            print_frames({"compare": shown} | scaling, format)
         return
     judged = judge(rows, rules)
     failures = broken(judged)

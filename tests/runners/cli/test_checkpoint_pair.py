@@ -1,11 +1,15 @@
 """`deadbench compare` of two checkpoints: a row a norm, exit 1 where a map was left unscaled; results stay results."""
 
 import json
+import shutil
 
 import pytest
 from safetensors.torch import load_file, save_file
 
+from deadbench.runners.census.worker import census_row
 from deadbench.runners.cli.checkpoint_pair import are_checkpoints
+from deadbench.runners.results.store import ResultStore
+from deadbench.suite.schema import to_table
 from tests.conftest import TWINS, save_tiny
 
 NORM, MAP = "gpt_neox.layers.1.input_layernorm", "gpt_neox.layers.1.attention.query_key_value"
@@ -69,3 +73,21 @@ def test_which_sides_are_checkpoints(pair, tmp_path, monkeypatch):
     for other in ("results/main", "results/main@step4", "empty", "nowhere", "s3://bucket/results"):
         assert not are_checkpoints(base, other)
     assert not are_checkpoints("results/typo", "results/other")
+
+
+def test_result_sets_of_a_quantised_pair_show_its_norms(deadbench, pair, tmp_path):
+    """Where the checkpoints are still here; two that are plain, or gone, are compared as any two."""
+    quantised = tmp_path / "quantised"
+    shutil.copytree(pair / "left", quantised)
+    config = json.loads((quantised / "config.json").read_text())
+    (quantised / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    for name, source in (("one", pair / "base"), ("plain", pair / "moved"), ("other", quantised)):
+        row = census_row(str(source), str(source), "run")
+        ResultStore(str(tmp_path / name)).write({"reads": to_table("reads", [row])})
+    code, out, err = deadbench("compare", tmp_path / "one", tmp_path / "other", "--json")
+    (row,) = json.loads(out)["scaled_norms"]
+    assert (code, row["verdict"], row["unscaled"]) == (0, "broken", MAP)
+    assert "5 norms: 0 turned with all that they feed, 1 broken" in err
+    assert "scaled_norms" not in deadbench("compare", tmp_path / "one", tmp_path / "plain", "--json")[1]
+    shutil.rmtree(quantised)
+    assert "scaled_norms" not in deadbench("compare", tmp_path / "one", tmp_path / "other", "--json")[1]

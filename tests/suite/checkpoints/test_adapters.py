@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from deadbench.suite.checkpoints.adapters import AdaptedCheckpoint, open_checkpoint, read_config
 from deadbench.suite.checkpoints.series import series_in
@@ -188,3 +188,16 @@ def test_a_hostile_adapter_leaves_no_trace(base, tmp_path):
     with pytest.raises(CheckpointError, match=r"names io\.open"):
         open_checkpoint(str(adapter)).headers()
     assert not Path(tmp_path / "left-behind").exists()
+
+
+def test_every_command_takes_an_adapter(deadbench, base, tmp_path):
+    path = f"base_model.model.{NORM}"
+    adapter = write_adapter(tmp_path / "adapter", base, {f"{path}.weight": SCALE, f"{path}.bias": SHIFT})
+    code, out, err = deadbench("classify", adapter)
+    assert (code, "layernorm" in out) == (0, True), err
+    code, _, err = deadbench("export", adapter, "-o", tmp_path / "directions.safetensors")
+    assert code == 0, err
+    direction = load_file(tmp_path / "directions.safetensors")["final_layer_norm.direction"]
+    assert np.allclose(direction * np.linalg.norm(1 / SCALE), 1 / SCALE)
+    code, out, err = deadbench("plan", adapter, "--assume", "1x24GB", "--input", "tokens:random", "--json")
+    assert (code, {row["read"] for row in json.loads(out)["reads"]}) == (0, {"parameters", "random", "trained"}), err
