@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from deadbench.suite.architectures.stored_names import naming, renamed, unwrapped
 from deadbench.suite.checkpoints.adapters import AdaptedCheckpoint
 from deadbench.suite.checkpoints.no_weights import ADAPTER_FILE
 from deadbench.suite.checkpoints.quantised import method_of
@@ -71,7 +72,7 @@ def why_not_merged(checkpoint: AdaptedCheckpoint) -> str | None:
     for key in ("layer_replication", "target_parameters", "trainable_token_indices", "arrow_config"):
         if settings.get(key):
             return f"{checkpoint.source}: {key} in {ADAPTER_FILE} is not followed; {merge}"
-    if not checkpoint.changes():
+    if not checkpoint.tensors.changes:
         return None
     peft_settings(checkpoint)
     if quantised := method_of(checkpoint.config()):
@@ -174,31 +175,46 @@ class MergedSlice:
         return found
 
 
-def merged_slices(
-    checkpoint: AdaptedCheckpoint, slice_of: Callable[[str | TensorEntry], Slice], architecture: nn.Module
-) -> dict[str, MergedSlice]:
-    """Every stored parameter that the adapter changes without having it whole, as it is after merging.
+def adapted_slices(
+    checkpoint: AdaptedCheckpoint, slice_of: Callable[[TensorEntry], Slice], architecture: Any
+) -> dict[str, Slice]:
+    """Every stored parameter that the adapter changes or has under another name, as it is with the adapter.
 
     Args:
         checkpoint: the adapter and its base.
-        slice_of: a stored tensor, by the base's name or by what is known of it.
+        slice_of: a stored tensor.
         architecture: the base as published, on any device.
 
     Raises:
-        CheckpointError: `peft_settings` refuses its configuration.
+        CheckpointError: a map that the base does not have; `peft_settings` refuses its configuration.
     """
-    settings, modules = peft_settings(checkpoint), dict(architecture.named_modules())
-    prefix = f"{getattr(architecture, 'base_model_prefix', '')}."
-    found = {}
-    for change in checkpoint.changes():
-        paths = (change.path, prefix + change.path, change.path.removeprefix(prefix))
-        module = next((modules[path] for path in paths if path in modules), None)
+    stored, tensors = checkpoint.headers(), checkpoint.tensors
+    prefix, modules = f"{architecture.base_model_prefix}.", dict(architecture.named_modules())
+    rules = naming(architecture).rules
+    called = {renamed(unwrapped(name), rules): name for name in stored}
+
+    def in_any_form(name: str, known: Mapping[str, Any]) -> Any:
+        return next((known[n] for n in (name, prefix + name, name.removeprefix(prefix)) if n in known), None)
+
+    found: dict[str, Slice] = {
+        place: slice_of(entry) for name, entry in tensors.others.items() if (place := in_any_form(name, called))
+    }
+    settings = peft_settings(checkpoint) if tensors.changes else {}
+    for change in tensors.changes:
+        weight = change.weight or in_any_form(f"{change.path}.weight", called)
+        if weight is None:
+            raise CheckpointError(
+                f"{checkpoint.source}: it changes {change.path}, of which its base {checkpoint.base.source} stores no "
+                f"weight; name the base that it was trained on in base_model_name_or_path of {ADAPTER_FILE}"
+            )
+        bias = change.bias or in_any_form(f"{change.path}.bias", called)
         whole = settings["peft_type"] == "IA3" or any(name.endswith(".bias") for name in change.tensors)
-        names = {"weight": change.weight} | ({"bias": change.bias} if change.bias and whole else {})
-        stored = {parameter: slice_of(name) for parameter, name in names.items()}
+        names = {"weight": weight} | ({"bias": bias} if bias and whole else {})
+        own = {parameter: found.get(name) or slice_of(stored[name]) for parameter, name in names.items()}
         parts = {name: slice_of(entry) for name, entry in change.tensors.items()}
+        module = in_any_form(change.path, modules)
         for parameter, name in names.items():
-            found[name] = MergedSlice(change.path, stored, parts, parameter, module, settings)
+            found[name] = MergedSlice(change.path, own, parts, parameter, module, settings)
     return found
 
 

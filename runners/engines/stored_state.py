@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deadbench.runners.engines.merged_adapter import Slice, merged_slices
+from deadbench.runners.engines.merged_adapter import Slice, adapted_slices
+from deadbench.suite.architectures.build import build_config, build_published
 from deadbench.suite.checkpoints.adapters import AdaptedCheckpoint, open_prepared
 from deadbench.suite.checkpoints.files import Files
 from deadbench.suite.checkpoints.tensors import TensorEntry, read_raw
@@ -37,15 +38,9 @@ def stored_state(folder: Path) -> Mapping[str, Slice] | None:
         return None
     entries = checkpoint.headers()
     state: dict[str, Slice] = {name: StoredSlice(checkpoint, entry) for name, entry in entries.items()}
-    if isinstance(checkpoint, AdaptedCheckpoint) and checkpoint.changes():
-        from deadbench.suite.architectures.build import build_config, build_published
-
+    if isinstance(checkpoint, AdaptedCheckpoint) and (checkpoint.tensors.changes or checkpoint.tensors.others):
         architecture = build_published(build_config(checkpoint.config()), "meta")
-        state |= merged_slices(
-            checkpoint,
-            lambda each: StoredSlice(checkpoint, entries[each] if isinstance(each, str) else each),
-            architecture,
-        )
+        state |= adapted_slices(checkpoint, lambda entry: StoredSlice(checkpoint, entry), architecture)
     return state
 
 

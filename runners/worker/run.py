@@ -144,9 +144,8 @@ def _merged(checkpoint: Checkpoint) -> str | None:
 
     if not isinstance(checkpoint, AdaptedCheckpoint):
         return None
-    return (
-        f"{checkpoint.kind} adapter merged into {len(checkpoint.changes())} maps of its base {checkpoint.base.source}"
-    )
+    maps = len(checkpoint.tensors.changes)
+    return f"{checkpoint.kind} adapter merged into {maps} maps of its base {checkpoint.base.source}"
 
 
 def _named(tensors: list[str]) -> str:

@@ -28,21 +28,37 @@ class Change:
 
     Attributes:
         path: of the module, as the adapter calls it.
-        weight: the stored tensor of the base that is the module's weight.
-        bias: that of its bias, None where it has none.
+        weight: the stored tensor of the base that is the module's weight; None where none has the module's name.
+        bias: that of its bias; None where it has none.
         tensors: the adapter's own, by their names below the path.
     """
 
     path: str
-    weight: str
+    weight: str | None
     bias: str | None
     tensors: Mapping[str, TensorEntry]
 
 
-def whole_and_changes(
+@dataclass(frozen=True)
+class AdapterTensors:
+    """What an adapter holds, beside its base.
+
+    Attributes:
+        whole: tensors that take the place of the base's, by the names that it stores them under.
+        others: those that are whole too, and have no such name there: heads of its own, or modules that the installed
+            transformers calls otherwise than the base's files do.
+        changes: what it does to maps.
+    """
+
+    whole: Mapping[str, TensorEntry]
+    others: Mapping[str, TensorEntry]
+    changes: tuple[Change, ...]
+
+
+def adapter_tensors(
     held: Iterable[TensorEntry], stored: Mapping[str, TensorEntry], kind: str, adapter: str, base: str
-) -> tuple[dict[str, TensorEntry], list[Change]]:
-    """The tensors that an adapter has whole, by the names that its base has for them, and its changes of maps.
+) -> AdapterTensors:
+    """The tensors of an adapter by what they are to its base.
 
     Args:
         held: the adapter's tensors.
@@ -52,35 +68,40 @@ def whole_and_changes(
         base: what the base is called.
 
     Raises:
-        CheckpointError: tensors of another kind, or for norms and maps that the base does not have.
+        CheckpointError: tensors of another kind, or a norm that the base does not have.
     """
     begins = PARTS.get(kind)
-    tensors: dict[str, dict[str, TensorEntry]] = {}
+    parts: dict[str, dict[str, TensorEntry]] = {}
     whole: dict[str, TensorEntry] = {}
     for entry in held:
         path, part = _divided(_HOLDER.sub("", entry.name), begins)
         if part:
-            tensors.setdefault(path, {})[part] = entry
+            parts.setdefault(path, {})[part] = entry
         elif any(_divided(path, each)[1] for each in PARTS.values()):
             raise CheckpointError(f"{adapter}: {entry.name} is none of a {kind} adapter; corrupt or hostile")
         else:
             whole[_COPY.sub("", path)] = entry
-    lead = _Lead(stored, [*whole, *(f"{path}.weight" for path in tensors)])
-    remedy = f"name the base that it was trained on in base_model_name_or_path of {ADAPTER_FILE}"
-    replaced = {}
-    for name, entry in whole.items():
-        found = lead.stored(name)
-        if found is None and len(entry.shape) == 1 and _NORM.search(name):
-            raise CheckpointError(f"{adapter}: it trains {name}, which its base {base} does not have; {remedy}")
-        if found is not None:  # others are heads of the adapter's own
-            replaced[found] = entry
-    changes = []
-    for path, parts in tensors.items():
-        weight = lead.stored(f"{path}.weight")
-        if weight is None:
-            raise CheckpointError(f"{adapter}: it changes {path}, of which its base {base} stores no weight; {remedy}")
-        changes.append(Change(path, weight, lead.stored(f"{path}.bias"), parts))
-    return replaced, changes
+    lead = _Lead(stored, [*whole, *(f"{path}.weight" for path in parts)])
+    places = {name: lead.stored(name) for name in whole}
+    for name, place in places.items():
+        if place is None and len(whole[name].shape) == 1 and _NORM.search(name):
+            raise CheckpointError(
+                f"{adapter}: it trains {name}, which its base {base} does not store; name the base that it was trained "
+                f"on in base_model_name_or_path of {ADAPTER_FILE}"
+            )
+    return AdapterTensors(
+        {place: whole[name] for name, place in places.items() if place is not None},
+        {name: whole[name] for name, place in places.items() if place is None},
+        tuple(
+            Change(path, lead.stored(f"{path}.weight"), lead.stored(f"{path}.bias"), held_parts)
+            for path, held_parts in parts.items()
+        ),
+    )
+
+
+def is_whole_map(entry: TensorEntry) -> bool:
+    """Whether a tensor of an adapter is a map that it has whole, and no part of what it does to one."""
+    return len(entry.shape) == 2 and not any(_divided(entry.name, each)[1] for each in PARTS.values())
 
 
 class _Lead:

@@ -5,6 +5,7 @@ imported or built. Halves of low rank and the like stay apart, as changes of sin
 """
 
 import contextlib
+import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -12,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from deadbench.suite.checkpoints.adapter_tensors import Change, whole_and_changes
+from deadbench.suite.checkpoints.adapter_tensors import AdapterTensors, adapter_tensors, is_whole_map
 from deadbench.suite.checkpoints.checkpoint import Checkpoint
 from deadbench.suite.checkpoints.configurations import config_file
 from deadbench.suite.checkpoints.headers import read_contents
@@ -98,6 +99,13 @@ class AdaptedCheckpoint(Checkpoint):
         """The contents of adapter_config.json."""
         return _settings(self.adapter)
 
+    @cached_property
+    def tensors(self) -> AdapterTensors:
+        """What the adapter holds, beside its base."""
+        with self._telling():
+            stored = self.base.headers()
+        return adapter_tensors(self._held, stored, self.kind, self.source, self.base.source)
+
     @property
     def kind(self) -> str:
         """The kind of adapter, as PEFT calls it: LORA, IA3, …"""
@@ -135,7 +143,7 @@ class AdaptedCheckpoint(Checkpoint):
             with self._telling():
                 contents = self.base.contents()
             entries = {entry.name: entry for entry in contents.entries}
-            whole, _ = self._told
+            whole = self.tensors.whole
             entries |= {name: replace(entry, name=name) for name, entry in whole.items()}
             trained = f", which has {len(whole)} of its tensors whole" if whole else ""
             remark = f"{self.kind} adapter {self.source}{trained}, on its base {self.base.source}"
@@ -143,19 +151,20 @@ class AdaptedCheckpoint(Checkpoint):
             self._contents = replace(contents, entries=list(entries.values()), step=None, remark=both)
         return self._contents
 
-    def changes(self) -> list[Change]:
-        """What it does to maps that it does not have whole."""
-        return self._told[1]
-
     def bytes_total(self) -> int:
         """Bytes of all files that hold the weights of both."""
         with self._telling():
             return self.base.bytes_total() + self.adapter.size(self._file_name)
 
     def config(self) -> dict[str, Any]:
-        """The base's configuration."""
+        """The base's configuration, with as many words as the adapter's embedding where it has one of its own."""
         with self._telling():
-            return self.base.config()
+            config, stored = self.base.config(), self.base.headers() if self._has_whole_maps else {}
+        for name, entry in self.tensors.whole.items() if stored else ():
+            own = stored[name].shape
+            if len(own) == 2 and entry.shape[1:] == own[1:] and config.get("vocab_size") == own[0] != entry.shape[0]:
+                return config | {"vocab_size": entry.shape[0]}
+        return config
 
     def fingerprint(self, names: Iterable[str] | None = None) -> str:
         """Hash that changes when the adapter or its base does."""
@@ -177,6 +186,9 @@ class AdaptedCheckpoint(Checkpoint):
             for path in prepared.iterdir():
                 if path.name not in (ADAPTER_FILE, _BESIDE_BASE, "in-use"):
                     os.symlink(path.absolute(), view / path.name)
+            if (config := self.config()) != self.base.config():
+                (view / "config.json").unlink()
+                (view / "config.json").write_text(json.dumps(config), encoding="utf-8")
             (view / _BESIDE_BASE).mkdir()
             for name in (ADAPTER_FILE, self._file_name):
                 (view / _BESIDE_BASE / name).write_bytes(self.adapter.read(name))
@@ -194,6 +206,15 @@ class AdaptedCheckpoint(Checkpoint):
                 return name
         raise CheckpointError(f"{self.source}: {ADAPTER_FILE} without {' or '.join(_WEIGHTS)}; download it again")
 
+    @cached_property
+    def _held(self) -> list[TensorEntry]:
+        """The adapter's tensors, from their headers."""
+        return read_contents(self.adapter, weights_file(self.adapter, self._file_name)).entries
+
+    @property
+    def _has_whole_maps(self) -> bool:
+        return any(map(is_whole_map, self._held))
+
     def _holder(self, name: str) -> Checkpoint:
         return self.adapter if name in (self._file_name, ADAPTER_FILE) else self.base
 
@@ -206,14 +227,6 @@ class AdaptedCheckpoint(Checkpoint):
             if str(error).startswith(f"{self.source}:"):
                 raise
             raise type(error)(_no_base(self.source, self.base.source, error)) from error
-
-    @cached_property
-    def _told(self) -> tuple[dict[str, TensorEntry], list[Change]]:
-        """The adapter's whole tensors by the base's names, and its changes of maps."""
-        held = read_contents(self.adapter, weights_file(self.adapter, self._file_name)).entries
-        with self._telling():
-            stored = self.base.headers()
-        return whole_and_changes(held, stored, self.kind, self.source, self.base.source)
 
 
 def _is_adapter(checkpoint: Checkpoint) -> bool:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 from deadbench.runners.engines.merged_adapter import MergedSlice, why_not_merged
+from deadbench.runners.engines.resident import TorchEngine
 from deadbench.runners.engines.stored_state import stored_state
 from deadbench.suite.checkpoints.adapters import open_checkpoint
 from deadbench.suite.errors import CheckpointError
@@ -37,12 +38,13 @@ CASES = {
         TINY_NEOX,
         peft.IA3Config(feedforward_modules=["dense_4h_to_h"], target_modules=["query_key_value", "dense_4h_to_h"]),
     ),
+    "renamed": (TINY_NEOX, peft.LoraConfig(r=4, target_modules=["lm_head", "dense"])),  # stored as embed_out
     "loha": (TINY_NEOX, peft.LoHaConfig(r=4, alpha=3, **NEOX)),
     "lokr": (TINY_NEOX, peft.LoKrConfig(r=4, alpha=3, **NEOX)),
     "oft": (TINY_NEOX, peft.OFTConfig(r=0, oft_block_size=4, **NEOX)),
     "hra": (TINY_NEOX, peft.HRAConfig(r=4, **NEOX)),
     "norms": (TINY_NEOX, peft.LNTuningConfig(target_modules=["final_layer_norm", "input_layernorm"])),
-    "whole": (TINY_NEOX, peft.LoraConfig(r=4, modules_to_save=["final_layer_norm", "embed_out"], **NEOX)),
+    "whole": (TINY_NEOX, peft.LoraConfig(r=4, modules_to_save=["final_layer_norm", "lm_head"], **NEOX)),
 }  # fmt: skip
 
 
@@ -108,6 +110,24 @@ def test_an_adapter_of_the_bare_model_fits_what_the_published_one_stores(bases, 
     assert all(torch.equal(tensor, state[f"gpt_neox.{name}"]) for name, tensor in expected.items())
 
 
+def test_an_embedding_of_more_words_is_of_a_model_with_as_many(bases, tmp_path):
+    """As after `resize_token_embeddings`, which is what training with new tokens does."""
+    base = AutoModelForCausalLM.from_pretrained(bases["gpt_neox"])
+    base.resize_token_embeddings(101)
+    settings = peft.LoraConfig(r=2, modules_to_save=["embed_in", "lm_head"], **NEOX)
+    model = peft.get_peft_model(base, settings)
+    model.save_pretrained(tmp_path)
+    told = json.loads((tmp_path / "adapter_config.json").read_text()) | {
+        "base_model_name_or_path": str(bases["gpt_neox"])
+    }
+    (tmp_path / "adapter_config.json").write_text(json.dumps(told))
+    assert open_checkpoint(str(tmp_path)).config()["vocab_size"] == 101
+    with open_checkpoint(str(tmp_path)).local_copy() as folder:
+        loaded = TorchEngine(torch.device("cpu")).load_trained(folder, torch.float32, type(base))
+    words = torch.arange(8)[None]
+    assert torch.equal(loaded(words).logits, model(words).logits)
+
+
 @pytest.fixture(scope="module")
 def trained(bases, tmp_path_factory):
     return save_adapter(tmp_path_factory.mktemp("trained"), bases["gpt_neox"], CASES["lora"][1])[0]
@@ -145,6 +165,14 @@ def test_what_a_configuration_may_not_say(settings, told, trained, tmp_path):
         reason = str(error)
     assert re.search(told, reason)
     assert "\n" not in reason
+
+
+def test_a_map_that_the_base_does_not_have_is_named(trained, tmp_path):
+    save_file(
+        {"base_model.model.gpt_neox.other.lora_A.weight": torch.ones(2, 2)}, tmp_path / "adapter_model.safetensors"
+    )
+    with pytest.raises(CheckpointError, match=r"it changes gpt_neox\.other, of which its base .* stores no weight"):
+        state_of(changed(trained, tmp_path))
 
 
 def test_prompts_change_no_map_and_are_refused_before_anything_is_loaded(trained, tmp_path):
