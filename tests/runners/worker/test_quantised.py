@@ -96,6 +96,7 @@ def test_norms_are_read_as_stored_and_a_pass_names_what_is_missing(method, llama
     assert f"weights quantised by {method} need {missing}, not installed here; pip install" in trained["error"]
 
 
+@pytest.mark.slow
 def test_fp8_of_compressed_tensors_runs_and_is_its_dequantised_twin(plain, tmp_path):
     pytest.importorskip("compressed_tensors")
     stored, twin = {}, {}
