@@ -54,6 +54,12 @@ LAYOUTS = {
         telling=["revision", "read", "seed", "verdict"],
         dropped=["num_runs", "in_runs", "num_checkpoints", "in_checkpoints", "opened_step", "at_random"],
     ),
+    "scaled_norms": Layout(
+        columns=["norm", "family", "role", "verdict", "angle", "predicted_angle", "scaled", "unscaled", "unknown"],
+        keys=["norm", "verdict", "angle", "unscaled"],
+        telling=["family", "role"],
+        dropped=["unknown", "role", "family", "predicted_angle", "scaled"],
+    ),
     "compare": Layout(
         columns=[
             "verdict", "model", "revision", "read", "seed", "metric", "baseline", "candidate", "change", "scale",

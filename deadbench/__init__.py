@@ -37,7 +37,7 @@ def classify(source: str | Path, config: str | Path | Mapping[str, Any] | None =
 
     Example: `deadbench.classify("./my-checkpoint")["scale_harmonic"]`
     """
-    from deadbench.suite.checkpoints.checkpoint import read_config
+    from deadbench.suite.checkpoints.adapters import read_config
     from deadbench.suite.reads.classify import classify as classify_one
 
     if config is None or isinstance(config, Mapping):

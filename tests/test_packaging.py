@@ -24,7 +24,11 @@ ROOMS = ("suite", "runners", "analysis")
 TWIN = TWINS / "layernorm" / "step4096"
 
 # Imported and not declared: what an extra brings, and what only pytest imports.
-OPTIONAL = {"vllm": "the extra [vllm]", "pytest": "runners/pytest_plugin.py, which pytest itself loads"}
+OPTIONAL = {
+    "vllm": "the extra [vllm]",
+    "peft": "the extra [peft]",
+    "pytest": "runners/pytest_plugin.py, which pytest itself loads",
+}
 
 
 def run(*command, cwd, path=None, **environment):

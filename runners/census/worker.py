@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from deadbench.runners.results.versions import versions
+from deadbench.suite.checkpoints.adapters import open_checkpoint
 from deadbench.suite.checkpoints.checkpoint import Checkpoint
 from deadbench.suite.checkpoints.rate_limits import LIMITS
 from deadbench.suite.checkpoints.sources import identify
@@ -81,7 +82,7 @@ def census_row(source: str, place: str, run_id: str, given: Given = (None, None)
     measured: Row
     try:
         config, model_type = given
-        checkpoint = Checkpoint(source, place=place, config=config, model_type=model_type)
+        checkpoint = open_checkpoint(source, place=place, config=config, model_type=model_type)
         read = read_parameters(checkpoint)
         if read.final.family == "undetermined":
             raise ValueError(f"the final norm cannot be determined: {read.reason}")

@@ -7,6 +7,11 @@ from typing import Annotated
 
 import typer
 
+from deadbench.runners.cli.checkpoint_pair import (
+    are_checkpoints,
+    compare_checkpoints,
+    frames_of_quantised_pair,
+)
 from deadbench.runners.cli.console import (
     EXIT_FALSE,
     FORMATS,
@@ -24,8 +29,8 @@ _ONLY_HERE = ("bencher", "github")  # formats of a comparison
 
 
 def compare(
-    baseline: Annotated[str, typer.Argument(metavar="BASELINE", help="RESULTS, or RESULTS@REVISION.")],
-    candidate: Annotated[str, typer.Argument(metavar="CANDIDATE", help="RESULTS, or RESULTS@REVISION.")],
+    baseline: Annotated[str, typer.Argument(metavar="BASELINE", help="RESULTS, RESULTS@REVISION, or a SOURCE.")],
+    candidate: Annotated[str, typer.Argument(metavar="CANDIDATE", help="The same; a SOURCE beside a SOURCE.")],
     gate: GateFile = None,
     show_all: Annotated[bool, typer.Option("--all", help="Also list what did not change, or passed.")] = False,
     junit: Annotated[Path | None, typer.Option(metavar="FILE", help="With --gate: write JUnit XML.")] = None,
@@ -42,11 +47,18 @@ def compare(
     passed, broken, cannot tell (exit 1 only by `cannot_tell: fail` in gate.yaml); `drift:` there bounds a slope.
 
     `--format bencher` is the candidate in Bencher's metric format (`bencher run --adapter json`).
+
+    Of two checkpoints (folders, files, hf://ORG/NAME), one of them quantised: whether each norm's scale was moved into
+    the maps that it feeds, as AWQ and SmoothQuant do, and into all of them; exit 1 where one was left unscaled. Result
+    sets of such a pair show the same table, where the checkpoints are still here.
+
     In GitHub Actions the gate's summary also goes to the job's page ($GITHUB_STEP_SUMMARY).
 
     Example: [bold]deadbench compare results/main results/branch --gate gate.yaml --junit gate.xml[/bold]
 
     Example: [bold]deadbench compare results/quick@step16 results/quick@step4096[/bold]
+
+    Example: [bold]deadbench compare ./model ./model-awq --all[/bold]
     """
     import polars as pl
 
@@ -63,6 +75,11 @@ def compare(
 
     format = "json" if as_json else format
     one_of("--format", format, (*FORMATS, *_ONLY_HERE))
+    if are_checkpoints(baseline, candidate):
+        if gate is not None or plot is not None:
+            raise UserError("--gate and --plot are of result sets, and these are checkpoints; leave them out")
+        compare_checkpoints(baseline, candidate, format, show_all=show_all)
+        return
     if gate is None and (junit is not None or format == "github"):
         raise UserError(f"{'--junit' if junit else '--format github'} reports a gate; give one with --gate FILE")
     check_folder("--junit", junit)
@@ -89,8 +106,9 @@ def compare(
         shown = rows if show_all else rows.filter(rows["verdict"] != "same")
         if shown.is_empty():
             say(f"no differences: {num_reads(rows)} reads, {rows['metric'].n_unique()} metrics compared")
-        if format != "table" or len(shown):
-            print_frames({"compare": shown}, format)
+        scaling = frames_of_quantised_pair(left.reads, right.reads, show_all=show_all)
+        if format != "table" or len(shown) or scaling:
+            print_frames({"compare": shown} | scaling, format)
     if rules is None:
         return
     judged = with_drift(judge(rows, rules), right.until, rules)

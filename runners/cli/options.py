@@ -80,7 +80,7 @@ def given_config(told: str | None) -> dict[str, Any] | None:
     """
     if told is None:
         return None
-    from deadbench.suite.checkpoints.checkpoint import read_config
+    from deadbench.suite.checkpoints.adapters import read_config
 
     return read_config(told)
 

@@ -3,6 +3,7 @@
 transformers is given names and slices, as it has them of a safetensors file; a tensor is read when it is asked for.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deadbench.suite.checkpoints.checkpoint import Checkpoint
+from deadbench.runners.engines.merged_adapter import Slice, adapted_slices
+from deadbench.suite.architectures.build import build_config, build_published
+from deadbench.suite.checkpoints.adapters import AdaptedCheckpoint, open_prepared
 from deadbench.suite.checkpoints.files import Files
 from deadbench.suite.checkpoints.tensors import TensorEntry, read_raw
 from deadbench.suite.checkpoints.weight_files import SAFETENSORS
@@ -24,16 +27,21 @@ _DTYPES = {
 }  # fmt: skip
 
 
-def stored_state(folder: Path) -> "dict[str, StoredSlice] | None":
+def stored_state(folder: Path) -> Mapping[str, Slice] | None:
     """The tensors of a folder by name; None where they are safetensors, which transformers opens itself.
 
     Raises:
         CheckpointError: no weights, or what `Checkpoint.contents` refuses.
     """
-    checkpoint = Checkpoint(str(folder), place=str(folder))
+    checkpoint = open_prepared(folder)
     if checkpoint.weights().format is SAFETENSORS:
         return None
-    return {name: StoredSlice(checkpoint, entry) for name, entry in checkpoint.headers().items()}
+    entries = checkpoint.headers()
+    state: dict[str, Slice] = {name: StoredSlice(checkpoint, entry) for name, entry in entries.items()}
+    if isinstance(checkpoint, AdaptedCheckpoint) and (checkpoint.tensors.changes or checkpoint.tensors.others):
+        architecture = build_published(build_config(checkpoint.config()), "meta")
+        state |= adapted_slices(checkpoint, lambda entry: StoredSlice(checkpoint, entry), architecture)
+    return state
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from deadbench.suite.checkpoints.adapters import open_checkpoint
 from deadbench.suite.checkpoints.checkpoint import Checkpoint
 from deadbench.suite.checkpoints.series import trainer_step, trainer_tokens
 from deadbench.suite.checkpoints.sources import locate
@@ -52,7 +53,7 @@ class Overrides:
         Raises:
             CheckpointError: it is not there.
         """
-        return Checkpoint(source or "", revision, base, config=self.config, model_type=self.model_type)
+        return open_checkpoint(source or "", revision, base, config=self.config, model_type=self.model_type)
 
     def label(self) -> str:
         """The overrides that change numbers, as they are appended to the protocol's name."""
@@ -94,7 +95,7 @@ class ReadJob:
         Raises:
             CheckpointError: it is not there, as this process sees it.
         """
-        return Checkpoint(self.model.source or "", revision, self.base, self.place, self.config, self.model_type)
+        return open_checkpoint(self.model.source or "", revision, self.base, self.place, self.config, self.model_type)
 
     def key_columns(self) -> dict[str, Any]:
         """The key columns of this read's rows."""

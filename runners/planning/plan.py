@@ -81,8 +81,8 @@ def _described(read: ReadJob) -> tuple[dict[str, Any], dict[str, TensorEntry] | 
     weights = READ_SPECS[read.read].opens == "weights"
     if read.model.config is not None and not weights:
         return read.model.config, None, False
-    checkpoint = read.opened(read.revision or read.model.main_checkpoint())
     try:
+        checkpoint = read.opened(read.revision or read.model.main_checkpoint())
         return (
             checkpoint.config(),
             checkpoint.headers() if weights else None,

@@ -44,12 +44,12 @@ def export_directions(
         CheckpointError: the checkpoint cannot be read.
         ValueError: it has no norm.
     """
-    from deadbench.suite.checkpoints.checkpoint import Checkpoint
+    from deadbench.suite.checkpoints.adapters import open_checkpoint
     from deadbench.suite.reads.norms_table import norms_of
     from deadbench.suite.reads.parameters import read_parameters
     from deadbench.suite.spectra.directions import dead_subspace, inverse_scale_direction
 
-    checkpoint = Checkpoint(source, config=config, model_type=model_type)
+    checkpoint = open_checkpoint(source, config=config, model_type=model_type)
     read = read_parameters(checkpoint)
     norms = norms_of(checkpoint, read)
     if not norms:

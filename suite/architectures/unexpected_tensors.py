@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from deadbench.suite.architectures.stored_names import unwrapped
+from deadbench.suite.checkpoints.quantised import without_parts
 from deadbench.suite.checkpoints.tensors import TensorEntry
 from deadbench.suite.errors import CheckpointError
 
@@ -42,8 +43,8 @@ def refuse_unexpected(
 
     Args:
         model: what is read of the checkpoint, on any device: the published model, or the bare one in it.
-        raw_config: the contents of config.json; where it says that the weights are quantised, further blocks alone are
-            refused: transformers then puts other modules in the place of the model's.
+        raw_config: the contents of config.json; where it says that the weights are quantised, parts of such weights are
+            none of the model's tensors, and where those parts are not known, further blocks alone are refused.
         entries: the tensors of the checkpoint.
         source: what the checkpoint is called.
 
@@ -56,12 +57,11 @@ def refuse_unexpected(
             f"{source}: the checkpoint does not match config.json: {further[0]} is of a block that the configuration "
             "does not have; take both from the same place"
         )
-    if _quantised(raw_config):
-        return []
+    telling = set(without_parts(entries, raw_config))
     modules = dict(model.named_modules())
     computed = {name for name, _ in model.named_buffers()}
     immaterial = []
-    for stored, name in without_place:
+    for stored, name in (each for each in without_place if each[0] in telling):
         name = _nearest(name, modules, model)
         owner = _owner(name, modules)
         if name in computed:
@@ -74,11 +74,6 @@ def refuse_unexpected(
         elif owner and owner != model.base_model_prefix:
             immaterial.append(stored)
     return immaterial
-
-
-def _quantised(raw_config: Mapping[str, Any]) -> bool:
-    below = [value for value in raw_config.values() if isinstance(value, dict)]
-    return bool(raw_config.get("quantization_config")) or any(map(_quantised, below))
 
 
 def _told(stored: str, model: str, file: str) -> str:

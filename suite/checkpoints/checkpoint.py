@@ -116,6 +116,11 @@ class Checkpoint:
         """The folder on this machine, None where it is elsewhere."""
         return self._local
 
+    @property
+    def lists(self) -> bool:
+        """Whether the place tells which files it has, so that asking for one more costs nothing."""
+        return not isinstance(self._folder, HttpFolder) or self._folder.lists
+
     def names(self) -> list[str]:
         """File names in the folder (not below it)."""
         if self._names is None:
@@ -140,8 +145,7 @@ class Checkpoint:
 
     def has(self, name: str) -> bool:
         """Whether there is such a file; a server without listings is asked for this one alone."""
-        unlisted = self._names is None and isinstance(self._folder, HttpFolder) and not self._folder.lists
-        if unlisted or "/" in name or is_hidden(name):
+        if (self._names is None and not self.lists) or "/" in name or is_hidden(name):
             with one_line_errors(f"{self.source}: {name}"):
                 return self._folder.has(name)
         return name in self.names()
@@ -292,16 +296,6 @@ class Checkpoint:
         name = f"{hub_id}@{self.revision}".replace("/", "--")
         with lease(Path(constants.HF_HUB_CACHE) / ".locks" / f"deadbench-{name}.lock"):
             return Path(snapshot_download(hub_id, revision=self.revision, allow_patterns=patterns))
-
-
-def read_config(told: str) -> dict[str, Any]:
-    """The configuration in a file, or that of a checkpoint.
-
-    Raises:
-        CheckpointError: it cannot be read.
-    """
-    path = Path(told).expanduser()
-    return config_file(path) if path.is_file() else Checkpoint(told).config()
 
 
 def list_revisions(source: str, base: Path | None = None) -> list[str]:

@@ -18,6 +18,7 @@ import httpx2
 
 from deadbench.suite.checkpoints.formats.table import FORMATS
 from deadbench.suite.checkpoints.http_requests import CutOffError, Requests, body_of, pieces, total
+from deadbench.suite.checkpoints.no_weights import ADAPTER_FILE
 from deadbench.suite.errors import ChangedError, CheckpointError
 from deadbench.suite.secrets import scrubbed
 
@@ -25,7 +26,8 @@ from deadbench.suite.secrets import scrubbed
 KNOWN_FILES = (
     "config.json", *(name for each in FORMATS for name in (each.index, each.file) if name), "tokenizer.json",
     "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model",
-    "spiece.model", "preprocessor_config.json", "processor_config.json",
+    "spiece.model", "preprocessor_config.json", "processor_config.json", ADAPTER_FILE, "adapter_model.safetensors",
+    "adapter_model.bin",
 )  # fmt: skip
 CONCURRENT_REQUESTS = 8
 

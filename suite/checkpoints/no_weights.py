@@ -9,7 +9,7 @@ from deadbench.suite.checkpoints.strict_json import MAX_JSON_BYTES, parse_object
 from deadbench.suite.errors import CheckpointError
 from deadbench.suite.storage import is_hidden
 
-_ADAPTER_FILE = "adapter_config.json"
+ADAPTER_FILE = "adapter_config.json"
 OTHER_LIBRARIES = (".msgpack", ".h5")
 _POINTER = b"version https://git-lfs"
 _CACHED = re.compile(r"models--(.+)")
@@ -72,9 +72,9 @@ def _called(files: Any) -> str:
 def _instead(files: Any) -> str | None:
     """What is there instead, and what to do; None where nothing tells."""
     names = files.names()
-    if _ADAPTER_FILE in names:
+    if ADAPTER_FILE in names:
         return (
-            f"an adapter alone ({_ADAPTER_FILE}), without its base {_base(files)}; merge it into the base "
+            f"an adapter alone ({ADAPTER_FILE}), without its base {_base(files)}; merge it into the base "
             "(merge_and_unload of peft, then save_pretrained) and give that folder"
         )
     for suffixes, text in (
@@ -94,8 +94,8 @@ def _instead(files: Any) -> str | None:
 def _base(files: Any) -> str:
     """What an adapter's configuration calls its base."""
     try:
-        if files.size(_ADAPTER_FILE) <= MAX_JSON_BYTES:
-            named = parse_object(files.read(_ADAPTER_FILE), _ADAPTER_FILE).get("base_model_name_or_path")
+        if files.size(ADAPTER_FILE) <= MAX_JSON_BYTES:
+            named = parse_object(files.read(ADAPTER_FILE), ADAPTER_FILE).get("base_model_name_or_path")
             if isinstance(named, str) and named.isprintable():
                 return named[:200]
     except CheckpointError:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deadbench.suite.checkpoints.checkpoint import Checkpoint, list_revisions
+from deadbench.suite.checkpoints.no_weights import ADAPTER_FILE
 from deadbench.suite.checkpoints.sources import locate
 from deadbench.suite.checkpoints.strict_json import MAX_JSON_BYTES
 from deadbench.suite.checkpoints.training_steps import checkpoint_step
@@ -139,7 +140,8 @@ def _steps(place: str, folders: Sequence[str]) -> dict[str, int | None]:
 
 def _has_config(source: str, name: str, base: Path | None, place: str) -> bool:
     try:
-        return Checkpoint(source, name, base, place).has("config.json")
+        folder = Checkpoint(source, name, base, place)
+        return folder.has("config.json") or folder.has(ADAPTER_FILE)
     except CheckpointError:
         return False
 

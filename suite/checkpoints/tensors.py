@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deadbench.suite.checkpoints.files import Files
+from deadbench.suite.checkpoints.quantised import is_part
 from deadbench.suite.checkpoints.strict_json import shown
 from deadbench.suite.errors import CheckpointError
 
@@ -160,7 +161,7 @@ def read_vector(files: Files, entry: TensorEntry) -> NDArray[np.float64]:
             f"{entry.file}: tensor {entry.name} is {entry.dtype} of shape {list(entry.shape)}; "
             f"expected a vector of {', '.join(_FLOAT_DTYPES)} or BF16"
         )
-    values = _as_float64(read_raw(files, entry), entry.dtype)
+    values = read_floats(files, entry)
     if not np.isfinite(values).all():
         bad = int((~np.isfinite(values)).sum())
         raise CheckpointError(f"{entry.file}: tensor {entry.name} has {bad} values that are not finite")
@@ -181,6 +182,11 @@ def read_rows(files: Files, entry: TensorEntry, first: int, count: int) -> NDArr
     return _as_float64(_read_piece(files, entry, piece, np.dtype(f"<u{ITEM_BYTES[entry.dtype]}")), entry.dtype)
 
 
+def read_floats(files: Files, entry: TensorEntry) -> NDArray[np.float64]:
+    """A tensor of one of `DTYPE_NAMES` as float64; raises as `read_raw` does."""
+    return _as_float64(read_raw(files, entry), entry.dtype)
+
+
 def _as_float64(raw: NDArray[Any], dtype: str) -> NDArray[np.float64]:
     if dtype == "BF16":
         return (raw.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
@@ -189,10 +195,10 @@ def _as_float64(raw: NDArray[Any], dtype: str) -> NDArray[np.float64]:
 
 
 def stored_dtype(entries: Mapping[str, TensorEntry]) -> str | None:
-    """Name of the float dtype that most parameters are stored in; None if there are none."""
+    """Name of the float dtype that most parameters are stored in, scales of quantised ones not among them; or None."""
     sizes: dict[str, int] = {}
     for entry in entries.values():
-        if entry.dtype in DTYPE_NAMES:
+        if entry.dtype in DTYPE_NAMES and not is_part(entry.name):
             sizes[entry.dtype] = sizes.get(entry.dtype, 0) + math.prod(entry.shape)
     return DTYPE_NAMES[max(sizes, key=lambda dtype: sizes[dtype])] if sizes else None
 

@@ -65,6 +65,13 @@ def weight_files(files: Files, named: object = None) -> WeightFiles:
     raise no_weights(files, ())
 
 
+def has_weights(files: Files) -> bool:
+    """Whether a folder has weights of its own, by the names of its files; an adapter's are none."""
+    there = (*(suffix for each in FORMATS for suffix in each.suffixes), ".index.json")
+    names = [name for name in files.names() if name.endswith(there) and not name.startswith(_NO_WEIGHTS)]
+    return bool(names) or any(each.is_there(files) for each in FORMATS)
+
+
 def _is_one_split(names: list[str]) -> bool:
     """Whether files are all the parts of one, by their names, as llama.cpp splits them."""
     parts = [re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", name) for name in names]

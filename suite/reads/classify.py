@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deadbench.suite.checkpoints.checkpoint import Checkpoint
+from deadbench.suite.checkpoints.adapters import open_checkpoint
 from deadbench.suite.errors import CheckpointError
 from deadbench.suite.reads.parameters import read_parameters
 
@@ -26,7 +26,7 @@ def classify(
     direction_D = None
     checkpoint = None
     try:
-        checkpoint = Checkpoint(source, config=config, model_type=model_type)
+        checkpoint = open_checkpoint(source, config=config, model_type=model_type)
         read = read_parameters(checkpoint, verify)
         columns = read.columns()
         result |= {name: columns[name] for name in CLASSIFY_FIELDS if name in columns}

@@ -18,6 +18,7 @@ from deadbench.suite.architectures.stored_names import Renaming
 from deadbench.suite.architectures.stored_tensors import StoredTensors
 from deadbench.suite.atlas.lookup import lookup
 from deadbench.suite.checkpoints.checkpoint import Checkpoint
+from deadbench.suite.checkpoints.quantised import described
 from deadbench.suite.checkpoints.tensors import DTYPE_NAMES, StoredNorm, TensorEntry, read_vector
 from deadbench.suite.errors import ArchitectureError, CheckpointError, RemoteCodeError
 from deadbench.suite.reads.centred_stream import CENTRED, writes_centred
@@ -150,6 +151,8 @@ def _read_final(
     evidence = [*final.evidence, *(f"tensor {e.name} of shape {list(e.shape)}, {e.dtype}" for _, e in wanted if e)]
     if centred:
         evidence.append(CENTRED)
+    if packed := described(checkpoint.config()):
+        evidence.append(f"weights quantised ({packed}); the norm is read as it is stored")
     return ParametersRead(
         final,
         norm,

@@ -160,7 +160,8 @@ class Model(Strict):
     `checkpoints: true`. With an inline `config` (contents of a config.json) a random-init read needs no source at all.
     `stack` says which half of an encoder-decoder a forward pass is read in, `tokens_per_step` how many tokens a step of
     training took. `seen` and `unverified` say how well the entry is known: `unverified` names keys of the entry, or
-    `config.KEY`, that no page has shown.
+    `config.KEY`, that no page has shown. In the file one entry with `seeds` stands for a model of each
+    (`suite/registry/seeds.py`).
     """
 
     id: Annotated[str, Field(pattern=r"^[\w][\w.\-/]*$")]

@@ -19,6 +19,7 @@ from deadbench.suite.registry.entries import (
     SuiteEntry,
     choices,
 )
+from deadbench.suite.registry.seeds import KEY, with_seeds
 from deadbench.suite.yaml_file import YamlError, load_yaml
 
 DEFAULT_REGISTRY = "models.yaml"
@@ -62,6 +63,10 @@ def load_registry(path: Path) -> Registry:
         raise RegistryError(str(error)) from error
     if not isinstance(raw, dict):
         raise RegistryError(f"{path}: expected the key models; protocols and suites may stand beside it")
+    try:
+        raw = with_seeds(raw)
+    except ValueError as error:
+        raise RegistryError(f"{path}: {error}") from error
     try:
         return Registry.model_validate(raw)
     except ValidationError as error:
@@ -107,4 +112,4 @@ def _allowed_keys(location: list[Any]) -> list[str]:
         if part in classes:
             return sorted(classes[part].model_fields)
     owner = named.get(str(location[0])) if len(location) > 1 else None
-    return sorted((owner or Registry).model_fields)
+    return sorted([*(owner or Registry).model_fields, *([KEY] if owner is Model else [])])

@@ -2,15 +2,19 @@
 
 import asyncio
 import contextlib
+import functools
 import json
+import shutil
 import subprocess
 import sys
 import threading
 import time
 
+import numpy as np
 import polars as pl
 import psutil
 import pytest
+from safetensors.numpy import save_file
 
 from deadbench.runners.census.census import CensusError, list_sources
 from deadbench.runners.census.worker import PauseBoard, census_row
@@ -19,6 +23,10 @@ from deadbench.suite.checkpoints.rate_limits import HostLimits, named_wait
 from deadbench.suite.reads.classify import classify
 from tests.conftest import ROOT, TINY_NEOX, TWINS, save_tiny
 from tests.runners.many_checkpoints import serving, sparse_checkpoint
+from tests.suite.checkpoints.formats.ggufs import gguf, llama_like
+from tests.suite.checkpoints.formats.sharded import save_sharded
+from tests.suite.checkpoints.formats.test_trainers import deepspeed, deepspeed_zero3, gpt_neox
+from tests.suite.checkpoints.test_adapters import write_adapter
 
 # Ray Data copies its own context, deprecated settings and all.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.*", "ignore:.use_:DeprecationWarning")
@@ -80,6 +88,79 @@ def test_a_row_says_what_classify_says(tmp_path):
     assert {name: row[name] for name in shared} == {name: known[name] for name in shared}
     assert (row["status"], row["error"], row["checkpoint_step"], row["family"]) == ("ok", None, 7, "layernorm")
     assert len(row["source_fingerprint"]) == 16
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    from safetensors.torch import load_file
+
+    folder = save_tiny(tmp_path_factory.mktemp("formats") / "base")
+    return folder, load_file(folder / "model.safetensors")
+
+
+def one_file(folder, base, state):
+    shutil.copy(base / "model.safetensors", folder / "some.safetensors")
+    return folder / "some.safetensors"
+
+
+def torch_file(folder, base, state, name="pytorch_model.bin", **options):
+    import torch
+
+    torch.save(state, folder / name, **options)
+    return folder / name if name.endswith(".ckpt") else folder
+
+
+def framework(form, folder, base, state):
+    form(folder, state)
+    return folder
+
+
+def gguf_file(folder, base, state):
+    facts = llama_like("gptneox", 16, 2, "attention.layer_norm_epsilon")
+    final = {f"output_norm.{n}": state[f"gpt_neox.final_layer_norm.{n}"].numpy() for n in ("weight", "bias")}
+    (folder / "m.gguf").write_bytes(gguf(facts, {"token_embd.weight": np.ones((97, 16), "f4")} | final))
+    return folder / "m.gguf"
+
+
+def adapter(folder, base, state):
+    return write_adapter(folder / "adapter", base)
+
+
+def packed(folder, base, state):
+    quantised = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    (folder / "config.json").write_text(json.dumps(json.loads((base / "config.json").read_text()) | quantised))
+    parts = {"gpt_neox.layers.0.attention.dense.qweight": np.ones((2, 16), "i4")}
+    save_file({name: tensor.numpy() for name, tensor in state.items()} | parts, folder / "model.safetensors")
+    return folder
+
+
+FORMATS = {
+    "one file": (one_file, "safetensors"),
+    "bin": (torch_file, "torch"),
+    "before 1.6": (functools.partial(torch_file, _use_new_zipfile_serialization=False), "torch"),
+    "ckpt": (functools.partial(torch_file, name="last.ckpt"), "torch"),
+    "dcp": (functools.partial(framework, save_sharded), "torch.distributed.checkpoint"),
+    "deepspeed": (functools.partial(framework, deepspeed), "deepspeed"),
+    "zero3": (functools.partial(framework, deepspeed_zero3), "deepspeed-zero3"),
+    "neox": (functools.partial(framework, gpt_neox), "gpt-neox"),
+    "gguf": (gguf_file, "gguf"),
+    "adapter": (adapter, "peft"),
+    "gptq": (packed, "safetensors"),
+}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_row_of_every_format(form, tiny, tmp_path):
+    write, called = FORMATS[form]
+    base, state = tiny
+    shutil.copy(base / "config.json", tmp_path)
+    source = str(write(tmp_path, base, state))
+    row, plain = (census_row(each, each, "run") for each in (source, str(base)))
+    assert (row["status"], row["error"], row["source_format"]) == ("ok", None, called)
+    shared = ("family", "final_norm", "scale_harmonic", "predicted_dim", "hidden_size", "has_bias", "depth_predicted")
+    assert {name: row[name] for name in shared} == {name: plain[name] for name in shared}
+    again = census_row(source, source, "run")
+    assert row["source_fingerprint"] == again["source_fingerprint"] != plain["source_fingerprint"]
 
 
 @pytest.mark.subprocess

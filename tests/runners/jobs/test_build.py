@@ -219,7 +219,7 @@ def test_models_are_opened_side_by_side(tmp_path, monkeypatch):
             together.wait()
             raise CheckpointError(f"{self.source}: seen")
 
-    monkeypatch.setattr(jobs_module, "Checkpoint", Slow)
+    monkeypatch.setattr(jobs_module, "open_checkpoint", Slow)
     registry, path = registry_of(tmp_path, {name: f"org/{name}" for name in "abcd"})
     built = build_jobs(registry, path, [], "all", ["parameters"], Overrides())
     assert unreachable(built) == [f"{name}: org/{name}: seen" for name in "abcd"]

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from deadbench.runners.jobs.build import build_jobs
 from deadbench.runners.jobs.events import Finished
@@ -110,6 +110,28 @@ def test_rows_are_those_of_safetensors_to_the_bit(form, tiny, expected):
         step = 42 if form in (as_training_checkpoint, as_distributed) else None
         assert row["source_step"] == row["checkpoint_step"] == step
     assert set(found) == set(expected)
+
+
+def test_an_adapter_is_the_merged_model(tiny, tmp_path):
+    """LoRA on maps and a norm that is trained as a whole: as `merge_and_unload` would have it, to the bit."""
+    peft = pytest.importorskip("peft")
+    settings = peft.LoraConfig(r=2, target_modules=["query_key_value"], modules_to_save=["final_layer_norm"])
+    torch.manual_seed(1)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tiny[0]), settings)
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "adapter")
+    merged = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny[0]), tmp_path / "adapter")
+    merged.merge_and_unload().save_pretrained(tmp_path / "merged")
+    ours, theirs = rows(tmp_path / "adapter"), rows(tmp_path / "merged")
+    for read, (row, kept) in ours.items():
+        assert row["source_format"] == "peft"
+        detail = kept[0].pop("engine_detail")
+        expected = theirs[read][1][0].pop("engine_detail")
+        told = f"; LORA adapter merged into 2 maps of its base {tiny[0]}" if read == "trained" else ""
+        assert detail == (expected + told if expected else expected)
+        assert kept == theirs[read][1], read
 
 
 def test_nanogpt_is_the_gpt2_that_it_is(tmp_path):

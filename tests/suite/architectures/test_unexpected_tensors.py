@@ -9,6 +9,7 @@ from transformers import AutoModel
 from deadbench.suite.architectures.build import build_config, build_model, build_published
 from deadbench.suite.architectures.unexpected_tensors import refuse_unexpected
 from deadbench.suite.checkpoints.checkpoint import Checkpoint
+from deadbench.suite.checkpoints.quantised import is_part
 from deadbench.suite.checkpoints.tensors import TensorEntry
 from deadbench.suite.errors import CheckpointError
 from tests.conftest import TINY_NEOX, TWINS, save_tiny
@@ -79,8 +80,16 @@ def test_tensors_of_another_model_are_refused_by_name(config, name, shape, told,
     with pytest.raises(CheckpointError, match=told) as caught:
         refused(config, entries, "source", published=published)
     assert str(caught.value).startswith(f"source: f: {name} ")
+    other = config | {
+        "quantization_config": {"quant_method": "hqq"}
+    }  # whose parts of weights have no names of their own
+    assert refused(other, entries, published=published) == []
     quantised = config | {"quantization_config": {"quant_method": "fp8"}}
-    assert refused(quantised, entries, published=published) == []
+    if is_part(name):
+        assert refused(quantised, entries, published=published) == []
+    else:
+        with pytest.raises(CheckpointError, match=told):
+            refused(quantised, entries, published=published)
 
 
 @pytest.mark.parametrize(

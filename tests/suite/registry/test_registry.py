@@ -35,7 +35,10 @@ def write(tmp_path, content):
     return path
 
 
-@pytest.mark.parametrize("model", [m for m in REGISTRY.models if m.config], ids=lambda m: m.id)
+DIFFERENT = {yaml.safe_dump(m.config): m for m in REGISTRY.models if m.config}.values()  # a series has one for all
+
+
+@pytest.mark.parametrize("model", DIFFERENT, ids=lambda m: m.id)
 def test_inline_configurations_build_with_the_published_parameter_count(model):
     assert count_parameters(build_published(build_config(model.config), "meta")) == model.parameters
 
@@ -67,7 +70,7 @@ def test_paper_suite_is_nine_layernorm_then_five_rmsnorm_from_160m_to_35b():
 
 
 def test_extended_suite_is_everything_published_and_nothing_hides_what_is_unverified():
-    extended = [e.model for e in REGISTRY.suites["extended"].entries()]
+    extended = [e.model for suite in ("extended", "polypythias") for e in REGISTRY.suites[suite].entries()]
     published = [m for m in REGISTRY.models if "/" in m.source and not m.source.startswith("suite/")]
     assert sorted(extended) == sorted(m.id for m in published)
     assert len(extended) >= 40
@@ -75,6 +78,15 @@ def test_extended_suite_is_everything_published_and_nothing_hides_what_is_unveri
         # A configuration that was seen on no page is itself on the list.
         assert (model.seen is None) == ("config" in model.unverified) or model.id == "gpt2"
         assert model.seen is None or model.seen.page.startswith("https://")
+
+
+def test_polypythias_are_nine_seeds_of_five_sizes():
+    suite = [REGISTRY.model(e.model) for e in REGISTRY.suites["polypythias"].entries()]
+    assert [m.id for m in suite[:10:9]] == ["pythia-14m-seed1", "pythia-31m-seed1"]
+    assert len({m.source for m in suite}) == len(suite) == 45
+    assert all(m.source == f"EleutherAI/{m.id}" for m in suite)
+    assert all(len(m.checkpoints.names()) == 154 and m.main_checkpoint() == "main" for m in suite)
+    assert "seed9/" in suite[-1].seen.page
 
 
 def test_checkpoint_series_of_pythia_and_olmo_2():
@@ -104,6 +116,21 @@ def test_a_good_registry_loads(tmp_path):
     assert registry.model("n").main_checkpoint() is None
     assert registry.suites["s"].entries()[1].reads == ["random"]
     assert registry.model("nope") is None
+
+
+def test_one_entry_is_a_model_for_each_seed(tmp_path):
+    content = copy.deepcopy(GOOD)
+    content["models"].append({"id": "p-seed{seed}", "source": "runs/{seed}", "seeds": {"first": 2, "last": 4}})
+    content["suites"]["s"]["models"] += ["p-seed{seed}"]
+    content["suites"]["t"] = {"protocol": "standard", "models": [{"model": "p-seed{seed}", "reads": ["random"]}]}
+    registry = load_registry(write(tmp_path, content))
+    assert [(m.id, m.source) for m in registry.models[2:]] == [(f"p-seed{n}", f"runs/{n}") for n in (2, 3, 4)]
+    assert [e.model for e in registry.suites["s"].entries()] == ["m", "n", "p-seed2", "p-seed3", "p-seed4"]
+    assert [(e.model, e.reads) for e in registry.suites["t"].entries()] == [
+        (f"p-seed{n}", ["random"]) for n in (2, 3, 4)
+    ]
+    del content["suites"]
+    assert len(load_registry(write(tmp_path, content)).suites["all"].models) == 5
 
 
 def test_a_step_range_is_inclusive(tmp_path):
@@ -160,6 +187,18 @@ def change(path, value):
             "protocol standard: taps 'every:0' is unknown; choose all",
         ),
         (change(("protocols",), {}), "protocols: 'standard' is missing"),
+        (change(("models", 0, "seeds"), [1, 2]), "m: seeds need {seed} in id"),
+        (
+            change(("models", "append"), {"id": "p{seed}", "source": "org/p", "seeds": [1]}),
+            "p{seed}: no {seed} in source, revision or checkpoints, so that all seeds are one model",
+        ),
+        *(
+            (
+                change(("models", "append"), {"id": "p{seed}", "source": "p{seed}", "seeds": seeds}),
+                f"p{{seed}}: seeds {seeds} are neither a list of different numbers nor first and last",
+            )
+            for seeds in ([1, 1], [], 3, ["1"], [True], [-1], {"first": 1})
+        ),
         (change(("sweets",), {}), "unknown key 'sweets'; allowed: models, protocols or suites"),
     ],
 )
