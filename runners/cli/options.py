@@ -47,7 +47,10 @@ ModelType = Annotated[
 ]
 
 # Where and how.
-Address = Annotated[str | None, typer.Option(help="Ray to join: local, auto, host:port. \\[default: local]")]
+Address = Annotated[
+    str | None,
+    typer.Option(help="Ray to join: local, auto, host:port; none: this process, without Ray. \\[default: local]"),
+]
 Out = Annotated[str, typer.Option(metavar="DIR_OR_URI", help="Result set to write or continue.")]
 Resume = Annotated[bool, typer.Option("--resume/--fresh", help="Skip finished reads, or redo them.")]
 Engine = Annotated[str, typer.Option(help="auto, torch, streaming (one block at a time) or vllm.")]
@@ -139,8 +142,12 @@ def jobs_and_cluster(
     from deadbench.runners.jobs.build import build_jobs
     from deadbench.runners.jobs.job import JobError
     from deadbench.runners.jobs.opening import all_unfit, which_are_meant
-    from deadbench.runners.planning.hardware import parse_cluster, ray_cluster, this_machine
+    from deadbench.runners.planning.assign import in_one_process
+    from deadbench.runners.planning.hardware import NO_RAY, parse_cluster, ray_cluster, this_machine
 
+    alone = address == NO_RAY
+    if alone and (overrides.replicas > 1 or (overrides.tensor_parallel or 1) > 1):
+        raise UserError("--address none is one process; leave out --tensor-parallel and --replicas, or --address none")
     cluster = parse_cluster(assume) if assume is not None else None  # a mistake in it is told before anything is opened
     names = models or []
     known, path, passed_over = _registry(registry, needed=suite is not None or not names, names=names)
@@ -148,8 +155,10 @@ def jobs_and_cluster(
     jobs = build_jobs(known, path, names, suite, wanted, overrides, assumed=assume is not None)
     if unfit := all_unfit(jobs):
         raise JobError(unfit)
-    if cluster is None and address in (None, "local"):
-        cluster = this_machine()
+    if alone:
+        jobs = in_one_process(jobs)
+    if cluster is None and address in (None, "local", NO_RAY):
+        cluster = this_machine(most_gpus=1 if alone else None)
     elif cluster is None:
         connect(address)
         cluster = ray_cluster(str(address))

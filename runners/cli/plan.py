@@ -19,7 +19,9 @@ def plan(
     suite: options.Suite = None,
     registry: options.Registry = None,
     reads: options.Reads = None,
-    address: Annotated[str | None, typer.Option(help="Ray to ask for its nodes. \\[default: this machine]")] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Ray to ask for its nodes; none: one process. \\[default: this machine]")
+    ] = None,
     out: Annotated[str | None, typer.Option(metavar="DIR_OR_URI", help="Result set that run would continue.")] = None,
     resume: options.Resume = True,
     engine: options.Engine = "auto",

@@ -16,7 +16,8 @@ from deadbench.runners.cluster.head import HeadWatch, LostClusterError
 from deadbench.runners.cluster.joining import JoinError, connect
 from deadbench.runners.cluster.node_versions import check_versions
 from deadbench.runners.cluster.nodes import PlacementError
-from deadbench.runners.driver.loop import Run, Settings, Summary
+from deadbench.runners.driver.books import Summary
+from deadbench.runners.driver.loop import Run, Settings
 from deadbench.runners.driver.outbox import UnwritableError
 from deadbench.runners.jobs.job import ModelJob
 from deadbench.runners.reporting.progress import Reporter

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from deadbench.runners.engines.registry import DEFAULT
+from deadbench.runners.engines.registry import DEFAULT, ENGINES
 from deadbench.runners.jobs.job import ModelJob, ReadJob
 from deadbench.runners.jobs.resolved import num_tokens
 from deadbench.runners.planning.hardware import Cluster
@@ -42,6 +42,18 @@ def place_jobs(jobs: list[ModelJob], cluster: Cluster) -> tuple[list[ModelJob], 
         chosen = job.tensor_parallel or chosen
         placed.append(replace(job, reads=tuple(reads), tensor_parallel=chosen, gpu_share=share, work=work))
     return placed, problems
+
+
+def in_one_process(jobs: list[ModelJob]) -> list[ModelJob]:
+    """`jobs` as one process can do them, without Ray: what needs processes of its own carries that as its error."""
+
+    def possible(read: ReadJob) -> ReadJob:
+        if read.error or read.engine is None or ENGINES[read.engine].in_process:
+            return read
+        reason = f"{read.engine} runs in processes of its own; give --engine torch, or leave --address none out"
+        return replace(read, error=reason)
+
+    return [replace(job, reads=tuple(map(possible, job.reads))) for job in jobs]
 
 
 def _work(read: ReadJob) -> float:
