@@ -53,7 +53,8 @@ def execute_in_process(
     books = Books(store, reporter, record, run_id, settings.patience)
     record.started(str(settings.address), [])
     reporter.run_started(run_id, len(jobs))
-    outcome, failure = "stopped", None
+    outcome = "stopped"
+    failure: BaseException | None = None
     with _quiet(), _interruptible():
         try:
             for job in jobs:

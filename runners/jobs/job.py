@@ -1,5 +1,7 @@
 """A job: what one actor does, and the key under which each of its reads is stored."""
 
+import hashlib
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -169,6 +171,18 @@ class ModelJob:
         """The job less the reads whose identity is in `done`."""
         finished = set(done)
         return replace(self, reads=tuple(r for r in self.reads if r.identity() not in finished))
+
+
+def protocol_hash(read: str, tokens: int | str, sequence_length: int, dtype: str, content: str) -> str:
+    """What decides the numbers beside model and seed; of a read without input its version alone.
+
+    `content` is a hash of what is fed.
+    """
+    spec = READ_SPECS[read]
+    facts: dict[str, Any] = {"read": read, "version": spec.version}
+    if spec.runs_model:
+        facts |= {"tokens": tokens, "sequence_length": sequence_length, "dtype": dtype, "input": content}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def read_step(job: ReadJob) -> int | None:
