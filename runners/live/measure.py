@@ -60,11 +60,11 @@ def measure(
         for read in wanted:
             started_at = datetime.now(UTC)
             if read == "parameters":
-                job = _job(root, read, "float32", [], None)
+                job = live_job(root, read, "float32", [], None)
                 rows = own_parameters(root, sites, *told)
             else:
                 assert sites is not None
-                job = _job(root, read, dtype_of(root), held, accumulator_gb)
+                job = live_job(root, read, dtype_of(root), held, accumulator_gb)
                 looked_at = sites if taps == "all" else without_blocks(sites)
                 rows = _result(read_own_module(job, root, looked_at, held, str(job.input), ranks))
                 rows["reads"][0] |= published_columns(root, sites.final)
@@ -73,8 +73,15 @@ def measure(
     return Reading(tuple(found) if ranks.rank == 0 else ())
 
 
-def _job(root: nn.Module, read: str, dtype: str, held: list[Batch], accumulator_gb: float | None) -> ReadJob:
-    """The read as a job, which gives its rows their key."""
+def live_job(
+    model: nn.Module,
+    read: str,
+    dtype: str = "auto",
+    held: Sequence[Batch] = (),
+    accumulator_gb: float | None = None,
+) -> ReadJob:
+    """A read of `model` as a job, which gives its rows their key; nothing `held` is nothing that was fed yet."""
+    root = inner(model)
     runs = read == "trained"
     lengths = [
         t.shape[1] for batch in held for t in batch.model_inputs.values() if isinstance(t, Tensor) and t.ndim > 1
@@ -99,7 +106,7 @@ def _job(root: nn.Module, read: str, dtype: str, held: list[Batch], accumulator_
     )
 
 
-def _content(held: list[Batch]) -> str:
+def _content(held: Sequence[Batch]) -> str:
     """A hash of what is fed; of each rank its own part."""
     digest = hashlib.sha256()
     for batch in held:

@@ -1,6 +1,6 @@
 """One of two processes that train a model together and look at it; the first writes what it saw.
 
-    python -m tests.runners.live.ranks RANK FILE(rendezvous) OUT KIND
+python -m tests.runners.live.ranks RANK FILE(rendezvous) OUT KIND
 """
 
 import json
@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 import deadbench
-from tests.runners.live.test_measure import Gpt
+from tests.runners.live.models import Gpt
 
 
 def main(rank: int, meeting: str, out: str, kind: str) -> None:

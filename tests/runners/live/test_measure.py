@@ -14,53 +14,15 @@ from deadbench.runners.jobs.events import Finished
 from deadbench.runners.jobs.job import Overrides
 from deadbench.runners.worker.run import run_model
 from deadbench.suite.registry.loading import load_registry, own_registry
+from tests.runners.live.models import Gpt
 from tests.same_rows import TINY, _save
 
 # What says when, where and of which file a row was made, not what was measured.
 ELSEWHERE = {
-    "run_id", "model", "source", "source_fingerprint", "source_format", "protocol", "protocol_hash", "input", "versions",
-    "started_at", "finished_at", "load_seconds", "forward_seconds", "spectrum_seconds", "peak_host_bytes",
+    "run_id", "model", "source", "source_fingerprint", "source_format", "protocol", "protocol_hash", "input",
+    "versions", "started_at", "finished_at", "load_seconds", "forward_seconds", "spectrum_seconds", "peak_host_bytes",
     "engine_detail",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def ids_ST():
-    return torch.from_numpy(np.random.default_rng(0).integers(3, 97, (16, 32)))
-
-
-class Gpt(nn.Module):
-    """A model of one's own: logits and a loss come out, and nothing says where its norm is."""
-
-    def __init__(self, depth=2, width=16):
-        super().__init__()
-        self.embed = nn.Embedding(97, width)
-        self.h = nn.ModuleList(Block(width) for _ in range(depth))
-        self.ln_f = nn.LayerNorm(width)
-        self.lm_head = nn.Linear(width, 97, bias=False)
-        self.register_buffer("calls", torch.zeros(1))
-        self.longest = 0
-
-    def forward(self, tokens, targets=None):
-        x = self.embed(tokens)
-        self.calls += 1
-        self.longest = max(self.longest, tokens.shape[1])
-        for block in self.h:
-            x = block(x)
-        return self.lm_head(self.ln_f(x)), targets
-
-
-class Block(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.ln = nn.LayerNorm(width)
-        self.attention = nn.MultiheadAttention(width, 2, batch_first=True)
-        self.dropout = nn.Dropout(0.5)
-
-    def forward(self, x):
-        y = self.ln(x)
-        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1])
-        return x + self.dropout(self.attention(y, y, y, attn_mask=mask, need_weights=False)[0])
 
 
 @pytest.fixture
@@ -74,51 +36,55 @@ def of(rows):
 
 
 @pytest.mark.parametrize("case", ["gpt2", "llama", "bert"])
-def test_the_rows_are_those_of_the_checkpoint_and_its_tokens(case, tmp_path, ids_ST):
+def test_the_rows_are_those_of_the_checkpoint_and_its_tokens(case, tmp_path, tokens):
     _save(case, tmp_path / case)
-    np.save(tmp_path / "tokens.npy", ids_ST.numpy())
+    np.save(tmp_path / "tokens.npy", tokens.numpy())
     overrides = Overrides(input=f"tokens:{tmp_path / 'tokens.npy'}")
     path, names = own_registry(), [str(tmp_path / case)]
     (job,) = build_jobs(load_registry(path), path, names, None, ["parameters", "trained"], overrides)
     stored = [event for event in run_model(job, "run", 1) if isinstance(event, Finished)]
     model = getattr(transformers, TINY[case][1]).from_pretrained(tmp_path / case, dtype="auto")
-    reading = deadbench.measure(model, [{"input_ids": ids_ST}], reads=("parameters", "trained"))
+    reading = deadbench.measure(model, [{"input_ids": tokens}], reads=("parameters", "trained"))
     assert of(reading.rows) == of(event.row for event in stored)
-    assert [row["protocol_hash"] for row in reading.rows][0] == stored[0].row["protocol_hash"]
+    assert reading.rows[0]["protocol_hash"] == stored[0].row["protocol_hash"]
     for table in ("spectra", "blocks", "norms"):
         expected = [row for event in stored if table in event.tables for row in event.tables[table].to_pylist()]
         assert of(getattr(reading, table)) == of(expected)
         assert expected
 
 
-def test_padding_does_not_count(tmp_path, ids_ST):
+def test_padding_does_not_count(tmp_path, tokens):
     _save("gpt2", tmp_path)
     model = transformers.GPT2LMHeadModel.from_pretrained(tmp_path)
-    mask_ST = torch.ones_like(ids_ST)
+    mask_ST = torch.ones_like(tokens)
     mask_ST[:, 24:] = 0
-    padded = deadbench.measure(model, [{"input_ids": ids_ST, "attention_mask": mask_ST}]).row
-    cut = deadbench.measure(model, [{"input_ids": ids_ST[:, :24]}]).row
+    padded = deadbench.measure(model, [{"input_ids": tokens, "attention_mask": mask_ST}]).row
+    cut = deadbench.measure(model, [{"input_ids": tokens[:, :24]}]).row
     assert padded["num_tokens"] == cut["num_tokens"] == 16 * 24
     assert padded["lambda_mean"] == pytest.approx(cut["lambda_mean"], rel=1e-5)
 
 
-def test_a_module_of_ones_own_is_found_and_may_be_told(gpt, ids_ST):
-    found = deadbench.measure(gpt, ids_ST).row
+def test_a_module_of_ones_own_is_found_and_may_be_told(gpt, tokens):
+    found = deadbench.measure(gpt, tokens).row
     assert (found["final_norm"], found["family"], found["placement"]) == ("ln_f", "layernorm", "pre")
     assert (found["num_blocks"], found["num_tokens"], found["status"]) == (2, 512, "ok")
     assert found["alignment"] > 0.999
     assert found["depth"] > 10
     for final_norm, blocks in (("ln_f", "h"), (gpt.ln_f, list(gpt.h))):
-        told = deadbench.measure(gpt, [(ids_ST,)], final_norm=final_norm, blocks=blocks).row
+        told = deadbench.measure(gpt, [(tokens,)], final_norm=final_norm, blocks=blocks).row
         assert of([told]) == of([found])
-    inside = deadbench.measure(gpt, [{"tokens": ids_ST}], final_norm="h.1.ln", taps="none")
+    inside = deadbench.measure(gpt, [{"tokens": tokens}], final_norm="h.1.ln", taps="none")
     assert (inside.row["placement"], inside.blocks, inside.row["blocks_preserved"]) == ("post", [], None)
 
 
 def test_its_parameters_are_read_where_the_norm_is_told(gpt):
     reading = deadbench.measure(gpt, final_norm="ln_f", blocks="h")
     assert (reading.row["read"], reading.row["engine"], reading.row["num_zero_scales"]) == ("parameters", None, 0)
-    assert {row["norm"]: row["role"] for row in reading.norms} == {"h.0.ln": "block", "h.1.ln": "block", "ln_f": "final"}
+    assert {row["norm"]: row["role"] for row in reading.norms} == {
+        "h.0.ln": "block",
+        "h.1.ln": "block",
+        "ln_f": "final",
+    }
     with torch.no_grad():
         gpt.ln_f.weight[3] = 0
     assert deadbench.measure(gpt, final_norm="ln_f").norms[-1]["zero_coordinates"] == [3]
@@ -139,8 +105,8 @@ def test_its_parameters_are_read_where_the_norm_is_told(gpt):
         ({"max_tokens": 8}, "8 tokens for hidden size 16"),
     ],
 )
-def test_a_mistake_is_one_line_and_changes_nothing(gpt, ids_ST, arguments, message):
-    batches = {"batches": [ids_ST[:1, :8]] * 4} | arguments
+def test_a_mistake_is_one_line_and_changes_nothing(gpt, tokens, arguments, message):
+    batches = {"batches": [tokens[:1, :8]] * 4} | arguments
     with unchanged(gpt), pytest.raises(ValueError, match=message) as caught:
         deadbench.measure(gpt, **batches)
     assert "\n" not in str(caught.value)
@@ -177,7 +143,7 @@ class unchanged:  # noqa: N801
         assert self.state() == self.before
 
 
-def test_all_is_left_as_it_was_found(gpt, ids_ST):
+def test_all_is_left_as_it_was_found(gpt, tokens):
     def batches():
         yield torch.randint(3, 97, (16, 32))
         random.random()
@@ -187,18 +153,18 @@ def test_all_is_left_as_it_was_found(gpt, ids_ST):
         assert deadbench.measure(gpt, batches()).row["status"] == "ok"
 
 
-def test_an_exception_on_the_way_changes_nothing(gpt, ids_ST):
+def test_an_exception_on_the_way_changes_nothing(gpt, tokens):
     def broken():
-        yield ids_ST[:4]
+        yield tokens[:4]
         raise OSError("the disk is gone")
 
     with unchanged(gpt), pytest.raises(OSError, match="the disk is gone"):
         deadbench.measure(gpt, broken())
     with unchanged(gpt), pytest.raises(IndexError):
-        deadbench.measure(gpt, [ids_ST, ids_ST + 97])
+        deadbench.measure(gpt, [tokens, tokens + 97])
 
 
-def test_training_goes_on_to_the_bit(gpt, ids_ST):
+def test_training_goes_on_to_the_bit(gpt, tokens):
     def weights(looks):
         torch.manual_seed(1)
         model = Gpt()
@@ -206,9 +172,9 @@ def test_training_goes_on_to_the_bit(gpt, ids_ST):
         for _ in range(3):
             with torch.autocast("cpu", torch.bfloat16):
                 if looks:
-                    deadbench.measure(model, ids_ST)
-                logits, _ = model(ids_ST)
-            nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids_ST.flatten()).backward()
+                    deadbench.measure(model, tokens)
+                logits, _ = model(tokens)
+            nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten()).backward()
             optimiser.step()
             optimiser.zero_grad()
         return [p.tolist() for p in model.parameters()]
@@ -216,17 +182,17 @@ def test_training_goes_on_to_the_bit(gpt, ids_ST):
     assert weights(True) == weights(False)
 
 
-def test_under_autocast_the_row_says_in_which_precision(gpt, ids_ST):
+def test_under_autocast_the_row_says_in_which_precision(gpt, tokens):
     with torch.autocast("cpu", torch.bfloat16):
-        row = deadbench.measure(gpt, ids_ST).row
+        row = deadbench.measure(gpt, tokens).row
     assert row["dtype"] == "bfloat16"
     assert row["kernel_exact"] is True
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["whole", "by block", "in place"])
-def test_a_compiled_model_is_read_uncompiled(gpt, ids_ST, how):
-    expected = deadbench.measure(gpt, ids_ST).row
+def test_a_compiled_model_is_read_uncompiled(gpt, tokens, how):
+    expected = deadbench.measure(gpt, tokens).row
     ran = []
 
     def backend(graph, example_inputs):
@@ -242,28 +208,28 @@ def test_a_compiled_model_is_read_uncompiled(gpt, ids_ST, how):
                 block.compile(backend=backend)
             else:
                 gpt.h[place] = torch.compile(block, backend=backend)
-    assert of([deadbench.measure(model, ids_ST).row]) == of([expected])
+    assert of([deadbench.measure(model, tokens).row]) == of([expected])
     assert not ran
     with torch.no_grad():
-        model(ids_ST)
+        model(tokens)
     assert ran
-    assert of([deadbench.measure(model, ids_ST, final_norm="ln_f", blocks="h").row]) == of([expected])
+    assert of([deadbench.measure(model, tokens, final_norm="ln_f", blocks="h").row]) == of([expected])
 
 
-def test_with_gradient_checkpointing(tmp_path, ids_ST):
+def test_with_gradient_checkpointing(tmp_path, tokens):
     _save("gpt2", tmp_path)
     model = transformers.GPT2LMHeadModel.from_pretrained(tmp_path)
-    expected = deadbench.measure(model, [{"input_ids": ids_ST}]).row
+    expected = deadbench.measure(model, [{"input_ids": tokens}]).row
     model.gradient_checkpointing_enable()
     model.train()
-    assert of([deadbench.measure(model, [{"input_ids": ids_ST, "labels": ids_ST}]).row]) == of([expected])
+    assert of([deadbench.measure(model, [{"input_ids": tokens, "labels": tokens}]).row]) == of([expected])
     assert model.is_gradient_checkpointing
     assert model.training
 
 
-def test_what_is_saved_is_a_result_set(gpt, ids_ST, tmp_path):
+def test_what_is_saved_is_a_result_set(gpt, tokens, tmp_path):
     for step in (10, 20):
-        reading = deadbench.measure(gpt, ids_ST, reads=("parameters", "trained"))
+        reading = deadbench.measure(gpt, tokens, reads=("parameters", "trained"))
         reading.save(tmp_path, model="mine", step=step)
         with torch.no_grad():
             gpt.ln_f.weight.mul_(0.5)

@@ -10,15 +10,14 @@ import torch
 
 import deadbench
 from tests.conftest import ROOT
-from tests.runners.live.test_measure import Gpt, ids_ST
+from tests.runners.live.models import Gpt
 
 pytestmark = pytest.mark.subprocess
-ids_ST = ids_ST
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp", "fsdp-norm"])
-def test_two_ranks_give_the_row_of_one(tmp_path, ids_ST, kind):
-    torch.save(ids_ST, tmp_path / "ids.pt")
+def test_two_ranks_give_the_row_of_one(tmp_path, tokens, kind):
+    torch.save(tokens, tmp_path / "ids.pt")
     command = [sys.executable, "-m", "tests.runners.live.ranks"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     ranks = [
@@ -32,7 +31,7 @@ def test_two_ranks_give_the_row_of_one(tmp_path, ids_ST, kind):
     assert [rank.returncode for rank in ranks] == [0, 0], errors[0] + errors[1]
     found = json.loads((tmp_path / f"{kind}.json").read_text())
     torch.manual_seed(0)
-    alone = deadbench.measure(Gpt(), ids_ST, reads=("parameters", "trained"))
+    alone = deadbench.measure(Gpt(), tokens, reads=("parameters", "trained"))
     for mine, one in zip(found["reads"], alone.rows, strict=True):
         for name in ("family", "final_norm", "hidden_size", "num_blocks", "num_tokens", "num_parameters",
                      "num_distinct_inputs", "scale_harmonic", "kernel_exact", "num_dead_1e6", "blocks_preserved",
