@@ -37,6 +37,15 @@ Dtype = Annotated[
     str | None, typer.Option(help="auto, float32, float16, bfloat16, float64. \\[default: the registry's, or auto]")
 ]
 
+Factory = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="PACKAGE.MODULE:FACTORY",
+        help="Read the nn.Module that this function of yours returns, alone or with batches. Imports and runs it.",
+    ),
+]
+
 # Of what architecture a SOURCE is, where it does not say.
 Config = Annotated[
     str | None,
@@ -130,6 +139,7 @@ def jobs_and_cluster(
     *,
     assume: str | None = None,
     address: str | None = None,
+    factory: str | None = None,
 ) -> "tuple[list[ModelJob], Cluster, list[str]]":
     """The jobs that the flags ask for, on which cluster, and what there is to say of the names that were given.
 
@@ -149,9 +159,11 @@ def jobs_and_cluster(
     if alone and (overrides.replicas > 1 or (overrides.tensor_parallel or 1) > 1):
         raise UserError("--address none is one process; leave out --tensor-parallel and --replicas, or --address none")
     cluster = parse_cluster(assume) if assume is not None else None  # a mistake in it is told before anything is opened
-    names = models or []
-    known, path, passed_over = _registry(registry, needed=suite is not None or not names, names=names)
     wanted = [part.strip() for part in reads.split(",")] if reads is not None else None
+    names = models or []
+    if factory is not None:
+        return _of_factory(factory, names, suite, wanted, overrides), cluster or this_machine(), []
+    known, path, passed_over = _registry(registry, needed=suite is not None or not names, names=names)
     jobs = build_jobs(known, path, names, suite, wanted, overrides, assumed=assume is not None)
     if unfit := all_unfit(jobs):
         raise JobError(unfit)
@@ -164,6 +176,21 @@ def jobs_and_cluster(
         cluster = ray_cluster(str(address))
     remarks = [remark for job in jobs for remark in job.remarks]
     return jobs, cluster, [*passed_over, *which_are_meant(known, names), *remarks]
+
+
+def _of_factory(
+    factory: str, names: list[str], suite: str | None, reads: list[str] | None, overrides: "Overrides"
+) -> "list[ModelJob]":
+    """The one job of a module of the user's own, which is looked for from this folder.
+
+    Raises:
+        UserError: other models are named beside it.
+    """
+    from deadbench.runners.jobs.own_factory import factory_job
+
+    if names or suite is not None:
+        raise UserError(f"--model {factory} is read alone; leave out {names[0] if names else '--suite'}")
+    return [factory_job(factory, reads, overrides, Path.cwd())]
 
 
 def _registry(named: Path | None, *, needed: bool, names: list[str]) -> "tuple[entries.Registry, Path, list[str]]":

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 def run(
     models: options.Models = None,
+    factory: options.Factory = None,
     suite: options.Suite = None,
     registry: options.Registry = None,
     reads: options.Reads = None,
@@ -71,7 +72,8 @@ def run(
     from deadbench.runners.planning.hardware import NO_RAY, parse_cluster
 
     check_out(out)
-    check_named(models, suite, registry)
+    if factory is None:
+        check_named(models, suite, registry)
     one_of("--log-format", log_format, ("text", "json"))
     overrides = options.overridden(
         engine=engine, tokens=tokens, input_spec=input_spec, dtype=dtype, seed=seed,
@@ -81,7 +83,9 @@ def run(
     if sys.stderr.isatty() and log_format == "text":  # who waits sees at once that something happens
         say("planning …" if address == NO_RAY else "planning, then starting Ray …")
     added = parse_cluster(autoscale, "--autoscale").largest if autoscale is not None else None
-    jobs, cluster, names = options.jobs_and_cluster(models, suite, registry, reads, overrides, address=address)
+    jobs, cluster, names = options.jobs_and_cluster(
+        models, suite, registry, reads, overrides, address=address, factory=factory
+    )
     cannot_be_read = unreachable(jobs)
     jobs, remarks = place_jobs(jobs, cluster if added is None else cluster.with_node(added))
     settings = Settings(address, timeout, max_retries, added.gpus if added else 0, checkpoint_interval)

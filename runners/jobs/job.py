@@ -87,6 +87,7 @@ class ReadJob:
     checkpoint_location: str | None = None  # the result set, absolute; the driver sets both
     config: dict[str, Any] | None = None  # in place of the source's own
     model_type: str | None = None  # of a configuration that has none
+    factory: str | None = None  # what builds the module that is read, where it is the user's own: package.module:name
     place: str | None = None  # what `locate` says of the model's source, asked once, where the command was given
 
     def opened(self, revision: str | None) -> Checkpoint:
@@ -191,6 +192,8 @@ def read_step(job: ReadJob) -> int | None:
     By the registry's rule for the series, else by the checkpoint's name, else by what its Trainer wrote beside it.
     """
     if not READ_SPECS[job.read].per_checkpoint:
+        return None
+    if job.factory is not None:
         return None
     series = job.model.checkpoints
     if job.revision and isinstance(series, CheckpointPattern | ListedCheckpoints):

@@ -15,9 +15,9 @@ from deadbench.runners.engines.registry import DEFAULT
 from deadbench.runners.jobs.events import Rows, new_run_id, to_tables
 from deadbench.runners.jobs.job import ReadJob, protocol_hash
 from deadbench.runners.live.as_found import as_found
-from deadbench.runners.live.parameters import own_parameters, published_columns
 from deadbench.runners.live.reading import Reading
 from deadbench.runners.worker.own_module import dtype_of, hold, read_own_module, without_blocks
+from deadbench.runners.worker.own_parameters import own_parameters, published_columns
 from deadbench.suite.architectures.kernel_test import plain_type
 from deadbench.suite.architectures.live import Sites, inner, is_replicated, is_sharded
 from deadbench.suite.errors import InputError

@@ -20,7 +20,12 @@ def place_jobs(jobs: list[ModelJob], cluster: Cluster) -> tuple[list[ModelJob], 
         asked = job.asked_tensor_parallel(has_gpus=cluster.largest.gpus > 0)
         for read in job.reads:
             work += _work(read)
-            if read.engine and not read.error and (asked not in (None, 1) or not _surely_fits(read, cluster)):
+            if (
+                read.engine
+                and not read.error
+                and not read.factory
+                and (asked not in (None, 1) or not _surely_fits(read, cluster))
+            ):
                 from deadbench.runners.planning.plan import (
                     place,  # torch, which who needs no measurement need not wait for
                 )
@@ -65,7 +70,12 @@ def _work(read: ReadJob) -> float:
 
 
 def _surely_fits(read: ReadJob, cluster: Cluster) -> bool:
-    """Whether float32 weights by the registry's own figure take less than an eighth of the memory."""
+    """Whether float32 weights by the registry's own figure take less than an eighth of the memory.
+
+    What a factory of the user's builds is not measured: it is theirs to say where it fits.
+    """
+    if read.factory is not None:
+        return True
     node = cluster.largest
     if node.gpus:
         return False  # how many fit on one GPU is worth the measurement

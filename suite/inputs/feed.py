@@ -144,7 +144,7 @@ def _feed_tokens(
         )
         if getattr(config, "position_embedding_type", "absolute") == "absolute":
             longest = max(batch.model_inputs["input_ids"].shape[1] for batch in made.batches)
-            check_positions(longest, max(_tables(part), default=None))  # a smaller table may be another tower's
+            check_positions(longest, max(position_tables(part), default=None))  # a smaller table may be another tower's
         return made
 
     if not whole_rows:  # rows of pictures and text together: whole sequences only, and as many as give the rows
@@ -264,11 +264,11 @@ def _longest(part: nn.Module) -> int:
     config: Any = part.config
     said = [getattr(c, key, None) for c in (config, config.get_text_config()) for key in _LENGTH_KEYS]
     limits = [n for n in said if isinstance(n, int) and n > 0]
-    return min([*limits, *_tables(part)], default=1 << 30)
+    return min([*limits, *position_tables(part)], default=1 << 30)
 
 
-def _tables(part: nn.Module) -> Iterator[int]:
-    """Positions of each table of them."""
+def position_tables(part: nn.Module) -> Iterator[int]:
+    """How many positions each table of them holds."""
     for name, module in part.named_modules():
         # x_, y_, h_ and w_position_embeddings of document models are of the page, not of the text.
         leaf = name.rpartition(".")[2]

@@ -30,9 +30,9 @@ FLAGS = {
     "export": "-o --out --config --model-type --debug",
     "plan": "--assume --suite --registry --reads --address --out --resume --fresh --engine --tensor-parallel "
     "--replicas --tokens --input --seed --dtype --config --model-type --accumulator-gb --json --debug",
-    "run": "--suite --registry --reads --address --out --resume --fresh --engine --tensor-parallel --replicas --tokens "
-    "--input --seed --dtype --config --model-type --accumulator-gb --timeout --max-retries --checkpoint-interval "
-    "--autoscale --log-format --json --debug",
+    "run": "--model --suite --registry --reads --address --out --resume --fresh --engine --tensor-parallel --replicas "
+    "--tokens --input --seed --dtype --config --model-type --accumulator-gb --timeout --max-retries "
+    "--checkpoint-interval --autoscale --log-format --json --debug",
     "census": "--out --address --resume --fresh --threads --config --model-type --json --debug",
     "leaderboard": "--format --sort --family --json --debug",
     "families": "--format --json --debug",
