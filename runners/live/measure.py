@@ -48,6 +48,7 @@ def measure(
         raise InputError("the read 'trained' needs batches; give some, or reads=('parameters',)")
     if taps not in ("all", "none"):
         raise InputError(f"taps {taps!r} is unknown; choose all or none")
+    _refuse_flat(model)
     ranks = _ranks_of(model)
     run_id, found = new_run_id(), []
     with as_found(model):
@@ -124,6 +125,14 @@ def _result(steps: Generator[Any, None, Rows]) -> Rows:
             next(steps)
         except StopIteration as end:
             return end.value  # type: ignore[no-any-return]
+
+
+def _refuse_flat(model: nn.Module) -> None:
+    """Raise InputError where parameters are parts of one long vector, which is nobody's norm any more."""
+    flat = any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
+    if flat or any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        how = "FullyShardedDataParallel; use fully_shard" if flat else "DeepSpeed's stage 3"
+        raise InputError(f"the parameters are divided by {how}, or read its checkpoints by deadbench run")
 
 
 def _ranks_of(model: nn.Module) -> Ranks:
