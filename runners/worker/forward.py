@@ -30,9 +30,9 @@ from deadbench.runners.worker.request import (
     tensor_name,
 )
 from deadbench.runners.worker.saved_state import Position
-from deadbench.suite.architectures.build import objective
 from deadbench.suite.architectures.kernel_test import live_norm
 from deadbench.suite.architectures.norms import EffectiveNorm, FinalNorm, departure
+from deadbench.suite.architectures.objectives import objective
 from deadbench.suite.architectures.resolve import Resolved
 from deadbench.suite.inputs.batches import check_distinct, check_inputs
 from deadbench.suite.reads.columns import architecture_columns, scale_columns

@@ -10,16 +10,17 @@ from torch import nn
 
 from deadbench.runners.jobs.events import Rows
 from deadbench.runners.jobs.resolved import Configuration, num_parameters, published, published_wiring
-from deadbench.suite.architectures.build import count_parameters, objective, published_class
+from deadbench.suite.architectures.build import count_parameters, published_class
 from deadbench.suite.architectures.kernel_test import live_norm, own_vectors, plain_copy, plain_type, probe
 from deadbench.suite.architectures.live import Sites, named_module, part_read, placement_of
 from deadbench.suite.architectures.norms import FinalNorm, NormBehaviour
+from deadbench.suite.architectures.objectives import objective
 from deadbench.suite.architectures.parts import block_list
 from deadbench.suite.architectures.stored_names import unwrapped
 from deadbench.suite.atlas.lookup import lookup
 from deadbench.suite.errors import ArchitectureError
 from deadbench.suite.reads.columns import architecture_columns, scale_columns
-from deadbench.suite.reads.norms_table import norms_in
+from deadbench.suite.reads.norms_table import dissected, norms_in
 from deadbench.suite.schema import Row
 
 
@@ -62,7 +63,7 @@ def own_parameters(
     else:
         model, wiring, base = root, None, _prefix(root, part)
     blocks_path, _ = block_list(model.get_submodule(base.rstrip(".")), final.path)
-    listed: Any = norms_in(model, wiring, final, base, blocks_path, vectors_of)  # type: ignore[arg-type]
+    listed: Any = norms_in(dissected(model, wiring, final, base, blocks_path), final, vectors_of)  # type: ignore[arg-type]
     norms = [each for each, _ in listed]
     counted = [each["dead_parameters"] for each in norms if each["dead_parameters"] is not None]
     row["dead_parameters"] = sum(counted) if counted else None

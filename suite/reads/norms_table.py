@@ -1,9 +1,9 @@
 """The table `norms`: every norm of a published architecture, with its role and its dead parameters."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,7 @@ from deadbench.suite.architectures.stored_tensors import StoredTensors
 from deadbench.suite.checkpoints.checkpoint import Checkpoint
 from deadbench.suite.checkpoints.tensors import read_vector
 from deadbench.suite.errors import ArchitectureError
+from deadbench.suite.reads.anatomy import Anatomy
 from deadbench.suite.reads.parameters import ParametersRead
 from deadbench.suite.schema import Row
 from deadbench.suite.spectra.directions import harmonic_scale, inverse_scale_direction, zero_scales
@@ -39,23 +40,18 @@ def norms_of(
     checkpoint: Checkpoint, read: ParametersRead, empty: "nn.Module | None" = None
 ) -> list[tuple[Row, EffectiveNorm]]:
     """The rows of `list_norms`, each with the norm itself."""
-    from deadbench.suite.architectures.build import build_config
-    from deadbench.suite.architectures.parts import block_list
-    from deadbench.suite.reads.dead_parameters import trace_published
-
     try:
-        model, wiring = trace_published(build_config(checkpoint.config()), empty)
+        anatomy = published_anatomy(checkpoint.config(), read, empty)
     except ArchitectureError:
         return []
-    bare = getattr(model, "base_model", model)
-    modules = dict(model.named_modules())
-    if read.final.path in modules and read.final.path not in dict(bare.named_modules()):
-        bare = model  # AutoModel gives the published class itself
-    prefix = next((f"{path}." for path, module in modules.items() if module is bare and path), "")
-    blocks_path, _ = block_list(bare, read.final.path)
-    base = naming(model)
-    base = base.further(rule for rule in read.final.naming.rules if rule not in base.rules)
-    of_bare, of_heads = StoredTensors(read.entries, base), StoredTensors(read.entries, replace(base, base=""))
+    return norms_stored(anatomy, checkpoint, read)
+
+
+def norms_stored(anatomy: Anatomy, checkpoint: Checkpoint, read: ParametersRead) -> list[tuple[Row, EffectiveNorm]]:
+    """The same of an architecture that is known."""
+    prefix, naming = anatomy.prefix, anatomy.naming
+    naming = naming.further(rule for rule in read.final.naming.rules if rule not in naming.rules)
+    of_bare, of_heads = StoredTensors(read.entries, naming), StoredTensors(read.entries, replace(naming, base=""))
 
     def stored_vectors(path: str, behaviour: NormBehaviour) -> Vectors | None:
         names = (behaviour.scale_parameter, behaviour.shift_parameter)
@@ -68,33 +64,48 @@ def norms_of(
             scale_D = scale_D - 1
         return scale_D, shift_D
 
-    return norms_in(model, wiring, read.final, prefix, blocks_path, stored_vectors)
+    return norms_in(anatomy, read.final, stored_vectors)
 
 
-def norms_in(
-    model: "nn.Module",
-    wiring: "Wiring | None",
-    final: FinalNorm,
-    prefix: str,
-    blocks_path: str | None,
-    vectors_of: Callable[[str, NormBehaviour], Vectors | None],
-) -> list[tuple[Row, EffectiveNorm]]:
-    """Every norm of `model`, in the order of its modules, with its role and its dead parameters.
+def published_anatomy(raw_config: Mapping[str, Any], read: ParametersRead, empty: "nn.Module | None" = None) -> Anatomy:
+    """What the parameters read needs of a published architecture; `empty` is it, on the meta device.
+
+    Raises:
+        ArchitectureError: transformers cannot build it.
+    """
+    from deadbench.suite.architectures.build import build_config
+    from deadbench.suite.architectures.parts import block_list
+    from deadbench.suite.reads.dead_parameters import trace_published
+
+    model, wiring = trace_published(build_config(raw_config), empty)
+    bare = getattr(model, "base_model", model)
+    modules = dict(model.named_modules())
+    if read.final.path in modules and read.final.path not in dict(bare.named_modules()):
+        bare = model  # AutoModel gives the published class itself
+    prefix = next((f"{path}." for path, module in modules.items() if module is bare and path), "")
+    blocks_path, _ = block_list(bare, read.final.path)
+    return replace(dissected(model, wiring, read.final, prefix, blocks_path), naming=naming(model))
+
+
+def dissected(
+    model: "nn.Module", wiring: "Wiring | None", final: FinalNorm, prefix: str, blocks_path: str | None
+) -> Anatomy:
+    """What the parameters read needs of `model`, of anyone's, in the order of its modules.
 
     Args:
-        model: the published architecture, or a module of anyone's; the values of its parameters are not looked at.
+        model: the values of its parameters are not looked at.
         wiring: what feeds what in it; None where that is not known.
         final: its final norm, by its path below `prefix`.
         prefix: of the paths in the part that is read, which `blocks_path` is one of; "" or with its dot.
         blocks_path: where the blocks are.
-        vectors_of: scale and shift as stored of the norm at a path; None for one that is not there.
     """
+    from deadbench.suite.architectures.build import count_parameters
     from deadbench.suite.architectures.kernel_test import own_vectors, probe
-    from deadbench.suite.reads.dead_parameters import count_dead_parameters
+    from deadbench.suite.reads.dead_parameters import dead_maps
 
     modules = dict(model.named_modules())
     called = wiring.norms if wiring else {}
-    norms: dict[str, EffectiveNorm] = {}
+    norms: list[tuple[str, NormBehaviour, int]] = []
     probed: dict[tuple[type, int, tuple[str, ...]], NormBehaviour] = {}  # a model has many norms of few kinds
     if (last := modules.get(f"{prefix}{final.path}")) is not None and (vectors := own_vectors(last)):
         # The others of its kind are like it; `probe` tries rows, and would not know norms of maps.
@@ -110,11 +121,26 @@ def norms_in(
         kind = (type(module), width, tuple(vectors))
         if kind not in probed:
             probed[kind] = called[path][0] if path in called else probe(module, width)
-        behaviour = probed[kind]
-        found = vectors_of(path, behaviour) if behaviour.known else None
-        if found is not None:
-            norms[path] = effective_norm(behaviour, *found, width)
-    counts = count_dead_parameters(model, wiring, norms) if wiring else {}
+        if probed[kind].known:
+            norms.append((path, probed[kind], width))
+    maps = dead_maps(model, wiring) if wiring else None
+    return Anatomy(count_parameters(model), prefix, blocks_path, tuple(norms), maps)
+
+
+def norms_in(
+    anatomy: Anatomy, final: FinalNorm, vectors_of: Callable[[str, NormBehaviour], Vectors | None]
+) -> list[tuple[Row, EffectiveNorm]]:
+    """Every norm of an architecture that is there, with its role and its dead parameters.
+
+    Args:
+        anatomy: of the architecture.
+        final: its final norm.
+        vectors_of: scale and shift as stored of the norm at a path; None for one that is not there.
+    """
+    found = ((path, behaviour, width, vectors_of(path, behaviour)) for path, behaviour, width in anatomy.norms)
+    norms = {path: effective_norm(behaviour, *own, width) for path, behaviour, width, own in found if own is not None}
+    counts = anatomy.maps.count(norms) if anatomy.maps else {}
+    prefix, blocks_path = anatomy.prefix, anatomy.blocks_path
     rows = []
     for path, norm in norms.items():
         magnitude_D, name = np.abs(norm.scale_D), path.removeprefix(prefix)
