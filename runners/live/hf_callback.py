@@ -12,7 +12,7 @@ from deadbench.runners.live.measure import MOST
 from deadbench.suite.architectures.live import is_sharded
 
 
-class DeadDirectionCallback(TrainerCallback):  # type: ignore[misc]
+class DeadDirectionCallback(TrainerCallback):
     """Reads the model every N steps, at each save and at the end; an error is a failed row and one warning.
 
     Without `batches` the parameters alone are read, which costs next to nothing; with them, the forward read too.

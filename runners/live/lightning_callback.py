@@ -88,4 +88,4 @@ class DeadDirectionCallback(Callback):  # type: ignore[misc]
 
 def _inner_model(pl_module: Any) -> nn.Module:
     inner = getattr(pl_module, "model", None)
-    return inner if isinstance(inner, nn.Module) else pl_module  # type: ignore[no-any-return]
+    return inner if isinstance(inner, nn.Module) else pl_module

@@ -126,7 +126,7 @@ class Looks:
 
 def _logged(reading: Reading) -> dict[str, float]:
     """The numbers of all reads; of one that several have, the last's."""
-    found = {}
+    found: dict[str, float] = {}
     for row in reading.rows:
         found |= {f"{_PREFIX}{name}": float(row[name]) for name in _LOGGED if row[name] is not None}
     return found

@@ -78,6 +78,16 @@ def test_its_rows_are_those_that_measure_gives(folder, deadbench):
     assert run(deadbench, *arguments)[1]["ok"] == 2
 
 
+def test_the_plan_names_it_and_imports_nothing(folder, deadbench):
+    (folder / "runners" / "ours.py").write_text("raise SystemExit('imported')")
+    code, out, _ = deadbench("plan", "--model", "runners.ours:plain", "--address", "none", "--json")
+    assert code == 0
+    reads = json.loads(out)["reads"]
+    assert [(row["model"], row["read"], row["note"]) for row in reads] == [
+        ("runners.ours:plain", read, "a module of your own, not sized") for read in ("parameters", "trained")
+    ]
+
+
 def test_it_may_bring_its_batches(folder, deadbench):
     code, told, err = run(deadbench, "--model", "runners.ours:fed", "--reads", "trained")
     assert (code, told["ok"]) == (0, 1), err
