@@ -67,6 +67,7 @@ def reads(out, *columns):
     return pl.read_parquet(out / "reads" / "*.parquet").sort("checkpoint_step", "read").select(*columns).rows()
 
 
+@pytest.mark.slow
 def test_the_trainer_goes_on_to_the_bit_and_every_look_is_a_row(tmp_path, alone, capfd):
     callback = DeadDirectionCallback(tmp_path / "out", model="tiny", every=2, batches=HELD)
     losses, weights, logged, _ = train(tmp_path / "run", callback)
@@ -84,6 +85,7 @@ def test_the_trainer_goes_on_to_the_bit_and_every_look_is_a_row(tmp_path, alone,
     assert re.search(r"deadbench: 4 looks in [\d.]+ s, [\de.+-]+ % of the training's time", capfd.readouterr().err)
 
 
+@pytest.mark.slow
 def test_without_batches_the_parameters_alone_are_read(tmp_path, alone):
     callback = DeadDirectionCallback(tmp_path / "out", every=None)
     losses, weights, logged, history = train(tmp_path / "run", callback, attach=False)
@@ -96,6 +98,7 @@ def test_without_batches_the_parameters_alone_are_read(tmp_path, alone):
     assert [entry["step"] for entry in history if "deadbench/depth_predicted" in entry] == [3, 6]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["norm", "batch", "disk", "tracker"])
 def test_an_error_is_a_failed_row_and_one_warning_and_ends_nothing(tmp_path, alone, caplog, monkeypatch, fault):
     given = {"batches": HELD}

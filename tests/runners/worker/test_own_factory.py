@@ -54,6 +54,7 @@ def run(deadbench, *arguments):
     return code, json.loads(out) if out else None, err
 
 
+@pytest.mark.slow
 def test_its_rows_are_those_that_measure_gives(folder, deadbench):
     arguments = ("--model", "runners.ours:plain", "--input", "tokens:tokens.npy")
     code, told, err = run(deadbench, *arguments)
