@@ -4,6 +4,7 @@
 
     deadbench.classify("./my-checkpoint")["family"]  # 'layernorm', from its parameters alone
     reads = deadbench.scan("results/quick")  # a polars.LazyFrame; deadbench.scan(RESULTS, "spectra") another table
+    deadbench.measure(model, batches).row["depth"]  # of a model that lives here, in training too
     deadbench.leaderboard("results/quick")  # what the command of that name shows, as a polars.DataFrame
 
 Importing this costs nothing: torch, polars and the rest wait until a function needs them. A caller's mistake is a
@@ -12,16 +13,19 @@ Importing this costs nothing: torch, polars and the rest wait until a function n
 (PYTEST_DONT_REWRITE: else a pytest that is started after this import warns of our plugin, or dies of the warning.)
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import polars as pl
+    from torch import nn
+
+    from deadbench.runners.live.reading import Reading
 
 __version__: str
 
-__all__ = ["__version__", "classify", "compare", "families", "leaderboard", "scan", "trend"]
+__all__ = ["__version__", "classify", "compare", "families", "leaderboard", "measure", "scan", "trend"]
 
 if not (Path(__file__).parent / "suite").is_dir():  # a clone whose links were lost on the way, as in a zip archive
     __path__.append(str(Path(__file__).parents[1]))
@@ -45,6 +49,42 @@ def classify(source: str | Path, config: str | Path | Mapping[str, Any] | None =
     else:
         given = read_config(str(config))
     return classify_one(str(source), config=given)[0]
+
+
+def measure(
+    model: "nn.Module",
+    batches: Iterable[Any] | None = None,
+    *,
+    reads: Sequence[str] | None = None,
+    final_norm: "str | nn.Module | None" = None,
+    blocks: "str | nn.Module | Sequence[nn.Module] | None" = None,
+    taps: str = "all",
+    max_tokens: int | str = "64D",
+    accumulator_gb: float | None = None,
+) -> "Reading":
+    """The reads of a model that lives in this process, as `deadbench run` makes them of a checkpoint; without Ray.
+
+    `batches` is an iterable of what the model takes: tensors, dictionaries or tuples; positions where an
+    `attention_mask` is 0 do not count. Without batches the parameters alone are read, and nothing is run. The final
+    norm and the blocks are found by what flows through the model, or told: a path (`final_norm="ln_f", blocks="h"`) or
+    the modules. Compiled, under autocast or with gradient checkpointing the model runs uncompiled and without
+    gradients; under DistributedDataParallel and fully_shard every rank calls this with its own batches, and the first
+    has the rows. Modes, gradients, hooks, buffers and all random numbers are left as they were found.
+
+    `reads` are `parameters`, `trained` or both; `taps="none"` leaves the blocks out; at most `max_tokens` rows are read
+    (a number, or a multiple of the width), and `accumulator_gb` is the memory for the blocks' statistics.
+
+    Raises:
+        ValueError: no final norm that can be told, too few tokens, or an input that the model does not take.
+
+    Example: `deadbench.measure(model, batches).row["depth"]`; `.save("results", model="mine", step=1000)` keeps it
+    """
+    from deadbench.runners.live.measure import measure as look
+
+    return look(
+        model, batches, reads=reads, final_norm=final_norm, blocks=blocks, taps=taps,
+        max_tokens=max_tokens, accumulator_gb=accumulator_gb,
+    )  # fmt: skip
 
 
 def scan(results: str | Path | Sequence[str | Path], table: str = "reads") -> "pl.LazyFrame":

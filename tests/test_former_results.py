@@ -9,7 +9,7 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 
-from deadbench.runners.driver.loop import Summary
+from deadbench.runners.driver.books import Summary
 from deadbench.runners.jobs.build import build_jobs
 from deadbench.runners.jobs.job import Overrides
 from deadbench.suite.read_specs import READ_SPECS

@@ -13,6 +13,10 @@ from tests.conftest import ROOT, TWINS
 SIGNATURES = {
     "classify": "(source: str | pathlib.Path, config: str | pathlib.Path | collections.abc.Mapping[str, typing.Any] | "
     "None = None) -> dict[str, typing.Any]",
+    "measure": "(model: 'nn.Module', batches: collections.abc.Iterable[typing.Any] | None = None, *, "
+    "reads: collections.abc.Sequence[str] | None = None, final_norm: 'str | nn.Module | None' = None, "
+    "blocks: 'str | nn.Module | Sequence[nn.Module] | None' = None, taps: str = 'all', max_tokens: int | str = '64D', "
+    "accumulator_gb: float | None = None) -> 'Reading'",
     "scan": "(results: str | pathlib.Path | collections.abc.Sequence[str | pathlib.Path], table: str = 'reads') "
     "-> 'pl.LazyFrame'",
     "leaderboard": "(results: str | pathlib.Path, *, sort: str = 'depth', family: str | None = None) -> 'pl.DataFrame'",
@@ -35,6 +39,15 @@ def test_the_names_are_frozen():
         deadbench.measured  # noqa: B018
 
 
+def live():
+    """A model and batches for it."""
+    import torch
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Embedding(97, 16), torch.nn.Linear(16, 16), torch.nn.LayerNorm(16))
+    return {"model": model, "batches": [torch.randint(97, (8, 32))]}
+
+
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_the_signatures_are_frozen(name):
     found = str(inspect.signature(getattr(deadbench, name)))
@@ -51,7 +64,7 @@ def test_each_example_runs(name, tmp_path, monkeypatch):
     assert examples
     for example in examples:
         assert example.startswith(f"deadbench.{name}(")
-        answer = eval(example, {"deadbench": deadbench})
+        answer = eval(example, {"deadbench": deadbench, **(live() if name == "measure" else {})})
         assert (answer if isinstance(answer, float) else len(answer)) > 0
 
 

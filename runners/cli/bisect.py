@@ -12,7 +12,8 @@ from deadbench.analysis.compare import compare
 from deadbench.analysis.gate import DEFAULT, Gate, GateError, broken, judge, load_gate
 from deadbench.analysis.results import latest, scan
 from deadbench.analysis.trend import first_failing
-from deadbench.runners.driver.driver import execute, new_run_id
+from deadbench.runners.driver.driver import new_run_id
+from deadbench.runners.driver.in_process import execute_at
 from deadbench.runners.driver.loop import Settings
 from deadbench.runners.jobs.build import build_jobs
 from deadbench.runners.jobs.job import JobError, ModelJob, Overrides, ReadJob
@@ -80,7 +81,8 @@ def bisect_series(
             read_names.append(name)
             if checkpoint.identity() not in store.finished():
                 with Reporter(1) as reporter:
-                    execute([replace(job, reads=(checkpoint,))], store, Settings(address), reporter, new_run_id())
+                    one = [replace(job, reads=(checkpoint,))]
+                    execute_at(address)(one, store, Settings(address), reporter, new_run_id())
         return _rows(results[0], checkpoint)
 
     def fails(checkpoint: ReadJob) -> bool:

@@ -46,6 +46,15 @@ Taps = Annotated[
     ),
 ]
 
+Factory = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="PACKAGE.MODULE:FACTORY",
+        help="Read the nn.Module that this function of yours returns, alone or with batches. Imports and runs it.",
+    ),
+]
+
 # Of what architecture a SOURCE is, where it does not say.
 Config = Annotated[
     str | None,
@@ -56,7 +65,10 @@ ModelType = Annotated[
 ]
 
 # Where and how.
-Address = Annotated[str | None, typer.Option(help="Ray to join: local, auto, host:port. \\[default: local]")]
+Address = Annotated[
+    str | None,
+    typer.Option(help="Ray to join: local, auto, host:port; none: this process, without Ray. \\[default: local]"),
+]
 Out = Annotated[str, typer.Option(metavar="DIR_OR_URI", help="Result set to write or continue.")]
 Resume = Annotated[bool, typer.Option("--resume/--fresh", help="Skip finished reads, or redo them.")]
 Engine = Annotated[str, typer.Option(help="auto, torch, streaming (one block at a time) or vllm.")]
@@ -141,6 +153,7 @@ def jobs_and_cluster(
     *,
     assume: str | None = None,
     address: str | None = None,
+    factory: str | None = None,
 ) -> "tuple[list[ModelJob], Cluster, list[str]]":
     """The jobs that the flags ask for, on which cluster, and what there is to say of the names that were given.
 
@@ -153,22 +166,45 @@ def jobs_and_cluster(
     from deadbench.runners.jobs.build import build_jobs
     from deadbench.runners.jobs.job import JobError
     from deadbench.runners.jobs.opening import all_unfit, which_are_meant
-    from deadbench.runners.planning.hardware import parse_cluster, ray_cluster, this_machine
+    from deadbench.runners.planning.assign import in_one_process
+    from deadbench.runners.planning.hardware import NO_RAY, parse_cluster, ray_cluster, this_machine
 
+    alone = address == NO_RAY
+    if alone and (overrides.replicas > 1 or (overrides.tensor_parallel or 1) > 1):
+        raise UserError("--address none is one process; leave out --tensor-parallel and --replicas, or --address none")
     cluster = parse_cluster(assume) if assume is not None else None  # a mistake in it is told before anything is opened
-    names = models or []
-    known, path, passed_over = _registry(registry, needed=suite is not None or not names, names=names)
     wanted = [part.strip() for part in reads.split(",")] if reads is not None else None
+    names = models or []
+    if factory is not None:
+        return _of_factory(factory, names, suite, wanted, overrides), cluster or this_machine(), []
+    known, path, passed_over = _registry(registry, needed=suite is not None or not names, names=names)
     jobs = build_jobs(known, path, names, suite, wanted, overrides, assumed=assume is not None)
     if unfit := all_unfit(jobs):
         raise JobError(unfit)
-    if cluster is None and address in (None, "local"):
-        cluster = this_machine()
+    if alone:
+        jobs = in_one_process(jobs)
+    if cluster is None and address in (None, "local", NO_RAY):
+        cluster = this_machine(most_gpus=1 if alone else None)
     elif cluster is None:
         connect(address)
         cluster = ray_cluster(str(address))
     remarks = [remark for job in jobs for remark in job.remarks]
     return jobs, cluster, [*passed_over, *which_are_meant(known, names), *remarks]
+
+
+def _of_factory(
+    factory: str, names: list[str], suite: str | None, reads: list[str] | None, overrides: "Overrides"
+) -> "list[ModelJob]":
+    """The one job of a module of the user's own, which is looked for from this folder.
+
+    Raises:
+        UserError: other models are named beside it.
+    """
+    from deadbench.runners.jobs.own_factory import factory_job
+
+    if names or suite is not None:
+        raise UserError(f"--model {factory} is read alone; leave out {names[0] if names else '--suite'}")
+    return [factory_job(factory, reads, overrides, Path.cwd())]
 
 
 def _registry(named: Path | None, *, needed: bool, names: list[str]) -> "tuple[entries.Registry, Path, list[str]]":

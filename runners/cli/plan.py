@@ -13,13 +13,16 @@ from deadbench.runners.cli.init import check_named
 
 def plan(
     models: options.Models = None,
+    factory: options.Factory = None,
     assume: Annotated[
         str | None, typer.Option(metavar="SHAPE", help="Plan for 1x24GB, 8x80GB, 2x8x141GB (nodes x GPUs x memory).")
     ] = None,
     suite: options.Suite = None,
     registry: options.Registry = None,
     reads: options.Reads = None,
-    address: Annotated[str | None, typer.Option(help="Ray to ask for its nodes. \\[default: this machine]")] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Ray to ask for its nodes; none: one process. \\[default: this machine]")
+    ] = None,
     out: Annotated[str | None, typer.Option(metavar="DIR_OR_URI", help="Result set that run would continue.")] = None,
     resume: options.Resume = True,
     engine: options.Engine = "auto",
@@ -47,14 +50,15 @@ def plan(
     """
     from deadbench.runners.planning.plan import as_rows, make_plan
 
-    check_named(models, suite, registry)
+    if factory is None:
+        check_named(models, suite, registry)
     overrides = options.overridden(
         engine=engine, tokens=tokens, input_spec=input_spec, dtype=dtype, seed=seed,
         accumulator_gb=accumulator_gb, tensor_parallel=tensor_parallel, replicas=replicas,
         config=config, model_type=model_type, taps=taps,
     )  # fmt: skip
     jobs, cluster, names = options.jobs_and_cluster(
-        models, suite, registry, reads, overrides, assume=assume, address=address
+        models, suite, registry, reads, overrides, assume=assume, address=address, factory=factory
     )
     for remark in names:
         say(f"deadbench: {remark}")

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 def run(
     models: options.Models = None,
+    factory: options.Factory = None,
     suite: options.Suite = None,
     registry: options.Registry = None,
     reads: options.Reads = None,
@@ -60,17 +61,20 @@ def run(
 ) -> None:
     """Read models: parameters, random initialisation, trained weights; one Ray actor each, results as Arrow.
 
-    Finished reads are skipped when the same command is given again.
+    Finished reads are skipped when the same command is given again. With --address none all is read in this process,
+    one model after another, and Ray is not started: the same rows, sooner for a small model; a read that is killed
+    takes the command with it, and --timeout does not reach into a call of a library.
 
     Example: [bold]deadbench run --suite quick --out results/quick[/bold]
     """
     from deadbench.runners.driver.loop import Settings
     from deadbench.runners.jobs.opening import unreachable
     from deadbench.runners.planning.assign import place_jobs
-    from deadbench.runners.planning.hardware import parse_cluster
+    from deadbench.runners.planning.hardware import NO_RAY, parse_cluster
 
     check_out(out)
-    check_named(models, suite, registry)
+    if factory is None:
+        check_named(models, suite, registry)
     one_of("--log-format", log_format, ("text", "json"))
     overrides = options.overridden(
         engine=engine, tokens=tokens, input_spec=input_spec, dtype=dtype, seed=seed,
@@ -78,9 +82,11 @@ def run(
         config=config, model_type=model_type, taps=taps,
     )  # fmt: skip
     if sys.stderr.isatty() and log_format == "text":  # who waits sees at once that something happens
-        say("planning, then starting Ray …")
+        say("planning …" if address == NO_RAY else "planning, then starting Ray …")
     added = parse_cluster(autoscale, "--autoscale").largest if autoscale is not None else None
-    jobs, cluster, names = options.jobs_and_cluster(models, suite, registry, reads, overrides, address=address)
+    jobs, cluster, names = options.jobs_and_cluster(
+        models, suite, registry, reads, overrides, address=address, factory=factory
+    )
     cannot_be_read = unreachable(jobs)
     jobs, remarks = place_jobs(jobs, cluster if added is None else cluster.with_node(added))
     settings = Settings(address, timeout, max_retries, added.gpus if added else 0, checkpoint_interval)
@@ -107,8 +113,9 @@ def _execute(
     jobs: list[Any], out: str, resume: bool, settings: Any, remarks: list[str], log_format: str, debug: bool
 ) -> Any:
     """Leave out what is finished, then run the rest; Ray is not even started when nothing is left."""
-    from deadbench.runners.driver.driver import DriverError, StoppedError, execute, new_run_id
-    from deadbench.runners.driver.loop import Summary
+    from deadbench.runners.driver.books import Summary
+    from deadbench.runners.driver.driver import DriverError, StoppedError, new_run_id
+    from deadbench.runners.driver.in_process import execute_at
     from deadbench.runners.reporting.event_log import EventLog
     from deadbench.runners.reporting.progress import Reporter
     from deadbench.runners.results.store import ResultStore
@@ -131,7 +138,7 @@ def _execute(
                 reporter.say(remark)
             if skipped:
                 reporter.say(f"{skipped} reads are already in {out}; --fresh reads them again")
-            summary = execute(left, store, settings, reporter, run_id)
+            summary = execute_at(settings.address)(left, store, settings, reporter, run_id)
     except DriverError as error:
         raise UserError(str(error)) from error
     except StoppedError as error:

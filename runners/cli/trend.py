@@ -33,7 +33,9 @@ def trend(
         Path | None, typer.Option(metavar="FILE", help="With --bisect. \\[default: models.yaml]")
     ] = None,
     suite: Annotated[str | None, typer.Option(metavar="NAME", help="With --bisect: its protocol and input.")] = None,
-    address: Annotated[str | None, typer.Option(help="With --bisect: Ray to join. \\[default: local]")] = None,
+    address: Annotated[
+        str | None, typer.Option(help="With --bisect: Ray to join; none: without. \\[default: local]")
+    ] = None,
     format: Format = "table",
     as_json: Json = False,
     debug: Debug = False,

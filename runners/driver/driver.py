@@ -6,8 +6,6 @@ at is tried again where that can help, else it is a failed row; the reads after 
 
 import os
 import signal
-import time
-import uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 from typing import Any
@@ -16,8 +14,10 @@ from deadbench.runners.cluster.head import HeadWatch, LostClusterError
 from deadbench.runners.cluster.joining import JoinError, connect
 from deadbench.runners.cluster.node_versions import check_versions
 from deadbench.runners.cluster.nodes import PlacementError
-from deadbench.runners.driver.loop import Run, Settings, Summary
+from deadbench.runners.driver.books import Summary
+from deadbench.runners.driver.loop import Run, Settings
 from deadbench.runners.driver.outbox import UnwritableError
+from deadbench.runners.jobs.events import new_run_id
 from deadbench.runners.jobs.job import ModelJob
 from deadbench.runners.reporting.progress import Reporter
 from deadbench.runners.reporting.run_record import RunRecord
@@ -37,11 +37,6 @@ class StoppedError(RuntimeError):
     """The run cannot go on: results cannot be written, or the cluster is `lost`; one line, exit code 1."""
 
     lost = False
-
-
-def new_run_id() -> str:
-    """Sortable by time, unique without coordination."""
-    return f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{uuid.uuid4().hex[:6]}"
 
 
 def execute(jobs: list[ModelJob], store: ResultStore, settings: Settings, reporter: Reporter, run_id: str) -> Summary:

@@ -3,7 +3,7 @@
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from deadbench.runners.cluster.actors import Group, release, start
@@ -12,14 +12,14 @@ from deadbench.runners.cluster.head import HeadWatch
 from deadbench.runners.cluster.nodes import Nodes
 from deadbench.runners.cluster.processes import Ended
 from deadbench.runners.cluster.schedule import Demand, Running, can_ever, decide
-from deadbench.runners.driver.outbox import Outbox, UnwritableError
-from deadbench.runners.jobs.events import Event, Finished, Progress, Remark, failed_read
+from deadbench.runners.driver.books import Books, Summary
+from deadbench.runners.driver.outbox import UnwritableError
+from deadbench.runners.jobs.events import Event, Progress, Remark, failed_read
 from deadbench.runners.jobs.job import ModelJob
 from deadbench.runners.reporting.metrics import Metrics
 from deadbench.runners.reporting.progress import Reporter
 from deadbench.runners.reporting.run_record import RunRecord
 from deadbench.runners.results.store import ResultStore
-from deadbench.runners.worker.progress_folder import remove_checkpoints
 
 _POLL_SECONDS = 0.5
 _LOOK_SECONDS = 2.0  # between two looks at the cluster
@@ -43,17 +43,6 @@ class Settings:
     autoscale_gpus: int = 0
     checkpoint_interval: float = 300.0
     patience: float = 600.0
-
-
-@dataclass
-class Summary:
-    """What a run came to."""
-
-    run_id: str
-    ok: int = 0
-    failed: int = 0
-    skipped: int = 0
-    reads: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass
@@ -82,10 +71,9 @@ class Run:
         import ray
 
         self._ray, self._settings, self._reporter, self._run_id = ray, settings, reporter, run_id
-        self._record, self._head, self._pool, self._shared, self._store = record, head, pool, shared, store
+        self._record, self._head, self._pool, self._shared = record, head, pool, shared
         self._metrics = Metrics(run_id)
-        self.summary = Summary(run_id)
-        self._outbox = Outbox(store, reporter.say, settings.patience)
+        self._books = Books(store, reporter, record, run_id, settings.patience, self._metrics.finished)
         self._attempts = Attempts(settings.max_retries)
         self._streams: dict[Any, Group] = {}  # a group of ranks has several
         self._ending: dict[Future[Ended], Group] = {}
@@ -99,10 +87,15 @@ class Run:
         if settings.autoscale_gpus:
             self.nodes.ask_for(waiting.demand for waiting in self._queue)
 
+    @property
+    def summary(self) -> Summary:
+        """What the run came to so far."""
+        return self._books.summary
+
     def go(self) -> None:
         """Until every read is a row; what the preflight could not open is one at once, and takes no device."""
         for read in self._unreadable:
-            self._count(self._outbox.put(failed_read(read, self._run_id, 1, str(read.error))))
+            self._books.put(failed_read(read, self._run_id, 1, str(read.error)))
         while self._queue or self._streams or self._ending:
             self._head.check()
             self._look()
@@ -114,13 +107,13 @@ class Run:
             self._look_for_silence()
             for future in [each for each in self._ending if each.done()]:
                 self._settle(self._ending.pop(future), future.result())
-            self._count(self._outbox.flush())
-        self._count(self._outbox.drain())
+            self._books.flush()
+        self._books.drain()
 
     def stop(self, lost: bool) -> None:
         """End what runs; with a lost cluster Ray is not asked for anything. What has finished goes to the results."""
         with suppress(UnwritableError):
-            self._count(self._outbox.drain() if lost else self._outbox.flush())
+            self._books.drain() if lost else self._books.flush()
         if lost:
             return
         for group in self._groups():
@@ -216,7 +209,7 @@ class Run:
             self._end(group, Death("crash", str(event.row["error"])))
         elif event.job.identity() not in group.done:
             group.done.append(event.job.identity())
-            self._count(self._outbox.put(event))
+            self._books.put(event)
 
     def _end(self, group: Group, death: Death | None = None) -> None:
         """Take `group` down; its place is free when that is done."""
@@ -242,7 +235,7 @@ class Run:
         attempt = self._attempts.number(left.reads[0])
         again, given_up = self._attempts.after(death, left)
         if given_up is not None:
-            self._count(self._outbox.put(failed_read(given_up, self._run_id, attempt, death.cause)))
+            self._books.put(failed_read(given_up, self._run_id, attempt, death.cause))
         elif death.kind != "broken":
             changed = "half the batch" if death.kind == "memory" else None
             self._reporter.retry(left.reads[0], death.cause, self._attempts.number(left.reads[0]), changed)
@@ -280,18 +273,4 @@ class Run:
                 cause = f"needs {waiting.demand.devices:g} devices, and no node that is left has them"
                 for read in waiting.job.reads:
                     row = failed_read(read, self._run_id, self._attempts.number(read), cause)
-                    self._count(self._outbox.put(row))
-
-    def _count(self, written: list[Finished]) -> None:
-        """Reads that are in the results now."""
-        for event in written:
-            row = event.row
-            if row["status"] == "ok" and event.job.engine is not None:
-                remove_checkpoints(self._store.location, event.job)
-            self.summary.ok += row["status"] == "ok"
-            self.summary.failed += row["status"] != "ok"
-            names = ("model", "revision", "read", "status", "error", "depth")
-            self.summary.reads.append({name: row[name] for name in names})
-            self._record.finished(event)
-            self._metrics.finished(row["status"])
-            self._reporter.finished(event)
+                    self._books.put(row)

@@ -144,8 +144,7 @@ class TorchEngine:
             for batch in batches:
                 current, calls, spent = batch, 0, 0.0
                 started = time.perf_counter()
-                with torch.no_grad():
-                    model(**self._on_device(model, batch.model_inputs))
+                self.forward(model, batch)
                 if self.device.type == "cuda":
                     torch.cuda.synchronize(self.device)
                 seconds = time.perf_counter() - started - spent

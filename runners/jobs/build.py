@@ -5,15 +5,12 @@ read is recognised before anything is loaded.
 """
 
 import contextlib
-import hashlib
-import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from deadbench.runners.engines.registry import DEFAULT, ENGINES, refused_together
-from deadbench.runners.jobs.job import JobError, ModelJob, Overrides, ReadJob, Unfit
+from deadbench.runners.jobs.job import JobError, ModelJob, Overrides, ReadJob, Unfit, protocol_hash
 from deadbench.runners.jobs.opening import Opened, fingerprint_of, needs_config_alone, open_all, revisions_of
 from deadbench.runners.jobs.own_model import own_model
 from deadbench.suite.checkpoints.series import Series, gathered, series_in
@@ -259,16 +256,8 @@ def _read_job(asked: _Asked, read: str, revision: str | None, engine: str, opene
 
 
 def _protocol_hash(read: str, protocol: Protocol, dtype: str, input_spec: str) -> str:
-    """What decides the numbers beside model and seed; of a read without input its version alone."""
-    spec = READ_SPECS[read]
-    facts: dict[str, Any] = {"read": read, "version": spec.version}
-    if spec.runs_model:
-        facts |= {"tokens": protocol.tokens, "sequence_length": protocol.sequence_length, "dtype": dtype}
-        facts |= {"input": content_hash(input_spec)}
-        facts |= {"skip_positions": protocol.skip_positions} if protocol.skip_positions else {}
-    if spec.taps and protocol.tap_stride != 1:  # a row of the whole stream keeps the hash that it always had
-        facts |= {"taps": protocol.taps}
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+    """`protocol_hash` of a read whose input is known by its specification."""
+    return protocol_hash(read, protocol, dtype, content_hash(input_spec) if READ_SPECS[read].runs_model else "")
 
 
 def _absolute(spec: str) -> str:

@@ -2,6 +2,8 @@
 
 import resource
 import sys
+import time
+import uuid
 from collections.abc import Generator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -65,6 +67,11 @@ class GroupBrokenError(RuntimeError):
 Event = Progress | Remark | Finished
 Rows = dict[str, list[Row]]
 Reading = Generator[Progress | Remark, None, Rows]
+
+
+def new_run_id() -> str:
+    """Sortable by time, unique without coordination."""
+    return f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{uuid.uuid4().hex[:6]}"
 
 
 def to_tables(rows: Rows, read: ReadJob, run_id: str, attempt: int, started_at: datetime) -> dict[str, pa.Table]:

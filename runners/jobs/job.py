@@ -1,5 +1,7 @@
 """A job: what one actor does, and the key under which each of its reads is stored."""
 
+import hashlib
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -87,6 +89,7 @@ class ReadJob:
     checkpoint_location: str | None = None  # the result set, absolute; the driver sets both
     config: dict[str, Any] | None = None  # in place of the source's own
     model_type: str | None = None  # of a configuration that has none
+    factory: str | None = None  # what builds the module that is read, where it is the user's own: package.module:name
     place: str | None = None  # what `locate` says of the model's source, asked once, where the command was given
 
     def opened(self, revision: str | None) -> Checkpoint:
@@ -173,12 +176,31 @@ class ModelJob:
         return replace(self, reads=tuple(r for r in self.reads if r.identity() not in finished))
 
 
+def protocol_hash(read: str, protocol: Protocol, dtype: str, content: str) -> str:
+    """What decides the numbers beside model and seed; of a read without input its version alone.
+
+    `content` is a hash of what is fed.
+    """
+    spec = READ_SPECS[read]
+    facts: dict[str, Any] = {"read": read, "version": spec.version}
+    if spec.runs_model:
+        facts |= {"tokens": protocol.tokens, "sequence_length": protocol.sequence_length, "dtype": dtype}
+        facts |= {"input": content}
+        # Rows of whole sequences, and of the whole stream, keep the hash that they always had.
+        facts |= {"skip_positions": protocol.skip_positions} if protocol.skip_positions else {}
+    if spec.taps and protocol.tap_stride != 1:
+        facts |= {"taps": protocol.taps}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+
+
 def read_step(job: ReadJob) -> int | None:
     """Training step of the checkpoint that a job reads; None for a random initialisation, and where nothing tells.
 
     By the registry's rule for the series, else by the checkpoint's name, else by what its Trainer wrote beside it.
     """
     if not READ_SPECS[job.read].per_checkpoint:
+        return None
+    if job.factory is not None:
         return None
     series = job.model.checkpoints
     if job.revision and isinstance(series, CheckpointPattern | ListedCheckpoints):

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from deadbench.runners.engines.registry import DEFAULT
+from deadbench.runners.engines.registry import DEFAULT, ENGINES
 from deadbench.runners.jobs.job import ModelJob, ReadJob
 from deadbench.runners.jobs.resolved import num_tokens
 from deadbench.runners.planning.hardware import Cluster
@@ -20,7 +20,12 @@ def place_jobs(jobs: list[ModelJob], cluster: Cluster) -> tuple[list[ModelJob], 
         asked = job.asked_tensor_parallel(has_gpus=cluster.largest.gpus > 0)
         for read in job.reads:
             work += _work(read)
-            if read.engine and not read.error and (asked not in (None, 1) or not _surely_fits(read, cluster)):
+            if (
+                read.engine
+                and not read.error
+                and not read.factory
+                and (asked not in (None, 1) or not _surely_fits(read, cluster))
+            ):
                 from deadbench.runners.planning.plan import (
                     place,  # torch, which who needs no measurement need not wait for
                 )
@@ -44,6 +49,18 @@ def place_jobs(jobs: list[ModelJob], cluster: Cluster) -> tuple[list[ModelJob], 
     return placed, problems
 
 
+def in_one_process(jobs: list[ModelJob]) -> list[ModelJob]:
+    """`jobs` as one process can do them, without Ray: what needs processes of its own carries that as its error."""
+
+    def possible(read: ReadJob) -> ReadJob:
+        if read.error or read.engine is None or ENGINES[read.engine].in_process:
+            return read
+        reason = f"{read.engine} runs in processes of its own; give --engine torch, or leave --address none out"
+        return replace(read, error=reason)
+
+    return [replace(job, reads=tuple(map(possible, job.reads))) for job in jobs]
+
+
 def _work(read: ReadJob) -> float:
     """2 x parameters x tokens, as far as the registry tells; what it does not tell is small."""
     config = read.model.config or {}
@@ -53,7 +70,12 @@ def _work(read: ReadJob) -> float:
 
 
 def _surely_fits(read: ReadJob, cluster: Cluster) -> bool:
-    """Whether float32 weights by the registry's own figure take less than an eighth of the memory."""
+    """Whether float32 weights by the registry's own figure take less than an eighth of the memory.
+
+    What a factory of the user's builds is not measured: it is theirs to say where it fits.
+    """
+    if read.factory is not None:
+        return True
     node = cluster.largest
     if node.gpus:
         return False  # how many fit on one GPU is worth the measurement

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PROCESS_BYTES = 0.6e9  # what an actor holds with torch and transformers imported and no model
+NO_RAY = "none"  # the address of a run in one process
 SHARES = (0.125, 0.25, 0.5)  # of one device that a small model may ask for
 _GPU_DEVICES = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd", "/dev/dxg")  # CUDA, ROCm, and either under WSL
 _USABLE = 0.9  # of a device's memory; the rest is the allocator's, the driver's and other processes'
@@ -84,11 +85,11 @@ def parse_cluster(text: str, option: str = "--assume") -> Cluster:
     return Cluster((node,) * nodes, text, assumed=True)
 
 
-def this_machine() -> Cluster:
-    """The GPUs and the memory that are here."""
+def this_machine(most_gpus: int | None = None) -> Cluster:
+    """The memory and the GPUs that are here, or so many of them at most: the first ones."""
     import psutil
 
-    sizes = _gpu_bytes() if _may_have_gpus() else []
+    sizes = _gpu_bytes()[:most_gpus] if _may_have_gpus() else []
     count = len(sizes)
     node = Machine(count, float(min(sizes, default=0)), float(psutil.virtual_memory().total))
     return Cluster((node,), f"this machine ({count} GPUs, {node.host_bytes / 1e9:.0f} GB)")  # type: ignore[operator]

@@ -46,6 +46,10 @@ def place(read: ReadJob, cluster: Cluster, tensor_parallel: int | None = None) -
     problem, remark = read.error, None
     if isinstance(problem, Unreached) and cluster.assumed:  # nor does that matter to an assumed cluster
         problem, remark = None, "its source cannot be reached from here"
+    if read.factory is not None:  # what it takes is its factory's to say
+        return replace(
+            row, engine=read.engine, gpus=min(1, cluster.largest.gpus), note="a module of your own, not sized"
+        )
     if not READ_SPECS[read.read].runs_model:
         return replace(row, note=joined("headers and norms only", remark), problem=problem)
     try:

@@ -10,7 +10,7 @@ from torch import nn
 
 from deadbench.runners.engines.base import BATCH_TOKENS, Engine
 from deadbench.runners.engines.registry import make_engine
-from deadbench.runners.jobs.events import Progress, Reading
+from deadbench.runners.jobs.events import Progress, Reading, Rows
 from deadbench.runners.jobs.job import ReadJob
 from deadbench.runners.jobs.resolved import (
     Configuration,
@@ -29,13 +29,15 @@ from deadbench.runners.worker.request import (
     make_inputs,
     tensor_name,
 )
-from deadbench.suite.architectures.build import objective
+from deadbench.runners.worker.saved_state import Position
 from deadbench.suite.architectures.kernel_test import live_norm
-from deadbench.suite.architectures.norms import FinalNorm, departure
+from deadbench.suite.architectures.norms import EffectiveNorm, FinalNorm, departure
+from deadbench.suite.architectures.objectives import objective
 from deadbench.suite.architectures.resolve import Resolved
 from deadbench.suite.inputs.batches import check_distinct, check_inputs
 from deadbench.suite.reads.columns import architecture_columns, scale_columns
-from deadbench.suite.reads.residual import TAP_BYTES
+from deadbench.suite.reads.final_norm import FinalNormRead
+from deadbench.suite.reads.residual import TAP_BYTES, ResidualRead
 from deadbench.suite.schema import Row
 
 
@@ -97,12 +99,6 @@ def read_forward(read: ReadJob, config: Configuration, weights: Weights) -> Read
     if engine.ranks.rank > 0:
         return {"reads": [row]}  # rank 0 has every row and tells
     yield Progress(read.label(), "spectrum", inputs.num_tokens, inputs.num_tokens)
-    check_distinct(measured.distinct.count(), measured.num_tokens, final.hidden_size)
-    started = time.perf_counter()
-    columns, final_spectrum = measured.finish()
-    stream_columns, blocks, spectra = stream.finish()
-    position.spectrum_seconds += time.perf_counter() - started
-    row |= scale_columns(norm, name) | columns | stream_columns
     told = {
         "few-distinct-rows": measured.distinct.count() < measured.distinct.limit,
         "tf32": engine.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32,
@@ -114,10 +110,26 @@ def read_forward(read: ReadJob, config: Configuration, weights: Weights) -> Read
         "final_norm_tensor": tensor_name(entries_of(weights), resolved.final_in_whole),
         "input": inputs.description,
         "num_distinct_inputs": inputs.num_distinct,
-        "forward_seconds": position.forward_seconds,
-        "spectrum_seconds": position.spectrum_seconds,
         "peak_device_bytes": engine.peak_device_bytes(),
     }
+    return finished(row, measured, stream, position, norm, name)
+
+
+def finished(
+    row: Row, measured: FinalNormRead, stream: ResidualRead, position: Position, norm: EffectiveNorm, dtype: str
+) -> Rows:
+    """All rows of a read whose passes are over, `row` being what is known beside them.
+
+    Raises:
+        InputError: too few of the rows that were read differ.
+    """
+    check_distinct(measured.distinct.count(), measured.num_tokens, len(norm.scale_D))
+    started = time.perf_counter()
+    columns, final_spectrum = measured.finish()
+    stream_columns, blocks, spectra = stream.finish()
+    position.spectrum_seconds += time.perf_counter() - started
+    row |= scale_columns(norm, dtype) | columns | stream_columns
+    row |= {"forward_seconds": position.forward_seconds, "spectrum_seconds": position.spectrum_seconds}
     samples = [measured.samples(columns["lambda_mean"])]
     return {"reads": [row], "spectra": [final_spectrum, *spectra], "blocks": blocks, "samples": samples}
 

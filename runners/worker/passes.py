@@ -47,21 +47,25 @@ class Passes:
         norm: EffectiveNorm,
         dtype: str,
         batch_tokens: int,
+        sites: tuple[nn.Module, list[nn.Module]] | None = None,
     ):
-        """`final` was found in `model`, `norm` is its formula; `inputs` came in batches of about `batch_tokens`."""
+        """`final` was found in `model`, `norm` is its formula; `inputs` came in batches of about `batch_tokens`.
+
+        `sites`: the final norm, to be replayed, and the blocks; None: those of `model`.
+        """
         assert final.path is not None
         assert final.hidden_size is not None
         assert read.engine is not None
         self._read, self._engine, self._model, self._final, self._inputs = read, engine, model, final, inputs
         self._norm, self._dtype, self._ranks = norm, dtype, engine.ranks
-        self._module = model.get_submodule(final.path)
+        self._module, self._blocks = sites or norm_and_blocks(model, final.path)
         self._of_rows = OnRows(self._module, final.behaviour.axes_after) if final.behaviour.axes_after else self._module
         self._batches, self._first_row = inputs.batches, 0
         if self._ranks.replicas:
             self._batches, self._first_row = inputs.share(self._ranks.rank, self._ranks.size)
         self._num_rows = sum(batch.num_rows for batch in self._batches)
-        blocks_path, _ = block_list(model, final.path) if read.protocol.tap_stride else (None, 0)
-        self._blocks = list(model.get_submodule(blocks_path).children()) if blocks_path else []
+        if not read.protocol.tap_stride:
+            self._blocks = []
         facts = {"dtype": dtype, "device": engine.device_name(), "hidden_size": final.hidden_size}
         facts |= {"num_tokens": inputs.num_tokens, "num_batches": len(inputs.batches), "batch_tokens": batch_tokens}
         self._sweeps_on = False  # whether a sweep over the blocks goes on from a checkpoint
@@ -258,6 +262,12 @@ class Passes:
         self._checkpoint.save(position, measured, stream, sweep, in_step=in_step)
         if self._checkpoint.remark:
             yield Remark(label, self._checkpoint.remark)
+
+
+def norm_and_blocks(model: nn.Module, path: str) -> tuple[nn.Module, list[nn.Module]]:
+    """The final norm at `path`, and the blocks that it ends or follows."""
+    blocks_path, _ = block_list(model, path)
+    return model.get_submodule(path), list(model.get_submodule(blocks_path).children()) if blocks_path else []
 
 
 def accumulator_bytes(read: ReadJob, device: torch.device) -> float:

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING
 from deadbench.runners.engines.registry import ENGINES
 from deadbench.runners.jobs.events import Event, Finished, Progress, Reading, to_tables
 from deadbench.runners.jobs.job import ModelJob, ReadJob
-from deadbench.suite.checkpoints.checkpoint import Checkpoint
 from deadbench.suite.errors import one_line
 
 if TYPE_CHECKING:
     from deadbench.runners.jobs.resolved import Configuration
+    from deadbench.suite.checkpoints.checkpoint import Checkpoint
+    from deadbench.suite.reads.anatomy import Anatomy
+    from deadbench.suite.reads.parameters import ParametersRead
 
 
 def run_model(job: ModelJob, run_id: str, attempt: int) -> Iterator[Event]:
@@ -24,7 +26,8 @@ def run_model(job: ModelJob, run_id: str, attempt: int) -> Iterator[Event]:
 
     `attempt` is the first read's: it is the one that an earlier process died of, and the others were not begun.
     """
-    _quieten()
+    if any(read.engine for read in job.reads):
+        _quieten()
     for read in job.reads:
         started_at = datetime.now(UTC)
         yield Progress(read.label(), "loading")
@@ -32,7 +35,7 @@ def run_model(job: ModelJob, run_id: str, attempt: int) -> Iterator[Event]:
         try:
             if read.error:
                 raise ValueError(read.error)
-            rows = yield from READ_FUNCTIONS[read.read](read)
+            rows = yield from (_read_factory if read.factory else READ_FUNCTIONS[read.read])(read)
             rows["reads"][0]["status"] = "ok"
         except Exception as error:
             failure, poisoned = traceback.format_exc(), is_poisoned(error)
@@ -50,10 +53,10 @@ def is_poisoned(error: BaseException) -> bool:
 
 
 def _read_parameters(read: ReadJob) -> Reading:
-    from deadbench.runners.jobs.resolved import Configuration, num_parameters, published
-    from deadbench.suite.architectures.build import objective
-    from deadbench.suite.architectures.unexpected_tensors import refuse_unexpected
-    from deadbench.suite.reads.norms_table import list_norms
+    from deadbench.runners.jobs.resolved import Configuration
+    from deadbench.suite.architectures.objectives import objective
+    from deadbench.suite.reads.anatomy import keep_anatomy, kept_anatomy
+    from deadbench.suite.reads.norms_table import norms_stored
     from deadbench.suite.reads.parameters import read_parameters
 
     checkpoint = read.opened(read.revision)
@@ -61,18 +64,32 @@ def _read_parameters(read: ReadJob) -> Reading:
     if result.final.family == "undetermined":
         raise ValueError(f"the final norm cannot be determined: {result.reason}")
     config = Configuration(checkpoint.config())
-    empty = published(config)
-    refuse_unexpected(empty.base_model, config.raw, result.entries, checkpoint.source)
+    anatomy = kept_anatomy(config.text, result.entries)
     yield Progress(read.label(), "norms")
+    if anatomy is None:
+        anatomy = _dissected(config, checkpoint, result)
+        keep_anatomy(config.text, result.entries, anatomy)
     row = result.columns() | checkpoint.origin() | {"error": result.reason, "dtype": result.stored_dtype}
     row["objective"] = objective(checkpoint.config())
-    row["num_parameters"] = num_parameters(config)
+    row["num_parameters"] = anatomy.num_parameters
     row["flags"] = _quantised(config)
-    norms = list_norms(checkpoint, result, empty)
+    norms = [norm for norm, _ in norms_stored(anatomy, checkpoint, result)]
     counted = [each["dead_parameters"] for each in norms if each["dead_parameters"] is not None]
     row["dead_parameters"] = sum(counted) if counted else None
     row["dead_parameters_share"] = sum(counted) / row["num_parameters"] if counted else None
     return {"reads": [row], "norms": norms}
+
+
+def _dissected(config: "Configuration", checkpoint: "Checkpoint", result: "ParametersRead") -> "Anatomy":
+    """The architecture taken apart, and the checkpoint found to be of it; with torch, which takes seconds to import."""
+    from deadbench.runners.jobs.resolved import published
+    from deadbench.suite.architectures.unexpected_tensors import refuse_unexpected
+    from deadbench.suite.reads.norms_table import published_anatomy
+
+    _quieten()
+    empty = published(config)
+    refuse_unexpected(empty.base_model, config.raw, result.entries, checkpoint.source)
+    return published_anatomy(config.raw, result, empty)
 
 
 def _read_random(read: ReadJob) -> Reading:
@@ -199,6 +216,12 @@ def _read_functional(read: ReadJob) -> Reading:
         rows = yield from read_functional(read, config, weights)
     rows["reads"][0] |= checkpoint.origin() | {"flags": _quantised(config)} if entries is not None else {}
     return rows
+
+
+def _read_factory(read: ReadJob) -> Reading:
+    from deadbench.runners.worker.own_factory import read_factory
+
+    return (yield from read_factory(read))
 
 
 # One read is one function and one line here; the runner does not change.

@@ -10,20 +10,6 @@ from deadbench.suite.errors import ArchitectureError, RemoteCodeError, reason_of
 
 SMALL_MODEL = 500_000_000  # parameters: 2 GB in float32, a few seconds to draw
 
-OBJECTIVES = {
-    "ForCausalLM": "causal",
-    "LMHeadModel": "causal",
-    "ForMaskedLM": "masked",
-    "ForPreTraining": "pretraining",
-    "ForConditionalGeneration": "conditional",
-    "ForImageClassification": "classification",
-    "ForSequenceClassification": "classification",
-    "ForMaskedImageModeling": "masked",
-    "ForCTC": "ctc",
-    "SentenceTransformer": "contrastive",
-    "CLIPModel": "contrastive",
-}
-
 
 def build_config(config: Mapping[str, Any]) -> Any:
     """transformers' configuration object from the contents of a config.json.
@@ -101,12 +87,3 @@ def build_published(config: Any, device: str = "cpu") -> nn.Module:
 def count_parameters(model: nn.Module) -> int:
     """Unique parameters of a model, ties once."""
     return sum(p.numel() for p in model.parameters())
-
-
-def objective(config: Mapping[str, Any]) -> str | None:
-    """What the published model class is trained for, as its name in config.json's `architectures` says; else None."""
-    for name in config.get("architectures") or ():
-        for ending, meaning in OBJECTIVES.items():
-            if str(name).endswith(ending):
-                return meaning
-    return None

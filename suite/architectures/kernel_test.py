@@ -4,9 +4,11 @@
 scales, whether it shifts and with which eps. Shapes: N tokens, D hidden size.
 """
 
+import contextlib
 import copy
 import importlib
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -89,12 +91,35 @@ def normalises(module: nn.Module, given: Tensor | None) -> bool:
     return _close(once, twice)
 
 
-def _bare_copy(module: nn.Module) -> nn.Module:
-    """A float64 CPU copy without hooks."""
-    bare = copy.deepcopy(module)
+def plain_type(module: nn.Module) -> type[nn.Module]:
+    """The class of a module before fully_shard changed it."""
+    return next(each for each in type(module).__mro__ if not each.__name__.startswith("FSDP"))
+
+
+def plain_copy(module: nn.Module) -> nn.Module:
+    """A copy without hooks, of whole parameters: what fully_shard divides over ranks is gathered, by all of them."""
+    whole = {id(p): p for p in (*module.parameters(), *module.buffers()) if hasattr(p, "full_tensor")}
+    if not whole:
+        bare = copy.deepcopy(module)
+    else:
+        memo: dict[int, Any] = {
+            key: nn.Parameter(tensor.full_tensor().detach().clone(), requires_grad=False)
+            for key, tensor in whole.items()
+        }
+        kind = plain_type(module)
+        bare = kind.__new__(kind)
+        for name, value in vars(module).items():
+            with contextlib.suppress(AssertionError):  # what fully_shard has hung on a module refuses to be copied
+                bare.__dict__[name] = type(value)() if "_hooks" in str(name) else copy.deepcopy(value, memo)
     for each in bare.modules():
         each._forward_hooks.clear()
         each._forward_pre_hooks.clear()
+    return bare
+
+
+def _bare_copy(module: nn.Module) -> nn.Module:
+    """A float64 CPU copy without hooks."""
+    bare = plain_copy(module)
     if any(t.is_meta for t in (*bare.parameters(), *bare.buffers())):
         bare = bare.to_empty(device="cpu")
         for buffer in bare.buffers():

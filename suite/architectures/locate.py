@@ -101,6 +101,27 @@ def search(model: nn.Module, inputs: Inputs | None = None) -> tuple[FinalNorm, I
     return _nothing("undetermined", f"no minimal input was of use: {failure}", model), None
 
 
+def found_in(model: Any, inputs: Inputs) -> FinalNorm:
+    """The final norm of a module that lives, by its last hidden state or, where it returns none, by what it returns.
+
+    Args:
+        model: called with `inputs` by name; else an nn.Module.
+        inputs: of its owner's, on its device.
+    """
+    with torch.no_grad(), recorded_calls(model) as calls:
+        stream = stream_of(model(**inputs))
+    if stream is None or not stream.is_floating_point() or not stream.numel():
+        return _nothing("undetermined", f"{type(model).__name__} returns no tensor", model)
+    found = _by_identity(model, calls, stream)
+    if found is not None:
+        return found
+    if not hears(model, inputs, stream):
+        return _nothing("undetermined", "what it returns does not depend on the order of its input", model)
+    owned = {path: module._parameters.values() for path, module in model.named_modules()}
+    weighty = {path for path, own in owned.items() if any(p is not None and p.dim() > 1 for p in own)}
+    return _by_cutting(model, [call for call in calls if call.path not in weighty], inputs, stream)
+
+
 def _without_stream(model: nn.Module, calls: list[Call]) -> FinalNorm:
     """What is known of a model that says nowhere what its last hidden state is."""
     name = type(model).__name__
@@ -226,8 +247,7 @@ def _ends_a_block(call: Call, calls: list[Call]) -> bool:
 
 def _nothing(family: str, reason: str, model: nn.Module) -> FinalNorm:
     _, num_blocks = block_list(model, None)
-    config: Any = model.config
-    hidden = getattr(config, "hidden_size", None)
+    hidden = getattr(getattr(model, "config", None), "hidden_size", None)
     return FinalNorm(
         None, NormBehaviour(family), None, hidden if isinstance(hidden, int) else None, num_blocks, reason=reason
     )

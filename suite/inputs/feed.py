@@ -22,7 +22,7 @@ from deadbench.suite.architectures.parts import PICTURE_NAMES, SOUND_NAMES
 from deadbench.suite.errors import InputError, first_line, reason_of
 from deadbench.suite.inputs.batches import Batch, Inputs
 from deadbench.suite.inputs.early_checks import check_positions
-from deadbench.suite.inputs.positions import longest, tables, tokens_for, without_first
+from deadbench.suite.inputs.positions import longest, position_tables, tokens_for, without_first
 from deadbench.suite.inputs.signals import (
     distinct_patches,
     noise_like,
@@ -150,7 +150,7 @@ def _feed_tokens(
         )
         if getattr(config, "position_embedding_type", "absolute") == "absolute":
             length = max(batch.model_inputs["input_ids"].shape[1] for batch in made.batches)
-            check_positions(length, max(tables(part), default=None))  # a smaller table may be another tower's
+            check_positions(length, max(position_tables(part), default=None))  # a smaller table may be another tower's
         return made
 
     if skip_positions and (not whole_rows or skip_positions >= sequence_length):

@@ -21,10 +21,10 @@ def longest(part: nn.Module) -> int:
     config: Any = part.config
     said = [getattr(c, key, None) for c in (config, config.get_text_config()) for key in _LENGTH_KEYS]
     limits = [n for n in said if isinstance(n, int) and n > 0]
-    return min([*limits, *tables(part)], default=1 << 30)
+    return min([*limits, *position_tables(part)], default=1 << 30)
 
 
-def tables(part: nn.Module) -> Iterator[int]:
+def position_tables(part: nn.Module) -> Iterator[int]:
     """Positions of each table of them."""
     for name, module in part.named_modules():
         # x_, y_, h_ and w_position_embeddings of document models are of the page, not of the text.

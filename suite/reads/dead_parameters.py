@@ -17,12 +17,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import nn
 
 from deadbench.suite.architectures.build import SMALL_MODEL, build_published
 from deadbench.suite.architectures.norms import EffectiveNorm
 from deadbench.suite.architectures.wiring import Wiring, is_linear, private_parameters, trace, weight_out_in
+from deadbench.suite.reads.anatomy import DeadMaps, MapRead, MapWrite
 
 
 def trace_published(config: Any, empty: nn.Module | None = None) -> tuple[nn.Module, Wiring | None]:
@@ -69,47 +69,34 @@ def count_dead_parameters(
     Returns:
         A pair for every norm in `norms` that was called. What is written belongs to the first norm that reads it.
     """
+    return dead_maps(model, wiring).count(norms)
+
+
+def dead_maps(model: nn.Module, wiring: Wiring) -> DeadMaps:
+    """What `count_dead_parameters` needs of a traced model: who reads and writes, and how much each comes to."""
     private = private_parameters(model)
     modules = dict(model.named_modules())
     parameters = dict(model.named_parameters())
-    counts = {path: (0, 0) for path in wiring.norms if path in norms}
-    compensated: dict[str, int] = {}
-    for path, norm in wiring.reads.items():
-        module = modules[path]
-        if norm not in counts or not _all_private(module, private):
-            continue
-        compensated[path] = _kernel_dim(norms[norm], has_bias=module.bias is not None)
-        read, write = counts[norm]
-        counts[norm] = read + len(weight_out_in(module)) * compensated[path], write
+    reads = [
+        MapRead(path, norm, len(weight_out_in(modules[path])), modules[path].bias is not None)
+        for path, norm in wiring.reads.items()
+        if _all_private(modules[path], private)
+    ]
+    writes = []
     for path, norm in wiring.writes.items():
-        if norm not in counts:
-            continue
-        read, write = counts[norm]
-        if path not in modules:
+        module, linear = modules.get(path), False
+        if module is None:
             parameter = parameters[path]
-            write += parameter.numel() // parameter.shape[-1] if id(parameter) in private else 0
-        elif is_linear(modules[path]):
-            if _all_private(modules[path], private):
-                # `1 w^T` with w in the kernel was counted on the read side already.
-                inputs = weight_out_in(modules[path]).shape[1] - compensated.get(path, 0)
-                write += inputs + (modules[path].bias is not None)
-        elif isinstance(modules[path], nn.Embedding):
-            write += modules[path].num_embeddings if _all_private(modules[path], private) else 0
+            shifts = parameter.numel() // parameter.shape[-1] if id(parameter) in private else 0
+        elif is_linear(module):
+            linear = _all_private(module, private)
+            shifts = weight_out_in(module).shape[1] + (module.bias is not None) if linear else 0
+        elif isinstance(module, nn.Embedding):
+            shifts = module.num_embeddings if _all_private(module, private) else 0
         else:
-            write += _shift_is_private(modules[path], wiring.norms[path][0].shift_parameter, private)
-        counts[norm] = read, write
-    return counts
-
-
-def _kernel_dim(norm: EffectiveNorm, *, has_bias: bool) -> int:
-    """Dimension of the kernel that a map with or without a bias can be moved along."""
-    zeros = np.flatnonzero(norm.scale_D == 0)
-    dim = len(zeros) or int(norm.family == "layernorm")
-    shift_D: NDArray[np.float64] | None = norm.shift_D
-    if has_bias or shift_D is None or dim == 0:
-        return dim
-    seen_D = shift_D[zeros] if len(zeros) else shift_D
-    return dim - bool(np.any(seen_D != 0))
+            shifts = _shift_is_private(module, wiring.norms[path][0].shift_parameter, private)
+        writes.append(MapWrite(path, norm, shifts, linear))
+    return DeadMaps(tuple(wiring.norms), tuple(reads), tuple(writes))
 
 
 def _all_private(module: nn.Module, private: set[int]) -> bool:

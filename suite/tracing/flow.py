@@ -144,8 +144,19 @@ def _is_zero(tensor: Tensor) -> bool:
     return not tensor.is_meta and tensor.numel() > 0 and bool((tensor.detach().abs() < _ZERO).all())
 
 
+class Given(dict[str, Any]):
+    """Inputs of their owner's: other ones are the same values in another order, since a new one may be out of range."""
+
+    def others(self) -> dict[str, Any]:
+        """The same values from the last position to the first; masks stay."""
+        turned = {n: v.flip(-1) for n, v in self.items() if isinstance(v, Tensor) and v.ndim and "mask" not in n}
+        return self | turned
+
+
 def other_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Other values of the same shapes: the next token, another picture; masks and grids stay."""
+    if isinstance(inputs, Given):
+        return inputs.others()
     other: dict[str, Any] = {}
     for name, value in inputs.items():
         if isinstance(value, Tensor) and value.is_floating_point():

@@ -28,10 +28,11 @@ from tests.conftest import ROOT, TWINS, save_tiny, write_checkpoint
 FLAGS = {
     "classify": "--save-direction --verify --module --config --model-type --width --allow-undetermined --json --debug",
     "export": "-o --out --config --model-type --debug",
-    "plan": "--assume --suite --registry --reads --address --out --resume --fresh --engine --tensor-parallel "
-    "--replicas --tokens --input --taps --seed --dtype --config --model-type --accumulator-gb --json --debug",
-    "run": "--suite --registry --reads --address --out --resume --fresh --engine --tensor-parallel --replicas --tokens "
-    "--input --taps --seed --dtype --config --model-type --accumulator-gb --timeout --max-retries "
+    "plan": "--model --assume --suite --registry --reads --address --out --resume --fresh --engine "
+    "--tensor-parallel --replicas --tokens --input --taps --seed --dtype --config --model-type --accumulator-gb "
+    "--json --debug",
+    "run": "--model --suite --registry --reads --address --out --resume --fresh --engine --tensor-parallel --replicas "
+    "--tokens --input --taps --seed --dtype --config --model-type --accumulator-gb --timeout --max-retries "
     "--checkpoint-interval --autoscale --log-format --json --debug",
     "census": "--out --address --resume --fresh --threads --config --model-type --json --debug",
     "leaderboard": "--format --sort --family --json --debug",

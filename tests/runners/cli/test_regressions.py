@@ -84,7 +84,7 @@ def without_ray(monkeypatch):
             if isinstance(event, Finished):
                 store.write(event.tables)
 
-    monkeypatch.setattr("deadbench.runners.cli.bisect.execute", execute)
+    monkeypatch.setattr("deadbench.runners.cli.bisect.execute_at", lambda address: execute)
 
 
 @pytest.mark.parametrize(

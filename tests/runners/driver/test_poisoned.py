@@ -48,7 +48,7 @@ def test_the_driver_ends_a_process_whose_gpu_is_lost_and_stores_any_other_failur
     ended, put = [], []
     run = object.__new__(Run)
     run._ray = SimpleNamespace(get=lambda event: event, exceptions=SimpleNamespace(RayError=KeyError))
-    run._outbox = SimpleNamespace(put=lambda event: put.append(event) or [])
+    run._books = SimpleNamespace(put=put.append)
     monkeypatch.setattr(run, "_end", lambda group, death: ended.append((death.kind, death.cause)))
     run._take_event(stream, group)
     assert ended == ([("crash", "RuntimeError: CUDA error: x")] if lost else [])

@@ -1,0 +1,170 @@
+"""A run in this process, without Ray: one model after another, and all else as the driver does it.
+
+What a process of its own gives is not had: one that is killed (for memory, by a device's fault) takes the run with it,
+and the same command goes on; a device's fault that leaves the process alive ends the run after that read.
+"""
+
+import contextlib
+import gc
+import os
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout, suppress
+from typing import Any
+
+from deadbench.runners.driver.books import Books, Summary
+from deadbench.runners.driver.driver import StoppedError, execute
+from deadbench.runners.driver.loop import Settings
+from deadbench.runners.driver.outbox import UnwritableError
+from deadbench.runners.jobs.events import Progress, Remark, failed_read
+from deadbench.runners.jobs.job import ModelJob
+from deadbench.runners.reporting.progress import Reporter
+from deadbench.runners.reporting.run_record import RunRecord
+from deadbench.runners.results.store import ResultStore
+from deadbench.runners.worker.progress_folder import absolute
+from deadbench.runners.worker.run import run_model
+
+_NO_RAY = "none"  # as planning/hardware.py has it
+
+
+class SilenceError(ValueError):
+    """A read made no progress for so long; one line, and the row's error."""
+
+
+def execute_at(address: str | None) -> Callable[[list[ModelJob], ResultStore, Settings, Reporter, str], Summary]:
+    """What runs jobs where `--address` says: here where that is `none`, else on Ray."""
+    return execute_in_process if address == _NO_RAY else execute
+
+
+def execute_in_process(
+    jobs: list[ModelJob], store: ResultStore, settings: Settings, reporter: Reporter, run_id: str
+) -> Summary:
+    """Run all `jobs` here, one after another; returns when every read is one row.
+
+    Raises:
+        StoppedError: results cannot be written, or a fault has left this process's GPU of no use; what was written is
+            kept.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM, with what finished kept.
+    """
+    record = RunRecord(store, run_id, jobs, reporter.say)
+    books = Books(store, reporter, record, run_id, settings.patience)
+    record.started(str(settings.address), [])
+    reporter.run_started(run_id, len(jobs))
+    outcome = "stopped"
+    failure: BaseException | None = None
+    with _quiet(), _interruptible():
+        try:
+            for job in jobs:
+                _run(job.checkpointed(settings.checkpoint_interval, absolute(store.location)), books, record, reporter,
+                     settings.timeout)  # fmt: skip
+                _give_back()
+            books.drain()
+            outcome = "finished"
+        except UnwritableError as error:
+            failure = error
+            raise StoppedError(f"{error}; what is written is kept: give the same command to go on") from error
+        except BaseException as error:
+            outcome, failure = "interrupted" if isinstance(error, KeyboardInterrupt) else "stopped", error
+            raise
+        finally:
+            with suppress(UnwritableError):
+                books.flush()
+            record.ended(outcome, failure)
+            reporter.run_ended(outcome, {"ok": books.summary.ok, "failed": books.summary.failed})
+    return books.summary
+
+
+def _run(job: ModelJob, books: Books, record: RunRecord, reporter: Reporter, timeout: float) -> None:
+    """The reads of one model."""
+    run_id = books.summary.run_id
+    for read in (read for read in job.reads if read.error):
+        books.put(failed_read(read, run_id, 1, str(read.error)))
+    job = job.without(read.identity() for read in job.reads if read.error)
+    if not job.reads:
+        return
+    for told in (reporter.model_started, record.placed):
+        told(job, 1, ["this process"], 1)
+    try:
+        with _silence(timeout) as heard:
+            for event in run_model(job, run_id, 1):
+                heard(True)
+                if isinstance(event, Progress):
+                    reporter.progress(job.model_id, event)
+                elif isinstance(event, Remark):
+                    reporter.say(f"{event.label}: {event.text}")
+                else:
+                    heard(False)
+                    books.put(event)
+                    heard(True)
+                    if event.poisoned:
+                        raise StoppedError(
+                            f"{event.job.label()}: {event.row['error']}; this process can use its GPU no more: give "
+                            "the same command to go on"
+                        )
+    finally:
+        reporter.gone(job.model_id)
+
+
+@contextmanager
+def _silence(seconds: float) -> Iterator[Callable[[bool], None]]:
+    """Inside, a SilenceError comes where nothing was heard for so long; `heard(False)` stops the clock.
+
+    It comes between two steps of Python: what hangs inside one call of a library's is not reached.
+    """
+    if not hasattr(signal, "SIGALRM") or threading.current_thread() is not threading.main_thread():
+        yield lambda running: None
+        return
+
+    def silent(signum: int, frame: Any) -> None:
+        raise SilenceError(f"no progress for {seconds:g} s (--timeout)")
+
+    def heard(running: bool) -> None:
+        signal.setitimer(signal.ITIMER_REAL, seconds if running else 0.0, seconds if running else 0.0)
+
+    before = signal.signal(signal.SIGALRM, silent)
+    try:
+        heard(True)
+        yield heard
+    finally:
+        heard(False)
+        signal.signal(signal.SIGALRM, before)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Inside, what libraries print and warn of goes nowhere, as that of a worker does."""
+    with contextlib.ExitStack() as stack:
+        nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+        stack.enter_context(redirect_stdout(nowhere))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Inside, SIGTERM is Ctrl-C."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(signum: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _give_back() -> None:
+    """The memory of a model that was read."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()

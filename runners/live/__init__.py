@@ -1,0 +1,1 @@
+"""A model in training, read in its own process: measure, callbacks, and all left as it was found."""

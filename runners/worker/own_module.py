@@ -1,0 +1,216 @@
+"""A read of a module that lives in this process, whoever built it: the passes and rows of every other read.
+
+Of ranks that train together each gives its own part of the tokens, and the first has the rows.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deadbench.runners.engines.base import Blocks, ForwardPass, Swept, pick_device
+from deadbench.runners.engines.resident import TorchEngine
+from deadbench.runners.jobs.events import Progress, Reading
+from deadbench.runners.jobs.job import ReadJob
+from deadbench.runners.jobs.resolved import num_tokens
+from deadbench.runners.worker.forward import finished
+from deadbench.runners.worker.passes import Passes
+from deadbench.suite.architectures.kernel_test import live_norm
+from deadbench.suite.architectures.live import Sites, accepted, call, look_into
+from deadbench.suite.errors import InputError
+from deadbench.suite.inputs.batches import Batch, Inputs, check_count
+from deadbench.suite.ranks import Ranks
+from deadbench.suite.reads.columns import architecture_columns
+
+_MASK = "attention_mask"
+_KINDS = "a tensor, a dictionary or a tuple of what the module takes"
+
+
+@dataclass
+class OwnEngine(TorchEngine):
+    """The module as it stands, on its own device.
+
+    Attributes:
+        sites: where it is looked at.
+        most_batches: of any rank: where parameters are divided, all ranks run forward equally often.
+    """
+
+    sites: Sites | None = None
+    most_batches: int = 0
+    detail: str = field(default="as it lives in its own process")
+
+    def passes(
+        self, model: nn.Module, norm: nn.Module, batches: list[Batch], blocks: Blocks | None = None
+    ) -> Iterator[tuple[Batch, ForwardPass] | Swept]:
+        """As the engine's own; `norm`, which is a copy, is looked at where it lives."""
+        assert self.sites is not None
+        yield from super().passes(model, self.sites.norm, batches, blocks)
+        for _ in range(self.most_batches - len(batches)):
+            self.forward(model, batches[-1])
+
+    def forward(self, model: nn.Module, batch: Batch) -> Any:
+        """What the module returns for one batch, without gradients."""
+        assert self.sites is not None
+        with torch.no_grad():
+            return call(self.sites.called, accepted(self.sites.called, batch.model_inputs))
+
+
+@dataclass(frozen=True)
+class Held(Inputs):
+    """What was given to this rank; `first_row` rows of other ranks come before, and `num_tokens` are all ranks'."""
+
+    first_row: int = 0
+
+    def share(self, rank: int, size: int) -> tuple[list[Batch], int]:
+        """This rank's own batches: they are divided already."""
+        return self.batches, self.first_row
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the module's parameters are."""
+    return next((p.device for p in model.parameters()), pick_device())
+
+
+def dtype_of(model: nn.Module) -> str:
+    """The dtype in which a forward pass runs here: autocast's inside one, else that of most parameters."""
+    device = device_of(model).type
+    if torch.is_autocast_enabled(device):
+        return str(torch.get_autocast_dtype(device)).removeprefix("torch.")
+    sizes: dict[torch.dtype, int] = {}
+    for parameter in (p for p in model.parameters() if p.is_floating_point()):
+        sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.numel()
+    return str(max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)).removeprefix("torch.")
+
+
+def named_arguments(batch: Any, device: torch.device) -> dict[str, Any]:
+    """A batch as arguments by name, on `device`; what has only a place is named by its number.
+
+    Raises:
+        InputError: it is of no kind that a module is called with.
+    """
+    if isinstance(batch, Tensor):
+        named: dict[str, Any] = {"0": batch}
+    elif isinstance(batch, Mapping):
+        named = {str(name): value for name, value in batch.items()}
+    elif isinstance(batch, Sequence) and not isinstance(batch, str | bytes):
+        named = {str(place): value for place, value in enumerate(batch)}
+    else:
+        raise InputError(f"a batch is a {type(batch).__name__}; give {_KINDS}")
+    return {n: v.to(device) if isinstance(v, Tensor) else v for n, v in named.items() if v is not None}
+
+
+def hold(
+    model: nn.Module,
+    batches: Iterable[Any],
+    final_norm: str | nn.Module | None,
+    blocks: str | nn.Module | Sequence[nn.Module] | None,
+    most: int | str,
+) -> tuple[Sites, list[Batch]]:
+    """Where the module is read, found on the first batch, and batches until they give `most` rows, or all.
+
+    Raises:
+        InputError: no batch, or one that no module is called with.
+        ArchitectureError: no final norm that can be told.
+    """
+    device = device_of(model)
+    given = (named_arguments(batch, device) for batch in ([batches] if isinstance(batches, Tensor) else batches))
+    first = next(given, None)
+    if first is None:
+        raise InputError(f"there is no batch; give an iterable of {_KINDS}")
+    sites, output = look_into(model, first, final_norm, blocks)
+    D = output.shape[1 if sites.final.behaviour.axes_after else -1]
+    rows_of = _RowCounter(first, output.numel() // D)
+    held, rows, enough = [], 0, num_tokens(most, D)
+    for arguments in _chained(first, given):
+        batch = rows_of(arguments)
+        held.append(batch)
+        rows += batch.num_rows
+        if rows >= enough:
+            break
+    return sites, held
+
+
+def read_own_module(
+    read: ReadJob, model: nn.Module, sites: Sites, batches: list[Batch], description: str, ranks: Ranks
+) -> Reading:
+    """The final norm's spectrum and the residual stream's, of `model` as it stands, on what this rank holds.
+
+    Raises:
+        ValueError: what cannot be read, in one line.
+    """
+    final, dtype = sites.final, dtype_of(model)
+    assert final.hidden_size is not None
+    mine, distinct = sum(batch.num_rows for batch in batches), _distinct(batches)
+    counts = ranks.share((mine, len(batches), distinct))
+    total = sum(rows for rows, _, _ in counts)
+    check_count(total, final.hidden_size)
+    first_row = sum(rows for rows, _, _ in counts[: ranks.rank])
+    known = [each for _, _, each in counts if each is not None]
+    inputs = Held(batches, total, len(set().union(*known)) if known else None, description, first_row)
+    engine = OwnEngine(device_of(model), ranks=ranks, sites=sites, most_batches=max(n for _, n, _ in counts))
+    norm = live_norm(sites.plain, final.behaviour, final.hidden_size)
+    passes = Passes(
+        read, engine, model, final, inputs, norm, dtype, batches[0].num_rows, sites=(sites.plain, sites.blocks)
+    )
+    yield Progress(read.label(), "forward", 0, total)
+    measured, stream, position = yield from passes.run()
+    row = architecture_columns(final) | {
+        "dtype": dtype,
+        "device": engine.device_name(),
+        "load_seconds": 0.0,
+        "engine_detail": engine.detail + (f"; tokens over {ranks.size} ranks" if ranks.size > 1 else ""),
+        "tensor_parallel": 1,
+        "input": inputs.description,
+        "num_distinct_inputs": inputs.num_distinct,
+        "peak_device_bytes": engine.peak_device_bytes(),
+    }
+    if ranks.rank > 0:
+        return {"reads": [row]}
+    return finished(row, measured, stream, position, norm, dtype)
+
+
+def without_blocks(sites: Sites) -> Sites:
+    """The same with no block watched: the final norm alone is read."""
+    return replace(sites, blocks=[])
+
+
+class _RowCounter:
+    """How many rows of the final norm's output a batch gives, by what the first one gave."""
+
+    def __init__(self, first: Mapping[str, Any], rows: int):
+        tensors = {name: value for name, value in first.items() if isinstance(value, Tensor) and value.ndim}
+        if not tensors:
+            raise InputError(f"a batch holds no tensor; give {_KINDS}")
+        tokens = (n for n, t in tensors.items() if t.numel() == rows and t.ndim == 2 and n != _MASK)
+        self._tokens = next(tokens, None)
+        self._main = self._tokens or next(iter(tensors))
+        self._per_item, rest = divmod(rows, tensors[self._main].shape[0])
+        if rest:
+            raise InputError(f"{rows} rows came of a batch of {tensors[self._main].shape[0]}: rows of items differ")
+
+    def __call__(self, arguments: dict[str, Any]) -> Batch:
+        main = arguments[self._main]
+        mask = arguments.get(_MASK)
+        if self._tokens is None:
+            return Batch(arguments, rows=self._per_item * main.shape[0])
+        padded = isinstance(mask, Tensor) and mask.shape == main.shape and not bool(mask.bool().all())
+        return Batch(arguments, mask.bool().cpu() if padded else None, None if padded else main.numel())  # type: ignore[union-attr]
+
+
+def _distinct(batches: list[Batch]) -> set[int] | None:
+    """The token ids that count; None where there are none."""
+    found: set[int] = set()
+    for batch in batches:
+        ids = next((v for n, v in batch.model_inputs.items() if n in ("input_ids", "0")), None)
+        if ids is None or ids.is_floating_point():
+            return None
+        ids = ids if batch.mask_ST is None else ids[batch.mask_ST.to(ids.device)]
+        found |= set(ids.unique().tolist())
+    return found
+
+
+def _chained(first: dict[str, Any], rest: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    yield first
+    yield from rest
