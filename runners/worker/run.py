@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from deadbench.runners.engines.registry import ENGINES
 from deadbench.runners.jobs.events import Event, Finished, Progress, Reading, to_tables
 from deadbench.runners.jobs.job import ModelJob, ReadJob
+from deadbench.suite.checkpoints.checkpoint import Checkpoint
 from deadbench.suite.errors import one_line
 
 
@@ -105,11 +106,7 @@ def _read_trained(read: ReadJob) -> Reading:
     config = Configuration(checkpoint.config())
     entries = checkpoint.headers()  # refuses broken files before anything is loaded
     weights = checkpoint.weights().format
-    if not weights.runs:
-        raise ValueError(
-            f"{checkpoint.source}: {weights.name} holds other tensors than transformers' model, and no forward pass is "
-            "had from it; give the checkpoint that it was converted from, or --reads parameters"
-        )
+    _refuse_unfit(checkpoint)
     left_out = refuse_unexpected(published(config).base_model, config.raw, entries, checkpoint.source)
     with checkpoint.local_copy() as folder:
         rows = yield from _model_reader(read)(read, config, StoredWeights(folder, entries, weights.name))
@@ -118,6 +115,14 @@ def _read_trained(read: ReadJob) -> Reading:
     if left_out:
         row["engine_detail"] = f"{row['engine_detail']}; not loaded, and of no effect: {_named(left_out)}"
     return rows
+
+
+def _refuse_unfit(checkpoint: Checkpoint) -> None:
+    """Refuse weights of which no forward pass can be had; what is left out of them must be zero."""
+    translation = checkpoint.translation()
+    if translation.unfit:
+        raise ValueError(f"{checkpoint.source}: no forward pass: {translation.unfit}, or --reads parameters")
+    translation.check(checkpoint)
 
 
 def _named(tensors: list[str]) -> str:
@@ -154,6 +159,7 @@ def _read_functional(read: ReadJob) -> Reading:
     entries = checkpoint.headers() if trained else None
     config = Configuration(checkpoint.config())
     if entries is not None:
+        _refuse_unfit(checkpoint)
         refuse_unexpected(published(config), config.raw, entries, checkpoint.source)
     with checkpoint.local_copy() as folder:
         weights = RandomWeights(read.seed, folder) if entries is None else StoredWeights(folder, entries)

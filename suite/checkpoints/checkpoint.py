@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from deadbench.suite.checkpoints.configurations import checked, config_file
+from deadbench.suite.checkpoints.dialects.litgpt import CONFIG_FILE, config_of
+from deadbench.suite.checkpoints.dialects.table import Translation, translate
 from deadbench.suite.checkpoints.download_cache import fetch_once, lease
 from deadbench.suite.checkpoints.fsspec_folder import FsspecFolder, one_line_errors
 from deadbench.suite.checkpoints.headers import read_contents
@@ -29,7 +31,9 @@ from deadbench.suite.checkpoints.weight_files import NAMED_BY, WeightFiles, weig
 from deadbench.suite.errors import CheckpointError, UnreachableError
 from deadbench.suite.secrets import scrubbed
 from deadbench.suite.storage import is_hidden, is_url, open_place
+from deadbench.suite.yaml_file import YamlError, parse_yaml
 
+_MAX_YAML_BYTES = 1_000_000
 LOADED_PATTERNS = ["*.json", "*.txt", "*.model"]  # what a forward pass needs beside weights; never code
 
 
@@ -70,6 +74,7 @@ class Checkpoint:
         self._as_stored = False  # the configuration is what the folder's config.json says
         self._weights: WeightFiles | None = None
         self._contents: Contents | None = None
+        self._translation: Translation | None = None
         self._local: Path | None = None
         self._hub_id: str | None = None
         self._folder: HttpFolder | FsspecFolder
@@ -127,7 +132,9 @@ class Checkpoint:
                         raise
                     self._names = self._folder.names()
             if self._file is not None:  # what lies beside it are other weights
-                self._names = [n for n in self._names if n == self._file or n.endswith((".json", ".txt", ".model"))]
+                self._names = [
+                    n for n in self._names if n == self._file or n.endswith((".json", ".txt", ".model", ".yaml"))
+                ]
         return self._names
 
     def _take_from_cache(self) -> bool:
@@ -176,9 +183,15 @@ class Checkpoint:
             self._contents = read_contents(self, self.weights())
         return self._contents
 
+    def translation(self) -> Translation:
+        """The tensors as transformers' model has them, whosever form they are stored in; raises as `contents` does."""
+        if self._translation is None:
+            self._translation = translate(self.contents(), self.config)
+        return self._translation
+
     def headers(self) -> dict[str, TensorEntry]:
-        """All tensors by name, from the headers alone; raises as `contents` does."""
-        return {entry.name: entry for entry in self.contents().entries}
+        """All tensors by transformers' names, from the headers alone; raises as `contents` does."""
+        return {entry.name: entry for entry in self.translation().entries}
 
     def origin(self) -> dict[str, Any]:
         """The columns that say what was read: the format, and the training step where it records one."""
@@ -265,6 +278,8 @@ class Checkpoint:
             raise
         except CheckpointError as error:
             raise (error if self._file else no_config(self)) from error
+        if recorded is None and self.has(CONFIG_FILE):
+            recorded = self._litgpt_config()
         if recorded is None and self._local and self._file is None:  # trainers leave it a folder above
             above = self._local.parent / "config.json"
             recorded = config_file(above) if above.is_file() else None
@@ -272,9 +287,22 @@ class Checkpoint:
             raise no_config(self)
         return checked(recorded, self.source, self._model_type)
 
+    def _litgpt_config(self) -> dict[str, Any]:
+        """What litGPT's file of settings says."""
+        called = f"{self.source}: {CONFIG_FILE}"
+        if self.size(CONFIG_FILE) > _MAX_YAML_BYTES:
+            raise CheckpointError(f"{called}: larger than {_MAX_YAML_BYTES} bytes; no settings of a model")
+        try:
+            found = config_of(parse_yaml(self.read(CONFIG_FILE), called))
+        except YamlError as error:
+            raise CheckpointError(str(error)) from error
+        if found is None:
+            raise CheckpointError(f"{called}: its fields are those of no architecture known here; give --config CONFIG")
+        return found
+
     def _weight_names(self) -> list[str]:
         """The files that hold values, and those that say where."""
-        return sorted({*self.weights().shards, *(piece.file for e in self.contents().entries for piece in e.pieces)})
+        return sorted({*self.weights().shards, *(file for e in self.contents().entries for file in e.files())})
 
     def _shards(self) -> list[str]:
         """The files that hold the weights; none where there are none that can be read."""

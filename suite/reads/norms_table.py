@@ -77,8 +77,6 @@ def norms_of(
         if any(name and len(entries) != 1 for name, entries in zip(names, found, strict=True)):
             continue
         scale_D, shift_D = (read_vector(checkpoint, entries[0]) if entries else None for entries in found)
-        if read.whole_scale and behaviour.scale == "1+weight" and scale_D is not None:
-            scale_D = scale_D - 1
         norms[path] = effective_norm(behaviour, scale_D, shift_D, width)
     counts = count_dead_parameters(model, wiring, norms) if wiring else {}
     rows = []

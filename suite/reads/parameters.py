@@ -29,22 +29,30 @@ _BUILDING = threading.Lock()  # transformers sets torch's default dtype while it
 
 @dataclass
 class ParametersRead:
-    """What the parameters alone say. `norm` and `direction_D` are None where there is no final norm to read."""
+    """What the parameters alone say. `norm` and `direction_D` are None where there is no final norm to read.
+
+    `scale` is the tensor of the final norm's scale.
+    """
 
     final: FinalNorm
     norm: EffectiveNorm | None
-    final_norm_tensor: str | None
+    scale: TensorEntry | None
     direction_D: NDArray[np.float64] | None
     reason: str | None
     evidence: list[str] = field(default_factory=list)
     entries: dict[str, TensorEntry] = field(default_factory=dict)
     needs_remote_code: bool = False
-    whole_scale: bool = False  # scales are stored as they are applied, though the architecture adds one
+
+    @property
+    def final_norm_tensor(self) -> str | None:
+        """What the checkpoint calls the tensor of the final norm's scale."""
+        return self.scale.stored_name if self.scale else None
 
     @property
     def stored_dtype(self) -> str | None:
         """dtype that the final norm's scale is stored in."""
-        return DTYPE_NAMES[self.entries[self.final_norm_tensor].dtype] if self.final_norm_tensor else None
+        stored = self.scale.parts[0] if self.scale and self.scale.parts else self.scale
+        return DTYPE_NAMES[stored.dtype] if stored else None
 
     def columns(self) -> Row:
         """The architecture and scale columns of a row of `reads`."""
@@ -82,7 +90,7 @@ def read_parameters(checkpoint: Checkpoint, verify: bool = False) -> ParametersR
                 )
     except ArchitectureError as error:
         if told and (known := _as_told(told, entries)):
-            return _read_final(checkpoint, known, entries, told)
+            return _read_final(checkpoint, known, entries)
         refused = isinstance(error, RemoteCodeError)
         final = FinalNorm(None, NormBehaviour("undetermined"), None, _hidden_size(raw_config), None, reason=str(error))
     if final.path is None:
@@ -91,15 +99,19 @@ def read_parameters(checkpoint: Checkpoint, verify: bool = False) -> ParametersR
             *(_candidates(entries, final.hidden_size) if final.family == "undetermined" else []),
         ]
         return ParametersRead(final, None, None, None, final.reason, seen, entries, refused)
-    return _read_final(checkpoint, final, entries, told)
+    return _read_final(checkpoint, final, entries)
 
 
-def _read_final(
-    checkpoint: Checkpoint, final: FinalNorm, entries: dict[str, TensorEntry], told: StoredNorm | None
-) -> ParametersRead:
+def _read_final(checkpoint: Checkpoint, final: FinalNorm, entries: dict[str, TensorEntry]) -> ParametersRead:
     """The final norm that is known, read from its tensors."""
     path = final.path
     assert path is not None
+    translation = checkpoint.translation()
+    if translation.folded:
+        plain = replace(final.behaviour, scale="implicit-one", scale_parameter=None, shift_parameter=None)
+        final = replace(final, behaviour=plain)
+    if translation.remark:
+        final = replace(final, evidence=(*final.evidence, translation.remark))
     if rules := by_other_names(final, entries):
         final = replace(final, naming=final.naming.further(rules))
     behaviour = final.behaviour
@@ -141,19 +153,19 @@ def _read_final(
                 f"{entry.file}: tensor {entry.name} has {len(vector)} values; "
                 f"the configuration says {final.hidden_size}"
             )
-    if told and told.whole_scale and behaviour.scale == "1+weight" and weight_D is not None:
-        weight_D = weight_D - 1
     norm = effective_norm(behaviour, weight_D, shift_D, final.hidden_size)
-    evidence = [*final.evidence, *(f"tensor {e.name} of shape {list(e.shape)}, {e.dtype}" for _, e in wanted if e)]
+    evidence = [
+        *final.evidence,
+        *(f"tensor {e.stored_name} of shape {list(e.shape)}, {e.dtype}" for _, e in wanted if e),
+    ]
     return ParametersRead(
         final,
         norm,
-        scale_entry.name if scale_entry else None,
+        scale_entry,
         inverse_scale_direction(norm.scale_D),
         None,
         evidence,
         entries,
-        whole_scale=bool(told and told.whole_scale),
     )
 
 
