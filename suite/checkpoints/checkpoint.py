@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from deadbench.suite.checkpoints.configurations import checked, config_file
-from deadbench.suite.checkpoints.dialects.litgpt import CONFIG_FILE, config_of
 from deadbench.suite.checkpoints.dialects.table import Translation, translate
 from deadbench.suite.checkpoints.download_cache import fetch_once, lease
 from deadbench.suite.checkpoints.fsspec_folder import FsspecFolder, one_line_errors
@@ -23,17 +22,16 @@ from deadbench.suite.checkpoints.headers import read_contents
 from deadbench.suite.checkpoints.http_folder import HttpFolder
 from deadbench.suite.checkpoints.hub_folder import HubFolder
 from deadbench.suite.checkpoints.no_weights import no_config
+from deadbench.suite.checkpoints.other_configurations import other_config, read_object
 from deadbench.suite.checkpoints.prepared_folder import as_transformers_expects
 from deadbench.suite.checkpoints.sources import folder_and_file, hub_id_of, locate
-from deadbench.suite.checkpoints.strict_json import MAX_JSON_BYTES, parse_object
+from deadbench.suite.checkpoints.tensor_kinds import model_types_of
 from deadbench.suite.checkpoints.tensors import Contents, TensorEntry
 from deadbench.suite.checkpoints.weight_files import NAMED_BY, WeightFiles, weight_files, weights_file
 from deadbench.suite.errors import CheckpointError, UnreachableError
 from deadbench.suite.secrets import scrubbed
 from deadbench.suite.storage import is_hidden, is_url, open_place
-from deadbench.suite.yaml_file import YamlError, parse_yaml
 
-_MAX_YAML_BYTES = 1_000_000
 LOADED_PATTERNS = ["*.json", "*.txt", "*.model"]  # what a forward pass needs beside weights; never code
 
 
@@ -44,9 +42,11 @@ class Checkpoint:
         source: as the user gave it.
         revision: Hub revision, or the checkpoint folder below a series' source; None where there is only one.
         remark: what is to be said of where it was read; None mostly.
+        candidates: the model types that the tensors' names could be of, where no configuration says it.
     """
 
     remark: str | None = None
+    candidates: list[str] | None = None
 
     def __init__(
         self,
@@ -207,18 +207,23 @@ class Checkpoint:
         Raises:
             CheckpointError: missing, not JSON, or not an object.
         """
-        if self._config is not None:
-            return copy.deepcopy(self._config)
-        if not self.has("config.json"):
+        if self._config is None and not self.has("config.json"):
             self._config = self._recorded_config()
-            return copy.deepcopy(self._config)
-        if self.size("config.json") > MAX_JSON_BYTES:
-            raise CheckpointError(f"{self.source}: config.json is larger than {MAX_JSON_BYTES} bytes")
-        called = f"{self.source}: config.json"
-        told = parse_object(self.read("config.json"), called)
-        self._config = checked(told, called, self._model_type)
-        self._as_stored = told.get("model_type") == self._config.get("model_type")
+        elif self._config is None:
+            told = read_object(self, self.source, "config.json")
+            self._config = checked(told, f"{self.source}: config.json", self._model_type)
+            self._as_stored = told.get("model_type") == self._config.get("model_type")
+        if "model_type" not in self._config and self.candidates is None:
+            self._of_names(self._config)
         return copy.deepcopy(self._config)
+
+    def _of_names(self, config: dict[str, Any]) -> None:
+        """Complete a configuration without model_type where the tensors' names are those of one architecture alone."""
+        self.candidates = []  # before the headers are read, which asks for the configuration
+        with contextlib.suppress(CheckpointError):
+            self.candidates = model_types_of(entry.name for entry in self.contents().entries)
+        if len(self.candidates) == 1:
+            config["model_type"], self._as_stored = self.candidates[0], False
 
     def fingerprint(self, names: Iterable[str] | None = None) -> str:
         """Hash that changes when the checkpoint does: the Hub's commit, else sizes and times of its files.
@@ -278,27 +283,13 @@ class Checkpoint:
             raise
         except CheckpointError as error:
             raise (error if self._file else no_config(self)) from error
-        if recorded is None and self.has(CONFIG_FILE):
-            recorded = self._litgpt_config()
+        recorded = recorded or other_config(self, self.source)
         if recorded is None and self._local and self._file is None:  # trainers leave it a folder above
             above = self._local.parent / "config.json"
             recorded = config_file(above) if above.is_file() else None
         if recorded is None:
             raise no_config(self)
         return checked(recorded, self.source, self._model_type)
-
-    def _litgpt_config(self) -> dict[str, Any]:
-        """What litGPT's file of settings says."""
-        called = f"{self.source}: {CONFIG_FILE}"
-        if self.size(CONFIG_FILE) > _MAX_YAML_BYTES:
-            raise CheckpointError(f"{called}: larger than {_MAX_YAML_BYTES} bytes; no settings of a model")
-        try:
-            found = config_of(parse_yaml(self.read(CONFIG_FILE), called))
-        except YamlError as error:
-            raise CheckpointError(str(error)) from error
-        if found is None:
-            raise CheckpointError(f"{called}: its fields are those of no architecture known here; give --config CONFIG")
-        return found
 
     def _weight_names(self) -> list[str]:
         """The files that hold values, and those that say where."""

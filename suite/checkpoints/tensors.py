@@ -91,6 +91,7 @@ class StoredNorm:
         hidden_size: the width of the residual stream.
         num_blocks: how many blocks there are.
         adds_one: the scale is one more than what is stored.
+        module: its path in transformers' model, where that is another than `name`.
     """
 
     name: str | None
@@ -99,6 +100,7 @@ class StoredNorm:
     hidden_size: int | None = None
     num_blocks: int | None = None
     adds_one: bool = False
+    module: str | None = None
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 
 from deadbench.suite.architectures.final_names import by_other_names
 from deadbench.suite.architectures.norms import EffectiveNorm, FinalNorm, NormBehaviour, effective_norm
-from deadbench.suite.architectures.stored_names import Renaming
+from deadbench.suite.architectures.stored_names import Naming, Renaming
 from deadbench.suite.architectures.stored_tensors import StoredTensors
 from deadbench.suite.atlas.lookup import lookup
 from deadbench.suite.checkpoints.checkpoint import Checkpoint
+from deadbench.suite.checkpoints.dialects import timm
 from deadbench.suite.checkpoints.tensors import DTYPE_NAMES, StoredNorm, TensorEntry, read_vector
 from deadbench.suite.errors import ArchitectureError, CheckpointError, RemoteCodeError
 from deadbench.suite.reads.columns import architecture_columns, scale_columns
@@ -77,6 +78,8 @@ def read_parameters(checkpoint: Checkpoint, verify: bool = False) -> ParametersR
     raw_config = checkpoint.config()
     entries = checkpoint.headers()
     told = checkpoint.contents().norm
+    if told is None and raw_config.get("model_type") == timm.MODEL_TYPE:
+        told = timm.stored_norm(raw_config, entries.values())
     refused = False
     try:
         final = _resolve(raw_config, verify)
@@ -96,6 +99,7 @@ def read_parameters(checkpoint: Checkpoint, verify: bool = False) -> ParametersR
     if final.path is None:
         seen = [
             final.reason or "",
+            *_several(checkpoint.candidates),
             *(_candidates(entries, final.hidden_size) if final.family == "undetermined" else []),
         ]
         return ParametersRead(final, None, None, None, final.reason, seen, entries, refused)
@@ -174,11 +178,21 @@ def _as_told(told: StoredNorm, entries: dict[str, TensorEntry]) -> FinalNorm | N
     if told.name is None or told.family is None or told.eps is None:
         return None
     shift = "bias" if f"{told.name}.bias" in entries else None
-    said = (f"the metadata of the file: {told.family}, by the key of its epsilon", f"eps = {told.eps}")
+    by = "tables of timm's architectures" if told.module else "the metadata of the file, by the key of its epsilon"
+    said = (f"{told.family}: {by}", f"eps = {told.eps}")
     scale = "1+weight" if told.adds_one else "weight"
     behaviour = NormBehaviour(told.family, scale, "weight", shift, told.eps, said)
     placement = "post" if re.search(r"\.\d+\.", told.name) else "pre"
-    return FinalNorm(told.name, behaviour, placement, told.hidden_size, told.num_blocks, evidence=said)
+    path = told.module or told.name
+    named = Naming((Renaming(f"^{re.escape(told.name)}\\.", f"{path}."),)) if path != told.name else Naming()
+    return FinalNorm(path, behaviour, placement, told.hidden_size, told.num_blocks, evidence=said, naming=named)
+
+
+def _several(candidates: list[str] | None) -> list[str]:
+    """What the tensors' names say of the architecture where they do not decide it."""
+    if not candidates or len(candidates) == 1:
+        return []
+    return [f"by their names the tensors could be of {', '.join(candidates[:12])}: --model-type says which"]
 
 
 def _in_a_further_block(tensor: str, final: FinalNorm) -> str | None:

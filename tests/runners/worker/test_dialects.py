@@ -1,5 +1,6 @@
 """Checkpoints of other libraries give the rows of the same weights as transformers saves them, to the bit."""
 
+import importlib.util
 import json
 import shutil
 
@@ -18,6 +19,7 @@ from tests.conftest import ROOT, save_tiny
 from tests.runners.worker.test_formats import rows
 from tests.suite.checkpoints.dialects import writers
 from tests.suite.checkpoints.formats.ggufs import q8_0
+from tests.suite.checkpoints.test_tensor_kinds import timm_folder
 
 READS = ("parameters", "trained")
 CASES = [
@@ -28,7 +30,7 @@ CASES = [
     (writers.megatron, writers.LLAMA), (writers.megatron_of_before, writers.GPT2),
     (writers.megatron_in_stages, writers.GPT2),
     (writers.llama_cpp, writers.LLAMA), (writers.llama_cpp, writers.GPT2), (writers.llama_cpp, writers.NEOX),
-    (writers.llama_cpp, writers.QWEN2),
+    (writers.llama_cpp, writers.QWEN2), pytest.param(writers.open_clip, writers.CLIP, marks=pytest.mark.slow),
 ]  # fmt: skip
 
 
@@ -38,7 +40,7 @@ def saved(tmp_path_factory):
     found = {}
 
     def of(config):
-        key = (config["model_type"], config["vocab_size"])
+        key = (config["model_type"], config.get("vocab_size"))
         if key not in found:
             folder = save_tiny(tmp_path_factory.mktemp("saved"), config, seed=3)
             found[key] = load_file(folder / "model.safetensors"), rows(folder, READS)
@@ -133,6 +135,22 @@ def test_ranks_that_are_not_all_there(saved, tmp_path):
     shutil.rmtree(tmp_path / "iter_0000300" / "mp_rank_01")
     assert "files of 1 tensor-parallel" in refusal(tmp_path)
     assert classify(str(tmp_path))[0]["scale_harmonic"] == expected["parameters"][0]["scale_harmonic"]
+
+
+@pytest.mark.parametrize("tower", ["vision_cfg", "text_cfg"])
+def test_a_tower_that_is_not_open_clips_own(tower, saved, tmp_path):
+    state, _ = saved(writers.CLIP)
+    folder = writers.open_clip(tmp_path, state, writers.CLIP)
+    told = json.loads((folder / "open_clip_config.json").read_text())
+    told["model_cfg"][tower] |= {"timm_model_name": "vit_base", "hf_model_name": "xlm-roberta-base"}
+    (folder / "open_clip_config.json").write_text(json.dumps(told))
+    assert "is not open_clip's own" in classify(str(folder))[0]["error"]
+
+
+def test_timm_without_timm_is_a_row_that_says_how_to_get_it(tmp_path):
+    timm_folder(tmp_path, "norm")
+    if importlib.util.find_spec("timm") is None:
+        assert "pip install timm" in refusal(tmp_path)
 
 
 def test_a_model_that_deepspeed_holds_in_parts(saved, tmp_path):

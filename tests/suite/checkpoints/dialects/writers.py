@@ -357,3 +357,57 @@ def llama_cpp(folder, state, config, matrices="F32"):
     packed = {name: matrices for name, tensor in made.items() if tensor.ndim == 2}
     (folder / "model.gguf").write_bytes(gguf(facts, made, packed))
     return folder / "model.gguf"
+
+
+CLIP = {
+    "model_type": "clip", "architectures": ["CLIPModel"], "projection_dim": 12,
+    "text_config": {
+        "model_type": "clip_text_model", "hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "max_position_embeddings": 20, "vocab_size": 97, "projection_dim": 12,
+        "hidden_act": "gelu",
+    },
+    "vision_config": {
+        "model_type": "clip_vision_model", "hidden_size": 24, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 3, "image_size": 8, "patch_size": 4, "projection_dim": 12, "hidden_act": "gelu",
+    },
+}  # fmt: skip
+
+
+def open_clip(folder, state, config):
+    """`open_clip_pytorch_model.bin` and its configuration."""
+    text, vision = config["text_config"], config["vision_config"]
+    told = {
+        "model_cfg": {
+            "embed_dim": 12,
+            "vision_cfg": {"image_size": 8, "layers": 2, "width": 24, "patch_size": 4, "head_width": 8},
+            "text_cfg": {"context_length": 20, "vocab_size": 97, "width": 16, "heads": 2, "layers": 2},
+        },
+        "preprocess_cfg": {"mean": [0.5, 0.5, 0.5]},
+    }
+    assert (text["hidden_size"], vision["hidden_size"]) == (16, 24)
+    outside = {
+        "text_model.embeddings.token_embedding.weight": "token_embedding.weight", "logit_scale": "logit_scale",
+        "text_model.embeddings.position_embedding.weight": "positional_embedding",
+        "vision_model.embeddings.class_embedding": "visual.class_embedding",
+        "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
+        "vision_model.embeddings.patch_embedding.weight": "visual.conv1.weight",
+    }  # fmt: skip
+    norms = {"text_model.final_layer_norm": "ln_final", "vision_model.pre_layrnorm": "visual.ln_pre",
+             "vision_model.post_layernorm": "visual.ln_post"}  # fmt: skip
+    outside |= {f"{ours}.{w}": f"{theirs}.{w}" for ours, theirs in norms.items() for w in ("weight", "bias")}
+    made = {theirs: state[ours] for ours, theirs in outside.items()}
+    made |= {"text_projection": state["text_projection.weight"].T.contiguous()}
+    made |= {"visual.proj": state["visual_projection.weight"].T.contiguous(), "attn_mask": torch.zeros(20, 20)}
+    parts = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "self_attn.out_proj": "attn.out_proj", "mlp.fc1": "mlp.c_fc",
+             "mlp.fc2": "mlp.c_proj"}  # fmt: skip
+    for tower, begin in (("text_model", "transformer.resblocks"), ("vision_model", "visual.transformer.resblocks")):
+        for number, name, tensor in blocks(state, f"{tower}.encoder.layers."):
+            module, _, which = name.rpartition(".")
+            if module in parts:
+                made[f"{begin}.{number}.{parts[module]}.{which}"] = tensor
+            elif module.endswith("q_proj"):
+                three = [state[f"{tower}.encoder.layers.{number}.self_attn.{kind}_proj.{which}"] for kind in "qkv"]
+                made[f"{begin}.{number}.attn.in_proj_{which}"] = torch.cat(three)
+    torch.save(made, folder / "open_clip_pytorch_model.bin")
+    (folder / "open_clip_config.json").write_text(json.dumps(told))
+    return folder
