@@ -34,6 +34,21 @@ UniqueKeyLoader.add_implicit_resolver(
 )
 
 
+def parse_yaml(raw: bytes, called: str) -> Any:
+    """What is written in the YAML that messages call `called`.
+
+    Raises:
+        YamlError: it is not UTF-8, not YAML, or gives a key twice.
+    """
+    try:
+        return yaml.load(raw.decode("utf-8"), Loader=UniqueKeyLoader)
+    except RecursionError as error:
+        raise YamlError(f"{called}: not YAML (nested too deeply)") from error
+    except (yaml.YAMLError, ValueError, TypeError) as error:  # of a date, or of bytes, that are none; of lists as keys
+        problem, mark = getattr(error, "problem", None) or first_line(error), getattr(error, "problem_mark", None)
+        raise YamlError(f"{called}: not YAML ({f'line {mark.line + 1}: ' if mark else ''}{problem})") from error
+
+
 def load_yaml(path: Path) -> Any:
     """What is written in a YAML file.
 
@@ -41,11 +56,8 @@ def load_yaml(path: Path) -> Any:
         YamlError: it cannot be opened, is not UTF-8, not YAML, or gives a key twice.
     """
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeyLoader)
+        raw = path.read_bytes()
+        raw.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise YamlError(f"{path}: cannot be read ({refusal(error)})") from error
-    except RecursionError as error:
-        raise YamlError(f"{path}: not YAML (nested too deeply)") from error
-    except (yaml.YAMLError, ValueError) as error:  # a date that is none raises the latter
-        problem, mark = getattr(error, "problem", None) or first_line(error), getattr(error, "problem_mark", None)
-        raise YamlError(f"{path}: not YAML ({f'line {mark.line + 1}: ' if mark else ''}{problem})") from error
+    return parse_yaml(raw, str(path))

@@ -83,4 +83,4 @@ def tensor_name(entries: dict[str, TensorEntry] | None, final: FinalNorm) -> str
     if entries is None or final.path is None:
         return None
     found = StoredTensors(entries, final.naming).find(final.path, final.behaviour.scale_parameter)
-    return found[0].name if len(found) == 1 else None
+    return found[0].stored_name if len(found) == 1 else None

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from deadbench.runners.engines.registry import ENGINES
 from deadbench.runners.jobs.events import Event, Finished, Progress, Reading, to_tables
 from deadbench.runners.jobs.job import ModelJob, ReadJob
+from deadbench.runners.worker.passable import refuse_without_pass
 from deadbench.suite.errors import one_line
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ def _read_trained(read: ReadJob) -> Reading:
     config = Configuration(checkpoint.config())
     entries = checkpoint.headers()  # refuses broken files before anything is loaded
     weights = checkpoint.weights().format
-    _refuse_without_pass(checkpoint, read.engine)
+    refuse_without_pass(checkpoint, read.engine)
     left_out = refuse_unexpected(published(config).base_model, config.raw, entries, checkpoint.source)
     with checkpoint.local_copy() as folder:
         rows = yield from _model_reader(read)(read, config, StoredWeights(folder, entries, weights.name))
@@ -144,25 +145,6 @@ def _read_trained(read: ReadJob) -> Reading:
 def _quantised(config: "Configuration") -> list[str]:
     """The flag of weights that are stored in fewer bits than they are computed in, where the configuration says so."""
     return ["quantised"] if config.raw.get("quantization_config") else []
-
-
-def _refuse_without_pass(checkpoint: Checkpoint, engine: str | None) -> None:
-    """Raise ValueError where no forward pass can be had of a checkpoint, before its weights are loaded."""
-    from deadbench.runners.engines.merged_adapter import why_not_merged
-    from deadbench.suite.checkpoints.adapters import AdaptedCheckpoint
-    from deadbench.suite.checkpoints.quantised import why_not_run
-
-    weights = checkpoint.weights().format
-    if not weights.runs:
-        raise ValueError(
-            f"{checkpoint.source}: {weights.name} holds other tensors than transformers' model, and no forward pass is "
-            "had from it; give the checkpoint that it was converted from, or --reads parameters"
-        )
-    reason = why_not_merged(checkpoint) if isinstance(checkpoint, AdaptedCheckpoint) else None
-    if engine is None or ENGINES[engine].in_process:  # others unpack weights themselves
-        reason = reason or why_not_run(checkpoint.config(), checkpoint.source)
-    if reason:
-        raise ValueError(reason)
 
 
 def _merged(checkpoint: Checkpoint) -> str | None:
@@ -209,7 +191,7 @@ def _read_functional(read: ReadJob) -> Reading:
     entries = checkpoint.headers() if trained else None
     config = Configuration(checkpoint.config())
     if entries is not None:
-        _refuse_without_pass(checkpoint, read.engine)
+        refuse_without_pass(checkpoint, read.engine)
         refuse_unexpected(published(config), config.raw, entries, checkpoint.source)
     with checkpoint.local_copy() as folder:
         weights = RandomWeights(read.seed, folder) if entries is None else StoredWeights(folder, entries)

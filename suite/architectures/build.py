@@ -1,5 +1,6 @@
 """A configuration becomes a model: bare or as published, with values or on the meta device."""
 
+import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,6 +28,9 @@ def build_config(config: Mapping[str, Any]) -> Any:
         if known.get("auto_map"):
             raise RemoteCodeError(f"model_type {model_type!r} needs code from the checkpoint, which is never run")
         raise ArchitectureError(f"model_type {model_type!r} is unknown to transformers {transformers.__version__}")
+    if model_type == "timm_wrapper" and importlib.util.find_spec("timm") is None:
+        architecture = known.get("architecture")
+        raise ArchitectureError(f"its architecture {architecture!r} is timm's, which is not here: pip install timm")
     known.pop("auto_map", None)
     known.pop("return_dict", None)  # outputs are read by name, however the checkpoint's author had them
     known.pop("quantization_config", None)  # weights are not loaded by this object; norms are stored plain

@@ -17,6 +17,7 @@ _CALLED = (
     ("ln_f", "weight", "bias"),  # litGPT, whatever the architecture
     ("ln_post", "weight", "bias"),  # open_clip's visual tower
     ("decoder.layer_norm", "weight", "bias"),  # fairseq
+    ("encoder.layer_norm", "weight", "bias"),
     ("fc_norm", "weight", "bias"),  # timm
     ("norm", "weight", "bias"),
     ("norm", "scale", "bias"),  # GPT-NeoX

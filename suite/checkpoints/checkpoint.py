@@ -15,15 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from deadbench.suite.checkpoints.configurations import checked, config_file
+from deadbench.suite.checkpoints.dialects.table import Translation, translate
 from deadbench.suite.checkpoints.download_cache import fetch_once, lease
 from deadbench.suite.checkpoints.fsspec_folder import FsspecFolder, one_line_errors
 from deadbench.suite.checkpoints.headers import read_contents
 from deadbench.suite.checkpoints.http_folder import HttpFolder
 from deadbench.suite.checkpoints.hub_folder import HubFolder
 from deadbench.suite.checkpoints.no_weights import no_config
+from deadbench.suite.checkpoints.other_configurations import other_config, read_object
 from deadbench.suite.checkpoints.prepared_folder import as_transformers_expects
 from deadbench.suite.checkpoints.sources import folder_and_file, hub_id_of, locate
-from deadbench.suite.checkpoints.strict_json import MAX_JSON_BYTES, parse_object
+from deadbench.suite.checkpoints.tensor_kinds import model_types_of
 from deadbench.suite.checkpoints.tensors import Contents, TensorEntry
 from deadbench.suite.checkpoints.weight_files import NAMED_BY, WeightFiles, weight_files, weights_file
 from deadbench.suite.errors import CheckpointError, UnreachableError
@@ -40,9 +42,11 @@ class Checkpoint:
         source: as the user gave it.
         revision: Hub revision, or the checkpoint folder below a series' source; None where there is only one.
         remark: what is to be said of where it was read; None mostly.
+        candidates: the model types that the tensors' names could be of, where no configuration says it.
     """
 
     remark: str | None = None
+    candidates: list[str] | None = None
 
     def __init__(
         self,
@@ -70,6 +74,7 @@ class Checkpoint:
         self._as_stored = False  # the configuration is what the folder's config.json says
         self._weights: WeightFiles | None = None
         self._contents: Contents | None = None
+        self._translation: Translation | None = None
         self._local: Path | None = None
         self._hub_id: str | None = None
         self._folder: HttpFolder | FsspecFolder
@@ -132,7 +137,9 @@ class Checkpoint:
                         raise
                     self._names = self._folder.names()
             if self._file is not None:  # what lies beside it are other weights
-                self._names = [n for n in self._names if n == self._file or n.endswith((".json", ".txt", ".model"))]
+                self._names = [
+                    n for n in self._names if n == self._file or n.endswith((".json", ".txt", ".model", ".yaml"))
+                ]
         return self._names
 
     def _take_from_cache(self) -> bool:
@@ -180,9 +187,15 @@ class Checkpoint:
             self._contents = read_contents(self, self.weights())
         return self._contents
 
+    def translation(self) -> Translation:
+        """The tensors as transformers' model has them, whosever form they are stored in; raises as `contents` does."""
+        if self._translation is None:
+            self._translation = translate(self.contents(), self.config)
+        return self._translation
+
     def headers(self) -> dict[str, TensorEntry]:
-        """All tensors by name, from the headers alone; raises as `contents` does."""
-        return {entry.name: entry for entry in self.contents().entries}
+        """All tensors by transformers' names, from the headers alone; raises as `contents` does."""
+        return {entry.name: entry for entry in self.translation().entries}
 
     def origin(self) -> dict[str, Any]:
         """The columns that say what was read: the format, and the training step where it records one."""
@@ -198,18 +211,23 @@ class Checkpoint:
         Raises:
             CheckpointError: missing, not JSON, or not an object.
         """
-        if self._config is not None:
-            return copy.deepcopy(self._config)
-        if not self.has("config.json"):
+        if self._config is None and not self.has("config.json"):
             self._config = self._recorded_config()
-            return copy.deepcopy(self._config)
-        if self.size("config.json") > MAX_JSON_BYTES:
-            raise CheckpointError(f"{self.source}: config.json is larger than {MAX_JSON_BYTES} bytes")
-        called = f"{self.source}: config.json"
-        told = parse_object(self.read("config.json"), called)
-        self._config = checked(told, called, self._model_type)
-        self._as_stored = told.get("model_type") == self._config.get("model_type")
+        elif self._config is None:
+            told = read_object(self, self.source, "config.json")
+            self._config = checked(told, f"{self.source}: config.json", self._model_type)
+            self._as_stored = told.get("model_type") == self._config.get("model_type")
+        if "model_type" not in self._config and self.candidates is None:
+            self._of_names(self._config)
         return copy.deepcopy(self._config)
+
+    def _of_names(self, config: dict[str, Any]) -> None:
+        """Complete a configuration without model_type where the tensors' names are those of one architecture alone."""
+        self.candidates = []  # before the headers are read, which asks for the configuration
+        with contextlib.suppress(CheckpointError):
+            self.candidates = model_types_of(entry.name for entry in self.contents().entries)
+        if len(self.candidates) == 1:
+            config["model_type"], self._as_stored = self.candidates[0], False
 
     def fingerprint(self, names: Iterable[str] | None = None) -> str:
         """Hash that changes when the checkpoint does: the Hub's commit, else sizes and times of its files.
@@ -269,6 +287,7 @@ class Checkpoint:
             raise
         except CheckpointError as error:
             raise (error if self._file else no_config(self)) from error
+        recorded = recorded or other_config(self, self.source)
         if recorded is None and self._local and self._file is None:  # trainers leave it a folder above
             above = self._local.parent / "config.json"
             recorded = config_file(above) if above.is_file() else None
@@ -278,7 +297,7 @@ class Checkpoint:
 
     def _weight_names(self) -> list[str]:
         """The files that hold values, and those that say where."""
-        return sorted({*self.weights().shards, *(piece.file for e in self.contents().entries for piece in e.pieces)})
+        return sorted({*self.weights().shards, *(file for e in self.contents().entries for file in e.files())})
 
     def _shards(self) -> list[str]:
         """The files that hold the weights; none where there are none that can be read."""

@@ -52,4 +52,6 @@ def read_contents(files: Files, weights: WeightFiles) -> Contents:
         next((each.config for each in contents if each.config is not None), None),
         "; ".join(each.remark for each in contents if each.remark) or None,
         _norm([each.norm for each in contents if each.norm]),
+        next((each.dialect for each in contents if each.dialect), None),
+        next((each.unfit for each in contents if each.unfit), None),
     )

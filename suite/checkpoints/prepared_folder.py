@@ -45,7 +45,11 @@ def as_transformers_expects(
                 os.symlink(path.absolute(), view / path.name)
         flat = {shard: shard.replace("/", "--") for shard in weights.shards}
         if of is not SAFETENSORS:  # which readers of our own open, by the names that they know
-            flat = {name: Path(name).name for name in (*weights.shards, *files)}
+            inside = of.scattered  # files that name each other by their paths keep them
+            flat = {
+                name: name.removeprefix(weights.folder) if inside else Path(name).name
+                for name in (*weights.shards, *files)
+            }
         if weights.index:
             weight_map = {tensor: flat[shard] for tensor, shard in weights.weight_map.items()}
             listed = json.dumps({"metadata": {}, "weight_map": weight_map})
@@ -54,6 +58,7 @@ def as_transformers_expects(
             flat = dict.fromkeys(weights.shards, str(of.file))
         for shard, name in flat.items():
             if not (view / name).exists():
+                (view / name).parent.mkdir(parents=True, exist_ok=True)
                 os.symlink((folder / shard).absolute(), view / name)
         told = {key: value for key, value in config.items() if key != NAMED_BY}
         (view / "config.json").write_text(json.dumps(told), encoding="utf-8")

@@ -54,7 +54,8 @@ class TensorEntry:
     """One stored tensor: what it is and where it lies, from `start` to `end` of `file` or in `pieces`.
 
     Of a tensor in pieces `file` is that of the first; values that are in no piece are zero. Where
-    `flat`, pieces are of its values in one row.
+    `flat`, pieces are of its values in one row. A tensor that is stored in another form is `made` of its `parts`: of
+    their values as unsigned integers its own. `called` is what the file calls it, where that is another name.
     """
 
     name: str
@@ -65,6 +66,19 @@ class TensorEntry:
     end: int
     pieces: tuple[Piece, ...] = ()
     flat: bool = False
+    called: str | None = None
+    parts: "tuple[TensorEntry, ...]" = ()
+    made: "Callable[..., NDArray[Any]] | None" = None
+
+    @property
+    def stored_name(self) -> str:
+        """What the file calls it."""
+        return self.called or self.name
+
+    def files(self) -> set[str]:
+        """All files that hold its values."""
+        below = {file for part in self.parts for file in part.files()}
+        return below or {piece.file for piece in self.pieces} or {self.file}
 
 
 @dataclass(frozen=True)
@@ -77,8 +91,8 @@ class StoredNorm:
         eps: of the norms.
         hidden_size: the width of the residual stream.
         num_blocks: how many blocks there are.
-        whole_scale: the scale is stored as it is applied, though the architecture adds one to its weight.
         adds_one: the scale is one more than what is stored.
+        module: its path in transformers' model, where that is another than `name`.
     """
 
     name: str | None
@@ -86,8 +100,8 @@ class StoredNorm:
     eps: float | None = None
     hidden_size: int | None = None
     num_blocks: int | None = None
-    whole_scale: bool = False
     adds_one: bool = False
+    module: str | None = None
 
 
 @dataclass(frozen=True)
@@ -100,6 +114,8 @@ class Contents:
         config: the contents of the config.json that the file makes up for, where it can.
         remark: what is to be said of how it was read.
         norm: what it says of the final norm, where it has names of its own.
+        dialect: whose names its tensors have, where that is told.
+        unfit: why its tensors are no model of transformers, whatever they are called; None where nothing says so.
     """
 
     entries: list[TensorEntry]
@@ -107,6 +123,8 @@ class Contents:
     config: dict[str, Any] | None = None
     remark: str | None = None
     norm: StoredNorm | None = None
+    dialect: str | None = None
+    unfit: str | None = None
 
 
 def check_name(file: str, tensor: str) -> None:
@@ -137,6 +155,8 @@ def read_raw(files: Files, entry: TensorEntry, into: NDArray[np.uint8] | None = 
     if entry.dtype not in ITEM_BYTES:
         raise CheckpointError(f"{entry.file}: tensor {entry.name} is {entry.dtype}; read are {', '.join(ITEM_BYTES)}")
     dtype = np.dtype(f"<u{ITEM_BYTES[entry.dtype]}")
+    if entry.made is not None:
+        return _make(entry.made, [read_raw(files, part) for part in entry.parts], entry, dtype, into)
     pieces = entry.pieces or (Piece(entry.file, entry.start, entry.end, (0,) * len(entry.shape), entry.shape),)
     if into is None and len(pieces) == 1 and pieces[0].shape == entry.shape:
         return _read_piece(files, entry, pieces[0], dtype)
@@ -201,6 +221,28 @@ def stored_dtype(entries: Mapping[str, TensorEntry]) -> str | None:
         if entry.dtype in DTYPE_NAMES and not is_part(entry.name):
             sizes[entry.dtype] = sizes.get(entry.dtype, 0) + math.prod(entry.shape)
     return DTYPE_NAMES[max(sizes, key=lambda dtype: sizes[dtype])] if sizes else None
+
+
+def _make(
+    by: Callable[..., NDArray[Any]],
+    parts: list[NDArray[Any]],
+    entry: TensorEntry,
+    dtype: np.dtype[Any],
+    into: NDArray[np.uint8] | None,
+) -> NDArray[Any]:
+    """The values of a tensor that is stored in another form."""
+    try:
+        made = by(*parts)
+        if into is None:
+            return np.ascontiguousarray(made).view(dtype).reshape(entry.shape)
+        whole = into.view(dtype).reshape(entry.shape)
+        whole[...] = made.view(dtype).reshape(entry.shape)
+    except (ValueError, IndexError) as error:
+        raise CheckpointError(
+            f"{entry.file}: of {entry.stored_name} no {entry.name} of {list(entry.shape)} is made; take configuration "
+            "and weights from the same place"
+        ) from error
+    return into
 
 
 def _read_piece(files: Files, entry: TensorEntry, piece: Piece, dtype: np.dtype[Any]) -> NDArray[Any]:

@@ -32,12 +32,14 @@ class WeightFiles:
         index: the index that lists them, None where there is one file.
         weight_map: the index's shard of every tensor.
         format: what they are.
+        folder: which folder below is the checkpoint itself, "" for none, else with a slash.
     """
 
     shards: tuple[str, ...]
     index: str | None = None
     weight_map: dict[str, str] = field(default_factory=dict)
     format: Format = SAFETENSORS
+    folder: str = ""
 
 
 def weight_files(files: Files, named: object = None) -> WeightFiles:
@@ -54,7 +56,8 @@ def weight_files(files: Files, named: object = None) -> WeightFiles:
         if each.index and files.has(each.index):
             return _sharded(files, each.index, each)
     if told := trainers_files(files):
-        return WeightFiles(told[1], format=next(e for e in (*FORMATS, *FRAMEWORKS) if e.name == told[0]))
+        kind = next(e for e in (*FORMATS, *FRAMEWORKS) if e.name == told[0])
+        return WeightFiles(told[1], format=kind, folder=told[2])
     names = files.names()
     for each in FORMATS:
         found = sorted(n for n in names if n.endswith(each.suffixes) and not n.startswith(_NO_WEIGHTS))

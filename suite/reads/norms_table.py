@@ -60,8 +60,6 @@ def norms_stored(anatomy: Anatomy, checkpoint: Checkpoint, read: ParametersRead)
         if any(name and len(entries) != 1 for name, entries in zip(names, found, strict=True)):
             return None
         scale_D, shift_D = (read_vector(checkpoint, entries[0]) if entries else None for entries in found)
-        if read.whole_scale and behaviour.scale == "1+weight" and scale_D is not None:
-            scale_D = scale_D - 1
         return scale_D, shift_D
 
     return norms_in(anatomy, read.final, stored_vectors)

@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 
 from deadbench.suite.architectures.final_names import by_other_names
 from deadbench.suite.architectures.norms import EffectiveNorm, FinalNorm, NormBehaviour, effective_norm
-from deadbench.suite.architectures.stored_names import Renaming
+from deadbench.suite.architectures.stored_names import Naming, Renaming
 from deadbench.suite.architectures.stored_tensors import StoredTensors
 from deadbench.suite.atlas.lookup import lookup
 from deadbench.suite.checkpoints.checkpoint import Checkpoint
+from deadbench.suite.checkpoints.dialects import timm
 from deadbench.suite.checkpoints.quantised import described
 from deadbench.suite.checkpoints.tensors import DTYPE_NAMES, StoredNorm, TensorEntry, read_vector
 from deadbench.suite.errors import ArchitectureError, CheckpointError, RemoteCodeError
@@ -31,23 +32,31 @@ _BUILDING = threading.Lock()  # transformers sets torch's default dtype while it
 
 @dataclass
 class ParametersRead:
-    """What the parameters alone say. `norm` and `direction_D` are None where there is no final norm to read."""
+    """What the parameters alone say. `norm` and `direction_D` are None where there is no final norm to read.
+
+    `scale` is the tensor of the final norm's scale.
+    """
 
     final: FinalNorm
     norm: EffectiveNorm | None
-    final_norm_tensor: str | None
+    scale: TensorEntry | None
     direction_D: NDArray[np.float64] | None
     reason: str | None
     evidence: list[str] = field(default_factory=list)
     entries: dict[str, TensorEntry] = field(default_factory=dict)
     needs_remote_code: bool = False
-    whole_scale: bool = False  # scales are stored as they are applied, though the architecture adds one
     stream_centred: bool | None = None  # by rows of what writes to it; None where they do not tell, or nobody asks
+
+    @property
+    def final_norm_tensor(self) -> str | None:
+        """What the checkpoint calls the tensor of the final norm's scale."""
+        return self.scale.stored_name if self.scale else None
 
     @property
     def stored_dtype(self) -> str | None:
         """dtype that the final norm's scale is stored in."""
-        return DTYPE_NAMES[self.entries[self.final_norm_tensor].dtype] if self.final_norm_tensor else None
+        stored = self.scale.parts[0] if self.scale and self.scale.parts else self.scale
+        return DTYPE_NAMES[stored.dtype] if stored else None
 
     def columns(self) -> Row:
         """The architecture and scale columns of a row of `reads`."""
@@ -72,6 +81,8 @@ def read_parameters(checkpoint: Checkpoint, verify: bool = False) -> ParametersR
     raw_config = checkpoint.config()
     entries = checkpoint.headers()
     told = checkpoint.contents().norm
+    if told is None and raw_config.get("model_type") == timm.MODEL_TYPE:
+        told = timm.stored_norm(raw_config, entries.values())
     refused = False
     try:
         final = _resolve(raw_config, verify)
@@ -85,24 +96,29 @@ def read_parameters(checkpoint: Checkpoint, verify: bool = False) -> ParametersR
                 )
     except ArchitectureError as error:
         if told and (known := _as_told(told, entries)):
-            return _read_final(checkpoint, known, entries, told)
+            return _read_final(checkpoint, known, entries)
         refused = isinstance(error, RemoteCodeError)
         final = FinalNorm(None, NormBehaviour("undetermined"), None, _hidden_size(raw_config), None, reason=str(error))
     if final.path is None:
         seen = [
             final.reason or "",
+            *_several(checkpoint.candidates),
             *(_candidates(entries, final.hidden_size) if final.family == "undetermined" else []),
         ]
         return ParametersRead(final, None, None, None, final.reason, seen, entries, refused)
-    return _read_final(checkpoint, final, entries, told)
+    return _read_final(checkpoint, final, entries)
 
 
-def _read_final(
-    checkpoint: Checkpoint, final: FinalNorm, entries: dict[str, TensorEntry], told: StoredNorm | None
-) -> ParametersRead:
+def _read_final(checkpoint: Checkpoint, final: FinalNorm, entries: dict[str, TensorEntry]) -> ParametersRead:
     """The final norm that is known, read from its tensors."""
     path = final.path
     assert path is not None
+    translation = checkpoint.translation()
+    if translation.folded:
+        plain = replace(final.behaviour, scale="implicit-one", scale_parameter=None, shift_parameter=None)
+        final = replace(final, behaviour=plain)
+    if translation.remark:
+        final = replace(final, evidence=(*final.evidence, translation.remark))
     if rules := by_other_names(final, entries):
         final = replace(final, naming=final.naming.further(rules))
     behaviour = final.behaviour
@@ -144,11 +160,12 @@ def _read_final(
                 f"{entry.file}: tensor {entry.name} has {len(vector)} values; "
                 f"the configuration says {final.hidden_size}"
             )
-    if told and told.whole_scale and behaviour.scale == "1+weight" and weight_D is not None:
-        weight_D = weight_D - 1
     norm = effective_norm(behaviour, weight_D, shift_D, final.hidden_size)
     centred = writes_centred(checkpoint, entries, final.hidden_size) if final.family == "rmsnorm" else None
-    evidence = [*final.evidence, *(f"tensor {e.name} of shape {list(e.shape)}, {e.dtype}" for _, e in wanted if e)]
+    evidence = [
+        *final.evidence,
+        *(f"tensor {e.stored_name} of shape {list(e.shape)}, {e.dtype}" for _, e in wanted if e),
+    ]
     if centred:
         evidence.append(CENTRED)
     if packed := described(checkpoint.config()):
@@ -156,12 +173,11 @@ def _read_final(
     return ParametersRead(
         final,
         norm,
-        scale_entry.name if scale_entry else None,
+        scale_entry,
         inverse_scale_direction(norm.scale_D),
         None,
         evidence,
         entries,
-        whole_scale=bool(told and told.whole_scale),
         stream_centred=centred,
     )
 
@@ -171,11 +187,21 @@ def _as_told(told: StoredNorm, entries: dict[str, TensorEntry]) -> FinalNorm | N
     if told.name is None or told.family is None or told.eps is None:
         return None
     shift = "bias" if f"{told.name}.bias" in entries else None
-    said = (f"the metadata of the file: {told.family}, by the key of its epsilon", f"eps = {told.eps}")
+    by = "tables of timm's architectures" if told.module else "the metadata of the file, by the key of its epsilon"
+    said = (f"{told.family}: {by}", f"eps = {told.eps}")
     scale = "1+weight" if told.adds_one else "weight"
     behaviour = NormBehaviour(told.family, scale, "weight", shift, told.eps, said)
     placement = "post" if re.search(r"\.\d+\.", told.name) else "pre"
-    return FinalNorm(told.name, behaviour, placement, told.hidden_size, told.num_blocks, evidence=said)
+    path = told.module or told.name
+    named = Naming((Renaming(f"^{re.escape(told.name)}\\.", f"{path}."),)) if path != told.name else Naming()
+    return FinalNorm(path, behaviour, placement, told.hidden_size, told.num_blocks, evidence=said, naming=named)
+
+
+def _several(candidates: list[str] | None) -> list[str]:
+    """What the tensors' names say of the architecture where they do not decide it."""
+    if not candidates or len(candidates) == 1:
+        return []
+    return [f"by their names the tensors could be of {', '.join(candidates[:12])}: --model-type says which"]
 
 
 def _in_a_further_block(tensor: str, final: FinalNorm) -> str | None:

@@ -5,16 +5,17 @@ A piece is a small archive of torch.save inside a rank's file; it is opened when
 
 import functools
 import math
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from deadbench.suite.checkpoints.files import Files
 from deadbench.suite.checkpoints.formats.pickled_names import Constructor, Record, record
 from deadbench.suite.checkpoints.formats.pickles import MAX_PICKLE_BYTES, read_pickle, uncollected
 from deadbench.suite.checkpoints.formats.state_dicts import STEP_KEYS, is_step, model_part, named_tensors
 from deadbench.suite.checkpoints.formats.torch_files import open_archive
-from deadbench.suite.checkpoints.formats.torch_objects import TORCH_NAMES, DType, StoredTensor
+from deadbench.suite.checkpoints.formats.torch_objects import TORCH_NAMES, DType, Size, StoredTensor
 from deadbench.suite.checkpoints.strict_json import inside, shown
 from deadbench.suite.checkpoints.tensors import ITEM_BYTES, Contents, Piece, TensorEntry
 from deadbench.suite.errors import CheckpointError
@@ -107,7 +108,7 @@ def _entry(name: str, fqn: str, held: dict[str, Any], places: Mapping[Any, dict[
         place, part = chunk.fields["offsets"], chunk.fields["sizes"]
         if not _sizes(place) or not _sizes(part) or not len(place) == len(part) == len(shape):
             raise ValueError
-        if any(at + count > whole for at, count, whole in zip(place, part, shape, strict=True)):
+        if any(map(operator.gt, map(operator.add, place, part), shape)):
             raise CheckpointError(f"{name}: a piece of {shown(fqn)} leaves the tensor; save the checkpoint again")
         where = places.get((fqn, place))
         if where is None:
@@ -128,11 +129,12 @@ def _dtype(properties: Record) -> Any:
 
 
 def _sizes(values: Any) -> bool:
-    return isinstance(values, tuple) and len(values) <= 32 and all(type(n) is int and 0 <= n < 2**48 for n in values)
+    if type(values) is not Size:
+        return type(values) is tuple and {*map(type, values)} <= {int} and _sizes(Size(values))
+    return not values or (len(values) <= 32 and min(values) >= 0 and max(values) < 2**48)
 
 
-@dataclass(frozen=True)
-class _Wrapped:
+class _Wrapped(NamedTuple):
     """Where the archive around a piece lies."""
 
     file: str
@@ -144,11 +146,14 @@ def _where(name: str, told: Mapping[str, Any]) -> _Wrapped:
     file, start, length = told["relative_path"], told["offset"], told["length"]
     if told.get("transform_descriptors"):
         raise CheckpointError(f"{name}: written with {shown(told['transform_descriptors'])}; save it without")
-    if not isinstance(file, str) or not inside(file):
+    if not isinstance(file, str) or not _inside(file):
         raise CheckpointError(f"{name}: names the file {shown(file)} outside the checkpoint folder")
     if type(start) is not int or type(length) is not int or not (0 <= start < 2**60 and 0 <= length < 2**60):
         raise ValueError
     return _Wrapped(file, start, start + length)
+
+
+_inside = functools.lru_cache(4096)(inside)  # of the few files of all pieces
 
 
 def _step(files: Files, told: Mapping[str, Any] | None) -> int | None:

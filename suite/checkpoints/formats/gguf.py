@@ -7,15 +7,19 @@ header is read in order, since its strings say nowhere how long they are togethe
 import itertools
 import math
 import struct
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
+from deadbench.suite.checkpoints.dialects.tensors import Values, as_floats
 from deadbench.suite.checkpoints.files import Files
+from deadbench.suite.checkpoints.formats.gguf_metadata import adds_one, config_of, norm_of, unfit
 from deadbench.suite.checkpoints.strict_json import shown
 from deadbench.suite.checkpoints.tensors import (
     MAX_DIMENSIONS,
     MAX_EXTENT,
     Contents,
-    StoredNorm,
     TensorEntry,
     check_name,
 )
@@ -25,7 +29,7 @@ MAGIC = b"GGUF"
 _MAX_HEADER_BYTES, _MAX_KEYS, _MAX_TENSORS, _MAX_ITEMS, _MAX_TEXT = 256_000_000, 100_000, 1_000_000, 10_000_000, 2**24
 _WINDOW = 2**18
 _NUMBERS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
-_STRING, _ARRAY = 8, 9
+_FLOAT, _STRING, _ARRAY = 6, 8, 9
 # By type: its name, how many values a block has, and its bytes.
 _TYPES = {
     0: ("F32", 1, 4), 1: ("F16", 1, 2), 30: ("BF16", 1, 2), 28: ("F64", 1, 8), 24: ("I8", 1, 1), 25: ("I16", 1, 2),
@@ -36,21 +40,6 @@ _TYPES = {
     21: ("IQ3_S", 256, 110), 22: ("IQ2_S", 256, 82), 23: ("IQ4_XS", 256, 136), 29: ("IQ1_M", 256, 56),
     34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66), 39: ("MXFP4", 32, 17),
 }  # fmt: skip
-# transformers' model types under other names, and the keys of a configuration that are not the usual ones.
-_MODEL_TYPES = {
-    "qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe", "gemma3": "gemma3_text", "phi2": "phi", "gptneox": "gpt_neox",
-    "command-r": "cohere", "gpt-oss": "gpt_oss",
-}  # fmt: skip
-_LAYERS = {"gpt2": "n_layer", "bloom": "n_layer", "gptj": "n_layer", "t5": "num_decoder_layers"}
-_WIDTHS = {"gpt2": "n_embd", "gptj": "n_embd", "t5": "d_model"}
-_HEADS = {"gpt2": "n_head", "gptj": "n_head", "bloom": "n_head"}
-_EPSILONS = {
-    "gpt2": "layer_norm_epsilon", "gptj": "layer_norm_epsilon", "bloom": "layer_norm_epsilon",
-    "falcon": "layer_norm_epsilon", "starcoder2": "norm_epsilon", "mamba": "layer_norm_epsilon",
-    "nemotron": "norm_eps", "t5": "layer_norm_epsilon",
-}  # fmt: skip
-_WHOLE = ("gemma", "gemma2", "gemma3_text", "nemotron")  # their scales are 1 + weight, and stored as that sum
-_BY_EPSILON = {"attention.layer_norm_rms_epsilon": "rmsnorm", "attention.layer_norm_epsilon": "layernorm"}
 
 
 def read_gguf(files: Files, name: str) -> Contents:
@@ -84,7 +73,10 @@ def read_gguf(files: Files, name: str) -> Contents:
     for before, after in itertools.pairwise(sorted(entries, key=lambda each: (each.start, each.end))):
         if after.start < before.end:
             raise CheckpointError(f"{name}: {shown(before.name)} and {shown(after.name)} overlap; corrupt header")
-    return Contents(entries, config=_config(facts, entries), norm=_norm(facts, {entry.name for entry in entries}))
+    norm, config = norm_of(facts, {entry.name for entry in entries}), config_of(facts, entries)
+    return Contents(
+        [_as_values(entry, adds_one(config)) for entry in entries], None, config, norm=norm, unfit=unfit(facts)
+    )
 
 
 class _Cursor:
@@ -124,7 +116,8 @@ class _Cursor:
     def value(self, kind: int) -> Any:
         """A value; of an array its number of items alone."""
         if kind in _NUMBERS:
-            return self.number(_NUMBERS[kind])
+            number = self.number(_NUMBERS[kind])
+            return float(str(np.float32(number))) if kind == _FLOAT else number  # as the configuration had it
         if kind == _STRING:
             return self.text()
         if kind != _ARRAY:
@@ -165,53 +158,24 @@ def _entry(file: str, name: str, shape: tuple[int, ...], kind: int, offset: int,
     return TensorEntry(name, file, dtype, shape, start + offset, end)
 
 
-def _architecture(facts: dict[str, Any]) -> tuple[str, str] | None:
-    told = facts.get("general.architecture")
-    return (told, _MODEL_TYPES.get(told, told.replace("-", "_"))) if isinstance(told, str) else None
+def _as_values(entry: TensorEntry, whole_scales: bool) -> TensorEntry:
+    """A tensor whose values are to be had: unpacked, and of a scale that is stored as its sum with one, less one."""
+    if entry.dtype == "Q8_0":
+        rows, blocks = math.prod(entry.shape[:-1]), entry.shape[-1] // 32
+        packed = replace(entry, dtype="U8", shape=(rows, blocks * 34))
+        return replace(entry, dtype="F32", parts=(packed,), made=_unpacked)
+    if whole_scales and entry.name.endswith("norm.weight") and entry.dtype in ("F32", "F16", "BF16"):
+
+        def less_one(values: Values, dtype: str = entry.dtype) -> Values:
+            return (as_floats(values, dtype).astype(np.float64) - 1).view(np.uint64)
+
+        return replace(entry, dtype="F64", parts=(entry,), made=less_one)
+    return entry
 
 
-def _config(facts: dict[str, Any], entries: list[TensorEntry]) -> dict[str, Any] | None:
-    """The config.json of the same model, as far as its norms and sizes go."""
-    known = _architecture(facts)
-    if known is None:
-        return None
-    told, model_type = known
-    keys = {
-        "embedding_length": _WIDTHS.get(model_type, "hidden_size"),
-        "block_count": _LAYERS.get(model_type, "num_hidden_layers"),
-        "attention.head_count": _HEADS.get(model_type, "num_attention_heads"),
-        "attention.head_count_kv": "num_key_value_heads",
-        "feed_forward_length": "intermediate_size",
-        "attention.layer_norm_rms_epsilon": _EPSILONS.get(model_type, "rms_norm_eps"),
-        "attention.layer_norm_epsilon": _EPSILONS.get(model_type, "layer_norm_eps"),
-    }
-    if model_type in _HEADS:
-        del keys["attention.head_count_kv"], keys["feed_forward_length"]
-    found = {ours: facts.get(f"{told}.{theirs}") for theirs, ours in keys.items()}
-    vocabulary = next((entry.shape[0] for entry in entries if entry.name == "token_embd.weight"), None)
-    numbers = {k: v for k, v in (found | {"vocab_size": vocabulary}).items() if type(v) in (int, float)}
-    return {"model_type": model_type} | numbers
-
-
-def _norm(facts: dict[str, Any], names: set[str]) -> StoredNorm | None:
-    """What is told of the norms, and what the final one is called."""
-    known = _architecture(facts)
-    told, model_type = known or ("", "")
-    blocks = facts.get(f"{told}.block_count")
-    candidates = (
-        "output_norm",
-        "dec.output_norm",
-        f"blk.{blocks - 1}.layer_output_norm" if type(blocks) is int else "",
-    )
-    name = next((each for each in candidates if f"{each}.weight" in names), None)
-    keys = [(family, facts[f"{told}.{key}"]) for key, family in _BY_EPSILON.items() if f"{told}.{key}" in facts]
-    width = facts.get(f"{told}.embedding_length")
-    family, eps = keys[0] if keys else (None, None)
-    return StoredNorm(
-        name=name,
-        family=family,
-        eps=eps if type(eps) is float else None,
-        hidden_size=width if type(width) is int else None,
-        num_blocks=blocks if type(blocks) is int else None,
-        whole_scale=model_type in _WHOLE,
-    )
+def _unpacked(raw: Values) -> Values:
+    """Blocks of a float16 and 32 integers of a byte, which it scales, as float32."""
+    blocks = np.ascontiguousarray(raw).reshape(-1, 34)
+    scales = np.ascontiguousarray(blocks[:, :2]).view(np.float16).astype(np.float32)
+    values: Values = (scales * blocks[:, 2:].view(np.int8)).view(np.uint32)
+    return values

@@ -13,8 +13,12 @@ from deadbench.suite.checkpoints.strict_json import shown
 MAX_OPCODES = 20_000_000  # 128 000 pieces of a checkpoint of torch.distributed take 8 million
 _MAX_MARKS = 200
 _MAX_LONG_BYTES = 16
+_BININT2, _SET_ITEMS, _BUILD = b"Mub"
 _PROTO, _STOP, _MEMOIZE, _BINGET, _LONG_BINGET, _BININT1 = b"\x80.\x94hjK"
 _EMPTY_TUPLE, _EMPTY_DICT, _TUPLE1, _TUPLE2 = b")}\x85\x86"
+# What follows an opcode most often: an object of a class that takes nothing, whose attributes come next; and
+# a call with the tuple that was made last.
+_NEW_WITH, _CALL_WITH = b"\x81\x94}\x94(", b"\x94\x85\x94R\x94"
 _FOUR = struct.Struct("<I").unpack_from
 _SIZED = (list, tuple, dict, set, frozenset, str, bytes)
 
@@ -43,13 +47,12 @@ class Machine:
         Those that nine tenths of a pickle consist of are met here, for the sake of time: a checkpoint of many ranks has
         ten million.
         """
-        raw, table, memo, position = self._raw, _OPCODES, self._memo, self.position
+        raw, table, memo, position, stack = self._raw, _OPCODES, self._memo, self.position, self._stack
         if raw[position] != _PROTO:
             raise RefusedError("does not begin as one of protocols 2 to 5 does")
         for _ in range(MAX_OPCODES):
             code = raw[position]
             position += 1
-            stack = self._stack
             if code == _MEMOIZE:
                 memo[len(memo)] = stack[-1]
             elif code == _LONG_BINGET:
@@ -62,15 +65,40 @@ class Machine:
             elif code == _BININT1:
                 stack.append(raw[position])
                 position += 1
-            elif code == _TUPLE1:
-                stack[-1] = (stack[-1],)
-            elif code == _EMPTY_TUPLE:
-                stack.append(())
-            elif code == _EMPTY_DICT:
-                stack.append({})
+            elif code == _BININT2:
+                stack.append(raw[position] | raw[position + 1] << 8)
+                position += 2
             elif code == _TUPLE2:
                 last = stack.pop()
-                stack[-1] = (stack[-1], last)
+                stack[-1] = pair = (stack[-1], last)
+                if raw[position : position + 5] == _CALL_WITH and type(stack[-2]) is Constructor:
+                    self._spend(2)
+                    stack.pop()
+                    memo[len(memo)] = pair
+                    memo[len(memo)] = (pair,)
+                    memo[len(memo)] = stack[-1] = stack[-1].make(pair)
+                    position += 5
+            elif code == _EMPTY_TUPLE:
+                if raw[position : position + 5] == _NEW_WITH and type(stack[-1]) is Constructor:
+                    memo[len(memo)] = stack[-1] = stack[-1].make()
+                    fields: dict[Any, Any] = {}
+                    memo[len(memo)] = fields
+                    stack.append(fields)
+                    self._mark()
+                    stack = self._stack
+                    position += 5
+                else:
+                    stack.append(())
+            elif code == _SET_ITEMS:
+                self._set_marked()
+                stack = self._stack
+                if raw[position] == _BUILD and type(stack[-2]) is Record:
+                    self._build()
+                    position += 1
+            elif code == _TUPLE1:
+                stack[-1] = (stack[-1],)
+            elif code == _EMPTY_DICT:
+                stack.append({})
             elif code == _STOP:
                 self.position = position
                 break
@@ -80,7 +108,7 @@ class Machine:
                     raise RefusedError(f"holds the opcode {code:#04x}, which no checkpoint needs")
                 self.position = position
                 step(self)
-                position = self.position
+                position, stack = self.position, self._stack
         else:
             raise RefusedError(f"takes more than {MAX_OPCODES:,} steps")
         if len(self._stack) != 1 or self._marks:
@@ -182,8 +210,9 @@ class Machine:
         target = self._stack[-1]
         if type(target) is not dict or len(items) % 2:
             raise RefusedError(f"sets items of a {type(target).__name__}")
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            target[key if type(key) is str else plain_key(key)] = value
+        rest = iter(items)
+        for key in rest:
+            target[key if type(key) is str else plain_key(key)] = next(rest)
 
     def _set_one(self) -> None:
         value, key = self._stack.pop(), self._stack.pop()
@@ -232,7 +261,9 @@ class Machine:
     def _build(self) -> None:
         state, target = self._stack.pop(), self._stack[-1]
         if type(target) is Record:
-            if isinstance(state, dict):
+            if isinstance(state, dict) and not target.fields:
+                target.fields = state
+            elif isinstance(state, dict):
                 target.fields.update(state)
                 self._spend(len(state))
             else:

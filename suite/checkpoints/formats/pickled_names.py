@@ -47,7 +47,11 @@ class Record:
 
 def record(name: str) -> Constructor:
     """A class whose objects are plain records."""
-    return Constructor(name, lambda *args: Record(name, {"args": args} if args else None))
+
+    def make(*args: Any) -> Record:
+        return Record(name, {"args": args} if args else None)
+
+    return Constructor(name, make)
 
 
 class RefusedError(Exception):

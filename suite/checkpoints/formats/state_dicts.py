@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from deadbench.suite.checkpoints.formats import megatron
-from deadbench.suite.checkpoints.formats.nanogpt import as_gpt2, recorded_config
+from deadbench.suite.checkpoints.formats.nanogpt import NANOGPT, recorded_config
 from deadbench.suite.checkpoints.formats.torch_objects import StoredTensor
 from deadbench.suite.checkpoints.strict_json import shown
 from deadbench.suite.checkpoints.tensors import Contents, Piece, TensorEntry, check_name
@@ -37,9 +37,10 @@ def contents_of(value: Any, file: str, place: Callable[[StoredTensor], Piece], r
         )
     config = recorded_config(value)
     norm = megatron.recorded_norm(value, entries)
-    told = megatron.recorded_config(norm) if norm else None
-    found = as_gpt2(entries.values()) if config else list(entries.values())
-    return Contents(found, recorded_step(value), config or told, remark, norm)
+    told, unfit = megatron.recorded_config(value, norm) if norm else (None, None)
+    return Contents(
+        list(entries.values()), recorded_step(value), config or told, remark, norm, NANOGPT if config else None, unfit
+    )
 
 
 def model_part(value: Any) -> Any:

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 
 from deadbench.suite.checkpoints.files import Files
 from deadbench.suite.checkpoints.formats.dcp import read_dcp
+from deadbench.suite.checkpoints.formats.deepspeed import read_deepspeed
 from deadbench.suite.checkpoints.formats.gguf import MAGIC, read_gguf
+from deadbench.suite.checkpoints.formats.megatron_ranks import read_megatron
 from deadbench.suite.checkpoints.formats.neox import read_layer
 from deadbench.suite.checkpoints.formats.safetensors import read_header
 from deadbench.suite.checkpoints.formats.torch_files import TORCH_MAGIC, read_torch_file
@@ -26,7 +28,6 @@ class Format:
         suffixes: of files under other names.
         magic: how a file begins, whatever it is called.
         scattered: the file that is opened says in which others the values lie.
-        runs: its tensors are those of transformers' model, so that a forward pass can be had from them.
     """
 
     name: str
@@ -36,7 +37,6 @@ class Format:
     suffixes: tuple[str, ...] = ()
     magic: tuple[bytes, ...] = ()
     scattered: bool = False
-    runs: bool = True
 
     def is_there(self, files: Files) -> bool:
         """Whether a folder has the file of the format's own name."""
@@ -48,13 +48,13 @@ FORMATS = (
     Format("safetensors", read_header, "model.safetensors", "model.safetensors.index.json", _SAFETENSORS),
     Format("torch", read_torch_file, "pytorch_model.bin", "pytorch_model.bin.index.json", _TORCH, TORCH_MAGIC),
     Format("torch.distributed.checkpoint", read_dcp, ".metadata", scattered=True),
-    Format("gguf", read_gguf, suffixes=(".gguf",), magic=(MAGIC,), runs=False),
+    Format("gguf", read_gguf, suffixes=(".gguf",), magic=(MAGIC,)),
 )
 # Of training frameworks, whose folders `trainers_files` knows.
 FRAMEWORKS = (
-    Format("deepspeed", read_torch_file),
+    Format("deepspeed", read_deepspeed),
     Format("deepspeed-zero3", read_zero3, scattered=True),
-    Format("megatron", read_torch_file, runs=False),
-    Format("gpt-neox", read_layer),
+    Format("megatron", read_megatron, scattered=True),
+    Format("gpt-neox", read_layer, scattered=True),
 )
 WEIGHT_ENDINGS = (*(suffix for each in FORMATS for suffix in each.suffixes), ".distcp", *OTHER_LIBRARIES)

@@ -135,10 +135,19 @@ def _subclass(make: Any, kind: Any, args: Any, *_: Any) -> StoredTensor:
     return made
 
 
-def _size(items: Any = ()) -> tuple[int, ...]:
-    if not isinstance(items, (tuple, list)) or not all(type(n) is int for n in items):
+class Size(tuple[int, ...]):
+    """A torch.Size, of whole numbers alone."""
+
+    __slots__ = ()
+
+
+_WHOLE = {int}
+
+
+def _size(items: Any = ()) -> Size:
+    if not isinstance(items, (tuple, list)) or not {*map(type, items)} <= _WHOLE:
         raise RefusedError(f"has a torch.Size of {shown(items)}")
-    return tuple(items)
+    return Size(items)
 
 
 def _device(*args: Any) -> str:

@@ -10,11 +10,10 @@ from deadbench.suite.errors import CheckpointError
 
 _POINTERS = {"latest": "{}", "latest_checkpointed_iteration.txt": "iter_{:0>7}"}
 _DEEPSPEED, _MEGATRON = "mp_rank_00_model_states.pt", "mp_rank_00{}/model_optim_rng.pt"
-_MOST_STAGES = 1000
 
 
-def trainers_files(files: Files) -> tuple[str, tuple[str, ...]] | None:
-    """(format, files) of a training framework's folder; None where it is none.
+def trainers_files(files: Files) -> tuple[str, tuple[str, ...], str] | None:
+    """(format, files, the folder they are in) of a training framework; None where it is none.
 
     Raises:
         CheckpointError: a pointer to what is not there.
@@ -34,7 +33,12 @@ def trainers_files(files: Files) -> tuple[str, tuple[str, ...]] | None:
     return None
 
 
-def _inside(files: Files, folder: str) -> tuple[str, tuple[str, ...]] | None:
+def _inside(files: Files, folder: str) -> tuple[str, tuple[str, ...], str] | None:
+    found = _there(files, folder)
+    return (*found, folder) if found else None
+
+
+def _there(files: Files, folder: str) -> tuple[str, tuple[str, ...]] | None:
     if folder and files.has(f"{folder}.metadata"):
         return "torch.distributed.checkpoint", (f"{folder}.metadata",)
     if files.has(f"{folder}{FIRST_LAYER}"):
@@ -43,11 +47,7 @@ def _inside(files: Files, folder: str) -> tuple[str, tuple[str, ...]] | None:
         return "deepspeed-zero3", (f"{folder}{FIRST_RANK}",)
     if files.has(f"{folder}{_DEEPSPEED}"):
         return "deepspeed", (f"{folder}{_DEEPSPEED}",)
-    if files.has(folder + _MEGATRON.format("")):
-        return "megatron", (folder + _MEGATRON.format(""),)
-    stages = []
-    for number in range(_MOST_STAGES):  # of a pipeline
-        if not files.has(name := folder + _MEGATRON.format(f"_{number:03d}")):
-            break
-        stages.append(name)
-    return ("megatron", tuple(stages)) if stages else None
+    for stage in ("", "_000"):  # the latter of a pipeline
+        if files.has(name := folder + _MEGATRON.format(stage)):
+            return "megatron", (name,)
+    return None

@@ -4,7 +4,16 @@ import struct
 
 import numpy as np
 
-TYPES = {"F32": (0, "<f4"), "F16": (1, "<f2"), "BF16": (30, "<u2")}
+TYPES = {"F32": (0, "<f4"), "F16": (1, "<f2"), "BF16": (30, "<u2"), "Q8_0": (8, "packed")}
+
+
+def q8_0(values):
+    """The blocks of Q8_0, and the values that they stand for."""
+    wide = np.asarray(values, "<f4").reshape(-1, 32)
+    scales = (np.abs(wide).max(1, keepdims=True) / 127).astype("<f2")
+    whole = np.rint(wide / np.maximum(scales.astype("f4"), 1e-9)).clip(-127, 127).astype("i1")
+    packed = np.concatenate([scales.view("u1").reshape(-1, 2), whole.view("u1")], 1)
+    return packed.tobytes(), (scales.astype("f4") * whole).reshape(values.shape)
 
 
 def text(value):
@@ -36,6 +45,9 @@ def gguf(facts, tensors, types=None, alignment=32, version=3):
         data += b"\0" * (-len(data) % alignment)
         axes = struct.pack(f"<{values.ndim}Q", *values.shape[::-1])
         infos += text(name) + struct.pack("<I", values.ndim) + axes + struct.pack("<IQ", kind, len(data))
+        if form == "packed":
+            data += q8_0(values)[0]
+            continue
         wide = np.asarray(values, "<f4")
         data += (wide.view("<u4") >> 16).astype("<u2").tobytes() if form == "<u2" else wide.astype(form).tobytes()
     head = b"GGUF" + struct.pack("<IQQ", version, len(tensors), len(facts))

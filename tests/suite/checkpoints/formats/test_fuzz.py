@@ -8,13 +8,17 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+import yaml
 
+from deadbench.suite.checkpoints.dialects.litgpt import CONFIG_FILE, config_of
+from deadbench.suite.checkpoints.dialects.table import translate
 from deadbench.suite.checkpoints.formats import pickle_machine
 from deadbench.suite.checkpoints.formats.dcp import read_dcp
 from deadbench.suite.checkpoints.formats.gguf import read_gguf
 from deadbench.suite.checkpoints.formats.torch_files import read_torch_file
-from deadbench.suite.checkpoints.tensors import read_raw
+from deadbench.suite.checkpoints.tensors import Contents, read_raw
 from deadbench.suite.errors import CheckpointError
+from deadbench.suite.yaml_file import YamlError, parse_yaml
 from tests.suite.checkpoints.formats.ggufs import gguf, llama_like
 from tests.suite.checkpoints.formats.memory import MemoryFiles, saved
 from tests.suite.checkpoints.formats.sharded import save_sharded
@@ -56,13 +60,43 @@ def seeds(folder):
                 made.writestr(name, content)
         return {"w.bin": file.getvalue()}
 
+    lens = {"embed.W_E": torch.ones(5, 4), "blocks.0.attn.W_Q": torch.ones(2, 4, 2), "blocks.0.ln1.w": torch.ones(4)}
+    lens |= {f"blocks.0.attn.W_{kind}": torch.ones(2, 4, 2) for kind in "KV"} | {
+        "blocks.0.attn.W_O": torch.ones(2, 2, 4)
+    }
+    nano = {"transformer.h.0.attn.c_attn.weight": torch.ones(12, 4), "transformer.ln_f.weight": torch.ones(4)}
+    settings = yaml.dump({"n_layer": 2, "n_embd": 4, "n_head": 2, "rope_base": 10000, "mlp_class_name": "LLaMAMLP"})
+    facts |= {"llama.attention.head_count": 2}
+    packed = {
+        "token_embd.weight": np.ones((3, 4)),
+        "blk.0.attn_q.weight": np.ones((4, 4)),
+        "output_norm.weight": np.ones(4),
+    }
     return [
+        (translated("llama", read_torch_file), "w.bin", saved(lens), lambda raw: {"w.bin": raw}),
+        (translated("gpt2", read_torch_file), "w.bin", saved(nano), lambda raw: {"w.bin": raw}),
+        (translated("llama", read_gguf), "w.gguf", gguf(facts, packed), lambda raw: {"w.gguf": raw}),
+        (read_settings, CONFIG_FILE, settings.encode(), lambda raw: {CONFIG_FILE: raw}),
         (read_torch_file, "w.bin", zipped, lambda raw: {"w.bin": raw}),
         (read_torch_file, "w.bin", old, lambda raw: {"w.bin": raw}),
         (read_torch_file, "w.bin", pickled, zipped_again),
         (read_gguf, "w.gguf", of_gguf, lambda raw: {"w.gguf": raw}),
         (read_dcp, ".metadata", (folder / ".metadata").read_bytes(), lambda raw: {".metadata": raw, **ranks}),
     ]
+
+
+def translated(model_type, reader):
+    """Reads the tensors as transformers' model has them."""
+    config = {"model_type": model_type, "num_attention_heads": 2, "hidden_size": 4}
+    return lambda files, name: translate(reader(files, name), lambda: config)
+
+
+def read_settings(files, name):
+    try:
+        config_of(parse_yaml(files.read(name), name))
+    except YamlError as error:
+        raise CheckpointError(str(error)) from error
+    return Contents([])
 
 
 def changed(raw, random):

@@ -25,7 +25,9 @@ def read(raw, names=()):
 
 plain = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**100), 2**100) | st.floats(allow_nan=False) | st.text() | st.binary(),
-    lambda each: st.lists(each) | st.dictionaries(st.text() | st.integers(), each) | st.tuples(each, each),
+    lambda each: (
+        st.lists(each) | st.dictionaries(st.text() | st.integers(-(2**100), 2**100), each) | st.tuples(each, each)
+    ),
 )
 
 

@@ -1,0 +1,1 @@
+"""Other libraries' names and forms of tensors, translated to those of transformers."""

@@ -1,0 +1,161 @@
+"""Checkpoints of other libraries give the rows of the same weights as transformers saves them, to the bit."""
+
+import importlib.util
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from deadbench.runners.jobs.build import build_jobs
+from deadbench.runners.jobs.events import Finished
+from deadbench.runners.jobs.job import Overrides
+from deadbench.runners.worker.run import run_model
+from deadbench.suite.reads.classify import classify
+from deadbench.suite.registry.loading import load_registry
+from tests.conftest import ROOT, save_tiny
+from tests.runners.worker.test_formats import rows
+from tests.suite.checkpoints.dialects import writers
+from tests.suite.checkpoints.formats.ggufs import q8_0
+from tests.suite.checkpoints.test_tensor_kinds import timm_folder
+
+READS = ("parameters", "trained")
+CASES = [
+    (writers.litgpt, writers.LLAMA), (writers.litgpt, writers.NEOX), (writers.litgpt, writers.QWEN2),
+    (writers.litgpt_of_before, writers.LLAMA),
+    (writers.lens, writers.GPT2), (writers.lens, writers.NEOX), (writers.lens, writers.LLAMA),
+    (writers.neox_layers, writers.NEOX),
+    (writers.megatron, writers.LLAMA), (writers.megatron_of_before, writers.GPT2),
+    (writers.megatron_in_stages, writers.GPT2),
+    (writers.llama_cpp, writers.LLAMA), (writers.llama_cpp, writers.GPT2), (writers.llama_cpp, writers.NEOX),
+    (writers.llama_cpp, writers.QWEN2), pytest.param(writers.open_clip, writers.CLIP, marks=pytest.mark.slow),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """By model type: transformers' state dict, and the rows of what it saves."""
+    found = {}
+
+    def of(config):
+        key = (config["model_type"], config.get("vocab_size"))
+        if key not in found:
+            folder = save_tiny(tmp_path_factory.mktemp("saved"), config, seed=3)
+            found[key] = load_file(folder / "model.safetensors"), rows(folder, READS)
+        return found[key]
+
+    return of
+
+
+@pytest.mark.parametrize(
+    ("write", "config"), CASES, ids=lambda each: getattr(each, "__name__", None) or each["model_type"]
+)
+def test_rows_are_those_of_transformers_own_files(write, config, saved, tmp_path):
+    if write.__name__.startswith("megatron"):
+        config = config | {"vocab_size": 98}
+    state, expected = saved(config)
+    found = rows(write(tmp_path, state, config), READS)
+    for read in READS:
+        assert without(found[read]) == without(expected[read]), read
+        assert found[read][0]["source_format"] != "safetensors"
+
+
+def without(read):
+    """A read's rows without the name that its library has for the final norm."""
+    return [{key: value for key, value in row.items() if key != "final_norm_tensor"} for row in read[1]]
+
+
+def refusal(source):
+    """Why the trained read of a source failed."""
+    registry = ROOT / "models.yaml"
+    spec = Overrides(tokens=64, input="tokens:random")
+    (job,) = build_jobs(load_registry(registry), registry, [str(source)], None, ["trained"], spec)
+    (finished,) = (event for event in run_model(job, "run", 1) if isinstance(event, Finished))
+    assert finished.row["status"] == "failed"
+    return finished.row["error"]
+
+
+@pytest.mark.parametrize("matrices", ["Q8_0", "BF16"])
+def test_what_is_packed_is_what_it_stands_for(matrices, tmp_path):
+    """The weights that a file unpacks to, saved by transformers, give the same row."""
+    config = writers.LLAMA | {"hidden_size": 32, "head_dim": 8, "vocab_size": 64}
+    state = load_file(save_tiny(tmp_path / "saved", config) / "model.safetensors")
+    for name in [name for name, tensor in state.items() if tensor.ndim == 2]:
+        unpacked = torch.from_numpy(q8_0(state[name].numpy())[1].copy())
+        state[name] = unpacked if matrices == "Q8_0" else state[name].bfloat16().float()
+    save_file(state, tmp_path / "saved" / "model.safetensors", {"format": "pt"})
+    (tmp_path / "packed").mkdir()
+    made = {"dtype": "float32"}
+    found = rows(writers.llama_cpp(tmp_path / "packed", state, config, matrices), READS, **made)
+    expected = rows(tmp_path / "saved", READS, **made)
+    assert [without(found[read]) for read in READS] == [without(expected[read]) for read in READS]
+
+
+@pytest.mark.parametrize("config", [writers.GPT2, writers.LLAMA], ids=["gpt2", "llama"])
+def test_folded_norms_have_scales_of_one(config, saved, tmp_path):
+    """What TransformerLens loads without options: norms folded into maps, which leaves none of their tensors."""
+    state, _ = saved(config)
+    path = writers.lens(tmp_path, state, config)
+    made = {name: tensor for name, tensor in torch.load(path).items() if ".ln" not in name and "ln_final" not in name}
+    torch.save(made, path)
+    result, direction_D = classify(str(path))
+    family = "layernorm" if config is writers.GPT2 else "rmsnorm"
+    assert (result["error"], result["family"], result["scale"]) == (None, family, "implicit-one")
+    assert (result["final_norm_tensor"], result["scale_harmonic"]) == (None, 1.0)
+    assert any("LayerNormPre" in line for line in result["evidence"])
+    assert np.allclose(direction_D, 0.25)
+    found = rows(path, READS)
+    assert found["trained"][0]["scale_harmonic"] == found["parameters"][0]["scale_harmonic"] == 1.0
+
+
+def test_what_cannot_be_translated_is_a_row_that_says_so(saved, tmp_path):
+    state, _ = saved(writers.LLAMA)
+    path = writers.lens(tmp_path, state, writers.LLAMA)
+    made = torch.load(path)
+    torch.save(made | {"blocks.1.attn.b_Q": torch.ones(4, 4)}, path)
+    assert "blocks.1.attn.b_Q is not zero" in refusal(path)
+    torch.save({name: tensor for name, tensor in made.items() if name != "blocks.1.mlp.W_gate"}, path)
+    assert "layers.1.mlp.gate_proj.weight" in refusal(path)
+    torch.save(made | {"blocks.1.attn.W_Q": torch.ones(4, 15, 4)}, path)
+    assert "q_proj" in refusal(path)
+    (tmp_path / "config.json").write_text(json.dumps(writers.LLAMA | {"model_type": "olmo"}))
+    torch.save(made, path)
+    assert "TransformerLens's tensors are not translated to olmo, only to gpt2," in refusal(path)
+
+
+def test_ranks_that_are_not_all_there(saved, tmp_path):
+    config = writers.LLAMA | {"vocab_size": 98}
+    state, expected = saved(config)
+    writers.megatron(tmp_path, state, config)
+    alone = tmp_path / "iter_0000300" / "mp_rank_00" / "model_optim_rng.pt"
+    assert "one file of 2 tensor-parallel" in refusal(alone)
+    assert classify(str(alone))[0]["scale_harmonic"] == expected["parameters"][0]["scale_harmonic"]
+    shutil.rmtree(tmp_path / "iter_0000300" / "mp_rank_01")
+    assert "files of 1 tensor-parallel" in refusal(tmp_path)
+    assert classify(str(tmp_path))[0]["scale_harmonic"] == expected["parameters"][0]["scale_harmonic"]
+
+
+@pytest.mark.parametrize("tower", ["vision_cfg", "text_cfg"])
+def test_a_tower_that_is_not_open_clips_own(tower, saved, tmp_path):
+    state, _ = saved(writers.CLIP)
+    folder = writers.open_clip(tmp_path, state, writers.CLIP)
+    told = json.loads((folder / "open_clip_config.json").read_text())
+    told["model_cfg"][tower] |= {"timm_model_name": "vit_base", "hf_model_name": "xlm-roberta-base"}
+    (folder / "open_clip_config.json").write_text(json.dumps(told))
+    assert "is not open_clip's own" in classify(str(folder))[0]["error"]
+
+
+def test_timm_without_timm_is_a_row_that_says_how_to_get_it(tmp_path):
+    timm_folder(tmp_path, "norm")
+    if importlib.util.find_spec("timm") is None:
+        assert "pip install timm" in refusal(tmp_path)
+
+
+def test_a_model_that_deepspeed_holds_in_parts(saved, tmp_path):
+    state, _ = saved(writers.NEOX)
+    (tmp_path / "config.json").write_text(json.dumps(writers.NEOX))
+    for rank in range(2):
+        torch.save({"module": state}, tmp_path / f"mp_rank_{rank:02d}_model_states.pt")
+    assert "cut over tensor-parallel ranks" in refusal(tmp_path)
