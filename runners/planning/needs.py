@@ -62,13 +62,13 @@ class Needs:
         """Disk of block streaming: its checkpoints, with every batch's stream, and the streams that wait there."""
         return self.saved(min(2, self.num_taps)) + 2 * self.stream + max(0.0, self.stream - parked)
 
-    def streamed(self, parked: float = math.inf) -> float:
+    def streamed(self, parked: float = math.inf, *, ahead: bool = False) -> float:
         """Peak of block streaming, with at most `parked` bytes of waiting streams in memory.
 
-        The embedding output of every batch stays.
+        The embedding output of every batch stays; `ahead`: the next block is read while one runs.
         """
-        waiting = self.stream + min(self.stream, parked)
-        return self.outside + self.block + self.activations + waiting + self.compared() + self.decomposed
+        blocks, waiting = (2 if ahead else 1) * self.block, self.stream + min(self.stream, parked)
+        return self.outside + blocks + self.activations + waiting + self.compared() + self.decomposed
 
 
 def needs(size: ModelSize, read: str, itemsize: int, num_tokens: int, stride: int = 1) -> Needs:
