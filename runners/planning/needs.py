@@ -15,6 +15,8 @@ from deadbench.suite.reads.residual import TAP_BYTES
 # model's small directions ask for them. While it is decomposed a tap needs TAP_BYTES.
 _HELD = {"random": 16, "trained": 48, "functional": 0}
 
+_KEPT_BYTES = 2**27  # the weights of a smaller block are allocated in pieces that the threads which fetch them keep
+
 
 @dataclass(frozen=True)
 class Needs:
@@ -67,7 +69,8 @@ class Needs:
 
         The embedding output of every batch stays; `ahead`: the next block is read while one runs.
         """
-        blocks, waiting = (2 if ahead else 1) * self.block, self.stream + min(self.stream, parked)
+        twice = ahead or self.block < _KEPT_BYTES
+        blocks, waiting = (1 + twice) * self.block, self.stream + min(self.stream, parked)
         return self.outside + blocks + self.activations + waiting + self.compared() + self.decomposed
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -115,7 +116,8 @@ def test_checkpoints_and_waiting_streams_are_counted_as_disk(registry):
     assert planned("0x200GB", engine="streaming") == 2 * (4 * tap + stream)
     need = needs(measure(build_config(neox(64, 3, 4, 500)), 256), "random", 4, 640)
     assert need.swept(0.25 * need.stream) - need.swept(need.stream) == 0.75 * need.stream, "those that find no room"
-    assert need.streamed(ahead=True) - need.streamed() == need.block
+    large = replace(need, block=1e9)
+    assert large.streamed(ahead=True) - large.streamed() == 1e9
     assert planned("1x80GB", engine="vllm") is None
 
 
