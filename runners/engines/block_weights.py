@@ -80,6 +80,10 @@ class Coming:
 
     def load(self, module: nn.Module) -> None:
         """Have the weights of `module` in their places, and begin with those of the next block."""
+        if not self._ahead and torch.get_num_threads() == 1:  # a thread would keep memory of its own
+            block = self._blocks[module]
+            block.load(block.fetch(name) for _, _, name in block.absent)
+            return
         found, self._next = self._next, None
         if found is not None and found[0] is not module:
             self._ahead = False  # this model goes its own way: what came for nothing would come for nothing again

@@ -69,8 +69,9 @@ def fit(
         if found is not None and loadable:
             return _sharded(row, size, need, read, room, found)
     too_large = gigabytes(least if loadable else need.resident_load)
-    parked = max(0.0, room.device - need.streamed(0.0)) / _ACCUMULATOR_SHARE
-    smallest = need.streamed(parked)
+    ahead = room.on_gpu or read.read == "trained"  # as the engine does it
+    parked = max(0.0, room.device - need.streamed(0.0, ahead=ahead)) / _ACCUMULATOR_SHARE
+    smallest = need.streamed(parked, ahead=ahead)
     if not any(ENGINES[name].blockwise for name in engines):
         can = f"; --engine {_BLOCKWISE} needs {gigabytes(smallest)}" if smallest <= room.device else ""
         peaks = _peak(least, need.resident_load, room.on_gpu)

@@ -74,5 +74,47 @@ def test_block_streaming_beside_resident(benchmark, sized, engine):
         assert peak <= resident_peak / 4
 
 
+def sweep_and_bare_loop(shape, dtype):
+    """(seconds of a sweep over streamed blocks, of the same blocks called one after the other), by one process's CPUs.
+
+    CPU seconds: what else the machine does counts little. The taps are not read.
+    """
+
+    from deadbench.runners.engines.registry import make_engine
+    from deadbench.suite.architectures.build import build_config
+    from deadbench.suite.inputs.tokens import token_batches
+
+    D = shape["hidden_size"]
+    config = build_config(
+        {"model_type": "gpt_neox", "intermediate_size": 4 * D, "num_attention_heads": D // 64} | shape
+    )
+    batches = token_batches(
+        "tokens:random", vocab_size=config.vocab_size, num_tokens=2 * D, sequence_length=256, seed=0,
+        tokenizer_folder=None, batch_tokens=1024,
+    ).batches  # fmt: skip
+    seconds = []
+    for engine in ("streaming", "torch"):
+        made = make_engine(engine)
+        model = made.load_random(config, 0, dtype)
+        started = time.process_time()
+        for _ in made.passes(model, model.final_layer_norm, batches):
+            pass
+        seconds.append(time.process_time() - started)
+    return seconds
+
+
+@pytest.mark.bench
+@pytest.mark.benchmark(group="one sweep over 2D tokens by streamed random blocks beside a bare loop, GPT-NeoX")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_sweep_beside_a_bare_loop(benchmark, sized, dtype):
+    import torch
+
+    shape, rounds = sized(({"hidden_size": 2048, "num_hidden_layers": 4, "vocab_size": 2048}, 3), (SMALL, 1))
+    found = []
+    benchmark.pedantic(lambda: found.append(sweep_and_bare_loop(shape, getattr(torch, dtype))), rounds=rounds)
+    sweep, bare = (min(each) for each in zip(*found, strict=True))
+    benchmark.extra_info |= {"CPU seconds of the sweep, of the loop's": sweep / bare}
+
+
 if __name__ == "__main__":
     print(json.dumps(one_pass(sys.argv[1], json.loads(sys.argv[2]))))

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -113,7 +114,10 @@ def test_checkpoints_and_waiting_streams_are_counted_as_disk(registry):
     assert planned("1x80GB", taps="none") == 2 * 2 * tap, "the final norm's, and again while it is replaced"
     assert planned("1x80GB", accumulator_gb=1.5) == 2 * 4 * tap
     assert planned("0x200GB", engine="streaming") == 2 * (4 * tap + stream)
-    assert planned("0x8GB", engine="streaming", taps="none") > 2 * (2 * tap + stream), "streams that find no room"
+    need = needs(measure(build_config(neox(64, 3, 4, 500)), 256), "random", 4, 640)
+    assert need.swept(0.25 * need.stream) - need.swept(need.stream) == 0.75 * need.stream, "those that find no room"
+    large = replace(need, block=1e9)
+    assert large.streamed(ahead=True) - large.streamed() == 1e9
     assert planned("1x80GB", engine="vllm") is None
 
 

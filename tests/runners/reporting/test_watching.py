@@ -29,6 +29,26 @@ def clock(monkeypatch):
     return now
 
 
+def test_blocks_have_a_time_left_and_a_checkpoint_does_not_begin_them_anew(clock, capsys):
+    reporter = Reporter(1)
+    reporter.progress("m", Progress("m random", "loading"))
+    reporter._lines["m"].told = clock[0]
+    for done in (10, 10.5, 11):
+        reporter.progress("m", Progress("m random", "blocks", done, 60, unit="blocks"))
+        reporter.progress("m", Progress("m random", "checkpoint"))
+        clock[0] += 100
+    assert progress._cells(reporter._lines["m"])[1:4] == ("checkpoint", "-", "-")
+    reporter.progress("m", Progress("m random", "blocks", 11.5, 60, unit="blocks"))
+    cells = progress._cells(reporter._lines["m"])
+    assert (cells[2], cells[3], cells[5]) == ("11.5 of 60 blocks", "3 min 20 s a block", "2 h 41 min")
+    told = capsys.readouterr().err.splitlines()
+    assert told[0] == "m random: loading"
+    assert told[-1] == "m random: blocks, 11.5 of 60 blocks, about 2 h 41 min left", (
+        "a line a minute without a terminal"
+    )
+    assert len(told) == 4
+
+
 def test_the_live_table_has_rate_memory_and_time_left(clock):
     reporter = Reporter(4)
     reporter._lines["m"] = progress._Line(Progress("m random", "loading"))
