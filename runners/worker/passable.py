@@ -8,8 +8,8 @@ def refuse_without_pass(checkpoint: Checkpoint, engine: str | None) -> None:
     """Return where a forward pass can be had of a checkpoint by `engine`.
 
     Raises:
-        ValueError: it cannot be translated to transformers' model, what a translation leaves out is not zero, an adapter
-            cannot be merged, or a package that unpacks its weights is not installed; one line.
+        ValueError: it cannot be translated to transformers' model, what a translation leaves out is not zero, an
+            adapter cannot be merged, or a package that unpacks its weights is not installed; one line.
     """
     from deadbench.runners.engines.merged_adapter import why_not_merged
     from deadbench.suite.checkpoints.adapters import AdaptedCheckpoint
