@@ -147,7 +147,7 @@ def _quantised(config: "Configuration") -> list[str]:
     return ["quantised"] if config.raw.get("quantization_config") else []
 
 
-def _merged(checkpoint: Checkpoint) -> str | None:
+def _merged(checkpoint: "Checkpoint") -> str | None:
     """What was merged into what, for an adapter's row."""
     from deadbench.suite.checkpoints.adapters import AdaptedCheckpoint
 
