@@ -34,6 +34,8 @@ PINNED = ("model", "holds")
 GROUP = ("protocol", "dtype")
 # What is said once below a terminal's table where all rows have the same.
 SAID_ONCE = (*GROUP, "seed")
+# What the lines below a table are made of: of a table without a layout of its own no column.
+_SAID_BELOW = ("num_replicates",)
 _MARKDOWN = str.maketrans(
     {"\\": "\\\\", "|": "\\|", "*": "\\*", "`": "\\`", "[": "\\[", "&": "&amp;", "<": "&lt;", ">": "&gt;"}
 )
@@ -59,7 +61,8 @@ def rich_table(frame: pl.DataFrame, title: str, *, width: int, keep: Sequence[st
     Columns in `keep` are shown whatever the width. Below the table stand what all rows share, which columns did not
     fit, and the rows' errors.
     """
-    layout = LAYOUTS.get(title, Layout(columns=frame.columns, keys=frame.columns[:1]))
+    columns_by_default = [name for name in frame.columns if name not in _SAID_BELOW]
+    layout = LAYOUTS.get(title, Layout(columns=columns_by_default, keys=frame.columns[:1]))
     layout = layout._replace(columns=[*layout.columns, *keep], keys=[*layout.keys, *keep])
     names = shown(frame)
     wanted = [name for name in dict.fromkeys(layout.columns) if name in names]
