@@ -3,15 +3,20 @@
 A read that fails is a finished row with its error; only the death of the process is not told from here.
 """
 
+import re
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from datetime import UTC, datetime
+from pathlib import Path
 
 from deadbench.runners.engines.registry import ENGINES
-from deadbench.runners.jobs.events import Event, Finished, Progress, Reading, to_tables
+from deadbench.runners.jobs.events import Event, Finished, Progress, Reading, Remark, to_tables
 from deadbench.runners.jobs.job import ModelJob, ReadJob
-from deadbench.suite.errors import one_line
+from deadbench.suite.checkpoints.checkpoint import Checkpoint
+from deadbench.suite.errors import CheckpointError, one_line
+
+_COMMIT = re.compile("[0-9a-f]{40}")  # the fingerprint of what is on the Hub
 
 
 def run_model(job: ModelJob, run_id: str, attempt: int) -> Iterator[Event]:
@@ -53,6 +58,7 @@ def _read_parameters(read: ReadJob) -> Reading:
 
     checkpoint = read.opened(read.revision)
     result = read_parameters(checkpoint)
+    yield from _where_from(read, checkpoint)
     if result.final.family == "undetermined":
         raise ValueError(f"the final norm cannot be determined: {result.reason}")
     config = Configuration(checkpoint.config())
@@ -72,13 +78,13 @@ def _read_parameters(read: ReadJob) -> Reading:
 def _read_random(read: ReadJob) -> Reading:
     from deadbench.runners.jobs.resolved import Configuration, published_wiring
     from deadbench.runners.worker.request import RandomWeights
-    from deadbench.suite.errors import CheckpointError
 
     with ExitStack() as stack:
         raw_config, folder = read.model.config, None
         if raw_config is None:
             checkpoint = read.opened(read.model.main_checkpoint())
             raw_config = checkpoint.config()
+            yield from _where_from(read, checkpoint)
         if read.input is not None and read.input.partition(":")[0] in ("text", "hf"):
             if read.model.source is None:
                 raise ValueError("text needs a tokenizer and the registry gives no source; use tokens:random")
@@ -103,6 +109,7 @@ def _read_trained(read: ReadJob) -> Reading:
 
     checkpoint = read.opened(read.revision)
     config = Configuration(checkpoint.config())
+    yield from _where_from(read, checkpoint)
     entries = checkpoint.headers()  # refuses broken files before anything is loaded
     weights = checkpoint.weights().format
     if not weights.runs:
@@ -118,6 +125,23 @@ def _read_trained(read: ReadJob) -> Reading:
     if left_out:
         row["engine_detail"] = f"{row['engine_detail']}; not loaded, and of no effect: {_named(left_out)}"
     return rows
+
+
+def _where_from(read: ReadJob, checkpoint: Checkpoint) -> Iterator[Remark]:
+    """That the Hub's cache of this node was read, and which snapshot in it.
+
+    Raises:
+        CheckpointError: it is another commit than the one that was found where the command was given.
+    """
+    if checkpoint.remark is None:
+        return
+    listed, taken = read.fingerprint or "", Path(checkpoint.folder or "").name
+    if _COMMIT.fullmatch(listed) and taken != listed:
+        raise CheckpointError(
+            f"{checkpoint.source}: {checkpoint.remark}, which is another commit than {listed}, the one to be read; "
+            "let this node reach the Hub, or put that snapshot into its cache"
+        )
+    yield Remark(read.label(), checkpoint.remark)
 
 
 def _named(tensors: list[str]) -> str:
@@ -153,6 +177,7 @@ def _read_functional(read: ReadJob) -> Reading:
     trained = any(name.endswith(stored) for name in checkpoint.names())
     entries = checkpoint.headers() if trained else None
     config = Configuration(checkpoint.config())
+    yield from _where_from(read, checkpoint)
     if entries is not None:
         refuse_unexpected(published(config), config.raw, entries, checkpoint.source)
     with checkpoint.local_copy() as folder:

@@ -91,6 +91,7 @@ class Checkpoint:
                 self._folder = HubFolder(source, self._hub_id, self.revision)
             else:
                 self._folder = FsspecFolder(source, str(self._local))
+                self.remark = f"HF_HUB_OFFLINE is set: read from the Hub's cache, {self._local}"
         elif place.startswith(("http://", "https://")):
             address, mark, query = place.partition("?")
             below = address.rstrip("/") + (f"/{revision}" if revision else "")
