@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from deadbench.analysis.cells import cells, header, one_line, shown, text
+from deadbench.analysis.cells import cells, header, shown, text
 from deadbench.analysis.colours import FAMILY_COLOURS, STATE_COLOURS
 from deadbench.analysis.footnotes import footnotes
 from deadbench.analysis.layouts import LAYOUTS
 from deadbench.analysis.meanings import meaning
 from deadbench.analysis.results import ResultsError
 from deadbench.analysis.terminal import Column, Layout, table
+from deadbench.suite.plain_text import MAX_LINE, plain
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -68,10 +69,10 @@ def rich_table(frame: pl.DataFrame, title: str, *, width: int, keep: Sequence[st
     wanted = [name for name in dict.fromkeys(layout.columns) if name in names]
     wanted = [name for name in wanted if frame.is_empty() or _has_values(frame[name])]
     shared = [name for name in SAID_ONCE if name in wanted and frame[name].drop_nulls().n_unique() == 1]
-    notes = [", ".join(f"{name} {one_line(str(frame[name].drop_nulls()[0]))}" for name in shared)] if shared else []
+    notes = [", ".join(f"{name} {plain(str(frame[name].drop_nulls()[0]))}" for name in shared)] if shared else []
     if {"model", "error"} <= set(frame.columns):
         errors = frame.select("model", "error").drop_nulls("error").iter_rows()
-        notes += [one_line(f"{model}: {error}") for model, error in errors]
+        notes += [f"{plain(model)}: {plain(error, MAX_LINE)}" for model, error in errors]
     notes += footnotes(frame)
     rows = list(cells(frame))
     columns = [

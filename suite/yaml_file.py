@@ -44,7 +44,9 @@ def load_yaml(path: Path) -> Any:
         return yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeyLoader)
     except (OSError, UnicodeDecodeError) as error:
         raise YamlError(f"{path}: cannot be read ({refusal(error)})") from error
-    except RecursionError as error:
+    except (RecursionError, TypeError) as error:  # the latter for a key that is a list
+        if isinstance(error, TypeError):
+            raise YamlError(f"{path}: not YAML (a key is neither a text nor a number)") from error
         raise YamlError(f"{path}: not YAML (nested too deeply)") from error
     except (yaml.YAMLError, ValueError) as error:  # a date that is none raises the latter
         problem, mark = getattr(error, "problem", None) or first_line(error), getattr(error, "problem_mark", None)

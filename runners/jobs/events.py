@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from deadbench.runners.jobs.job import ReadJob, read_step
 from deadbench.runners.results.versions import versions
+from deadbench.suite.plain_text import plain
 from deadbench.suite.schema import Row, to_table
 from deadbench.suite.secrets import scrubbed
 
@@ -69,7 +70,7 @@ def to_tables(rows: Rows, read: ReadJob, run_id: str, attempt: int, started_at: 
     key = {"run_id": run_id} | read.key_columns()
     step = read_step(read)
     row = rows["reads"][0] | {
-        "source": scrubbed(read.model.source or "inline config"),
+        "source": plain(scrubbed(read.model.source or "inline config"), None),
         "source_fingerprint": read.fingerprint,
         "checkpoint_step": rows["reads"][0].get("source_step") if step is None else step,
         "modality": read.model.modality,

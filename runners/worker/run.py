@@ -138,8 +138,8 @@ def _where_from(read: ReadJob, checkpoint: Checkpoint) -> Iterator[Remark]:
     listed, taken = read.fingerprint or "", Path(checkpoint.folder or "").name
     if _COMMIT.fullmatch(listed) and taken != listed:
         raise CheckpointError(
-            f"{checkpoint.source}: {checkpoint.remark}, which is another commit than {listed}, the one to be read; "
-            "let this node reach the Hub, or put that snapshot into its cache"
+            f"{checkpoint.source}: commit {listed} is to be read and this node's cache of the Hub has {taken}; "
+            "let the node reach the Hub, or put that snapshot into its cache"
         )
     yield Remark(read.label(), checkpoint.remark)
 

@@ -98,7 +98,7 @@ class Checkpoint:
             self._folder = HttpFolder(source, below + mark + query)
         elif is_url(place):
             self._folder = FsspecFolder(source, place.rstrip("/") + (f"/{revision}" if revision else ""))
-        elif Path(source).exists():
+        elif os.path.exists(source):
             raise CheckpointError(
                 f"{source}: not a directory, nor by its ending weights; give the folder that holds config.json"
             )

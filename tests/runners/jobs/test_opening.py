@@ -87,7 +87,7 @@ def test_a_worker_that_reads_its_cache_says_which_snapshot_and_takes_no_other_co
     assert [event.text for event in same if isinstance(event, Remark)] == [told]
     assert same[-1].row["status"] == "ok"
     assert another[-1].row["status"] == "failed"
-    assert f"{told}, which is another commit than {'b' * 40}" in another[-1].row["error"]
+    assert f"commit {'b' * 40} is to be read and this node's cache of the Hub has {COMMIT}" in another[-1].row["error"]
 
 
 @pytest.mark.parametrize("name", ["team/model", "hf://team/model"])
