@@ -2,11 +2,12 @@
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
 from deadbench.suite.errors import first_line
+from deadbench.suite.plain_text import plain
 from deadbench.suite.storage import refusal
 
 
@@ -14,16 +15,34 @@ class YamlError(ValueError):
     """A file that is not there, or no YAML; one line that names it."""
 
 
+# What YAML 1.1 has beside JSON's types: neither JSON nor Arrow holds it, and a date is text to YAML 1.2.
+_NOT_JSON = {f"tag:yaml.org,2002:{name}" for name in ("timestamp", "binary", "set", "omap", "pairs")}
+_MAX_DEPTH, _MAX_VALUES, _MAX_BITS = 40, 1_000_000, 1024  # aliases of aliases make many of few
+
+
 class UniqueKeyLoader(yaml.SafeLoader):
-    """YAML that refuses a key given twice instead of taking the last."""
+    """YAML of JSON's types that refuses a key given twice instead of taking the last."""
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [(tag, form) for tag, form in resolvers if tag not in _NOT_JSON]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    yaml_constructors: ClassVar = {
+        tag: constructor for tag, constructor in yaml.SafeLoader.yaml_constructors.items() if tag not in _NOT_JSON
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """A mapping of distinct keys."""
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if isinstance(key, (list, dict)):
+                problem = "a list or mapping as a key"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key_node.start_mark)
             if key in seen:
-                raise yaml.MarkedYAMLError(problem=f"key {key!r} is given twice", problem_mark=key_node.start_mark)
+                raise yaml.MarkedYAMLError(
+                    problem=f"key {plain(repr(key))} is given twice", problem_mark=key_node.start_mark
+                )
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -41,13 +60,34 @@ def load_yaml(path: Path) -> Any:
         YamlError: it cannot be opened, is not UTF-8, not YAML, or gives a key twice.
     """
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeyLoader)
+        found = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeyLoader)
+        _check_size(found)
+        return found
     except (OSError, UnicodeDecodeError) as error:
         raise YamlError(f"{path}: cannot be read ({refusal(error)})") from error
-    except (RecursionError, TypeError) as error:  # the latter for a key that is a list
-        if isinstance(error, TypeError):
-            raise YamlError(f"{path}: not YAML (a key is neither a text nor a number)") from error
+    except RecursionError as error:
         raise YamlError(f"{path}: not YAML (nested too deeply)") from error
     except (yaml.YAMLError, ValueError) as error:  # a date that is none raises the latter
         problem, mark = getattr(error, "problem", None) or first_line(error), getattr(error, "problem_mark", None)
-        raise YamlError(f"{path}: not YAML ({f'line {mark.line + 1}: ' if mark else ''}{problem})") from error
+        raise YamlError(f"{path}: not YAML ({f'line {mark.line + 1}: ' if mark else ''}{plain(problem)})") from error
+
+
+def _check_size(found: Any) -> None:
+    """Raise RecursionError for what is nested without end, in itself or by aliases of aliases."""
+    level: list[Any] = [[found]]
+    count = 0
+    for _ in range(_MAX_DEPTH):
+        inner = [each for held in level for each in (held.values() if isinstance(held, dict) else held)]
+        level = [each for each in inner if _holds(each)]
+        count += len(inner)
+        if any(isinstance(each, int) and each.bit_length() > _MAX_BITS for each in inner):
+            raise ValueError(f"a number of more than {_MAX_BITS} bits")
+        if not level:
+            return
+        if count > _MAX_VALUES:
+            break
+    raise RecursionError
+
+
+def _holds(value: Any) -> bool:
+    return isinstance(value, (dict, list))

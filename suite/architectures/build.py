@@ -77,8 +77,10 @@ def published_class(config: Any) -> Any:
     """transformers' class of the published architecture (`config.architectures[0]`), heads included, or None."""
     import transformers
 
-    names = (name for name in config.architectures or () if isinstance(name, str))
-    return next((found for name in names if (found := getattr(transformers, name, None)) is not None), None)
+    classes = (
+        getattr(transformers, name, None) for name in stated_architectures(getattr(config, "architectures", None))
+    )
+    return next((found for found in classes if found is not None), None)
 
 
 def build_published(config: Any, device: str = "cpu") -> nn.Module:
@@ -105,8 +107,14 @@ def count_parameters(model: nn.Module) -> int:
 
 def objective(config: Mapping[str, Any]) -> str | None:
     """What the published model class is trained for, as its name in config.json's `architectures` says; else None."""
-    for name in config.get("architectures") or ():
+    for name in stated_architectures(config.get("architectures")):
         for ending, meaning in OBJECTIVES.items():
-            if str(name).endswith(ending):
+            if name.endswith(ending):
                 return meaning
     return None
+
+
+def stated_architectures(architectures: Any) -> list[str]:
+    """The class names in what a configuration has under `architectures`, whatever that is."""
+    listed = architectures if isinstance(architectures, (list, tuple)) else []
+    return [name for name in listed if isinstance(name, str) and name.isidentifier()]
