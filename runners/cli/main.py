@@ -15,6 +15,7 @@ from deadbench.runners.cli.classify import classify, export
 from deadbench.runners.cli.compare import compare
 from deadbench.runners.cli.console import EXIT_FALSE, EXIT_INTERRUPTED, EXIT_USAGE, UserError, print_anywhere
 from deadbench.runners.cli.glossary import glossary
+from deadbench.runners.cli.help import Command, Group
 from deadbench.runners.cli.init import init
 from deadbench.runners.cli.plan import plan
 from deadbench.runners.cli.results import dead, families, leaderboard, publish, report
@@ -24,6 +25,7 @@ from deadbench.suite.errors import message
 from deadbench.suite.plain_text import MAX_LINE, plain
 
 app = typer.Typer(
+    cls=Group,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -38,7 +40,7 @@ for command in (
     run, leaderboard, report, trend, compare, families, dead,
     classify, plan, init, export, census, publish, glossary,
 ):  # fmt: skip
-    app.command()(command)
+    app.command(cls=Command)(command)
 
 
 @app.callback(invoke_without_command=True)
