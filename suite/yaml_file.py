@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -23,14 +23,6 @@ _MAX_DEPTH, _MAX_VALUES, _MAX_BITS = 40, 1_000_000, 1024  # aliases of aliases m
 class UniqueKeyLoader(yaml.SafeLoader):
     """YAML of JSON's types that refuses a key given twice instead of taking the last."""
 
-    yaml_implicit_resolvers: ClassVar = {
-        first: [(tag, form) for tag, form in resolvers if tag not in _NOT_JSON]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-    yaml_constructors: ClassVar = {
-        tag: constructor for tag, constructor in yaml.SafeLoader.yaml_constructors.items() if tag not in _NOT_JSON
-    }
-
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """A mapping of distinct keys."""
         seen = set()
@@ -47,6 +39,13 @@ class UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+UniqueKeyLoader.yaml_constructors = {
+    tag: constructor for tag, constructor in yaml.SafeLoader.yaml_constructors.items() if tag not in _NOT_JSON
+}
+UniqueKeyLoader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in resolvers if tag not in _NOT_JSON]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 # As in YAML 1.2 and JSON, from which configurations are pasted; YAML 1.1 takes 1e-12 for text.
 UniqueKeyLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]{1,3}$"), list("-+0123456789")

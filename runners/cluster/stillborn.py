@@ -25,7 +25,8 @@ while not select.select([0], [], [], 1.0)[0]:
     waited, line = time.monotonic() - began, None
     for name in glob.glob(glob.escape(folder) + "/session_2*/logs/raylet.err") if waited > patience else ():
         with open(name, errors="replace") as log:
-            found = re.search(error, log.read()[-64000:].rpartition(program)[2], re.M)
+            _, named, after = log.read()[-64000:].rpartition(program)
+        found = re.search(error, after, re.M) if named else None
         if found:
             line = "Ray's worker processes end before they begin: " + ascii(found[1])[1:-1][:200]
     if line or waited > longest:

@@ -7,6 +7,7 @@ from typing import Any
 
 from deadbench.suite.checkpoints.strict_json import MAX_JSON_BYTES, parse_object, shown
 from deadbench.suite.errors import CheckpointError
+from deadbench.suite.plain_text import plain
 
 # Numbers in a configuration that make transformers build so many objects, whatever the device.
 _COUNTS = re.compile(r"^(n_layers?|num_.*layers|.*_layers|depths?|num_labels|(n|num)_.*experts)$")
@@ -75,7 +76,7 @@ def _check_counts(config: Mapping[str, Any], called: str) -> None:
         if isinstance(value, dict):
             _check_counts(value, called)
         elif _COUNTS.match(key) and any(isinstance(v, (int, float)) and v > _MAX_COUNT for v in values):
-            raise CheckpointError(f"{called}: {shown(key)} is {shown(value)}; no model has more than {_MAX_COUNT}")
+            raise CheckpointError(f"{called}: {plain(key)} is {shown(value)}; no model has more than {_MAX_COUNT}")
 
 
 def _plain_floats(value: Any) -> Any:
