@@ -93,8 +93,8 @@ class Reporter:
         outcome = f"failed: {row['error']}" if row["status"] == "failed" else _headline(row)
         self.say(f"[{self._done}/{self._total}] {event.job.label()}: {outcome}{seconds}")
         if self._debug and event.traceback:
-            for line in event.traceback.splitlines():
-                self._print(line.replace("\x1b", "\\x1b"))
+            for each in event.traceback.splitlines():
+                self._print(each.replace("\x1b", "\\x1b"))
 
     def retry(self, read: ReadJob, cause: str, attempt: int, changed: str | None) -> None:
         """A read of which a process died is tried again, with what `changed`."""
