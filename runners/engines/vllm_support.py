@@ -44,7 +44,7 @@ def vllm_architecture(raw_config: dict[str, Any]) -> str:
 
     from deadbench.suite.architectures.build import stated_architectures
 
-    stated = [
+    stated: list[str | None] = [
         name
         for name in stated_architectures(raw_config.get("architectures"))
         if name.endswith(("ForCausalLM", "LMHeadModel"))
