@@ -7,6 +7,8 @@ from typing import Any
 
 import polars as pl
 
+from deadbench.suite.plain_text import MAX_LINE, plain
+
 HEADERS = {
     "rank": "#",
     "depth_random": "random",
@@ -105,14 +107,7 @@ def text(name: str, value: Any, unit: str | None = None) -> str:
         return magnitude(value) if name in ("num_parameters", "dead_parameters") else str(value)
     if isinstance(value, float):
         return _real(name, value, unit)
-    return one_line(str(value))
-
-
-def one_line(words: str) -> str:
-    """`words` without line breaks and without characters that steer a terminal or turn the direction of writing."""
-    return "".join(
-        letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in " ".join(words.split())
-    )
+    return plain(str(value), MAX_LINE)
 
 
 def magnitude(count: int) -> str:

@@ -2,7 +2,7 @@
 
 import polars as pl
 
-from deadbench.analysis.cells import one_line
+from deadbench.suite.plain_text import plain
 
 _MAX_NAMED = 8
 
@@ -32,7 +32,7 @@ def _replicates(frame: pl.DataFrame) -> list[str]:
         return []
     if "model" in rows.columns:
         names = rows.select(pl.format("{} ({})", pl.col("model").cast(pl.String), count)).to_series().to_list()
-        return [one_line(f"mean ± standard deviation over seeds: {_named(names)}")]
+        return [plain(f"mean ± standard deviation over seeds: {_named(names)}", None)]
     return [f"mean ± standard deviation over up to {max(rows[count].to_list())} seeds"]
 
 
@@ -53,7 +53,7 @@ def _zero_scales(frame: pl.DataFrame) -> list[str]:
         note += "; by depth it has no rank"
     if "kernel_exact" in frame.columns and rows["kernel_exact"].any():
         note += "; exact yes says only that this scale is too small for either precision"
-    return [one_line(note)]
+    return [plain(note, None)]
 
 
 def _lost(frame: pl.DataFrame) -> list[str]:
@@ -66,10 +66,13 @@ def _lost(frame: pl.DataFrame) -> list[str]:
     for model, metric, detail in rows.select(pl.col("model", "metric", "detail").cast(pl.String)).iter_rows():
         reasons.setdefault(detail or "", []).append(f"{model} {metric}")
     told = [f"{_named(names)}: {reason}" for reason, names in reasons.items() if reason]
-    return ["lost: the baseline has a value of the metric and the candidate has none", *map(one_line, told)]
+    return [
+        "lost: the baseline has a value of the metric and the candidate has none",
+        *(plain(line, None) for line in told),
+    ]
 
 
 def _named(names: list[str]) -> str:
-    names = list(dict.fromkeys(names))
+    names = [plain(name) for name in dict.fromkeys(names)]
     more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
     return ", ".join(names[:_MAX_NAMED]) + more

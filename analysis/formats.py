@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from deadbench.analysis.cells import cells, header, one_line, shown, text
+from deadbench.analysis.cells import cells, header, shown, text
 from deadbench.analysis.colours import FAMILY_COLOURS, STATE_COLOURS
 from deadbench.analysis.footnotes import footnotes
 from deadbench.analysis.layouts import LAYOUTS
 from deadbench.analysis.meanings import meaning
 from deadbench.analysis.results import ResultsError
 from deadbench.analysis.terminal import Column, Layout, fit, table
+from deadbench.suite.plain_text import MAX_LINE, plain
 
 if TYPE_CHECKING:
     from great_tables import GT
@@ -37,6 +38,8 @@ PINNED = ("model", "holds")
 GROUP = ("protocol", "dtype")
 # What is said once below a terminal's table where all rows have the same.
 SAID_ONCE = (*GROUP, "seed")
+# What the lines below a table are made of: of a table without a layout of its own no column.
+_SAID_BELOW = ("num_replicates",)
 _MARKDOWN = str.maketrans(
     {"\\": "\\\\", "|": "\\|", "*": "\\*", "`": "\\`", "[": "\\[", "&": "&amp;", "<": "&lt;", ">": "&gt;"}
 )
@@ -70,7 +73,7 @@ def rich_table(frame: pl.DataFrame, title: str, *, width: int, keep: Sequence[st
     notes = [shared] if shared else []
     if {"model", "error"} <= set(frame.columns):
         errors = frame.select("model", "error").drop_nulls("error").iter_rows()
-        notes += [one_line(f"{model}: {error}") for model, error in errors]
+        notes += [f"{plain(model)}: {plain(error, MAX_LINE)}" for model, error in errors]
     notes += footnotes(frame)
     groups = _groups(frame).to_list() if title == "leaderboard" else []
     apart = [place for place in range(len(groups) - 1) if groups[place] != groups[place + 1]]
@@ -81,7 +84,8 @@ def rich_table(frame: pl.DataFrame, title: str, *, width: int, keep: Sequence[st
 
 def _columns(frame: pl.DataFrame, title: str, keep: Sequence[str] = ()) -> tuple[list[Column], str, Layout]:
     """What the layout of `title` shows of `frame`, what all rows share said in one line, and the layout with `keep`."""
-    layout = LAYOUTS.get(title, Layout(columns=frame.columns, keys=frame.columns[:1]))
+    columns_by_default = [name for name in frame.columns if name not in _SAID_BELOW]
+    layout = LAYOUTS.get(title, Layout(columns=columns_by_default, keys=frame.columns[:1]))
     layout = layout._replace(columns=[*layout.columns, *keep], keys=[*layout.keys, *keep])
     names = shown(frame)
     wanted = [name for name in dict.fromkeys(layout.columns) if name in names]
@@ -99,7 +103,7 @@ def _columns(frame: pl.DataFrame, title: str, keep: Sequence[str] = ()) -> tuple
         for name in wanted
         if name not in shared
     ]
-    return columns, ", ".join(f"{name} {one_line(str(frame[name].drop_nulls()[0]))}" for name in shared), layout
+    return columns, ", ".join(f"{name} {plain(str(frame[name].drop_nulls()[0]))}" for name in shared), layout
 
 
 def html_rows(frame: pl.DataFrame) -> dict[str, Any]:

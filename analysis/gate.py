@@ -20,8 +20,8 @@ from typing import Annotated, Literal, Self, TypeVar, get_args
 import polars as pl
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from deadbench.analysis.cells import one_line
 from deadbench.analysis.compare import Scale, unit_of
+from deadbench.suite.plain_text import MAX_LINE, plain
 from deadbench.suite.registry.entries import ReadName
 from deadbench.suite.schema import READS as COLUMNS
 from deadbench.suite.yaml_file import YamlError, load_yaml
@@ -139,7 +139,7 @@ def load_gate(path: Path) -> Gate:
         where = ".".join(str(part) for part in first["loc"])
         got = "" if isinstance(first["input"], dict) else f" (got {first['input']!r})"
         message = first["msg"].removeprefix("Value error, ")
-        raise GateError(f"{path}: {one_line(f'{where}: {message}{got}')[:400]}") from error
+        raise GateError(f"{path}: {plain(f'{where}: {message}{got}', MAX_LINE)}") from error
 
 
 def judge(comparison: pl.DataFrame, gate: Gate) -> pl.DataFrame:

@@ -8,6 +8,8 @@ enough the table turns vertical, a block of lines for each row.
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from deadbench.suite.plain_text import plain
+
 if TYPE_CHECKING:
     from rich.console import Group, RenderableType
 
@@ -112,8 +114,9 @@ def table(
     from rich.console import Group
     from rich.text import Text
 
+    columns = [column._replace(cells=[plain(cell, None) for cell in column.cells]) for column in columns]
     fitted = fit(columns, layout, width)
-    below = [*notes]
+    below = [plain(note, None) for note in notes]
     if fitted.shared:
         below.insert(0, ", ".join(f"{column.header} {column.shared}" for column in fitted.shared))
     if fitted.left_out:

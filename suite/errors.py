@@ -1,5 +1,9 @@
-"""What may go wrong with what a user gives, as classes; and any error as one line."""
+"""What may go wrong with what a user gives, as classes; any error as one line; and the boundary around a source."""
 
+import contextlib
+from collections.abc import Iterator
+
+from deadbench.suite.plain_text import MAX_LINE, MAX_VALUE, plain
 from deadbench.suite.secrets import scrubbed
 
 
@@ -27,27 +31,50 @@ class InputError(ValueError):
     """An input that cannot be had or does not fit the model; one line."""
 
 
-def one_line(error: BaseException, limit: int | None = 500) -> str:
+@contextlib.contextmanager
+def one_source(called: str) -> Iterator[None]:
+    """The boundary around what one source makes others raise: our own errors pass, any other is a CheckpointError.
+
+    What a stranger's configuration, file or name makes a library raise is nobody's to foresee, and the other sources of
+    a command go on.
+    """
+    try:
+        yield
+    except Exception as error:
+        if type(error).__module__.startswith("deadbench."):
+            raise
+        raise CheckpointError(plain(f"{plain(scrubbed(called))}: {one_line(error, MAX_VALUE)}", None)) from error
+
+
+def one_line(error: BaseException, limit: int | None = MAX_LINE) -> str:
     """What went wrong, in one line; our own errors speak for themselves, others name their class."""
     text = message(error, limit)
     ours = type(error).__module__.startswith("deadbench.") or type(error) is ValueError
-    return text if ours or text == type(error).__name__ else f"{type(error).__name__}: {text}"
+    return text if ours or text == type(error).__name__ else plain(f"{type(error).__name__}: {text}", limit)
 
 
-def message(error: BaseException, limit: int | None = 200) -> str:
+def message(error: BaseException, limit: int | None = MAX_VALUE) -> str:
     """All that an error says, in one line of at most `limit` characters and without secrets; its class if nothing."""
-    return scrubbed(" ".join(str(error).split()))[:limit] or type(error).__name__
+    return plain(scrubbed(" ".join(_words(error).split())), limit) or type(error).__name__
 
 
 def first_line(error: BaseException) -> str:
     """The first line of a library's error, which says why and is followed by where; its class if there is none."""
-    lines = [line.strip() for line in str(error).strip().splitlines()] or [""]
+    lines = [line.strip() for line in _words(error).strip().splitlines()] or [""]
     # A heading says nothing without the line below it.
     text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
-    return scrubbed(text) or type(error).__name__
+    return plain(scrubbed(text)) or type(error).__name__
 
 
 def reason_of(error: BaseException) -> str:
     """The class of a library's error and its first line."""
     text = first_line(error)
-    return (text if text == type(error).__name__ else f"{type(error).__name__}: {text}")[:300]
+    return plain(text if text == type(error).__name__ else f"{type(error).__name__}: {text}", MAX_LINE)
+
+
+def _words(error: BaseException) -> str:
+    """What an error says; its class where it cannot."""
+    try:
+        return str(error)
+    except Exception:  # of an object that a stranger's bytes made
+        return type(error).__name__

@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from deadbench.suite.errors import first_line
+from deadbench.suite.plain_text import plain
 from deadbench.suite.storage import refusal
 
 
@@ -14,20 +15,37 @@ class YamlError(ValueError):
     """A file that is not there, or no YAML; one line that names it."""
 
 
+# What YAML 1.1 has beside JSON's types: neither JSON nor Arrow holds it, and a date is text to YAML 1.2.
+_NOT_JSON = {f"tag:yaml.org,2002:{name}" for name in ("timestamp", "binary", "set", "omap", "pairs")}
+_MAX_DEPTH, _MAX_VALUES, _MAX_BITS = 40, 1_000_000, 1024  # aliases of aliases make many of few
+
+
 class UniqueKeyLoader(yaml.SafeLoader):
-    """YAML that refuses a key given twice instead of taking the last."""
+    """YAML of JSON's types that refuses a key given twice instead of taking the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """A mapping of distinct keys."""
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if isinstance(key, (list, dict)):
+                problem = "a list or mapping as a key"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key_node.start_mark)
             if key in seen:
-                raise yaml.MarkedYAMLError(problem=f"key {key!r} is given twice", problem_mark=key_node.start_mark)
+                raise yaml.MarkedYAMLError(
+                    problem=f"key {plain(repr(key))} is given twice", problem_mark=key_node.start_mark
+                )
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
+UniqueKeyLoader.yaml_constructors = {
+    tag: constructor for tag, constructor in yaml.SafeLoader.yaml_constructors.items() if tag not in _NOT_JSON
+}
+UniqueKeyLoader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in resolvers if tag not in _NOT_JSON]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 # As in YAML 1.2 and JSON, from which configurations are pasted; YAML 1.1 takes 1e-12 for text.
 UniqueKeyLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]{1,3}$"), list("-+0123456789")
@@ -41,12 +59,14 @@ def parse_yaml(raw: bytes, called: str) -> Any:
         YamlError: it is not UTF-8, not YAML, or gives a key twice.
     """
     try:
-        return yaml.load(raw.decode("utf-8"), Loader=UniqueKeyLoader)
+        found = yaml.load(raw.decode("utf-8"), Loader=UniqueKeyLoader)
+        _check_size(found)
+        return found
     except RecursionError as error:
         raise YamlError(f"{called}: not YAML (nested too deeply)") from error
     except (yaml.YAMLError, ValueError, TypeError) as error:  # of a date, or of bytes, that are none; of lists as keys
         problem, mark = getattr(error, "problem", None) or first_line(error), getattr(error, "problem_mark", None)
-        raise YamlError(f"{called}: not YAML ({f'line {mark.line + 1}: ' if mark else ''}{problem})") from error
+        raise YamlError(f"{called}: not YAML ({f'line {mark.line + 1}: ' if mark else ''}{plain(problem)})") from error
 
 
 def load_yaml(path: Path) -> Any:
@@ -61,3 +81,24 @@ def load_yaml(path: Path) -> Any:
     except (OSError, UnicodeDecodeError) as error:
         raise YamlError(f"{path}: cannot be read ({refusal(error)})") from error
     return parse_yaml(raw, str(path))
+
+
+def _check_size(found: Any) -> None:
+    """Raise RecursionError for what is nested without end, in itself or by aliases of aliases."""
+    level: list[Any] = [[found]]
+    count = 0
+    for _ in range(_MAX_DEPTH):
+        inner = [each for held in level for each in (held.values() if isinstance(held, dict) else held)]
+        level = [each for each in inner if _holds(each)]
+        count += len(inner)
+        if any(isinstance(each, int) and each.bit_length() > _MAX_BITS for each in inner):
+            raise ValueError(f"a number of more than {_MAX_BITS} bits")
+        if not level:
+            return
+        if count > _MAX_VALUES:
+            break
+    raise RecursionError
+
+
+def _holds(value: Any) -> bool:
+    return isinstance(value, (dict, list))

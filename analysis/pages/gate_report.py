@@ -4,9 +4,10 @@ import xml.etree.ElementTree as ElementTree
 
 import polars as pl
 
-from deadbench.analysis.cells import one_line, text
+from deadbench.analysis.cells import text
 from deadbench.analysis.formats import escaped, render
 from deadbench.analysis.gate import BROKEN, CANNOT_TELL, broken, undecided
+from deadbench.suite.plain_text import plain
 from deadbench.suite.secrets import scrubbed
 
 _SUMMARY_COLUMNS = [
@@ -34,8 +35,8 @@ def sides(judged: pl.DataFrame, baseline: str, candidate: str) -> list[str]:
     if failures.is_empty():
         return []
     return [
-        one_line(f"baseline {scrubbed(baseline)}: {_members(failures, 'model', 'revision')}"),
-        one_line(f"candidate {scrubbed(candidate)}: {_members(failures, 'candidate_model', 'candidate_revision')}"),
+        plain(f"baseline {scrubbed(baseline)}: {_members(failures, 'model', 'revision')}", None),
+        plain(f"candidate {scrubbed(candidate)}: {_members(failures, 'candidate_model', 'candidate_revision')}", None),
     ]
 
 
@@ -71,17 +72,17 @@ def junit(judged: pl.DataFrame) -> str:
         suite = ElementTree.SubElement(
             root,
             "testsuite",
-            name=one_line(str(model)),
+            name=plain(str(model)),
             tests=str(len(checks)),
             failures=str(count),
             skipped=str(len(undecided(checks))),
         )
         for row in checks.iter_rows(named=True):
-            place = " ".join(one_line(str(row[name])) for name in ("revision", "read") if row[name] is not None)
+            place = " ".join(plain(str(row[name])) for name in ("revision", "read") if row[name] is not None)
             case = ElementTree.SubElement(
                 suite,
                 "testcase",
-                classname=one_line(f"{model}"),
+                classname=plain(f"{model}"),
                 name=f"{place} seed {row['seed']}: {row['metric'] or 'read'}",
             )
             if row["verdict"] in BROKEN:
@@ -96,4 +97,4 @@ def junit(judged: pl.DataFrame) -> str:
 def _said(row: dict[str, object]) -> str:
     values = [f"{name} {text('lambda_v' if row['metric'] == 'lambda_v' else name, row[name])}"
               for name in ("baseline", "candidate", "change", "allowed") if row[name] is not None]  # fmt: skip
-    return one_line(", ".join([str(row["verdict"]), *values, *([str(row["detail"])] if row["detail"] else [])]))
+    return plain(", ".join([str(row["verdict"]), *values, *([str(row["detail"])] if row["detail"] else [])]), None)

@@ -15,13 +15,13 @@ from typing import Any
 import polars as pl
 import pyarrow.parquet as pq
 
-from deadbench.analysis.cells import one_line
 from deadbench.analysis.families import families
 from deadbench.analysis.formats import environment, render
 from deadbench.analysis.leaderboard import leaderboard
 from deadbench.analysis.pages.report import provenance, write_report
 from deadbench.analysis.results import ResultsError, collected, scan
 from deadbench.suite.errors import message
+from deadbench.suite.plain_text import plain
 from deadbench.suite.schema import TABLES, arrow_schema
 from deadbench.suite.storage import is_url, write_whole
 
@@ -76,8 +76,8 @@ def _write(locations: Sequence[str], folder: Path, title: str, license: str) -> 
     write_report(locations, folder / "report.html")
     rows = {name: _write_table(locations, folder, name) for name in TABLES}
     card = environment().get_template("card.md.j2").render(
-        title=one_line(title),
-        license=one_line(license),
+        title=plain(title),
+        license=plain(license),
         rows={name: count for name, count in rows.items() if count},
         columns={name: [(c.name, c.unit, c.meaning) for c in TABLES[name]] for name, count in rows.items() if count},
         facts=provenance(locations, reads),

@@ -54,19 +54,30 @@ def _bar(column: str) -> list[pl.Expr]:
 
 
 def turning_plot(reads: pl.LazyFrame, norms: pl.LazyFrame) -> Spec | None:
-    """Degrees between v at each checkpoint and at the first, of every model with several whose parameters were read."""
+    """Degrees between v at each checkpoint and at the first, of every model with several whose parameters were read.
+
+    Replicates turn each from its own first checkpoint; they are one line, their mean, with the spread as a bar.
+    """
     read = ok_reads(reads).filter((pl.col("read") == "parameters") & pl.col("checkpoint_step").is_not_null())
     final = norms.filter(pl.col("direction").is_not_null()).select(*KEY, "run_id", "direction")
-    every = last(read, ["model", "checkpoint_step"]).join(final, on=[*KEY, "run_id"], nulls_equal=True)
-    frame = collected(every.select("model", "family", "checkpoint_step", "direction").sort("model", "checkpoint_step"))
-    rows = []
-    for (model,), line in frame.group_by("model", maintain_order=True):
-        along = [np.array(direction_D) for direction_D in line["direction"]]
-        for v_D, step, family in zip(along, line["checkpoint_step"], line["family"], strict=True):
-            if len(along) > 1:
-                rows.append({"line": model, "family": family, "step": step, "value": angle(along[0], v_D)})
-    schema = {"line": pl.String, "family": pl.String, "step": pl.Int64, "value": pl.Float64}
-    return _histories(pl.DataFrame(rows, schema), reads, "degrees from the first", ".3g", log=False)
+    by = ["series", "member", "checkpoint_step"]
+    every = last(in_series(read), by).join(final, on=[*KEY, "run_id"], nulls_equal=True)
+    frame = collected(every.select(*by, "family", "direction").sort(by))
+    turned = []
+    for (series, _), along in frame.group_by("series", "member", maintain_order=True):
+        if len(along) > 1:
+            first_D, *_ = directions = [np.array(direction_D) for direction_D in along["direction"]]
+            for step, family, v_D in zip(along["checkpoint_step"], along["family"], directions, strict=True):
+                turned.append((series, step, family, angle(first_D, v_D)))
+    schema = {"line": pl.String, "step": pl.Int64, "family": pl.String, "angle": pl.Float64}
+    mean, spread = pl.col("angle").mean(), pl.col("angle").std()
+    rows = (
+        pl.DataFrame(turned, schema, orient="row")
+        .group_by("line", "step", maintain_order=True)
+        .agg(pl.col("family").first(), value=mean, low=mean - spread, high=mean + spread)
+        .sort("line", "step")
+    )
+    return _histories(rows, reads, "degrees from the first", ".3g", log=False)
 
 
 def _histories(frame: pl.DataFrame, reads: pl.LazyFrame, title: str, format: str, *, log: bool) -> Spec | None:

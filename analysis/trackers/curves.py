@@ -5,10 +5,10 @@ from typing import NamedTuple
 
 import polars as pl
 
-from deadbench.analysis.cells import one_line
 from deadbench.analysis.compare import METRICS
 from deadbench.analysis.lines import ok_reads
 from deadbench.analysis.results import ResultsError, collected
+from deadbench.suite.plain_text import plain
 
 # What becomes a curve: columns of `reads`.
 CURVES = (*METRICS, "scale_harmonic", "worst_block")
@@ -71,4 +71,4 @@ def by_tokens(points: Iterable[Point]) -> list[Point]:
 
 def _name(row: dict[str, object]) -> str:
     parts = [row["model"], row["read"], row["protocol"], row["dtype"], row["engine"]]
-    return one_line(" ".join(str(part) for part in [*parts, f"seed {row['seed']}"] if part is not None))
+    return plain(" ".join(str(part) for part in [*parts, f"seed {row['seed']}"] if part is not None))

@@ -88,7 +88,7 @@ def classify(
 
 
 def export(
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Folder, Hub id (org/name[@rev]), or URL.")],
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Folder, Hub id (org/name\\[@rev]), or URL.")],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="FILE.safetensors", help="File to write.")],
     config: Config = None,
     model_type: ModelType = None,

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from deadbench.suite.plain_text import plain
+
 EXIT_FALSE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 FORMATS = ("table", "json", "csv", "md", "html", "latex")
 PLAIN_WIDTH = 150  # columns of a table that is not printed to a terminal
@@ -121,4 +123,4 @@ def check_folder(option: str, path: Path | None) -> None:
 
 def say(words: Any) -> None:
     """One line on stderr."""
-    typer.echo(words, err=True)
+    typer.echo(plain(str(words), None), err=True)

@@ -15,6 +15,7 @@ from deadbench.runners.cli.classify import classify, export
 from deadbench.runners.cli.compare import compare
 from deadbench.runners.cli.console import EXIT_FALSE, EXIT_INTERRUPTED, EXIT_USAGE, UserError, print_anywhere
 from deadbench.runners.cli.glossary import glossary
+from deadbench.runners.cli.help import Command, Group
 from deadbench.runners.cli.init import init
 from deadbench.runners.cli.log import log
 from deadbench.runners.cli.plan import plan
@@ -22,8 +23,10 @@ from deadbench.runners.cli.results import dead, families, leaderboard, publish, 
 from deadbench.runners.cli.run import run
 from deadbench.runners.cli.trend import trend
 from deadbench.suite.errors import message
+from deadbench.suite.plain_text import MAX_LINE, plain
 
 app = typer.Typer(
+    cls=Group,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -38,7 +41,7 @@ for command in (
     run, leaderboard, report, trend, compare, families, dead,
     classify, plan, init, log, export, census, publish, glossary,
 ):  # fmt: skip
-    app.command()(command)
+    app.command(cls=Command)(command)
 
 
 @app.callback(invoke_without_command=True)
@@ -62,23 +65,25 @@ def main() -> None:
         code = app(standalone_mode=False)  # Typer turns Ctrl-C into this exit code
         if code == EXIT_INTERRUPTED:
             print("deadbench: interrupted; what finished is kept", file=sys.stderr)
-    except Exception as error:
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of a library in Rust is no Exception
         if "--debug" in sys.argv:
             raise
         code = _explain(error)
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _explain(error: Exception) -> int:
+def _explain(error: BaseException) -> int:
     """Print one line for `error`; returns the exit code."""
     from typer.exceptions import TyperException
 
     if isinstance(error, TyperException):
-        text = error.format_message()
+        text = plain(error.format_message(), MAX_LINE)
     else:
-        text = message(error, None)
+        text = message(error, MAX_LINE)
         if not isinstance(error, (UserError, ValueError)):
-            text = f"{type(error).__name__}: {text}"
+            text = plain(f"{type(error).__name__}: {text}", MAX_LINE)
     print(f"deadbench: {text}", file=sys.stderr)
     expected = isinstance(error, (TyperException, UserError, ValueError))
     return EXIT_USAGE if expected else EXIT_FALSE

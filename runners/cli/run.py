@@ -11,6 +11,7 @@ import typer
 from deadbench.runners.cli import options
 from deadbench.runners.cli.console import EXIT_FALSE, Debug, Json, UserError, check_out, one_of, say
 from deadbench.runners.cli.init import check_named
+from deadbench.suite.errors import message
 from deadbench.suite.read_specs import READ_SPECS
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ def _execute(
     except DriverError as error:
         raise UserError(str(error)) from error
     except StoppedError as error:
-        print(f"deadbench: {error}", file=sys.stderr, flush=True)
+        print(f"deadbench: {message(error, None)}", file=sys.stderr, flush=True)
         if error.lost:
             os._exit(EXIT_FALSE)  # an ordinary end would wait for Ray, which waits for its head
         raise typer.Exit(EXIT_FALSE) from error

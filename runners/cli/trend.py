@@ -84,7 +84,7 @@ def trend(
         say(f"wrote {plot}")
     if metric and format == "table" and not as_json:
         beside = [error for name in metric for error in ERRORS.get(name, ()) if error in series.columns]
-        series = series.select("checkpoint_step", "revision", *metric, *beside, "protocol", "dtype")
+        series = series.select("checkpoint_step", "revision", *metric, *beside, "protocol", "dtype", "num_replicates")
         print_frames({"checkpoints": series, "metrics": sparks, "directions": turns}, format)
     else:
         print_frames({"trend": series, "metrics": sparks, "directions": turns}, "json" if as_json else format)

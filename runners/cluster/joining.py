@@ -17,6 +17,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
+from deadbench.runners.cluster.stillborn import watched
 from deadbench.suite.errors import message, one_line
 from deadbench.suite.scratch import Scratch, sweep
 from deadbench.suite.secrets import without_secrets
@@ -78,8 +79,10 @@ def connect(address: str | None, say: Callable[[str], None] = lambda line: None)
         options["_temp_dir"] = str(scratch.path / "ray")  # which Ray opens to all, within what is closed
     if not target.startswith("ray://"):  # there the server makes the job
         options["job_config"] = _job_config()
+    watch = contextlib.nullcontext() if scratch is None else watched(scratch.path / "ray")
     try:
-        ray.init(address=target, logging_level="ERROR", log_to_driver=False, **options)
+        with watch:
+            ray.init(address=target, logging_level="ERROR", log_to_driver=False, **options)
     except Exception as error:
         if scratch is not None:
             scratch.close()

@@ -42,7 +42,13 @@ def vllm_architecture(raw_config: dict[str, Any]) -> str:
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    stated = [name for name in raw_config.get("architectures") or () if name.endswith(("ForCausalLM", "LMHeadModel"))]
+    from deadbench.suite.architectures.objectives import stated_architectures
+
+    stated: list[str | None] = [
+        name
+        for name in stated_architectures(raw_config.get("architectures"))
+        if name.endswith(("ForCausalLM", "LMHeadModel"))
+    ]
     name = (stated or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(raw_config["model_type"])])[0]
     if name is None:
         raise ValueError(f"vLLM runs language models, and {raw_config['model_type']!r} is none; give --engine torch")

@@ -5,21 +5,24 @@ read is recognised before anything is loaded.
 """
 
 import contextlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from deadbench.runners.engines.registry import DEFAULT, ENGINES, refused_together
-from deadbench.runners.jobs.job import JobError, ModelJob, Overrides, ReadJob, Unfit, protocol_hash
+from deadbench.runners.jobs.job import JobError, ModelJob, Overrides, ReadJob, SourceError, Unfit, protocol_hash
 from deadbench.runners.jobs.opening import Opened, fingerprint_of, needs_config_alone, open_all, revisions_of
 from deadbench.runners.jobs.own_model import own_model
 from deadbench.suite.checkpoints.series import Series, gathered, series_in
 from deadbench.suite.checkpoints.sources import locate
-from deadbench.suite.errors import CheckpointError, InputError
+from deadbench.suite.errors import CheckpointError, InputError, one_line, one_source
 from deadbench.suite.inputs.early_checks import check_config
 from deadbench.suite.inputs.specs import check_spec, content_hash
+from deadbench.suite.plain_text import plain
 from deadbench.suite.read_specs import DEFAULT_READS, READ_SPECS
 from deadbench.suite.registry.entries import Model, Protocol, Registry, SuiteEntry
+from deadbench.suite.secrets import scrubbed
 
 DEFAULT_INPUT = {"text": "text", "image": "image", "audio": "audio:noise"}
 _CONCURRENT_MODELS = 16
@@ -81,11 +84,22 @@ def build_jobs(
         suite_entries = {}
         named = [*suite.entries()]
 
-    def job_of(each: str | Series | SuiteEntry) -> ModelJob:
+    def job_of(each: str | Series | SuiteEntry) -> ModelJob | _Failed:
+        try:
+            with one_source(_called(each)):
+                return job_that_may_fail(each)
+        except (SourceError, CheckpointError) as error:
+            return _Failed(each, error)
+
+    def job_that_may_fail(each: str | Series | SuiteEntry) -> ModelJob:
         model, found = _meant(each, registry, overrides, base)
+        job = _model_job(asked_of(each, model), series_of(model))
+        return job if found is None else replace(job, remarks=(found.told(), *job.remarks))
+
+    def asked_of(each: str | Series | SuiteEntry, model: Model) -> _Asked:
         entry = each if isinstance(each, SuiteEntry) else suite_entries.get(model.id, SuiteEntry(model=model.id))
         wanted = reads or entry.reads or (suite.reads if suite else list(DEFAULT_READS))
-        asked = _Asked(
+        return _Asked(
             model=model,
             reads=[read for read in READ_SPECS if read in wanted],
             input=overrides.input or entry.input or model.input or DEFAULT_INPUT[model.modality],
@@ -95,12 +109,38 @@ def build_jobs(
             base=base,
             assumed=assumed,
         )
-        series = every_checkpoint or model.revision is None or (suite is not None and suite.checkpoints)
-        job = _model_job(asked, series)
-        return job if found is None else replace(job, remarks=(found.told(), *job.remarks))
+
+    def series_of(model: Model) -> bool:
+        return every_checkpoint or model.revision is None or (suite is not None and suite.checkpoints)
 
     with ThreadPoolExecutor(_CONCURRENT_MODELS) as pool:  # each waits for its server
-        return list(pool.map(job_of, named))
+        jobs = list(pool.map(job_of, named))
+    failures = [each for each in jobs if isinstance(each, _Failed)]
+    if failures and len(failures) == len(jobs):  # nothing is left that could go on
+        raise JobError(str(failures[0].error)) from failures[0].error
+    return [_failed_job(each, asked_of) if isinstance(each, _Failed) else each for each in jobs]
+
+
+@dataclass(frozen=True)
+class _Failed:
+    """What was named, and why nothing can be read of it."""
+
+    named: str | Series | SuiteEntry
+    error: Exception
+
+
+def _called(named: str | Series | SuiteEntry) -> str:
+    return named.model if isinstance(named, SuiteEntry) else named.source if isinstance(named, Series) else named
+
+
+def _failed_job(failed: _Failed, asked_of: Callable[[str | Series | SuiteEntry, Model], _Asked]) -> ModelJob:
+    """Failed reads of what was named, beside the others that go on."""
+    source = _called(failed.named)
+    model = Model.model_construct(id=plain(scrubbed(source), None), source=source, modality="text")
+    asked = asked_of(failed.named, model)
+    opened = (None, one_line(failed.error))
+    reads = tuple(_read_job(asked, read, None, DEFAULT, opened) for read in asked.reads)
+    return ModelJob(model.id, reads, 1)
 
 
 def _meant(

@@ -21,6 +21,10 @@ class JobError(ValueError):
     """A request that cannot become jobs; one line, exit code 2."""
 
 
+class SourceError(JobError):
+    """A source that was named and cannot be read: its own failed reads where others can be."""
+
+
 class Unreached(str):
     """The error of a read whose source cannot be reached from here: where the read runs it may be."""
 

@@ -10,7 +10,7 @@ from deadbench.runners.jobs.job import ModelJob, Overrides, Unfit, Unreached
 from deadbench.suite.checkpoints.checkpoint import list_revisions
 from deadbench.suite.checkpoints.series import gathered, series_in
 from deadbench.suite.checkpoints.sources import is_hub_id, locate
-from deadbench.suite.errors import CheckpointError, UnreachableError
+from deadbench.suite.errors import CheckpointError, UnreachableError, one_source
 from deadbench.suite.read_specs import READ_SPECS
 from deadbench.suite.registry.entries import CheckpointPattern, Model, Registry
 
@@ -61,7 +61,8 @@ def revisions_of(model: Model, base: Path) -> tuple[list[str | None], str | None
     if isinstance(series, list):
         return list(series), None
     try:
-        found = series.names(list_revisions(model.source or "", base))
+        with one_source(model.source or ""):
+            found = series.names(list_revisions(model.source or "", base))
     except CheckpointError as error:
         return [model.revision], _told(error)
     return (
@@ -100,9 +101,10 @@ def open_all(
 
     def attempt(revision: str | None) -> tuple[Opened, str | None]:
         try:
-            checkpoint = overrides.opened(source, revision, base)
-            checkpoint.config()  # of a gated repository everything is listed, and nothing can be read
-            return (checkpoint.fingerprint(), None), checkpoint.remark
+            with one_source(source):
+                checkpoint = overrides.opened(source, revision, base)
+                checkpoint.config()  # of a gated repository everything is listed, and nothing can be read
+                return (checkpoint.fingerprint(), None), checkpoint.remark
         except CheckpointError as error:
             return (None, _told(error)), None
 

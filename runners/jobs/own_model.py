@@ -2,10 +2,11 @@
 
 from typing import Any
 
-from deadbench.runners.jobs.job import JobError, Overrides
+from deadbench.runners.jobs.job import Overrides, SourceError
 from deadbench.suite.checkpoints.series import Series
-from deadbench.suite.errors import CheckpointError
+from deadbench.suite.errors import CheckpointError, one_source
 from deadbench.suite.inputs.specs import MODALITIES
+from deadbench.suite.plain_text import plain
 from deadbench.suite.registry.entries import Model
 from deadbench.suite.secrets import scrubbed
 from deadbench.suite.storage import is_url
@@ -17,22 +18,26 @@ def own_model(named: str | Series, overrides: Overrides) -> Model:
     """The model that `named` is, its modality told by the input or the configuration.
 
     Raises:
-        JobError: it cannot be opened.
+        SourceError: it cannot be opened.
     """
     series = named if isinstance(named, Series) else None
     source = named.source if isinstance(named, Series) else named
     try:
-        checkpoint = overrides.opened(source, series.names[0] if series else None)
-        config = checkpoint.config()
+        with one_source(source):
+            checkpoint = overrides.opened(source, series.names[0] if series else None)
+            config = checkpoint.config()
     except CheckpointError as error:
-        raise JobError(f"{error} (and no model of that id is in the registry)") from error
+        raise SourceError(f"{error} (and no model of that id is in the registry)") from error
     told = MODALITIES.get(overrides.input.partition(":")[0]) if overrides.input else None
     modality = told or _main_modality(config)
     if series is not None:
-        return Model.model_construct(id=scrubbed(series.name), source=source, modality=modality)
+        return Model.model_construct(id=plain(scrubbed(series.name), None), source=source, modality=modality)
     revision = None if "@" in source else checkpoint.revision
     return Model.model_construct(
-        id=scrubbed(source), source=source, revision=None if is_url(source) else revision, modality=modality
+        id=plain(scrubbed(source), None),
+        source=source,
+        revision=None if is_url(source) else revision,
+        modality=modality,
     )
 
 

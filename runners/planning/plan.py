@@ -16,7 +16,8 @@ from deadbench.runners.planning.needs import needs
 from deadbench.runners.planning.placement import Placement, fit, fit_whole, joined, replicated
 from deadbench.runners.planning.sizes import ModelSize, measure
 from deadbench.suite.checkpoints.tensors import TensorEntry
-from deadbench.suite.errors import CheckpointError
+from deadbench.suite.errors import CheckpointError, one_line, one_source
+from deadbench.suite.plain_text import plain
 from deadbench.suite.read_specs import READ_SPECS
 
 _ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -53,12 +54,27 @@ def place(read: ReadJob, cluster: Cluster, tensor_parallel: int | None = None) -
     if not READ_SPECS[read.read].runs_model:
         return replace(row, note=joined("headers and norms only", remark), problem=problem)
     try:
-        size, dtype, inline = _facts(read)
+        with one_source(read.model.id):
+            return _placed(row, read, cluster, tensor_parallel, problem, remark)
     except ValueError as error:
-        return replace(row, problem=problem or str(error))
+        return replace(row, problem=problem or one_line(error))
+
+
+def _placed(
+    row: Placement,
+    read: ReadJob,
+    cluster: Cluster,
+    tensor_parallel: int | None,
+    problem: str | None,
+    remark: str | None,
+) -> Placement:
+    """`row` of a read by forward pass; raises whatever its configuration makes transformers raise."""
+    size, dtype, inline = _facts(read)
     if inline:
         remark = "sized by the registry's configuration"
     share = -(-num_tokens(read.protocol.tokens, size.hidden_size) // read.replicas)
+    if dtype not in _ITEM_BYTES:
+        raise ValueError(f"dtype {plain(dtype)} is none that a model runs in; give --dtype {', '.join(_ITEM_BYTES)}")
     row, need = replace(row, dtype=dtype), needs(size, read.read, _ITEM_BYTES[dtype], share, read.protocol.tap_stride)
     if not READ_SPECS[read.read].divides:
         found = fit_whole(row, need, Room.of(cluster))

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from deadbench.runners.jobs.events import Finished, Progress
 from deadbench.runners.jobs.job import ModelJob, ReadJob
+from deadbench.suite.plain_text import plain
 
 _HEADERS = ("model", "phase", "done", "rate", "GPU memory", "left")
 _TOLD_SECONDS = 60.0  # between two lines of one model where there is no terminal
@@ -69,7 +70,10 @@ class Reporter:
 
     def say(self, text: str) -> None:
         """One plain line."""
-        self._console.print(escape(text), soft_wrap=True)
+        self._print(plain(text, None))
+
+    def _print(self, line: str) -> None:
+        self._console.print(escape(line), soft_wrap=True)
 
     def run_started(self, run_id: str, num_models: int) -> None:
         """A run begins."""
@@ -100,7 +104,8 @@ class Reporter:
         outcome = f"failed: {row['error']}" if row["status"] == "failed" else _headline(row)
         self.say(f"[{self._done}/{self._total}] {event.job.label()}: {outcome}{seconds}")
         if self._debug and event.traceback:
-            self.say(event.traceback)
+            for each in event.traceback.splitlines():
+                self._print(each.replace("\x1b", "\\x1b"))
 
     def retry(self, read: ReadJob, cause: str, attempt: int, changed: str | None) -> None:
         """A read of which a process died is tried again, with what `changed`."""
@@ -116,7 +121,7 @@ class Reporter:
     def _render(self) -> RenderableType:
         table = Table(*_HEADERS, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
         for line in list(self._lines.values()):
-            table.add_row(*(escape(cell) for cell in _cells(line)))
+            table.add_row(*(escape(plain(cell)) for cell in _cells(line)))
         seconds = time.monotonic() - self._began
         left = f", about {_duration(seconds * (self._total - self._done) / self._done)} left" if self._done else ""
         table.caption = f"{self._done} of {self._total} reads in {_duration(seconds)}{left}"

@@ -3,23 +3,27 @@
 A read that fails is a finished row with its error; only the death of the process is not told from here.
 """
 
+import re
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deadbench.runners.engines.registry import ENGINES
-from deadbench.runners.jobs.events import Event, Finished, Progress, Reading, to_tables
+from deadbench.runners.jobs.events import Event, Finished, Progress, Reading, Remark, to_tables
 from deadbench.runners.jobs.job import ModelJob, ReadJob
 from deadbench.runners.worker.passable import refuse_without_pass
-from deadbench.suite.errors import one_line
+from deadbench.suite.errors import CheckpointError, one_line
 
 if TYPE_CHECKING:
     from deadbench.runners.jobs.resolved import Configuration
     from deadbench.suite.checkpoints.checkpoint import Checkpoint
     from deadbench.suite.reads.anatomy import Anatomy
     from deadbench.suite.reads.parameters import ParametersRead
+
+_COMMIT = re.compile("[0-9a-f]{40}")  # the fingerprint of what is on the Hub
 
 
 def run_model(job: ModelJob, run_id: str, attempt: int) -> Iterator[Event]:
@@ -62,6 +66,7 @@ def _read_parameters(read: ReadJob) -> Reading:
 
     checkpoint = read.opened(read.revision)
     result = read_parameters(checkpoint)
+    yield from _where_from(read, checkpoint)
     if result.final.family == "undetermined":
         raise ValueError(f"the final norm cannot be determined: {result.reason}")
     config = Configuration(checkpoint.config())
@@ -96,13 +101,13 @@ def _dissected(config: "Configuration", checkpoint: "Checkpoint", result: "Param
 def _read_random(read: ReadJob) -> Reading:
     from deadbench.runners.jobs.resolved import Configuration, published_wiring
     from deadbench.runners.worker.request import RandomWeights
-    from deadbench.suite.errors import CheckpointError
 
     with ExitStack() as stack:
         raw_config, folder = read.model.config, None
         if raw_config is None:
             checkpoint = read.opened(read.model.main_checkpoint())
             raw_config = checkpoint.config()
+            yield from _where_from(read, checkpoint)
         if read.input is not None and read.input.partition(":")[0] in ("text", "hf"):
             if read.model.source is None:
                 raise ValueError("text needs a tokenizer and the registry gives no source; use tokens:random")
@@ -127,6 +132,7 @@ def _read_trained(read: ReadJob) -> Reading:
 
     checkpoint = read.opened(read.revision)
     config = Configuration(checkpoint.config())
+    yield from _where_from(read, checkpoint)
     entries = checkpoint.headers()  # refuses broken files before anything is loaded
     weights = checkpoint.weights().format
     refuse_without_pass(checkpoint, read.engine)
@@ -155,6 +161,23 @@ def _merged(checkpoint: "Checkpoint") -> str | None:
         return None
     maps = len(checkpoint.tensors.changes)
     return f"{checkpoint.kind} adapter merged into {maps} maps of its base {checkpoint.base.source}"
+
+
+def _where_from(read: ReadJob, checkpoint: "Checkpoint") -> Iterator[Remark]:
+    """That the Hub's cache of this node was read, and which snapshot in it.
+
+    Raises:
+        CheckpointError: it is another commit than the one that was found where the command was given.
+    """
+    if checkpoint.remark is None:
+        return
+    listed, taken = read.fingerprint or "", Path(checkpoint.folder or "").name
+    if _COMMIT.fullmatch(listed) and taken != listed:
+        raise CheckpointError(
+            f"{checkpoint.source}: commit {listed} is to be read and this node's cache of the Hub has {taken}; "
+            "let the node reach the Hub, or put that snapshot into its cache"
+        )
+    yield Remark(read.label(), checkpoint.remark)
 
 
 def _named(tensors: list[str]) -> str:
@@ -190,6 +213,7 @@ def _read_functional(read: ReadJob) -> Reading:
     trained = any(name.endswith(stored) for name in checkpoint.names())
     entries = checkpoint.headers() if trained else None
     config = Configuration(checkpoint.config())
+    yield from _where_from(read, checkpoint)
     if entries is not None:
         refuse_without_pass(checkpoint, read.engine)
         refuse_unexpected(published(config), config.raw, entries, checkpoint.source)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from deadbench.suite.architectures.objectives import stated_architectures
 from deadbench.suite.errors import ArchitectureError, RemoteCodeError, reason_of
 
 SMALL_MODEL = 500_000_000  # parameters: 2 GB in float32, a few seconds to draw
@@ -67,8 +68,10 @@ def published_class(config: Any) -> Any:
     """transformers' class of the published architecture (`config.architectures[0]`), heads included, or None."""
     import transformers
 
-    names = (name for name in config.architectures or () if isinstance(name, str))
-    return next((found for name in names if (found := getattr(transformers, name, None)) is not None), None)
+    classes = (
+        getattr(transformers, name, None) for name in stated_architectures(getattr(config, "architectures", None))
+    )
+    return next((found for found in classes if found is not None), None)
 
 
 def build_published(config: Any, device: str = "cpu") -> nn.Module:

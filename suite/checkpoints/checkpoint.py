@@ -96,13 +96,14 @@ class Checkpoint:
                 self._folder = HubFolder(source, self._hub_id, self.revision)
             else:
                 self._folder = FsspecFolder(source, str(self._local))
+                self.remark = f"HF_HUB_OFFLINE is set: read from the Hub's cache, {self._local}"
         elif place.startswith(("http://", "https://")):
             address, mark, query = place.partition("?")
             below = address.rstrip("/") + (f"/{revision}" if revision else "")
             self._folder = HttpFolder(source, below + mark + query)
         elif is_url(place):
             self._folder = FsspecFolder(source, place.rstrip("/") + (f"/{revision}" if revision else ""))
-        elif Path(source).exists():
+        elif os.path.exists(source):
             raise CheckpointError(
                 f"{source}: not a directory, nor by its ending weights; give the folder that holds config.json"
             )

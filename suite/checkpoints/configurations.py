@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from deadbench.suite.checkpoints.dialects.timm import MODEL_TYPE, is_timm
-from deadbench.suite.checkpoints.strict_json import MAX_JSON_BYTES, parse_object
+from deadbench.suite.checkpoints.strict_json import MAX_JSON_BYTES, parse_object, shown
 from deadbench.suite.errors import CheckpointError
+from deadbench.suite.plain_text import plain
 
 # Numbers in a configuration that make transformers build so many objects, whatever the device.
 _COUNTS = re.compile(r"^(n_layers?|num_.*layers|.*_layers|depths?|num_labels|(n|num)_.*experts)$")
 _MAX_COUNT = 100_000
+_MAX_DEPTH = 40  # of objects in objects; the deepest published one has seven
 
 
 def config_file(path: Path) -> dict[str, Any]:
@@ -31,6 +33,7 @@ def checked(config: Mapping[str, Any], called: str, model_type: str | None = Non
     Raises:
         CheckpointError: counts that no model has.
     """
+    _check_depth(config, called)
     _check_counts(config, called)
     plain = {key: _plain_floats(value) for key, value in config.items()}
     if not isinstance(plain.get("model_type"), str):
@@ -59,13 +62,23 @@ def _type_of(architectures: Any) -> str | None:
     return longest_named[0] if len(longest_named) == 1 else None
 
 
+def _check_depth(config: Mapping[str, Any], called: str) -> None:
+    level: list[Any] = [config]
+    for _ in range(_MAX_DEPTH):
+        level = [each for value in level for each in (value.values() if isinstance(value, Mapping) else value)]
+        level = [each for each in level if isinstance(each, (dict, list))]
+        if not level:
+            return
+    raise CheckpointError(f"{called}: nested more than {_MAX_DEPTH} deep; no configuration is")
+
+
 def _check_counts(config: Mapping[str, Any], called: str) -> None:
     for key, value in config.items():
         values = value if isinstance(value, list) else [value]
         if isinstance(value, dict):
             _check_counts(value, called)
         elif _COUNTS.match(key) and any(isinstance(v, (int, float)) and v > _MAX_COUNT for v in values):
-            raise CheckpointError(f"{called}: {key} is {value!r}; no model has more than {_MAX_COUNT}")
+            raise CheckpointError(f"{called}: {plain(key)} is {shown(value)}; no model has more than {_MAX_COUNT}")
 
 
 def _plain_floats(value: Any) -> Any:

@@ -4,6 +4,7 @@ import os
 import re
 from pathlib import Path
 
+from deadbench.suite.plain_text import plain
 from deadbench.suite.secrets import scrubbed
 from deadbench.suite.storage import is_url
 
@@ -19,9 +20,12 @@ def locate(source: str, base: Path | None = None) -> str:
     not ask again where other folders are.
     """
     if not source.startswith(_HUB):
-        for candidate in (Path(source).expanduser(), *([base / source] if base else [])):
-            if candidate.is_dir() or (candidate.name.endswith(_FILES) and candidate.is_file()):
-                return str(candidate.absolute())
+        try:
+            for candidate in (Path(source).expanduser(), *([base / source] if base else [])):
+                if candidate.is_dir() or (candidate.name.endswith(_FILES) and candidate.is_file()):
+                    return str(candidate.absolute())
+        except (OSError, ValueError, RuntimeError):  # a name too long, a NUL in it, a user who is not there
+            return source
     return f"{_HUB}{source}" if _HUB_ID.match(source) else source
 
 
@@ -53,7 +57,7 @@ def identify(source: str, place: str | None = None) -> tuple[str, str | None]:
     if hub_id:
         name, _, revision = hub_id.partition("@")
         return name, revision or "main"
-    return scrubbed(source).rstrip("/"), None
+    return plain(scrubbed(source), None).rstrip("/"), None
 
 
 def hub_id_of(place: str) -> str | None:

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deadbench.suite.checkpoints.adapters import open_checkpoint
-from deadbench.suite.errors import CheckpointError
+from deadbench.suite.errors import one_line, one_source
 from deadbench.suite.reads.parameters import read_parameters
 
 
@@ -26,17 +26,18 @@ def classify(
     direction_D = None
     checkpoint = None
     try:
-        checkpoint = open_checkpoint(source, config=config, model_type=model_type)
-        read = read_parameters(checkpoint, verify)
-        columns = read.columns()
-        result |= {name: columns[name] for name in CLASSIFY_FIELDS if name in columns}
-        result |= {"revision": checkpoint.revision, "bytes_total": checkpoint.bytes_total()} | checkpoint.origin()
-        remarks = (checkpoint.remark, checkpoint.contents().remark)
-        result["evidence"] = [*read.evidence, *(remark for remark in remarks if remark)]
-        result["error"] = f"{source}: {read.reason}" if read.needs_remote_code else None
-        direction_D = read.direction_D
-    except CheckpointError as error:
-        result |= {"error": str(error)}
+        with one_source(source):
+            checkpoint = open_checkpoint(source, config=config, model_type=model_type)
+            read = read_parameters(checkpoint, verify)
+            columns = read.columns()
+            result |= {name: columns[name] for name in CLASSIFY_FIELDS if name in columns}
+            result |= {"revision": checkpoint.revision, "bytes_total": checkpoint.bytes_total()} | checkpoint.origin()
+            remarks = (checkpoint.remark, checkpoint.contents().remark)
+            result["evidence"] = [*read.evidence, *(remark for remark in remarks if remark)]
+            result["error"] = f"{source}: {read.reason}" if read.needs_remote_code else None
+            direction_D = read.direction_D
+    except ValueError as error:
+        result |= {"error": one_line(error)}
     result["bytes_read"] = checkpoint.bytes_read if checkpoint else 0
     result["seconds"] = time.perf_counter() - started
     return result, direction_D

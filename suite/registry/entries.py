@@ -4,10 +4,11 @@ One obvious place to add a model is the file itself; what may stand there is dec
 with file, entry, value and what is allowed.
 """
 
+import json
 import re
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 from deadbench.suite.read_specs import DEFAULT_READS, READ_SPECS
 
@@ -183,6 +184,11 @@ class Model(Strict):
     seen: Seen | None = None
     unverified: list[str] = []
     notes: str | None = None
+
+    @field_validator("config")
+    @classmethod
+    def _as_json_has_it(cls, config: dict[str, Any] | None) -> Any:
+        return json.loads(json.dumps(config))  # keys that are numbers are text there
 
     @model_validator(mode="after")
     def _has_origin(self) -> Self:

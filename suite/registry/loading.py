@@ -6,6 +6,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from deadbench.suite.errors import one_line
+from deadbench.suite.plain_text import MAX_LINE, plain
 from deadbench.suite.registry.entries import (
     CheckpointPattern,
     ListedCheckpoints,
@@ -70,7 +72,9 @@ def load_registry(path: Path) -> Registry:
     try:
         return Registry.model_validate(raw)
     except ValidationError as error:
-        raise RegistryError(f"{path}: {_first_mistake(error, raw)}") from error
+        raise RegistryError(f"{path}: {plain(_first_mistake(error, raw), MAX_LINE)}") from error
+    except (TypeError, ValueError, RecursionError) as error:  # of values that no entry foresees
+        raise RegistryError(f"{path}: {one_line(error)}") from error
 
 
 def _first_mistake(error: ValidationError, raw: dict[str, Any]) -> str:

@@ -120,7 +120,7 @@ def test_unknown_format(board):
         ("failing", ["a", "b"], None, "a; b"),
         ("failing", [], None, "-"),
         ("failing", list("abcdefghij"), None, "a; b; c; d; e; f; g; h; and 2 more"),
-        ("error", "two\nlines\u202e", None, "two lines\ufffd"),
+        ("error", "two\nlines\u202e", None, "two lines\\u202e"),
         ("rank", None, None, "-"),
     ],
 )

@@ -134,7 +134,7 @@ def test_a_gate_file_that_is_not_there_and_a_line_without_end(tmp_path):
     path.write_text(f"metrics: {{{'x' * 1000}: {{worse: lower}}}}")
     with pytest.raises(GateError) as error:
         load_gate(path)
-    assert len(str(error.value)) == len(f"{path}: ") + 400
+    assert len(str(error.value)) == len(f"{path}: ") + 300
 
 
 def test_all_rules_that_judged_nothing_are_named(frame, read):

@@ -53,7 +53,14 @@ def read_dcp(files: Files, name: str) -> Contents:
     """
     if files.size(name) > MAX_PICKLE_BYTES:
         raise CheckpointError(f"{name}: {files.size(name):,} bytes; at most {MAX_PICKLE_BYTES:,} are read")
-    told, _ = read_pickle(files.read(name), name, _NAMES)
+    try:
+        told, _ = read_pickle(files.read(name), name, _NAMES)
+    except CheckpointError as error:
+        reason = str(error).removeprefix(f"{name}: ")
+        raise CheckpointError(
+            f"{name}: by its name the metadata of torch.distributed.checkpoint, but damaged or another program's: "
+            f"{reason}; save the checkpoint again, or take the file out of the folder"
+        ) from error
     facts = told.fields if isinstance(told, Record) else {}
     tensors, stored, paths = (facts.get(key) for key in ("state_dict_metadata", "storage_data", "planner_data"))
     if not isinstance(tensors, dict) or not isinstance(stored, dict):

@@ -1,5 +1,7 @@
 """What the plots draw: their rows, their axes and what they leave out; nothing here is turned into pixels."""
 
+from math import cos, radians, sin
+
 import polars as pl
 import pytest
 
@@ -10,7 +12,7 @@ from deadbench.analysis.plots.movement import STILL, movement_plot
 from deadbench.analysis.plots.norms import norms_plot
 from deadbench.analysis.plots.positions import QUANTITIES, WITH, WITHOUT, positions_plot
 from deadbench.analysis.plots.spectra import spectra_plot
-from deadbench.analysis.plots.training import training_plot, trend_plot
+from deadbench.analysis.plots.training import training_plot, trend_plot, turning_plot
 from deadbench.analysis.results import scan
 from deadbench.analysis.trend import checkpoints, summary
 from deadbench.suite.schema import KEY, to_table
@@ -59,6 +61,24 @@ def test_seeds_are_one_point_with_their_spread_as_a_bar(frame, read):
     series = checkpoints(frame(rows), "m-seed*")
     drawn = trend_plot(series, summary(series), ["depth"])["datasets"]["depth"]
     assert [row["low"] for row in drawn] == pytest.approx([14 - 2**0.5, 15 - 2**0.5])
+
+
+def test_seeds_turn_as_one_line_from_their_own_first_checkpoints(frame, read):
+    turns = {("m-seed1", 1): 0, ("m-seed1", 2): 10, ("m-seed2", 1): 40, ("m-seed2", 2): 70, ("alone", 1): 0,
+             ("alone", 2): 5, ("once", 1): 0}  # fmt: skip
+    rows = [read(model, "parameters", revision=f"step{step}", checkpoint_step=step) for model, step in turns]
+    norms = [
+        key(row) | {"norm": "ln_f", "direction": [cos(radians(t)), sin(radians(t))]}
+        for row, t in zip(rows, turns.values(), strict=True)
+    ]
+    drawn = turning_plot(frame(rows), table("norms", norms))["datasets"]["history"]
+    found = {(row["line"], row["step"]): (row["value"], row["low"], row["high"]) for row in drawn}
+    spread = 200**0.5  # of 10 and 30 degrees
+    assert found["m-seed*", 2] == pytest.approx((20, 20 - spread, 20 + spread))
+    assert found["m-seed*", 1] == pytest.approx((0, 0, 0))
+    assert found["alone", 2] == (pytest.approx(5), None, None), "of one there is no bar"
+    assert set(found) == {(line, step) for line in ("m-seed*", "alone") for step in (1, 2)}
+    assert turning_plot(frame(rows[-1:]), table("norms", norms)) is None
 
 
 def test_eigenvalues_of_zero_scales_lie_on_the_foot_and_hide_nothing(result_set, read):

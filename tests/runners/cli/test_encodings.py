@@ -62,7 +62,7 @@ def test_every_command_and_format_prints(tmp_path, encoding):
     printed = dict(zip(commands, played, strict=True))
     wanted = {"gate": 1, "error": 2, "classify": 1}
     assert {key: code for key, (_, code) in printed.items()} == {key: wanted.get(key[0], 0) for key in commands}
-    assert "| o.o+## |" in printed["trend", "md"][0]
+    assert "| o.oo## |" in printed["trend", "md"][0]
     assert json.loads(printed["classify", "json"][0])["sources"][0]["source"] == str(folder)
     assert "&#9601;" in printed["trend", "html"][0], "a page keeps its sparks"
     assert "no such result set" in said
@@ -71,7 +71,7 @@ def test_every_command_and_format_prints(tmp_path, encoding):
 def test_a_terminal_that_has_the_letters_gets_them():
     (text, code), *_ = play([TABLES["trend"]], "utf-8")[0]
     assert code == 0
-    assert "▇▁▇▆██" in text
+    assert "▇▁▇▇██" in text
 
 
 def test_a_folder_can_be_told_on_stderr_that_lacks_its_letters():

@@ -1,5 +1,6 @@
 """Options that several commands share are the same everywhere, and become jobs and a cluster in one place."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -72,3 +73,20 @@ def test_a_registry_that_nobody_named_is_passed_over_for_a_source(tmp_path, monk
     for needed in (([],), (["gpt2"],), (["../m"], "quick"), (["../m"], None, Path("models.yaml"))):
         with pytest.raises(RegistryError, match=r"^models\.yaml"):
             ask(*needed)
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 100])
+@pytest.mark.parametrize("command", [None, *get_command(app).commands])
+def test_no_terminal_cuts_the_help(deadbench, monkeypatch, command, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", width)
+    code, out, _ = deadbench(*([command] if command else []), "--help")
+    assert code == 0
+    assert max(map(len, out.splitlines())) <= width
+    group = get_command(app)
+    options = group.commands[command].params if command else group.params
+    words, joined = out.split(), re.sub(r"[\s│]", "", out)
+    whole = [name for each in options for name in each.opts if name.startswith("--")] if command else [*group.commands]
+    assert [name for name in whole if name not in words] == []
+    said = [re.sub(r"\s|\\(?=\[)", "", each.help or "") for each in options]
+    assert [text for text in said if text not in joined] == []

@@ -103,3 +103,20 @@ def test_reports_and_plots_are_files(deadbench, tmp_path):
     code, _, err = deadbench("compare", *sides, "--plot", tmp_path / "c.gif")
     assert (code, err.count("\n")) == (2, 1)
     assert "a plot is written as svg, png or pdf" in err
+
+
+def test_a_trend_of_asked_metrics_says_what_a_mean_over_seeds_is_of(deadbench, tmp_path):
+    rows = [
+        {"run_id": "r", "model": f"m-seed{seed}", "revision": f"step{step}", "read": "trained", "seed": 0,
+         "protocol_hash": "h", "engine": "torch", "protocol": "p", "dtype": "float32", "family": "layernorm",
+         "status": "ok", "checkpoint_step": step, "depth": 12.0 + seed}
+        for seed in (1, 2, 3) for step in (1, 2)
+    ]  # fmt: skip
+    ResultStore(str(tmp_path)).write({"reads": to_table("reads", rows)})
+    for asked in ([], ["--metric", "depth"]):
+        _, out, _ = deadbench("trend", tmp_path, "--model", "m-seed*", *asked)
+        first, _, _ = out.partition("metrics\n")
+        assert "mean ± standard deviation over up to 3 seeds" in first
+        assert "num replicates" not in first
+    _, out, _ = deadbench("trend", tmp_path, "--model", "m-seed1", "--metric", "depth")
+    assert "seeds" not in out

@@ -160,4 +160,4 @@ def test_a_terminals_own_width_counts():
     assert process.wait(60) == 0
     words = re.sub(r"\x1b\[[\d;]*m", "", text.decode()).replace("\r", "")
     assert max(map(len, words.splitlines())) <= 60
-    assert "3.63e-14" in words
+    assert "4.24e-14" in words

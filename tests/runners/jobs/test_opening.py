@@ -1,13 +1,14 @@
 """A name is settled once, where the command is given; a worker in another folder opens that and nothing else."""
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from deadbench.runners.census.worker import census_row
 from deadbench.runners.jobs.build import build_jobs
-from deadbench.runners.jobs.events import Finished
+from deadbench.runners.jobs.events import Finished, Remark
 from deadbench.runners.jobs.job import Overrides
 from deadbench.runners.jobs.opening import which_are_meant
 from deadbench.runners.worker.run import run_model
@@ -67,6 +68,26 @@ def test_a_model_that_is_read_from_the_hubs_cache_for_want_of_the_hub_says_so(hu
     (remark,) = job.remarks
     assert remark.startswith("team/model@main: the Hub cannot be reached: read from its cache, ")
     assert job.reads[0].error is None
+
+
+@pytest.mark.parametrize(
+    ("offline", "told"),
+    [
+        (True, "HF_HUB_OFFLINE is set: read from the Hub's cache, "),
+        (False, "the Hub cannot be reached: read from its cache, "),
+    ],
+)
+def test_a_worker_that_reads_its_cache_says_which_snapshot_and_takes_no_other_commit(hub, monkeypatch, offline, told):
+    (job,) = _jobs("team/model")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    told += str(hub / "hub/models--team--model/snapshots" / COMMIT)
+    listed = [replace(job, reads=(replace(job.reads[0], fingerprint=commit),)) for commit in (COMMIT, "b" * 40)]
+    same, another = (list(run_model(each, "run", 1)) for each in listed)
+    assert [event.text for event in same if isinstance(event, Remark)] == [told]
+    assert same[-1].row["status"] == "ok"
+    assert another[-1].row["status"] == "failed"
+    assert f"commit {'b' * 40} is to be read and this node's cache of the Hub has {COMMIT}" in another[-1].row["error"]
 
 
 @pytest.mark.parametrize("name", ["team/model", "hf://team/model"])

@@ -231,3 +231,11 @@ def test_the_names_that_other_versions_give_the_classes(tmp_path):
     assert b"MCoreMetadata" in file.getvalue()
     (folder / ".metadata").write_bytes(file.getvalue())
     assert read(folder).keys() == states().keys()
+
+
+@pytest.mark.parametrize("raw", [b"", b"\0" * 64, b"no pickle", b"\x80\x04}"])
+def test_metadata_that_are_no_pickle_are_said_to_be_damaged_metadata(tmp_path, raw):
+    (tmp_path / ".metadata").write_bytes(raw)
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(CheckpointError, match="by its name the metadata of torch.distributed.checkpoint, but damaged"):
+        read(tmp_path)
