@@ -7,6 +7,7 @@ import io
 import os
 from collections.abc import Sequence
 from functools import cache
+from importlib import resources
 from typing import Any
 
 import polars as pl
@@ -17,6 +18,10 @@ from deadbench.suite.errors import message
 from deadbench.suite.schema import KEY, SCHEMA_VERSION, TABLES, arrow_schema
 from deadbench.suite.secrets import scrubbed
 from deadbench.suite.storage import is_hidden, is_local, open_place, refusal
+
+
+# The result set that comes with deadbench: the paper's models at their own size, and real checkpoints.
+REFERENCE = "reference"
 
 
 class ResultsError(ValueError):
@@ -97,11 +102,18 @@ def collected_all(frames: Sequence[pl.LazyFrame]) -> list[pl.DataFrame]:
         raise ResultsError(f"the result set cannot be read to its end ({reason}); move the file away") from error
 
 
+def _place(location: str) -> str:
+    """Where a result set lies: `location` itself, or what comes with deadbench, if no folder here is called so."""
+    if location != REFERENCE or os.path.exists(location):
+        return location
+    return str(resources.files("deadbench.suite") / "data" / REFERENCE)
+
+
 def _list_files(location: str, table: str) -> tuple[Any, list[str]]:
     """The file system and the table's parquet files in order of their names, which is order of time."""
     shown = scrubbed(location)
     with _Explained(location):
-        filesystem, root = open_place(location)
+        filesystem, root = open_place(_place(location))
         if filesystem.isfile(root):
             raise ResultsError(f"{shown}: is a file; give the result set's folder")
         if not filesystem.exists(root):

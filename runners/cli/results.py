@@ -23,17 +23,24 @@ def leaderboard(
     format: Format = "table",
     sort: Annotated[str, typer.Option(help="Column to rank by.")] = "depth",
     family: Annotated[str | None, typer.Option(help="Only this normalisation family.")] = None,
+    beside: Annotated[
+        list[str] | None, typer.Option("--with", metavar="RESULTS", help="Further result sets; `reference` is ours.")
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Models ranked by the depth of their dead direction, like protocols together.
 
+    `reference` is the result set that comes with deadbench: the paper's models at their own size.
+
     Example: [bold]deadbench leaderboard results/quick --format md[/bold]
+
+    Example: [bold]deadbench leaderboard results/quick --with reference[/bold]
     """
     from deadbench.analysis.leaderboard import leaderboard as rank
     from deadbench.analysis.results import scan
 
-    board = rank(scan(results), sort=sort, family=family)
+    board = rank(scan([*results, *(beside or [])]), sort=sort, family=family)
     print_frames({"leaderboard": board}, "json" if as_json else format, keep=[sort])
 
 

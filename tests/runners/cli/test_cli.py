@@ -35,7 +35,7 @@ FLAGS = {
     "--tokens --input --taps --seed --dtype --config --model-type --accumulator-gb --timeout --max-retries "
     "--checkpoint-interval --autoscale --log-format --json --debug",
     "census": "--out --address --resume --fresh --threads --config --model-type --json --debug",
-    "leaderboard": "--format --sort --family --json --debug",
+    "leaderboard": "--format --sort --family --with --json --debug",
     "families": "--format --json --debug",
     "dead": "--model --verdict --all --format --json --debug",
     "compare": "--gate --all --junit --plot --format --json --debug",
