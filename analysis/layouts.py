@@ -58,7 +58,7 @@ LAYOUTS = {
         columns=["norm", "family", "role", "verdict", "angle", "predicted_angle", "scaled", "unscaled", "unknown"],
         keys=["norm", "verdict", "angle", "unscaled"],
         telling=["family", "role"],
-        dropped=["unknown", "role", "family", "predicted_angle", "scaled"],
+        dropped=["unknown", "predicted_angle", "scaled"],
     ),
     "compare": Layout(
         columns=[

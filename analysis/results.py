@@ -19,7 +19,6 @@ from deadbench.suite.schema import KEY, SCHEMA_VERSION, TABLES, arrow_schema
 from deadbench.suite.secrets import scrubbed
 from deadbench.suite.storage import is_hidden, is_local, open_place, refusal
 
-
 # The result set that comes with deadbench: the paper's models at their own size, and real checkpoints.
 REFERENCE = "reference"
 

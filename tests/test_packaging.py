@@ -27,6 +27,10 @@ TWIN = TWINS / "layernorm" / "step4096"
 OPTIONAL = {
     "vllm": "the extra [vllm]",
     "peft": "the extra [peft]",
+    "lightning": "the extra [lightning]",
+    "mlflow": "the extra [mlflow]",
+    "tensorboard": "the extra [tensorboard]",
+    "wandb": "the extra [wandb]",
     "pytest": "runners/pytest_plugin.py, which pytest itself loads",
 }
 
@@ -99,7 +103,9 @@ def test_a_wheel_holds_one_package_whole(wheels):
     tracked = [path for room in ROOMS for path in (ROOT / room).rglob("*") if path.is_file()]
     expected = {f"deadbench/{path.relative_to(ROOT)}" for path in tracked if "__pycache__" not in path.parts}
     assert len(expected) > 200
-    expected |= {f"deadbench/{name}" for name in ("__init__.py", "__main__.py", "py.typed")}
+    expected |= {
+        f"deadbench/{name}" for name in ("__init__.py", "__main__.py", "lightning.py", "py.typed", "transformers.py")
+    }
     assert {name for name in names if name.startswith("deadbench/")} == expected
     assert {"deadbench/suite/data/models.yaml", "deadbench/suite/data/atlas.json"} <= expected
 

@@ -75,11 +75,11 @@ def check_named(models: list[str] | None, suite: str | None, registry: Path | No
     found = found_below(Path())
     if not found:
         return
-    lines = [f"  deadbench run {shlex.quote(each.source)} --out results   # {each.what()}" for each in found[:_SHOWN]]
+    lines = [f"deadbench run {shlex.quote(each.source)} --out results # {each.what()}" for each in found[:_SHOWN]]
     more = [f"  … and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
     rest = [
-        "  deadbench init   # lists them in models.yaml: deadbench run then reads them all",
-        "  deadbench run --suite quick --out results   # the models that come with deadbench",
+        "deadbench init # lists them in models.yaml: deadbench run then reads them all",
+        "deadbench run --suite quick --out results # the models that come with deadbench",
     ]
     for line in ("deadbench: no model is named, and here are checkpoints. One of", *lines, *more, *rest):
         say(line)

@@ -16,6 +16,7 @@ from typing import Any
 from deadbench.suite.checkpoints.adapter_tensors import AdapterTensors, adapter_tensors, is_whole_map
 from deadbench.suite.checkpoints.checkpoint import Checkpoint
 from deadbench.suite.checkpoints.configurations import config_file
+from deadbench.suite.checkpoints.dialects.table import Translation
 from deadbench.suite.checkpoints.headers import read_contents
 from deadbench.suite.checkpoints.no_weights import ADAPTER_FILE
 from deadbench.suite.checkpoints.sources import hub_id_of, locate
@@ -143,13 +144,19 @@ class AdaptedCheckpoint(Checkpoint):
             with self._telling():
                 contents = self.base.contents()
             entries = {entry.name: entry for entry in contents.entries}
-            whole = self.tensors.whole
-            entries |= {name: replace(entry, name=name) for name, entry in whole.items()}
-            trained = f", which has {len(whole)} of its tensors whole" if whole else ""
+            entries |= self._whole
+            trained = f", which has {len(self._whole)} of its tensors whole" if self._whole else ""
             remark = f"{self.kind} adapter {self.source}{trained}, on its base {self.base.source}"
             both = "; ".join(each for each in (remark, contents.remark) if each)
             self._contents = replace(contents, entries=list(entries.values()), step=None, remark=both)
         return self._contents
+
+    def translation(self) -> Translation:
+        """The base's tensors by transformers' names, of which those that the adapter has whole are the adapter's."""
+        with self._telling():
+            of_base = self.base.translation()
+        entries = {entry.name: entry for entry in of_base.entries} | self._whole
+        return replace(of_base, entries=list(entries.values()))
 
     def bytes_total(self) -> int:
         """Bytes of all files that hold the weights of both."""
@@ -210,6 +217,11 @@ class AdaptedCheckpoint(Checkpoint):
     def _held(self) -> list[TensorEntry]:
         """The adapter's tensors, from their headers."""
         return read_contents(self.adapter, weights_file(self.adapter, self._file_name)).entries
+
+    @property
+    def _whole(self) -> dict[str, TensorEntry]:
+        """The adapter's tensors that take the place of the base's, called as the base calls them."""
+        return {name: replace(entry, name=name) for name, entry in self.tensors.whole.items()}
 
     @property
     def _has_whole_maps(self) -> bool:

@@ -189,17 +189,29 @@ def read_vector(files: Files, entry: TensorEntry) -> NDArray[np.float64]:
 
 
 def read_rows(files: Files, entry: TensorEntry, first: int, count: int) -> NDArray[np.float64] | None:
-    """`count` rows of a matrix from row `first`, by one range of bytes; None where they do not lie so.
+    """`count` rows of a matrix from row `first`, by a range of bytes of each piece; None where they do not lie so.
 
     Raises:
         CheckpointError: cut off.
     """
-    if entry.dtype not in DTYPE_NAMES or len(entry.shape) != 2 or entry.pieces or first + count > entry.shape[0]:
+    if entry.dtype not in DTYPE_NAMES or len(entry.shape) != 2 or first + count > entry.shape[0]:
         return None
-    row_bytes = entry.shape[1] * ITEM_BYTES[entry.dtype]
-    start = entry.start + first * row_bytes
-    piece = Piece(entry.file, start, start + count * row_bytes, (0, 0), (count, entry.shape[1]))
-    return _as_float64(_read_piece(files, entry, piece, np.dtype(f"<u{ITEM_BYTES[entry.dtype]}")), entry.dtype)
+    if entry.made is not None or entry.flat or any(piece.strides is not None for piece in entry.pieces):
+        return None
+    dtype = np.dtype(f"<u{ITEM_BYTES[entry.dtype]}")
+    rows = np.zeros((count, entry.shape[1]), dtype)
+    for piece in entry.pieces or (Piece(entry.file, entry.start, entry.end, (0, 0), entry.shape),):
+        (row, column), (height, width) = piece.place, piece.shape
+        begin, end = max(first, row), min(first + count, row + height)
+        if begin >= end:
+            continue
+        piece = piece.locate(files, piece) if piece.locate else piece
+        if piece.strides is not None:
+            return None
+        at, until = (piece.start + (each - row) * width * dtype.itemsize for each in (begin, end))
+        part = Piece(piece.file, at, until, (begin, column), (end - begin, width))
+        rows[begin - first : end - first, column : column + width] = _read_piece(files, entry, part, dtype)
+    return _as_float64(rows, entry.dtype)
 
 
 def read_floats(files: Files, entry: TensorEntry) -> NDArray[np.float64]:

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from deadbench.suite.architectures.build import build_config, objective, published_class
+from deadbench.suite.architectures.build import build_config, published_class
+from deadbench.suite.architectures.objectives import objective
 from deadbench.suite.checkpoints.configurations import checked
 from deadbench.suite.checkpoints.strict_json import parse_object
 from deadbench.suite.errors import ArchitectureError, CheckpointError

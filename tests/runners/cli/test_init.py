@@ -110,8 +110,8 @@ def test_classify_lists_each_checkpoint_in_order(here, deadbench):
 def test_without_a_model_what_lies_here_is_offered(here, deadbench, command):
     code, out, err = deadbench(command)
     assert (code, out) == (2, "")
-    assert "deadbench run run0 --out results   # 3 checkpoints, checkpoint-10 to checkpoint-100" in err
-    assert "deadbench run '模型' --out results   # a checkpoint" in err
+    assert "deadbench run run0 --out results # 3 checkpoints, checkpoint-10 to checkpoint-100" in err
+    assert "deadbench run '模型' --out results # a checkpoint" in err
     assert "deadbench run --suite quick" in err
 
 

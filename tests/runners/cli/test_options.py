@@ -15,7 +15,7 @@ from tests.conftest import save_tiny
 
 NOTHING = {
     "engine": "auto", "tokens": None, "input_spec": None, "dtype": None, "seed": 0, "accumulator_gb": None,
-    "tensor_parallel": None, "replicas": 1, "config": None, "model_type": None,
+    "tensor_parallel": None, "replicas": 1, "config": None, "model_type": None, "taps": None,
 }  # fmt: skip
 
 
@@ -26,7 +26,7 @@ def test_run_and_plan_share_their_options():
         for name in ("run", "plan")
     )
     shared = run.keys() & plan.keys()
-    assert len(shared) == 19
+    assert len(shared) == 21
     assert {name for name in shared if run[name] != plan[name]} == {"address", "out", "tensor_parallel"}
 
 
@@ -43,7 +43,7 @@ def test_a_mistake_in_the_cluster_is_told_before_anything_is_opened(monkeypatch)
 
 @pytest.mark.parametrize(("address", "expected"), [(None, "here"), ("local", "here"), ("auto", "Ray at auto")])
 def test_ray_is_asked_for_its_nodes_only_where_one_is_named(monkeypatch, address, expected):
-    monkeypatch.setattr("deadbench.runners.planning.hardware.this_machine", lambda: "here")
+    monkeypatch.setattr("deadbench.runners.planning.hardware.this_machine", lambda most_gpus: "here")
     monkeypatch.setattr("deadbench.runners.planning.hardware.ray_cluster", lambda named: f"Ray at {named}")
     monkeypatch.setattr("deadbench.runners.cluster.joining.connect", lambda named: False)
     jobs, cluster, _ = jobs_and_cluster(["gpt2", "pythia-160m"], None, None, " random ", Overrides(), address=address)

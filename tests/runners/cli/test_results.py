@@ -49,7 +49,7 @@ def test_an_unchanged_rerun_passes_and_a_broken_gate_is_exit_1(deadbench, tmp_pa
     code, out, err = deadbench("compare", LAST, f"{QUICK}@step16", "--gate", GATE, "--json")
     document = json.loads(out)
     assert code == 1
-    assert document["gate"] == {"passed": False, "num_checks": 14, "num_broken": 1}
+    assert document["gate"] == {"passed": False, "num_checks": 14, "num_broken": 1, "num_cannot_tell": 0}
     assert [(row["model"], row["metric"]) for row in document["compare"]] == [("twin-layernorm", "depth")]
     assert err.splitlines() == [
         "deadbench gate: 1 of 14 checks broke",

@@ -117,7 +117,7 @@ def read(reader, model, context, *, per_pass=BLOCKS + 1, padding=0, by_layer=Fal
             return told, {}
         taps, first = told["taps"], first + per_pass
     tables = [pa.ipc.open_stream(part).read_all().to_pylist() for part in reader.deadbench_finish()]
-    return told, dict(zip(("reads", "spectra", "blocks"), tables, strict=bool(tables)))
+    return told, dict(zip(("reads", "spectra", "blocks", "samples"), tables, strict=bool(tables)))
 
 
 def expected_rows(model, sought, padding=0):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save
 
 from deadbench.suite.checkpoints.headers import read_headers
-from deadbench.suite.checkpoints.tensors import read_vector, stored_dtype
+from deadbench.suite.checkpoints.tensors import Piece, TensorEntry, read_floats, read_rows, read_vector, stored_dtype
 from deadbench.suite.errors import CheckpointError
 
 
@@ -49,6 +49,35 @@ def test_vectors_are_read_exactly(dtype):
     entries = read_headers(files)
     assert read_vector(files, entries["a.weight"]).tolist() == values.tolist()
     assert entries["b"].shape == (2, 2)
+
+
+@pytest.mark.parametrize("cuts", [[6], [2, 4], [1, 5]])
+def test_some_rows_of_a_matrix_that_lies_in_pieces(cuts):
+    """Cut over ranks by rows and by columns; of each piece no more is read than those rows."""
+    whole = np.arange(24, dtype=np.float32).reshape(6, 4)
+    files, pieces = {}, []
+    for rank, rows in enumerate(np.split(np.arange(6), cuts)):
+        for half, columns in enumerate((slice(0, 1), slice(1, 4))):
+            values = np.ascontiguousarray(whole[rows, columns])
+            files[f"r{rank}{half}"] = b"head" + values.tobytes()
+            if values.size:
+                place = (int(rows[0]), columns.start)
+                pieces.append(Piece(f"r{rank}{half}", 4, 4 + values.nbytes, place, values.shape))
+    held, read = Memory(**files), []
+    entry = TensorEntry("w", "r00", "F32", whole.shape, 0, 96, tuple(pieces))
+    assert np.array_equal(read_floats(held, entry), whole)
+    of_memory = held.read
+    held.read = lambda name, start=0, end=None: (read.append(end - start), of_memory(name, start, end))[1]
+    assert np.array_equal(read_rows(held, entry, 1, 3), whole[1:4])
+    assert sum(read) == 3 * 4 * 4
+    assert read_rows(held, entry, 4, 3) is None
+
+
+@pytest.mark.parametrize(
+    "other", [{"flat": True}, {"made": np.asarray}, {"pieces": (Piece("f", 0, 96, (0, 0), (6, 4), (1, 6)),)}]
+)
+def test_rows_that_do_not_lie_by_themselves_are_none(other):
+    assert read_rows(Memory(), TensorEntry("w", "f", "F32", (6, 4), 0, 96, **other), 0, 2) is None
 
 
 def test_bfloat16_is_read_exactly():

@@ -82,7 +82,7 @@ def read_everywhere(folder, out):
         model = engine.load_trained(local, torch.float32)
         found["streaming"] = float(model.final_layer_norm.weight[0])
         for block in engine._blocks.values():
-            block.load()
+            block.load(block.fetch(name) for _, _, name in block.absent)
             found["streamed"] = float(block.module.input_layernorm.weight[0])
             block.drop()
         if checkpoint.weights().format.name == "torch":  # which vLLM does not get

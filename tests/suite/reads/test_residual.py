@@ -156,7 +156,7 @@ def test_each_third_tap_and_the_last_are_compared_with_the_one_read_before(per_p
 
 def test_no_tap_is_null_and_no_row():
     columns, blocks, spectra = read(stream(), stride=0)
-    assert columns == dict.fromkeys(("blocks_preserved", "worst_block", "worst_block_ratio"))
+    assert columns == dict.fromkeys(("blocks_preserved", "blocks_nondecreasing", "worst_block", "worst_block_ratio"))
     assert (blocks, spectra) == ([], [])
 
 
