@@ -102,6 +102,12 @@ class Reporter:
         if self._debug and event.traceback:
             self.say(event.traceback)
 
+    def elsewhere(self, read: ReadJob, row: dict[str, Any]) -> None:
+        """A read of this run that another run has stored."""
+        self._done += 1
+        outcome = "read" if row["status"] == "ok" else f"failed: {row['error']};"
+        self.say(f"[{self._done}/{self._total}] {read.label()}: {outcome} by another run")
+
     def retry(self, read: ReadJob, cause: str, attempt: int, changed: str | None) -> None:
         """A read of which a process died is tried again, with what `changed`."""
         self.say(f"{read.label()}: {cause}; attempt {attempt}{f', with {changed}' if changed else ''}")
