@@ -54,7 +54,7 @@ def executed(monkeypatch):
         labels.extend(read.label() for job in jobs for read in job.reads)
         return Summary(run_id)
 
-    monkeypatch.setattr("deadbench.runners.driver.driver.execute", execute)
+    monkeypatch.setattr("deadbench.runners.driver.in_process.execute", execute)
     return labels
 
 
