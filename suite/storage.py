@@ -10,6 +10,7 @@ import os
 import re
 import uuid
 from collections.abc import Iterator
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,28 @@ def write_whole(path: str | Path, data: bytes, fs: Any = None, aside: str | None
     with written_aside(aside, fs) as file:
         file.write(data)
     put_in_place(aside, final, fs)
+
+
+def can_create_new(fs: Any) -> bool:
+    """Whether a file system says that it can make a file exclusively; on the Hub each would be a commit."""
+    if is_local(fs):
+        return True
+    own = getattr(type(fs), "_pipe_file", None) or type(fs).pipe_file
+    known = own is not fsspec.AbstractFileSystem.pipe_file and "mode" in signature(own).parameters
+    return known and "hf" not in (fs.protocol, *fs.protocol)
+
+
+def create_new(path: str, data: bytes, fs: Any) -> None:
+    """Make the file `path` of `fs`, of several who try it at once only one; where `can_create_new`.
+
+    Raises:
+        FileExistsError, or what the library of `fs` raises: it is there.
+    """
+    if not is_local(fs):
+        fs.pipe_file(path, data, mode="create")
+        return
+    with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666), "wb") as file:
+        file.write(data)
 
 
 @contextlib.contextmanager

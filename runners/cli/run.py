@@ -62,7 +62,8 @@ def run(
 ) -> None:
     """Read models: parameters, random initialisation, trained weights; one Ray actor each, results as Arrow.
 
-    Finished reads are skipped when the same command is given again. With --address none all is read in this process,
+    Finished reads are skipped when the same command is given again; given on several machines with one --out, it
+    shares the reads among them. With --address none all is read in this process,
     one model after another, and Ray is not started: the same rows, sooner for a small model; a read that is killed
     takes the command with it, and --timeout does not reach into a call of a library.
 
@@ -147,7 +148,7 @@ def _execute(
         if error.lost:
             os._exit(EXIT_FALSE)  # an ordinary end would wait for Ray, which waits for its head
         raise typer.Exit(EXIT_FALSE) from error
-    summary.skipped = skipped
+    summary.skipped += skipped
     return summary
 
 

@@ -17,6 +17,7 @@ from deadbench.runners.cluster.nodes import PlacementError
 from deadbench.runners.driver.books import Summary
 from deadbench.runners.driver.loop import Run, Settings
 from deadbench.runners.driver.outbox import UnwritableError
+from deadbench.runners.driver.sharing import Sharing
 from deadbench.runners.jobs.events import new_run_id
 from deadbench.runners.jobs.job import ModelJob
 from deadbench.runners.reporting.progress import Reporter
@@ -68,9 +69,12 @@ def _execute(jobs: list[ModelJob], store: ResultStore, settings: Settings, repor
                 raise DriverError("; ".join(refused) + "; install the same versions on every node")
             for difference in doubtful:
                 reporter.say(f"{difference}; numbers may differ")
-        with HeadWatch() as head:
+        with HeadWatch() as head, Sharing(store, jobs, run_id, reporter.say, settings.patience) as sharing:
             pool = ThreadPoolExecutor(_BESIDE, "beside the driver")
-            run = Run(jobs, store, settings, reporter, record, head, pool, run_id, shared=not connection.started_here)
+            run = Run(
+                jobs, store, sharing, settings, reporter, record, head, pool, run_id,
+                shared=not connection.started_here,
+            )  # fmt: skip
             record.started(settings.address or "local", run.nodes.facts())
             reporter.run_started(run_id, len(jobs))
             outcome, failure = "stopped", None

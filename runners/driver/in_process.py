@@ -10,7 +10,9 @@ import os
 import signal
 import sys
 import threading
+import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from typing import Any
@@ -19,6 +21,7 @@ from deadbench.runners.driver.books import Books, Summary
 from deadbench.runners.driver.driver import StoppedError, execute
 from deadbench.runners.driver.loop import Settings
 from deadbench.runners.driver.outbox import UnwritableError
+from deadbench.runners.driver.sharing import AGAIN_SECONDS, Sharing
 from deadbench.runners.jobs.events import Progress, Remark, failed_read
 from deadbench.runners.jobs.job import ModelJob
 from deadbench.runners.reporting.progress import Reporter
@@ -49,19 +52,18 @@ def execute_in_process(
             kept.
         KeyboardInterrupt: after Ctrl-C or SIGTERM, with what finished kept.
     """
+    jobs = [job.checkpointed(settings.checkpoint_interval, absolute(store.location)) for job in jobs]
     record = RunRecord(store, run_id, jobs, reporter.say)
-    books = Books(store, reporter, record, run_id, settings.patience)
+    sharing = Sharing(store, jobs, run_id, reporter.say, settings.patience)
+    books = Books(store, sharing, reporter, record, run_id, settings.patience)
     record.started(str(settings.address), [])
     reporter.run_started(run_id, len(jobs))
     outcome = "stopped"
     failure: BaseException | None = None
     with _quiet(), _interruptible():
         try:
-            for job in jobs:
-                _run(job.checkpointed(settings.checkpoint_interval, absolute(store.location)), books, record, reporter,
-                     settings.timeout)  # fmt: skip
-                _give_back()
-            books.drain()
+            with sharing:
+                _run_all(jobs, sharing, books, record, reporter, settings.timeout)
             outcome = "finished"
         except UnwritableError as error:
             failure = error
@@ -70,11 +72,44 @@ def execute_in_process(
             outcome, failure = "interrupted" if isinstance(error, KeyboardInterrupt) else "stopped", error
             raise
         finally:
-            with suppress(UnwritableError):
-                books.flush()
             record.ended(outcome, failure)
             reporter.run_ended(outcome, {"ok": books.summary.ok, "failed": books.summary.failed})
     return books.summary
+
+
+def _run_all(
+    jobs: list[ModelJob], sharing: Sharing, books: Books, record: RunRecord, reporter: Reporter, timeout: float
+) -> None:
+    try:
+        for job in _turns(jobs, sharing, books):
+            _run(job, books, record, reporter, timeout)
+            _give_back()
+    except BaseException:
+        with suppress(UnwritableError):
+            books.flush()
+        raise
+
+
+def _turns(jobs: list[ModelJob], sharing: Sharing, books: Books) -> Iterator[ModelJob]:
+    """What to read next, a checkpoint of a model at a time, until all of `jobs` is in the results."""
+    left, passed = deque(jobs), 0
+    while left:
+        mine, others = sharing.take(left.popleft(), checkpoints=1)
+        books.look_elsewhere()
+        if mine.reads:
+            yield mine
+            left.extendleft([others] if others.reads else [])
+            passed = 0
+        elif others.reads:
+            left.append(others)
+            passed += 1
+        if passed >= len(left) or not left:  # nothing is free
+            books.drain()
+            left.extend(sharing.lost())
+            if left:
+                sharing.waiting(left)
+                time.sleep(AGAIN_SECONDS)
+            passed = 0
 
 
 def _run(job: ModelJob, books: Books, record: RunRecord, reporter: Reporter, timeout: float) -> None:

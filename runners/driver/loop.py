@@ -14,6 +14,7 @@ from deadbench.runners.cluster.processes import Ended
 from deadbench.runners.cluster.schedule import Demand, Running, can_ever, decide
 from deadbench.runners.driver.books import Books, Summary
 from deadbench.runners.driver.outbox import UnwritableError
+from deadbench.runners.driver.sharing import AGAIN_SECONDS, Sharing
 from deadbench.runners.jobs.events import Event, Progress, Remark, failed_read
 from deadbench.runners.jobs.job import ModelJob
 from deadbench.runners.reporting.metrics import Metrics
@@ -50,6 +51,7 @@ class _Waiting:
     job: ModelJob
     demand: Demand
     hopeless_since: float | None = None
+    not_before: float = 0.0  # when to look again whether others have let go of it
 
 
 class Run:
@@ -59,6 +61,7 @@ class Run:
         self,
         jobs: list[ModelJob],
         store: ResultStore,
+        sharing: Sharing,
         settings: Settings,
         reporter: Reporter,
         record: RunRecord,
@@ -73,13 +76,16 @@ class Run:
         self._ray, self._settings, self._reporter, self._run_id = ray, settings, reporter, run_id
         self._record, self._head, self._pool, self._shared = record, head, pool, shared
         self._metrics = Metrics(run_id)
-        self._books = Books(store, reporter, record, run_id, settings.patience, self._metrics.finished)
+        self._sharing = sharing
+        self._books = Books(store, sharing, reporter, record, run_id, settings.patience, self._metrics.finished)
         self._attempts = Attempts(settings.max_retries)
         self._streams: dict[Any, Group] = {}  # a group of ranks has several
         self._ending: dict[Future[Ended], Group] = {}
         self.nodes = Nodes(len(jobs), settings.autoscale_gpus)
-        self._unreadable = [read for job in jobs for read in job.reads if read.error]
-        readable = [job.without(read.identity() for read in self._unreadable) for job in jobs]
+        unreadable = {read.identity() for job in jobs for read in job.reads if read.error}
+        readable = [job.without(unreadable) for job in jobs]
+        failing = [job.without(read.identity() for read in job.reads if not read.error) for job in jobs]
+        self._unreadable = [job for job in failing if job.reads]
         self._queue = [_Waiting(job, self.nodes.demand(job)) for job in readable if job.reads]
         self._decided = self._changed = 0.0
         self._looked = time.monotonic()
@@ -94,10 +100,11 @@ class Run:
 
     def go(self) -> None:
         """Until every read is a row; what the preflight could not open is one at once, and takes no device."""
-        for read in self._unreadable:
-            self._books.put(failed_read(read, self._run_id, 1, str(read.error)))
-        while self._queue or self._streams or self._ending:
+        looked = 0.0
+        while self._queue or self._streams or self._ending or self._unreadable:
             self._head.check()
+            if self._unreadable and time.monotonic() - looked > AGAIN_SECONDS:
+                self._unreadable, looked = self._books.fail_unreadable(self._unreadable), time.monotonic()
             self._look()
             if self._head.answers():
                 self._start_what_fits()
@@ -108,7 +115,9 @@ class Run:
             for future in [each for each in self._ending if each.done()]:
                 self._settle(self._ending.pop(future), future.result())
             self._books.flush()
-        self._books.drain()
+            if not (self._queue or self._streams or self._ending):
+                self._books.drain()
+            self._queue += [_Waiting(job, self.nodes.demand(job)) for job in self._sharing.lost()]
 
     def stop(self, lost: bool) -> None:
         """End what runs; with a lost cluster Ray is not asked for anything. What has finished goes to the results."""
@@ -150,7 +159,7 @@ class Run:
         running = [Running(g.place, max(0.0, self._estimate(g) - (now - g.started))) for g in occupied]
         placing = any(group.placement is not None and not group.is_placed() for group in self._groups())
         # One placement group at a time: the next one waits until this one stands.
-        queue = [waiting for waiting in self._queue if not (placing and waiting.demand.ganged)]
+        queue = [each for each in self._queue if not (placing and each.demand.ganged) and each.not_before <= now]
         demands, nothing_yet = [waiting.demand for waiting in queue], self._changed == 0
         for position, place in decide(demands, self.nodes.usable(), running, opening=nothing_yet):
             waiting = queue[position]
@@ -158,15 +167,31 @@ class Run:
                 if placing:
                     continue
                 placing = True
-            self._queue.remove(waiting)
-            attempt = self._attempts.number(waiting.job.reads[0])
-            group = start(waiting.job, self.nodes, place, self._run_id, attempt)
+            job = self._take(waiting)
+            if not job.reads:
+                self._decided = 0.0  # its place is another's
+                continue
+            attempt = self._attempts.number(job.reads[0])
+            group = start(job, self.nodes, place, self._run_id, attempt)
             self._streams |= dict.fromkeys(group.streams, group)
             self._changed = time.monotonic()
             where = self.nodes.names(group.nodes())
             for told in (self._reporter.model_started, self._record.placed):
                 told(group.job, attempt, where, waiting.demand.devices)
             self._metrics.running(len(self._groups()))
+
+        if not self._occupied():
+            self._sharing.waiting(waiting.job for waiting in self._queue if waiting.not_before > now)
+
+    def _take(self, waiting: _Waiting) -> ModelJob:
+        """What of a model that waits is ours to read; what others have stays in the queue."""
+        self._queue.remove(waiting)
+        mine, others = self._sharing.take(waiting.job)
+        self._books.look_elsewhere()
+        if others.reads:
+            again = time.monotonic() + AGAIN_SECONDS
+            self._queue.append(_Waiting(others, waiting.demand, waiting.hopeless_since, again))
+        return mine
 
     def _estimate(self, group: Group) -> float:
         return self.nodes.demand(group.job).seconds
@@ -269,8 +294,7 @@ class Run:
             elif waiting.hopeless_since is None:
                 waiting.hopeless_since = now
             elif now - waiting.hopeless_since > patience:
-                self._queue.remove(waiting)
                 cause = f"needs {waiting.demand.devices:g} devices, and no node that is left has them"
-                for read in waiting.job.reads:
+                for read in self._take(waiting).reads:
                     row = failed_read(read, self._run_id, self._attempts.number(read), cause)
                     self._books.put(row)

@@ -19,8 +19,15 @@ class UnwritableError(RuntimeError):
 class Outbox:
     """Writes finished reads in order; while the store refuses, keeps them."""
 
-    def __init__(self, store: ResultStore, say: Callable[[str], None], patience: float):
-        self._store, self._say, self._patience = store, say, patience
+    def __init__(
+        self,
+        store: ResultStore,
+        say: Callable[[str], None],
+        patience: float,
+        wanted: Callable[[Finished], bool] = lambda event: True,
+    ):
+        """`patience` in seconds; what is not `wanted` any more when its turn comes is dropped."""
+        self._store, self._say, self._patience, self._wanted = store, say, patience, wanted
         self._waiting: deque[tuple[str, Finished]] = deque()
         self._pause, self._again, self._refused_since = 0.0, 0.0, 0.0
         self._written = 0
@@ -43,15 +50,18 @@ class Outbox:
         while self._waiting and time.monotonic() >= self._again:
             stamp, event = self._waiting[0]
             try:
-                # The stamp stays: a table that a failed attempt has written is replaced, not doubled.
-                self._store.write(event.tables, stamp)
+                wanted = self._wanted(event)
+                if wanted:
+                    # The stamp stays: a table that a failed attempt has written is replaced, not doubled.
+                    self._store.write(event.tables, stamp)
             except Exception as error:  # stores raise the errors of their own libraries
                 self._refused(error)
             else:
                 self._waiting.popleft()
                 self._pause, self._again = 0.0, 0.0
-                self._written += 1
-                written.append(event)
+                if wanted:
+                    self._written += 1
+                    written.append(event)
         return written
 
     def drain(self) -> list[Finished]:

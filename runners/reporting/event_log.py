@@ -56,6 +56,11 @@ class EventLog(Reporter):
         traceback = {"traceback": event.traceback} if self._debug and event.traceback else {}
         self._tell("read_finished", **{name: row[name] for name in names}, **traceback)
 
+    def elsewhere(self, read: ReadJob, row: dict[str, Any]) -> None:
+        """`read_elsewhere`: the outcome of a read of this run that another run, `by`, has stored."""
+        names = ("model", "revision", "read", "seed", "status", "error", "depth")
+        self._tell("read_elsewhere", **{name: row[name] for name in names}, by=row["run_id"])
+
     def retry(self, read: ReadJob, cause: str, attempt: int, changed: str | None) -> None:
         """`retry`: of which read, why, and with what changed."""
         key = {"model": read.model.id, "revision": read.revision, "read": read.read}

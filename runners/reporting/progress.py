@@ -107,6 +107,12 @@ class Reporter:
             for each in event.traceback.splitlines():
                 self._print(each.replace("\x1b", "\\x1b"))
 
+    def elsewhere(self, read: ReadJob, row: dict[str, Any]) -> None:
+        """A read of this run that another run has stored."""
+        self._done += 1
+        outcome = "read" if row["status"] == "ok" else f"failed: {row['error']};"
+        self.say(f"[{self._done}/{self._total}] {read.label()}: {outcome} by another run")
+
     def retry(self, read: ReadJob, cause: str, attempt: int, changed: str | None) -> None:
         """A read of which a process died is tried again, with what `changed`."""
         self.say(f"{read.label()}: {cause}; attempt {attempt}{f', with {changed}' if changed else ''}")

@@ -63,6 +63,12 @@ class RunRecord:
         outcome = {"status": row["status"], "attempt": row["attempt"], "error": error}
         self._facts["reads"][self._reads[event.job.identity()]] |= outcome
 
+    def elsewhere(self, read: ReadJob, row: dict[str, Any]) -> None:
+        """Another run has stored a read of this one."""
+        error = without_secrets(row["error"]) if row["error"] else None
+        outcome = {"status": row["status"], "error": error, "by": row["run_id"]}
+        self._facts["reads"][self._reads[read.identity()]] |= outcome
+
     def ended(self, status: str, error: BaseException | None = None) -> None:
         """The run is over: finished, interrupted or stopped. Write the record for the last time."""
         said = without_secrets(message(error, None)) if error is not None and str(error) else None

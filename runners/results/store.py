@@ -7,6 +7,7 @@ Names are unique, so that two runs may write to one place. The row of `reads` go
 
 import contextlib
 import io
+import os
 import time
 import uuid
 from collections.abc import Iterator
@@ -47,7 +48,12 @@ class ResultStore:
         except Exception as error:
             advice = "choose another folder" if self._local else "check bucket, path and credentials"
             raise StoreError(f"--out {self.location}: cannot be written ({refusal(error)}); {advice}") from error
+        self._passed = set(self._files("reads"))  # what was there when this run began, and what was looked at since
         self._check_version()
+
+    def place(self) -> tuple[Any, str]:
+        """The file system, and the result set's path on it."""
+        return self._fs, self._root
 
     def finished(self) -> set[tuple[Any, ...]]:
         """Identities (key and fingerprint) of the reads that are done and need no second measurement."""
@@ -58,6 +64,28 @@ class ResultStore:
                 rows = pq.read_table(source, columns=columns, partitioning=None).to_pylist()
             identities |= {tuple(row[name] for name in columns[:-1]) for row in rows if row["status"] == "ok"}
         return identities
+
+    def come(self) -> list[dict[str, Any]]:
+        """Outcomes of reads (key, fingerprint, run, status, error, depth) that others stored meanwhile, each once."""
+        if self._local:
+            # NFS remembers listings for up to a minute, but not of a folder that this machine has just changed.
+            with contextlib.suppress(OSError):
+                os.utime(f"{self._root}/reads")
+        new = [path for path in self._files("reads") if path not in self._passed]
+        self._passed |= set(new)
+        return self._outcomes(new)
+
+    def earlier(self, runs: set[str]) -> list[dict[str, Any]]:
+        """The same of what these `runs` had stored when this was opened."""
+        return [row for row in self._outcomes(sorted(self._passed)) if row["run_id"] in runs]
+
+    def _outcomes(self, paths: list[str]) -> list[dict[str, Any]]:
+        columns = [*KEY, "source_fingerprint", "run_id", "status", "error", "depth"]
+        rows = []
+        for path, source in self._opened("reads", paths):
+            with self._readable(path):
+                rows += pq.read_table(source, columns=columns, partitioning=None).to_pylist()
+        return rows
 
     def write(self, tables: dict[str, pa.Table], stamp: str | None = None) -> None:
         """Store the tables of one read, `reads` last. With the same `stamp` again, what is there is replaced.
@@ -70,6 +98,8 @@ class ResultStore:
             if tables[name].num_rows:
                 buffer = io.BytesIO()
                 pq.write_table(tables[name], buffer)
+                if name == "reads":
+                    self._passed.add(f"{self._root}/{name}/{stamp}.parquet")
                 self._write_whole(f"{name}/{stamp}.parquet", buffer.getvalue())
 
     def write_text(self, path: str, text: str) -> None:
@@ -113,8 +143,11 @@ class ResultStore:
         return sorted(path for path in files if path.endswith(".parquet") and not is_hidden(path))
 
     def _sources(self, table: str) -> list[tuple[str, Any]]:
-        """(path, what pyarrow opens) of a table's files; remote ones are fetched together."""
-        files = self._files(table)
+        """(path, what pyarrow opens) of a table's files."""
+        return self._opened(table, self._files(table))
+
+    def _opened(self, table: str, files: list[str]) -> list[tuple[str, Any]]:
+        """The same of these `files`; remote ones are fetched together."""
         if self._local or not files:
             return [(path, path) for path in files]
         try:

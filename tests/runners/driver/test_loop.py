@@ -14,7 +14,8 @@ from deadbench.runners.cluster import actors
 from deadbench.runners.cluster.head import LostClusterError
 from deadbench.runners.cluster.processes import Ended
 from deadbench.runners.driver.loop import Run, Settings
-from deadbench.runners.jobs.events import Finished, GroupBrokenError, Progress, Remark, to_tables
+from deadbench.runners.driver.sharing import Sharing
+from deadbench.runners.jobs.events import Finished, GroupBrokenError, Progress, Remark, failed_read, to_tables
 from deadbench.runners.reporting.progress import Reporter
 from deadbench.runners.reporting.run_record import RunRecord
 from deadbench.runners.results.store import ResultStore
@@ -189,7 +190,10 @@ def driver(tmp_path):
         store = store or ResultStore(str(tmp_path / "out"))
         reporter = Watching(cluster)
         record = RunRecord(store, "run", jobs, reporter.say)
-        run = Run(jobs, store, Settings(**settings), reporter, record, head or Head(), Beside(), "run", shared=False)
+        sharing = Sharing(store, jobs, "run", reporter.say, 600.0)
+        run = Run(
+            jobs, store, sharing, Settings(**settings), reporter, record, head or Head(), Beside(), "run", shared=False
+        )
         return run, reporter
 
     return make
@@ -533,6 +537,40 @@ def test_with_a_lost_cluster_what_finished_is_written_and_ray_is_not_asked(clust
     run.stop(lost=True)
     assert [row[1:3] for row in outcomes(tmp_path)] == [("random", "ok")]
     assert run.summary.ok == 1
+
+
+def test_what_another_run_has_claimed_is_waited_for_and_then_counted(cluster, driver, tmp_path):
+    """The other has one model of two; it stores one read of it and lets go of the second."""
+    jobs = sleeping_jobs(tmp_path / "jobs", 2, [1.0])
+    other = Sharing(ResultStore(str(tmp_path / "out")), jobs, "other", print, 600.0)
+    made = cluster(well, here=2)
+    with other:
+        theirs, _ = other.take(jobs[0])
+        run, _ = driver(made, jobs)
+        sleep = made.sleep
+
+        def meanwhile(seconds):
+            sleep(seconds)
+            if made.elapsed() > 20 and not stored:
+                stored.append(failed_read(theirs.reads[0], "other", 1, "no"))
+                ResultStore(str(tmp_path / "out")).write(stored[0].tables)
+                other.__exit__(None, None, None)
+
+        stored = []
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(made, "sleep", meanwhile)
+            patched.setattr(time, "sleep", meanwhile)
+            run.go()
+    assert [[read.label() for read in start.job.reads] for start in made.started] == [
+        ["m001 random", "m001 functional"],
+        ["m000 functional"],
+    ]
+    assert (run.summary.ok, run.summary.failed, run.summary.skipped) == (3, 1, 0)
+    assert made.elapsed() > 20
+    assert sorted(row[:3] for row in outcomes(tmp_path)) == [
+        ("m000", "functional", "ok"), ("m000", "random", "failed"),
+        ("m001", "functional", "ok"), ("m001", "random", "ok"),
+    ]  # fmt: skip
 
 
 def test_processes_that_would_not_end_are_named(cluster, driver, tmp_path):

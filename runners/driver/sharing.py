@@ -1,0 +1,154 @@
+"""Several drivers of one result set: each read is claimed before it is started, and others' outcomes are taken as ours.
+
+A driver takes what nobody else has. Alone it takes a model whole, since a model's reads share what was loaded; beside
+others its part of what is left of the model, whole checkpoints. What others have, it waits for: a run ends when all
+of its reads are in the results, and takes over what a dead driver left. A read that failed is not tried again by
+drivers that were there at the same time.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from itertools import groupby
+from types import TracebackType
+from typing import Any, Self
+
+from deadbench.runners.driver.outbox import UnwritableError
+from deadbench.runners.jobs.events import Finished
+from deadbench.runners.jobs.job import ModelJob, ReadJob
+from deadbench.runners.results.claims import BEAT_SECONDS, LEASE_SECONDS, Claims
+from deadbench.runners.results.store import ResultStore
+from deadbench.runners.worker.progress_folder import name_of
+from deadbench.suite.schema import KEY
+from deadbench.suite.storage import refusal
+
+AGAIN_SECONDS = 3.0  # between two looks at what others have
+
+Identity = tuple[Any, ...]
+
+
+class Sharing:
+    """Which reads of `jobs` are this driver's; a context manager, whose end gives back what was not read."""
+
+    def __init__(
+        self,
+        store: ResultStore,
+        jobs: Sequence[ModelJob],
+        run_id: str,
+        say: Callable[[str], None],
+        patience: float,
+        lease: float = LEASE_SECONDS,
+        beat: float = BEAT_SECONDS,
+    ):
+        """`patience`, `lease` and `beat` in seconds; `patience` as `Settings` has it."""
+        self._store, self._run_id, self._say, self._patience, self._beat = store, run_id, say, patience, beat
+        self._claims = Claims(store, run_id, lease)
+        self._jobs = {read.identity(): job for job in jobs for read in job.reads}
+        self._settled: dict[Identity, dict[str, Any]] = {}
+        self._told: set[Identity] = set()
+        self._lost: list[ReadJob] = []
+        self._refused_since: float | None = None
+        self._waits_for: set[str] = set()
+
+    def __enter__(self) -> Self:
+        """Begin to be there.
+
+        Raises:
+            UnwritableError: nothing can be claimed in this place, nor written.
+        """
+        try:
+            self._claims.begin()
+            self._remember(self._store.earlier(self._claims.company) if self._claims.company else ())
+        except Exception as error:
+            raise UnwritableError(f"{self._store.location}: reads cannot be claimed ({refusal(error)})") from error
+        if self._claims.works:
+            self._claims.beat_on(self._beat)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        with contextlib.suppress(Exception):  # what stays lapses
+            self._claims.end()
+
+    def take(self, job: ModelJob, checkpoints: int | None = None) -> tuple[ModelJob, ModelJob]:
+        """What of `job` to read now, and what of it others have or may have; what is in the results is in neither.
+
+        `checkpoints`: how many of them at most; None: all if nobody else is there, else a fair part.
+
+        Raises:
+            UnwritableError: the place has refused claims for longer than the patience.
+        """
+        none = replace(job, reads=())
+        try:
+            self._claims.look()
+            free = [read for read in job.reads if self._claims.free(name_of(read))]
+            groups = [list(group) for _, group in groupby(free, key=lambda read: read.revision)]
+            if checkpoints is None:
+                checkpoints = -(-len(groups) // (1 + len(self._claims.others)))
+            wanted = [read for group in groups[:checkpoints] for read in group]
+            names = self._claims.take([name_of(read) for read in wanted])
+            # Only now: who had it stored it before it let go.
+            come = self._store.come()
+            self._claims.meet({row["run_id"] for row in come})
+            self._remember(come)
+        except Exception as error:
+            self._refused(error)
+            return none, job
+        self._refused_since = None
+        left = job.without(self._settled)
+        mine = replace(left, reads=tuple(read for read in left.reads if name_of(read) in names))
+        self._claims.give_back(names - {name_of(read) for read in mine.reads})
+        return mine, left.without(read.identity() for read in mine.reads)
+
+    def still_ours(self, event: Finished) -> bool:
+        """Whether a finished read may be stored: nobody has taken it over while this process stood still.
+
+        Raises:
+            OSError, or what the place's library raises.
+        """
+        if self._claims.holds(name_of(event.job)):
+            return True
+        self._say(f"{event.job.label()}: another run has taken it over meanwhile; its row counts")
+        self._lost.append(event.job)
+        return False
+
+    def stored(self, event: Finished) -> None:
+        """A read is in the results: its claim is of no use any more."""
+        with contextlib.suppress(Exception):
+            self._claims.give_back([name_of(event.job)])
+
+    def lost(self) -> list[ModelJob]:
+        """What others have taken over since the last call: it is waited for as what they took first."""
+        lost, self._lost = self._lost, []
+        return [replace(self._jobs[read.identity()], reads=(read,)) for read in lost]
+
+    def elsewhere(self) -> list[tuple[ReadJob, dict[str, Any]]]:
+        """Reads of this run that others have stored, with their outcomes, since the last call."""
+        new = [identity for identity in self._settled if identity in self._jobs and identity not in self._told]
+        self._told |= set(new)
+        reads = {read.identity(): read for identity in new for read in self._jobs[identity].reads}
+        return [(reads[identity], self._settled[identity]) for identity in new]
+
+    def waiting(self, jobs: Iterable[ModelJob]) -> None:
+        """Nothing is left to do but to wait for others: say for whom, when that changes."""
+        reads = [read for job in jobs for read in job.reads]
+        holders = {holder for read in reads if (holder := self._claims.holder(name_of(read))) is not None}
+        if holders and holders != self._waits_for:
+            named = ", ".join(self._claims.describe(holder) for holder in sorted(holders))
+            self._say(f"waiting for {len(reads)} reads that are claimed by {named}")
+        self._waits_for = holders
+
+    def _remember(self, rows: Iterable[dict[str, Any]]) -> None:
+        for row in rows:
+            if row["run_id"] != self._run_id:
+                self._settled[(*(row[name] for name in KEY), row["source_fingerprint"])] = row
+
+    def _refused(self, error: Exception) -> None:
+        now = time.monotonic()
+        if self._refused_since is None:
+            self._refused_since = now
+            self._say(f"reads cannot be claimed in {self._store.location} ({refusal(error)}); tried again")
+        if now - self._refused_since >= self._patience:
+            raise UnwritableError(
+                f"{self._store.location}: reads cannot be claimed for {self._patience:g} s ({refusal(error)})"
+            ) from error
