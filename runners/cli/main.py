@@ -21,6 +21,7 @@ from deadbench.runners.cli.plan import plan
 from deadbench.runners.cli.results import dead, families, leaderboard, publish, report
 from deadbench.runners.cli.run import run
 from deadbench.runners.cli.trend import trend
+from deadbench.runners.cli.watch import watch
 from deadbench.suite.errors import message
 
 app = typer.Typer(
@@ -36,7 +37,7 @@ app = typer.Typer(
 # Every command, in the order of --help: the more used before the less.
 for command in (
     run, leaderboard, report, trend, compare, families, dead,
-    classify, plan, init, log, export, census, publish, glossary,
+    watch, classify, plan, init, log, export, census, publish, glossary,
 ):  # fmt: skip
     app.command()(command)
 

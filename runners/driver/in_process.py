@@ -55,7 +55,7 @@ def execute_in_process(
     reporter.run_started(run_id, len(jobs))
     outcome = "stopped"
     failure: BaseException | None = None
-    with _quiet(), _interruptible():
+    with _quiet(), interruptible():
         try:
             for job in jobs:
                 _run(job.checkpointed(settings.checkpoint_interval, absolute(store.location)), books, record, reporter,
@@ -145,7 +145,7 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _interruptible() -> Iterator[None]:
+def interruptible() -> Iterator[None]:
     """Inside, SIGTERM is Ctrl-C."""
     if threading.current_thread() is not threading.main_thread():
         yield
