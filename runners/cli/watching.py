@@ -36,6 +36,7 @@ from deadbench.suite.storage import write_whole
 VERDICTS = "watch/verdicts.json"  # of the result set
 _VERSION = 1
 _SETTLING_SECONDS = 1.0  # between the two looks of --once
+_PAGE_SECONDS = 10.0  # between two pages within one look, which may find a hundred checkpoints
 _SHOWN = 3
 _STDERR = 2
 
@@ -79,6 +80,7 @@ class Watch:
         self._done: set[str] = set()
         self._said: str | None = None
         self._model: Model | None = None
+        self._page_written = time.monotonic()
         self._earlier = self._stored()
 
     def once(self) -> list[Verdict]:
@@ -108,6 +110,7 @@ class Watch:
                     self._say_once(f"{message(error)}; looking again every {self.interval:g} s")
                 if len(self.verdicts) > count:
                     last = time.monotonic()
+                    self._write_page(live=True)
                 if until_idle is not None and time.monotonic() - last >= until_idle:
                     return self.verdicts
                 time.sleep(self.interval)
@@ -142,7 +145,8 @@ class Watch:
         self._earlier[arrival.name] = key
         self._documents[arrival.name] = asdict(verdict)
         self._keep()
-        self._write_page(live=True)
+        if time.monotonic() - self._page_written > _PAGE_SECONDS:
+            self._write_page(live=True)
 
     def _job(self, arrival: Arrival) -> ModelJob:
         """The reads of one checkpoint, as `deadbench run` would make them of the folder."""
@@ -199,6 +203,7 @@ class Watch:
 
     def _write_page(self, *, live: bool) -> None:
         """The page, whole; one that cannot be written ends nothing."""
+        self._page_written = time.monotonic()
         documents = sorted(self._documents.values(), key=lambda each: (each["step"] is None, each["step"] or 0))
         try:
             page = training_page(

@@ -45,6 +45,7 @@ FLAGS = {
     "report": "-o --out --plots --plot-format --debug",
     "init": "--registry --debug",
     "log": "--to --model --json --debug",
+    "reproduce": "--read --revision --address --out --format --json --debug",
     "glossary": "--json --debug",
     "publish": "--to --title --license --private --debug",
 }
