@@ -121,7 +121,8 @@ def test_a_command_of_a_whole_suite_is_given_again_for_one_model(base, tmp_path,
         f"  - {{id: m{n}, source: {base}/run/step{n}, dtype: float32, input: 'tokens:random'}}\n" for n in (10, 20)
     )
     Path("models.yaml").write_text(
-        "protocols:\n  tiny: {tokens: 4D}\nsuites:\n  quick: {protocol: tiny, models: [m10, m20], reads: [parameters]}\n"
+        "protocols:\n  standard: {tokens: 8D}\n  tiny: {tokens: 4D}\n"
+        "suites:\n  quick: {protocol: tiny, models: [m10, m20], reads: [parameters]}\n"
         f"models:\n{models}"
     )
     assert deadbench("run", "--address", "none", "--out", "out")[0] == 0
