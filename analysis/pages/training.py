@@ -86,17 +86,20 @@ def _table(verdicts: Sequence[dict[str, Any]]) -> pl.DataFrame:
             "revision": each["revision"],
             "checkpoint_step": each["step"],
             "verdict": each["status"],
-            "broken": "; ".join(
-                f"{row['metric'] or row['read']} against {side['against']}"
-                for side in each["comparisons"]
-                for row in side["broken"]
-            ),
+            "broken": "; ".join(_broken(each)),
             "opened": ", ".join(each["opened"]),
             "error": each["error"],
         }
         for each in verdicts
     ]
     return pl.DataFrame(rows, schema=_SCHEMA)
+
+
+def _broken(verdict: dict[str, Any]) -> list[str]:
+    """What broke, each metric once whatever the read."""
+    sides = verdict["comparisons"]
+    told = [f"{row['metric'] or row['read']} against {side['against']}" for side in sides for row in side["broken"]]
+    return list(dict.fromkeys(told))
 
 
 def _plots(

@@ -41,8 +41,14 @@ def gated_plot(
     level = [{"value": end} for end in limits(metric, rule, baseline)] if baseline is not None else []
     values = [each["value"] for each in points]
     shown = [*values, *(each["value"] for each in (*borne, *level))]
-    log = metric.startswith(("lambda_", "scale_")) and min(shown) > 0
-    upward = log_axis(foot(shown) / 1.5, 1.5 * max(shown)) if log else linear_axis(shown)
+    positive = [each for each in shown if each > 0]
+    if metric.startswith(("lambda_", "scale_")) and positive:
+        least = foot(positive)
+        for each in (*points, *borne, *level):  # a zero stands at the foot
+            each["value"] = max(each["value"], least)
+        upward = log_axis(least / 1.5, 1.5 * max(positive))
+    else:
+        upward = linear_axis(shown)
     y = alt.Y("value:Q", title=metric.replace("_", " "), **upward)
     x = step_axis([each["step"] for each in points])
     curve = alt.Chart(alt.NamedData(name="run")).encode(x=x, y=y, detail="seed:N")
@@ -55,10 +61,15 @@ def gated_plot(
     )
     dashed = alt.Chart(alt.NamedData(name="borne")).encode(x=x, y=y, detail="line:N")
     levels = alt.Chart(alt.NamedData(name="level")).encode(y=y)
+    # A layer without rows has no extent, which Vega warns of.
     layers = [
-        dashed.mark_line(interpolate="step-before", strokeDash=[4, 3], strokeWidth=1, color=FLOOR),
-        levels.mark_rule(strokeDash=[10, 4], color=FLOOR),
+        *(
+            [dashed.mark_line(interpolate="step-before", strokeDash=[4, 3], strokeWidth=1, color=FLOOR)]
+            if borne
+            else []
+        ),
+        *([levels.mark_rule(strokeDash=[10, 4], color=FLOOR)] if level else []),
         drawn,
-        crosses,
+        *([crosses] if any(each["broke"] for each in points) else []),
     ]
     return specification(alt.layer(*layers), {"run": points, "borne": borne, "level": level}, height=200)

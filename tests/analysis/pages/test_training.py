@@ -85,3 +85,10 @@ def test_the_limits_are_those_that_the_gate_has(rule, expected):
 def test_a_metric_without_values_or_steps_has_no_plot():
     series = pl.DataFrame({"seed": [0], "revision": ["a"], "checkpoint_step": [None], "depth": [1.0]})
     assert gated_plot(series, "depth", GATE.metrics["depth"], ()) is None
+
+
+def test_a_zero_of_a_magnitude_stands_at_the_foot_of_its_axis():
+    columns = {"seed": [0] * 3, "revision": ["a", "b", "c"], "checkpoint_step": [1, 2, 3], "lambda_v": [1e-3, 0.0, 1.0]}
+    spec = gated_plot(pl.DataFrame(columns), "lambda_v", MetricGate(worse="higher", decades=1), ())
+    assert [row["value"] for row in spec["datasets"]["run"]] == [1e-3, 1e-3, 1.0]
+    assert [row["value"] for row in spec["datasets"]["borne"]] == [1e-2, 1e-3]
