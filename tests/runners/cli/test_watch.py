@@ -215,7 +215,7 @@ def test_a_training_is_watched_while_it_runs_in_anybodys_repository(tmp_path):
     (tmp_path / "deleting.py").write_text(DELETING)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     watching = subprocess.Popen(
-        [sys.executable, "deleting.py", "watch", "runs/gpt2", "--out", "out", "--interval", "0.2", "--on-break",
+        [sys.executable, "deleting.py", "watch", "runs/gpt2", "--out", "out", "--interval", "1", "--on-break",
          f"{sys.executable} alert.py"],
         cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
