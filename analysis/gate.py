@@ -99,7 +99,7 @@ class Gate(_Strict):
         return {metric: gate.bound[0] for metric, gate in self.metrics.items()}
 
 
-# What `trend --bisect` holds a metric against where no gate file says otherwise.
+# What `trend --bisect` and `watch` hold a metric against where no gate file says otherwise.
 DEFAULT = Gate(
     metrics={
         "depth": MetricGate(worse="lower", decades=1.0),
@@ -178,6 +178,22 @@ def judge(comparison: pl.DataFrame, gate: Gate) -> pl.DataFrame:
             f"the gate judges nothing: no read here has {', '.join(gate.metrics)} under its reads and models"
         )
     return checks
+
+
+def limits(metric: str, rule: MetricGate, value: float) -> list[float]:
+    """The values beyond which `metric` would break `rule` beside a baseline of `value`, its noise left aside.
+
+    Example:
+        >>> limits("depth", MetricGate(worse="lower", decades=0.5), 14.0)
+        [13.5]
+    """
+    scale, bound = rule.bound
+    if scale == "decades" and unit_of(metric) != "decades":
+        ends = [value * 10**-bound, value * 10**bound]
+    else:
+        away = bound * abs(value) if scale == "relative" else bound
+        ends = [value - away, value + away]
+    return {"lower": ends[:1], "higher": ends[1:], "changed": ends}[rule.worse]
 
 
 def judged_models(names: pl.Series, patterns: list[str]) -> list[str]:

@@ -63,7 +63,7 @@ def report_page(locations: str | Sequence[str]) -> tuple[str, list[Plot]]:
         environment()
         .get_template("report.html.j2")
         .render(
-            library=_vega(),
+            library=vega(),
             facts=provenance(locations, reads),
             tiles=_tiles(board, claims),
             leaderboard=_table(board.drop(name for name in board.columns if name in unsaid))
@@ -134,7 +134,7 @@ def _tiles(board: pl.DataFrame, claims: pl.DataFrame) -> list[tuple[str, str]]:
 
 
 @cache
-def _vega() -> str:
+def vega() -> str:
     """Vega, Vega-Lite and Vega-Embed as one script, of the version that Altair writes for."""
     import altair as alt
     import vl_convert

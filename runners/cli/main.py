@@ -19,9 +19,11 @@ from deadbench.runners.cli.help import Command, Group
 from deadbench.runners.cli.init import init
 from deadbench.runners.cli.log import log
 from deadbench.runners.cli.plan import plan
+from deadbench.runners.cli.reproduce import reproduce
 from deadbench.runners.cli.results import dead, families, leaderboard, publish, report
 from deadbench.runners.cli.run import run
 from deadbench.runners.cli.trend import trend
+from deadbench.runners.cli.watch import watch
 from deadbench.suite.errors import message
 from deadbench.suite.plain_text import MAX_LINE, plain
 
@@ -39,7 +41,7 @@ app = typer.Typer(
 # Every command, in the order of --help: the more used before the less.
 for command in (
     run, leaderboard, report, trend, compare, families, dead,
-    classify, plan, init, log, export, census, publish, glossary,
+    watch, classify, plan, init, log, reproduce, export, census, publish, glossary,
 ):  # fmt: skip
     app.command(cls=Command)(command)
 

@@ -177,7 +177,7 @@ def jobs_and_cluster(
     names = models or []
     if factory is not None:
         return _of_factory(factory, names, suite, wanted, overrides), cluster or this_machine(), []
-    known, path, passed_over = _registry(registry, needed=suite is not None or not names, names=names)
+    known, path, passed_over = registry_at(registry, needed=suite is not None or not names, names=names)
     jobs = build_jobs(known, path, names, suite, wanted, overrides, assumed=assume is not None)
     if unfit := all_unfit(jobs):
         raise JobError(unfit)
@@ -207,7 +207,7 @@ def _of_factory(
     return [factory_job(factory, reads, overrides, Path.cwd())]
 
 
-def _registry(named: Path | None, *, needed: bool, names: list[str]) -> "tuple[entries.Registry, Path, list[str]]":
+def registry_at(named: Path | None, *, needed: bool, names: list[str]) -> "tuple[entries.Registry, Path, list[str]]":
     """The registry, where it is, and a remark where ./models.yaml, which is none, was passed over.
 
     Raises:

@@ -92,7 +92,7 @@ def run(
     cannot_be_read = unreachable(jobs)
     jobs, remarks = place_jobs(jobs, cluster if added is None else cluster.with_node(added))
     settings = Settings(address, timeout, max_retries, added.gpus if added else 0, checkpoint_interval)
-    summary = _execute(jobs, out, resume, settings, [*names, *cannot_be_read, *remarks], log_format, debug)
+    summary = execute_jobs(jobs, out, resume, settings, [*names, *cannot_be_read, *remarks], log_format, debug)
     if as_json:
         print(json.dumps({"run_id": summary.run_id, "out": out, **_counts(summary), "reads": summary.reads}, indent=2))
     else:
@@ -111,7 +111,7 @@ def _next_command(jobs: "list[ModelJob]", out: str) -> str:
     return f"deadbench leaderboard {shlex.quote(out)}"
 
 
-def _execute(
+def execute_jobs(
     jobs: list[Any], out: str, resume: bool, settings: Any, remarks: list[str], log_format: str, debug: bool
 ) -> Any:
     """Leave out what is finished, then run the rest; Ray is not even started when nothing is left."""

@@ -60,7 +60,7 @@ def execute_in_process(
     reporter.run_started(run_id, len(jobs))
     outcome = "stopped"
     failure: BaseException | None = None
-    with _quiet(), _interruptible():
+    with _quiet(), interruptible():
         try:
             with sharing:
                 _run_all(jobs, sharing, books, record, reporter, settings.timeout)
@@ -180,7 +180,7 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _interruptible() -> Iterator[None]:
+def interruptible() -> Iterator[None]:
     """Inside, SIGTERM is Ctrl-C."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -110,6 +110,19 @@ class ResultStore:
         """
         self._write_whole(path, text.encode())
 
+    def read_text(self, path: str) -> str | None:
+        """A document that `write_text` stored; None where there is none.
+
+        Raises:
+            StoreError: it cannot be read.
+        """
+        try:
+            return bytes(self._fs.cat_file(f"{self._root}/{path}")).decode("utf-8", "replace")
+        except FileNotFoundError:
+            return None
+        except Exception as error:
+            raise StoreError(f"--out {self.location}: {path} cannot be read ({refusal(error)})") from error
+
     def _write_whole(self, path: str, contents: bytes) -> None:
         target, aside = f"{self._root}/{path}", f"{self._root}/_tmp/{uuid.uuid4().hex}"
         try:

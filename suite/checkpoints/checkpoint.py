@@ -24,7 +24,7 @@ from deadbench.suite.checkpoints.hub_folder import HubFolder
 from deadbench.suite.checkpoints.no_weights import no_config
 from deadbench.suite.checkpoints.other_configurations import other_config, read_object
 from deadbench.suite.checkpoints.prepared_folder import as_transformers_expects
-from deadbench.suite.checkpoints.sources import folder_and_file, hub_id_of, locate
+from deadbench.suite.checkpoints.sources import folder_and_file, hub_id_of, is_file_of, locate
 from deadbench.suite.checkpoints.tensor_kinds import model_types_of
 from deadbench.suite.checkpoints.tensors import Contents, TensorEntry
 from deadbench.suite.checkpoints.weight_files import NAMED_BY, WeightFiles, weight_files, weights_file
@@ -40,7 +40,8 @@ class Checkpoint:
 
     Attributes:
         source: as the user gave it.
-        revision: Hub revision, or the checkpoint folder below a series' source; None where there is only one.
+        revision: Hub revision, or the checkpoint, a folder or a file, below a series' source; None where there is only
+            one.
         remark: what is to be said of where it was read; None mostly.
         candidates: the model types that the tensors' names could be of, where no configuration says it.
     """
@@ -79,9 +80,12 @@ class Checkpoint:
         self._hub_id: str | None = None
         self._folder: HttpFolder | FsspecFolder
         told, (place, self._file) = place is not None, folder_and_file(place or locate(source, base))
+        below = revision
+        if self._file is None and hub_id_of(place) is None and is_file_of(place, revision):
+            self._file, below = revision, None
         if os.path.isabs(place) and Path(place).is_dir():
             series = Path(place).resolve()
-            self._local = series / revision if revision else series
+            self._local = series / below if below else series
             if not self._local.is_dir():
                 raise CheckpointError(f"{self._local}: no such directory; the checkpoints are {_listing(series)}")
             self._folder = FsspecFolder(source, str(self._local))
@@ -99,10 +103,9 @@ class Checkpoint:
                 self.remark = f"HF_HUB_OFFLINE is set: read from the Hub's cache, {self._local}"
         elif place.startswith(("http://", "https://")):
             address, mark, query = place.partition("?")
-            below = address.rstrip("/") + (f"/{revision}" if revision else "")
-            self._folder = HttpFolder(source, below + mark + query)
+            self._folder = HttpFolder(source, address.rstrip("/") + (f"/{below}" if below else "") + mark + query)
         elif is_url(place):
-            self._folder = FsspecFolder(source, place.rstrip("/") + (f"/{revision}" if revision else ""))
+            self._folder = FsspecFolder(source, place.rstrip("/") + (f"/{below}" if below else ""))
         elif os.path.exists(source):
             raise CheckpointError(
                 f"{source}: not a directory, nor by its ending weights; give the folder that holds config.json"
@@ -245,6 +248,8 @@ class Checkpoint:
             if names is None:
                 chosen = [name for name in there if name.endswith((".safetensors", ".json"))]
                 chosen += sorted(set(self._shards()) - set(chosen))
+            if names is None and self._file is not None and self._file == self.revision:
+                chosen = [name for name in there if name in (self._file, "config.json")]  # a run's logs lie there too
             facts = [[name, self._folder.size(name), self._folder.stamp(name)] for name in chosen]
         told = facts if self._own_config else [facts, self._config]
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]

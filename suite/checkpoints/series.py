@@ -115,6 +115,16 @@ def trainer_tokens(folder: Path) -> int | None:
     return _trainers_count(folder, "num_input_tokens_seen") or None
 
 
+def tells_place(name: str) -> bool:
+    """Whether a name tells a place in training that is no step: an epoch."""
+    return _EPOCH.search(name) is not None
+
+
+def in_training_order(steps: Mapping[str, int | None]) -> list[str]:
+    """Names by their steps; those without one last, in their natural order."""
+    return sorted(steps, key=lambda name: (steps[name] is None, steps[name] or 0, _natural(name)))
+
+
 def _trainers_count(folder: Path, key: str) -> int | None:
     path = folder / "trainer_state.json"
     try:
@@ -133,7 +143,7 @@ def _steps(place: str, folders: Sequence[str]) -> dict[str, int | None]:
         step = checkpoint_step(name)
         if step is None and os.path.isabs(place):
             step = trainer_step(Path(place, name))
-        if step is not None or _EPOCH.search(name):
+        if step is not None or tells_place(name):
             steps[name] = step
     return steps
 
@@ -163,7 +173,7 @@ def _ordered(source: str, steps: Mapping[str, int | None], left_out: Mapping[str
     names = [name for name in steps if name not in without]
     if not names:
         return None
-    names.sort(key=lambda name: (steps[name] is None, steps[name] or 0, _natural(name)))
+    names = in_training_order({name: steps[name] for name in names})
     unknown = sum(steps[name] is None for name in names)
     by_trainer = any(steps[name] is not None and checkpoint_step(name) is None for name in names)
     written = " (of trainer_state.json)" if by_trainer else ""

@@ -37,6 +37,11 @@ def folder_and_file(place: str) -> tuple[str, str | None]:
     return (f"{folder}{mark}{query}", name) if meant and slash else (place, None)
 
 
+def is_file_of(place: str, name: str | None) -> bool:
+    """Whether the checkpoint `name` of a series at `place` is one file; Lightning calls a folder `.ckpt` too."""
+    return name is not None and name.endswith(_FILES) and not Path(place, name).is_dir()
+
+
 def is_hub_id(source: str) -> bool:
     """Whether a SOURCE has the form `org/name[@revision]`, be there a folder of that name or not."""
     return _HUB_ID.match(source) is not None

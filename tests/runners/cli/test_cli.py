@@ -40,9 +40,12 @@ FLAGS = {
     "dead": "--model --verdict --all --format --json --debug",
     "compare": "--gate --all --junit --plot --format --json --debug",
     "trend": "--model --metric --plot --bisect --gate --registry --suite --address --format --json --debug",
+    "watch": "--out --reads --gate --baseline --on-break --follow --once --interval --until-idle --report --address "
+    "--engine --tokens --input --taps --seed --dtype --config --model-type --json --debug",
     "report": "-o --out --plots --plot-format --debug",
     "init": "--registry --debug",
     "log": "--to --model --json --debug",
+    "reproduce": "--read --revision --address --out --format --json --debug",
     "glossary": "--json --debug",
     "publish": "--to --title --license --private --debug",
 }
