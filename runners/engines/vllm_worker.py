@@ -191,7 +191,11 @@ class _HookedRead:
         self.summed = min(errors, key=lambda summed: errors[summed])
         if not errors[self.summed] <= _REPRODUCED[self.dtype]:
             raise ValueError(f"vLLM's {name} ({type(module).__name__}) is not the final norm of the configuration")
-        self.norm, self.formula, self.measured = module, formula, FinalNormRead(replay, formula)
+        self.norm, self.formula, self.measured = (
+            module,
+            formula,
+            FinalNormRead(replay, formula, device=self.stream.device),
+        )
         self._recorded, self._candidates = [], {}
         blocks_path, _ = block_list(self.model, name) if self.stream.stride else (None, 0)
         self._taps = list(self.model.get_submodule(blocks_path).children()) if blocks_path else []

@@ -39,6 +39,7 @@ from deadbench.suite.reads.columns import architecture_columns, scale_columns
 from deadbench.suite.reads.final_norm import FinalNormRead
 from deadbench.suite.reads.residual import TAP_BYTES, ResidualRead
 from deadbench.suite.schema import Row
+from deadbench.suite.spectra.solvers import remarks
 
 
 def read_forward(read: ReadJob, config: Configuration, weights: Weights) -> Reading:
@@ -112,7 +113,10 @@ def read_forward(read: ReadJob, config: Configuration, weights: Weights) -> Read
         "num_distinct_inputs": inputs.num_distinct,
         "peak_device_bytes": engine.peak_device_bytes(),
     }
-    return finished(row, measured, stream, position, norm, name)
+    rows = finished(row, measured, stream, position, norm, name)
+    for line in [*passes.remarks, *remarks()]:
+        row["engine_detail"] = f"{row['engine_detail']}; {line}"
+    return rows
 
 
 def finished(

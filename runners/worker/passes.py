@@ -28,6 +28,7 @@ from deadbench.suite.architectures.parts import block_list
 from deadbench.suite.inputs.batches import Batch, Inputs
 from deadbench.suite.reads.final_norm import FinalNormRead
 from deadbench.suite.reads.residual import ResidualRead
+from deadbench.suite.spectra.solvers import remarks
 
 _ACCUMULATOR_SHARE = 4  # of the memory that is free, the accumulators of one pass take one part in so many
 
@@ -68,6 +69,7 @@ class Passes:
             self._blocks = []
         facts = {"dtype": dtype, "device": engine.device_name(), "hidden_size": final.hidden_size}
         facts |= {"num_tokens": inputs.num_tokens, "num_batches": len(inputs.batches), "batch_tokens": batch_tokens}
+        self.remarks: list[str] = []  # what the device was found to do wrong
         self._sweeps_on = False  # whether a sweep over the blocks goes on from a checkpoint
         self._checkpoint = SavedRead(read, self._ranks, facts, possible=ENGINES[read.engine].resume)
 
@@ -95,9 +97,7 @@ class Passes:
                     position.num_taps = max(self._ranks.share(position.num_taps))
                     if position.first == 0:
                         self._merge(measured)
-                started = time.perf_counter()
-                stream.end_pass()
-                position.spectrum_seconds += time.perf_counter() - started
+                yield from self._end_pass(stream, position)
             position.first, position.batch = position.first + position.per_pass, 0
             position.per_pass = self._per_pass
             if position.first < position.num_taps and self._checkpoint.interval:
@@ -153,7 +153,7 @@ class Passes:
             self._first_row,
             self._read.protocol.tap_stride,
         )
-        return FinalNormRead(self._of_rows, self._norm, self._first_row), stream
+        return FinalNormRead(self._of_rows, self._norm, self._first_row, self._engine.device), stream
 
     def _taps_a_pass(self, stream: ResidualRead) -> int:
         """Through how many taps a pass goes, by all ranks together where they divide those that are read."""
@@ -197,15 +197,24 @@ class Passes:
                 yield from self._save(position, measured, stream, in_step=in_step)
         yield Progress(label, "spectrum", done, self._num_rows)
 
+    def _end_pass(self, stream: ResidualRead, position: Position) -> Events:
+        """Decompose the taps of a pass, with a word after each: the driver would take a long silence for a hang."""
+        started = time.perf_counter()
+        for _ in stream.ending():
+            yield Progress(self._read.label(), "spectrum", self._num_rows, self._num_rows)
+        position.spectrum_seconds += time.perf_counter() - started
+        for line in remarks():
+            self.remarks.append(line)
+            yield Remark(self._read.label(), line)
+
     def _through_a_block(
         self, step: Swept, measured: FinalNormRead, stream: ResidualRead, position: Position
     ) -> Events:
         """One more batch, of an engine that runs block by block; replicas are in step after each block."""
         position.forward_seconds += step.seconds
-        started = time.perf_counter()
         if not step.num_ahead:  # all of this tap's rows are there, and nothing of the next tap's
-            stream.end_pass()
-        position.spectrum_seconds += step.tap_seconds + time.perf_counter() - started
+            yield from self._end_pass(stream, position)
+        position.spectrum_seconds += step.tap_seconds
         position.swept = step.num_done
         done = step.num_done + step.num_ahead / step.num_batches
         yield Progress(self._read.label(), "blocks", done, step.num_blocks, unit="blocks")
@@ -243,7 +252,7 @@ class Passes:
         with self._ranks.together():
             mine = measured.to_arrow()
         for state in self._ranks.collect(mine, 0)[1:]:
-            other = FinalNormRead(self._of_rows, self._norm)
+            other = FinalNormRead(self._of_rows, self._norm, device=self._engine.device)
             assert state is not None
             other.restore(state)
             measured.merge(other)
