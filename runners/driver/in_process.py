@@ -5,10 +5,8 @@ and the same command goes on; a device's fault that leaves the process alive end
 """
 
 import contextlib
-import gc
 import os
 import signal
-import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -60,7 +58,6 @@ def execute_in_process(
             for job in jobs:
                 _run(job.checkpointed(settings.checkpoint_interval, absolute(store.location)), books, record, reporter,
                      settings.timeout)  # fmt: skip
-                _give_back()
             books.drain()
             outcome = "finished"
         except UnwritableError as error:
@@ -159,12 +156,3 @@ def _interruptible() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _give_back() -> None:
-    """The memory of a model that was read."""
-    gc.collect()
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()

@@ -3,6 +3,7 @@
 A read that fails is a finished row with its error; only the death of the process is not told from here.
 """
 
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -10,7 +11,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from deadbench.runners.engines.registry import ENGINES
-from deadbench.runners.jobs.events import Event, Finished, Progress, Reading, to_tables
+from deadbench.runners.jobs.events import Event, Finished, Progress, RankMemoryError, Reading, to_tables
 from deadbench.runners.jobs.job import ModelJob, ReadJob
 from deadbench.runners.worker.passable import refuse_without_pass
 from deadbench.suite.errors import one_line
@@ -27,8 +28,12 @@ def run_model(job: ModelJob, run_id: str, attempt: int) -> Iterator[Event]:
 
     `attempt` is the first read's: it is the one that an earlier process died of, and the others were not begun.
     """
-    if any(read.engine for read in job.reads):
+    on_device = any(read.engine for read in job.reads)
+    if on_device:
+        from deadbench.runners.engines.device import give_back, settle
+
         _quieten()
+        settle(job.gpu_share)
     for read in job.reads:
         started_at = datetime.now(UTC)
         yield Progress(read.label(), "loading")
@@ -42,15 +47,23 @@ def run_model(job: ModelJob, run_id: str, attempt: int) -> Iterator[Event]:
             failure, poisoned = traceback.format_exc(), is_poisoned(error)
             rows = {"reads": [{"status": "failed", "error": one_line(error)}]}
         yield Finished(read, to_tables(rows, read, run_id, attempt, started_at), failure, poisoned)
+        del rows
+        if on_device:
+            give_back()
         attempt = 1
 
 
 def is_poisoned(error: BaseException) -> bool:
-    """Whether this process can do nothing more on its GPU after `error`.
+    """Whether another process is to try again: this one can do nothing more on its GPU, or is a rank without memory.
 
     By its text: torch's own classes are gone where another rank, vLLM's process or a message of ours passes it on.
     """
-    return any(word in str(error) for word in ("CUDA error", "CUDA driver error", "NCCL error"))
+    torch = sys.modules.get("torch")
+    if torch is None:  # nothing has run
+        return False
+    from deadbench.runners.engines.device import cause_of
+
+    return isinstance(error, RankMemoryError) or cause_of(error) == "device"
 
 
 def _read_parameters(read: ReadJob) -> Reading:

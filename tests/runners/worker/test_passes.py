@@ -335,3 +335,22 @@ def test_a_replica_without_a_checkpoint_begins_where_the_other_goes_on(often, mo
     assert [len(engine.taken) for *_, engine in found] == [2, 3]
     undisturbed = replicas(2, replace(often, checkpoint_interval=0.0), model, inputs)
     assert bits(found[0][0]) == bits(undisturbed[0][0])
+
+
+def test_memory_that_ends_while_taps_are_decomposed_asks_for_fewer_taps(read, model, inputs, monkeypatch):
+    final = final_of(model, "pre")
+    norm = live_norm(model.norm, final.behaviour, D)
+    passes = make_passes(fitting(read, TAPS), StackEngine(), model, final, inputs, norm)
+    monkeypatch.setattr("deadbench.suite.reads.residual.ResidualRead._spectrum", lambda self, tap: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        list(passes.run())
+    assert passes.fewer_taps() == TAPS // 2
+
+
+def test_memory_that_ends_in_the_forward_pass_asks_for_a_smaller_batch(read, model, inputs):
+    final = final_of(model, "pre")
+    norm = live_norm(model.norm, final.behaviour, D)
+    passes = make_passes(fitting(read, TAPS), StackEngine(fails_at=2), model, final, inputs, norm)
+    with pytest.raises(KeyboardInterrupt):
+        list(passes.run())
+    assert passes.fewer_taps() is None
