@@ -26,6 +26,7 @@ MEASURES = (
     "deadbench run",
     "deadbench export",
     "deadbench census",
+    "deadbench doctor",
     "--bisect",
 )  # takes minutes, and has tests of its own
 

@@ -14,6 +14,7 @@ from deadbench.runners.cli.census import census
 from deadbench.runners.cli.classify import classify, export
 from deadbench.runners.cli.compare import compare
 from deadbench.runners.cli.console import EXIT_FALSE, EXIT_INTERRUPTED, EXIT_USAGE, UserError, print_anywhere
+from deadbench.runners.cli.doctor import doctor
 from deadbench.runners.cli.glossary import glossary
 from deadbench.runners.cli.init import init
 from deadbench.runners.cli.log import log
@@ -36,7 +37,7 @@ app = typer.Typer(
 # Every command, in the order of --help: the more used before the less.
 for command in (
     run, leaderboard, report, trend, compare, families, dead,
-    classify, plan, init, log, export, census, publish, glossary,
+    classify, plan, doctor, init, log, export, census, publish, glossary,
 ):  # fmt: skip
     app.command()(command)
 

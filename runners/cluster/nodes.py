@@ -21,7 +21,11 @@ class PlacementError(ValueError):
 
 
 class Nodes:
-    """What the cluster has, as the schedule wants it. A device is a GPU; without any, a slot of CPUs."""
+    """What the cluster has, as the schedule wants it. A device is a GPU; without any, a slot of CPUs.
+
+    Attributes:
+        cpus_a_gpu: the CPUs that go with a GPU, of which a process makes its threads.
+    """
 
     def __init__(self, num_jobs: int, assumed_gpus: int = 0, gpu_bytes: Mapping[str, float] | None = None):
         """Look at the cluster; `assumed_gpus`: what the largest node that an autoscaler may add has.
@@ -44,7 +48,7 @@ class Nodes:
         self._planned = present
         self.largest = max((node.devices for node in present), default=0)
         self.total = sum(node.devices for node in self.alive()) or assumed_gpus
-        self._cpus_per_gpu = min(
+        self.cpus_a_gpu = min(
             (_cpus_a_gpu(node) for node in self.alive() if node.devices and self.has_gpus), default=1.0
         )
 
@@ -138,12 +142,12 @@ class Nodes:
         if not self.has_gpus:
             demand = Demand(min(count, max(1, self.largest)), 0.0, seconds, ganged, avoid)
         elif job.engine is None:
-            demand = Demand(0, min(1.0, self._cpus_per_gpu), seconds, False, avoid)
+            demand = Demand(0, min(1.0, self.cpus_a_gpu), seconds, False, avoid)
         else:
             share = job.gpu_share if count == 1 else count
             host = min((node.host_bytes for node in self._planned if node.devices), default=math.inf)
             sizes = min(job.device_bytes, max(self._gpu_bytes.values(), default=math.inf)), min(job.host_bytes, host)
-            demand = Demand(share, self._cpus_per_gpu * share, seconds, ganged, avoid, *sizes)
+            demand = Demand(share, self.cpus_a_gpu * share, seconds, ganged, avoid, *sizes)
         if not can_ever(demand, self._planned):
             what = f"{demand.devices:g} {'GPUs' if self.has_gpus else 'CPUs'} and {demand.cpus:g} CPUs"
             largest = max(self._planned, key=lambda node: (node.devices, node.cpus), default=None)

@@ -208,8 +208,8 @@ class Run:
         elif isinstance(event, Remark):
             self._reporter.say(f"{group.name(stream)}{event.label}: {event.text}")
         elif event.poisoned:
-            error = str(event.row["error"])
-            self._end(group, Death("memory" if error.startswith("out of memory") else "crash", error))
+            cause = str(event.row["error"])
+            self._end(group, Death("memory" if cause.startswith("out of memory") else "crash", cause))
         elif event.job.identity() not in group.done:
             group.done.append(event.job.identity())
             self._books.put(event)

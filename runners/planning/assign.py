@@ -46,8 +46,8 @@ def place_jobs(jobs: list[ModelJob], cluster: Cluster) -> tuple[list[ModelJob], 
             reads.append(read)
         share = min(share, 1.0) or 1.0
         chosen = job.tensor_parallel or chosen
-        sizes = {"work": work, "device_bytes": on_device, "host_bytes": on_host}
-        placed.append(replace(job, reads=tuple(reads), tensor_parallel=chosen, gpu_share=share, **sizes))
+        job = replace(job, work=work, device_bytes=on_device, host_bytes=on_host)
+        placed.append(replace(job, reads=tuple(reads), tensor_parallel=chosen, gpu_share=share))
     return placed, problems
 
 
