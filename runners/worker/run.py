@@ -30,10 +30,7 @@ def run_model(job: ModelJob, run_id: str, attempt: int) -> Iterator[Event]:
     """
     on_device = any(read.engine for read in job.reads)
     if on_device:
-        from deadbench.runners.engines.device import give_back, settle
-
         _quieten()
-        settle(job.gpu_share)
     for read in job.reads:
         started_at = datetime.now(UTC)
         yield Progress(read.label(), "loading")
@@ -41,6 +38,8 @@ def run_model(job: ModelJob, run_id: str, attempt: int) -> Iterator[Event]:
         try:
             if read.error:
                 raise ValueError(read.error)
+            if on_device:
+                _settle(job.gpu_share)
             rows = yield from (_read_factory if read.factory else READ_FUNCTIONS[read.read])(read)
             rows["reads"][0]["status"] = "ok"
         except Exception as error:
@@ -48,8 +47,8 @@ def run_model(job: ModelJob, run_id: str, attempt: int) -> Iterator[Event]:
             rows = {"reads": [{"status": "failed", "error": one_line(error)}]}
         yield Finished(read, to_tables(rows, read, run_id, attempt, started_at), failure, poisoned)
         del rows
-        if on_device:
-            give_back()
+        if on_device and "torch" in sys.modules:
+            _give_back()
         attempt = 1
 
 
@@ -226,6 +225,18 @@ READ_FUNCTIONS: dict[str, Callable[[ReadJob], Reading]] = {
     "trained": _read_trained,
     "functional": _read_functional,
 }
+
+
+def _settle(share: float) -> None:
+    from deadbench.runners.engines.device import settle  # torch, whose import takes seconds: those are the read's
+
+    settle(share)
+
+
+def _give_back() -> None:
+    from deadbench.runners.engines.device import give_back
+
+    give_back()
 
 
 def _quieten() -> None:
