@@ -27,6 +27,7 @@ MEASURES = (
     "deadbench export",
     "deadbench census",
     "deadbench reproduce",
+    "deadbench doctor",
     "--bisect",
 )  # takes minutes, and has tests of its own
 

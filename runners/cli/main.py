@@ -14,6 +14,7 @@ from deadbench.runners.cli.census import census
 from deadbench.runners.cli.classify import classify, export
 from deadbench.runners.cli.compare import compare
 from deadbench.runners.cli.console import EXIT_FALSE, EXIT_INTERRUPTED, EXIT_USAGE, UserError, print_anywhere
+from deadbench.runners.cli.doctor import doctor
 from deadbench.runners.cli.glossary import glossary
 from deadbench.runners.cli.help import Command, Group
 from deadbench.runners.cli.init import init
@@ -41,7 +42,7 @@ app = typer.Typer(
 # Every command, in the order of --help: the more used before the less.
 for command in (
     run, leaderboard, report, trend, compare, families, dead,
-    watch, classify, plan, init, log, reproduce, export, census, publish, glossary,
+    watch, classify, plan, doctor, init, log, reproduce, export, census, publish, glossary,
 ):  # fmt: skip
     app.command(cls=Command)(command)
 

@@ -91,7 +91,9 @@ def run(
     )
     cannot_be_read = unreachable(jobs)
     jobs, remarks = place_jobs(jobs, cluster if added is None else cluster.with_node(added))
-    settings = Settings(address, timeout, max_retries, added.gpus if added else 0, checkpoint_interval)
+    settings = Settings(
+        address, timeout, max_retries, added.gpus if added else 0, checkpoint_interval, gpu_bytes=cluster.gpu_bytes()
+    )
     summary = execute_jobs(jobs, out, resume, settings, [*names, *cannot_be_read, *remarks], log_format, debug)
     if as_json:
         print(json.dumps({"run_id": summary.run_id, "out": out, **_counts(summary), "reads": summary.reads}, indent=2))

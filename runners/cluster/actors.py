@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 
 from deadbench.runners.cluster.faults import Death
+from deadbench.runners.cluster.network import use_interface_of
 from deadbench.runners.cluster.nodes import Nodes, processes
 from deadbench.runners.cluster.processes import Ended, end_processes, mark_process
 from deadbench.runners.cluster.schedule import Piece, Place
@@ -86,7 +87,8 @@ def _options(nodes: Nodes, place: Place, ranks: int) -> tuple[Any, list[dict[str
     # Without GPUs more ranks than slots may share a node.
     homes = [piece for piece in place for _ in range(len(piece.devices) if nodes.has_gpus else ranks)]
     parts = [_resources(nodes, piece, homes.count(piece)) for piece in homes]
-    bundles = [{"CPU": part["num_cpus"]} | ({"GPU": part["num_gpus"]} if "num_gpus" in part else {}) for part in parts]
+    names = {"num_cpus": "CPU", "num_gpus": "GPU", "memory": "memory"}
+    bundles = [{names[key]: amount for key, amount in part.items()} for part in parts]
     group = placement_group(
         bundles,
         strategy="STRICT_PACK" if len(place) == 1 else "PACK",
@@ -97,7 +99,9 @@ def _options(nodes: Nodes, place: Place, ranks: int) -> tuple[Any, list[dict[str
 
 
 def _resources(nodes: Nodes, piece: Piece, parts: int) -> dict[str, Any]:
-    return nodes.options(piece.node, piece.share * len(piece.devices) / parts, piece.cpus / parts)
+    return nodes.options(
+        piece.node, piece.share * len(piece.devices) / parts, piece.cpus / parts, piece.host_bytes / parts
+    )
 
 
 def actor_class(options: dict[str, Any]) -> Any:
@@ -109,6 +113,7 @@ def actor_class(options: dict[str, Any]) -> Any:
 
         def __init__(self, token: str):
             mark_process(token)
+            use_interface_of(ray.util.get_node_ip_address())
 
         @ray.method(num_returns="streaming")  # type: ignore[untyped-decorator]
         def run(

@@ -1,8 +1,9 @@
 """The nodes of the Ray that the driver has joined: which live, their devices, what others use, their versions."""
 
+import math
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from deadbench.runners.cluster.head import LostClusterError
@@ -20,14 +21,22 @@ class PlacementError(ValueError):
 
 
 class Nodes:
-    """What the cluster has, as the schedule wants it. A device is a GPU; without any, a slot of CPUs."""
+    """What the cluster has, as the schedule wants it. A device is a GPU; without any, a slot of CPUs.
 
-    def __init__(self, num_jobs: int, assumed_gpus: int = 0):
-        """Look at the cluster; `assumed_gpus`: what the largest node that an autoscaler may add has."""
+    Attributes:
+        cpus_a_gpu: the CPUs that go with a GPU, of which a process makes its threads.
+    """
+
+    def __init__(self, num_jobs: int, assumed_gpus: int = 0, gpu_bytes: Mapping[str, float] | None = None):
+        """Look at the cluster; `assumed_gpus`: what the largest node that an autoscaler may add has.
+
+        `gpu_bytes`: of a GPU of each node, by Ray's id, where they are known.
+        """
         import ray
 
         self._ray = ray
         self._mine = ray.get_runtime_context().get_node_id()
+        self._gpu_bytes = gpu_bytes or {}
         self._suspects: dict[str, float] = {}
         self._foreign: dict[str, tuple[float, float]] = {}
         self._read()
@@ -39,8 +48,9 @@ class Nodes:
         self._planned = present
         self.largest = max((node.devices for node in present), default=0)
         self.total = sum(node.devices for node in self.alive()) or assumed_gpus
-        ratios = [node.cpus / node.devices for node in self.alive() if node.devices and self.has_gpus]
-        self._cpus_per_gpu = min(1.0, *ratios) if ratios else 1.0
+        self.cpus_a_gpu = min(
+            (_cpus_a_gpu(node) for node in self.alive() if node.devices and self.has_gpus), default=1.0
+        )
 
     def _read(self) -> None:
         found = self._ray.nodes()
@@ -81,7 +91,8 @@ class Nodes:
         for node, has in self._resources.items():
             cpus = float(has.get("CPU", 0))
             devices = int(has.get("GPU", 0)) if self.has_gpus else min(self._slots, int(cpus))
-            found.append(Node(node, devices, cpus, *self._foreign.get(node, (0.0, 0.0))))
+            sizes = self._gpu_bytes.get(node, math.inf), float(has.get("memory", math.inf))
+            found.append(Node(node, devices, cpus, *self._foreign.get(node, (0.0, 0.0)), *sizes))
         return found
 
     def names(self, ids: Iterable[str]) -> list[str]:
@@ -131,10 +142,12 @@ class Nodes:
         if not self.has_gpus:
             demand = Demand(min(count, max(1, self.largest)), 0.0, seconds, ganged, avoid)
         elif job.engine is None:
-            demand = Demand(0, self._cpus_per_gpu, seconds, False, avoid)
+            demand = Demand(0, min(1.0, self.cpus_a_gpu), seconds, False, avoid)
         else:
             share = job.gpu_share if count == 1 else count
-            demand = Demand(share, self._cpus_per_gpu * share, seconds, ganged, avoid)
+            host = min((node.host_bytes for node in self._planned if node.devices), default=math.inf)
+            sizes = min(job.device_bytes, max(self._gpu_bytes.values(), default=math.inf)), min(job.host_bytes, host)
+            demand = Demand(share, self.cpus_a_gpu * share, seconds, ganged, avoid, *sizes)
         if not can_ever(demand, self._planned):
             what = f"{demand.devices:g} {'GPUs' if self.has_gpus else 'CPUs'} and {demand.cpus:g} CPUs"
             largest = max(self._planned, key=lambda node: (node.devices, node.cpus), default=None)
@@ -142,10 +155,11 @@ class Nodes:
             raise PlacementError(f"{job.model_id}: needs {what}, which no node has; the largest has {has}")
         return demand
 
-    def options(self, node: str, devices: float, cpus: float) -> dict[str, Any]:
-        """Ray's resources for `devices` and `cpus` of a node."""
+    def options(self, node: str, devices: float, cpus: float, host_bytes: float = 0.0) -> dict[str, Any]:
+        """Ray's resources for `devices`, `cpus` and memory of a node."""
         if self.has_gpus:
-            return {"num_cpus": _amount(cpus)} | ({"num_gpus": _amount(devices)} if devices else {})
+            memory = {"memory": int(host_bytes)} if host_bytes else {}
+            return {"num_cpus": _amount(cpus)} | ({"num_gpus": _amount(devices)} if devices else {}) | memory
         slots = min(self._slots, int(self._resources.get(node, {}).get("CPU", 1))) or 1
         return {"num_cpus": _amount(self._resources.get(node, {}).get("CPU", 1) * devices / slots)}
 
@@ -169,6 +183,11 @@ def processes(job: ModelJob, devices: int) -> int:
 def estimated_seconds(job: ModelJob, devices: int, on_gpu: bool) -> float:
     """What the schedule orders by: from 2 x parameters x tokens, at a rate that is right within a factor of a few."""
     return 5.0 + job.work / (devices * (5e13 if on_gpu else 5e10))
+
+
+def _cpus_a_gpu(node: Node) -> float:
+    """The CPUs that go with a GPU of the node: its threads are as many. One CPU is left for reads without a GPU."""
+    return max(min(1.0, node.cpus / node.devices), (node.cpus - 1) // node.devices)
 
 
 def _amount(value: float) -> float:

@@ -10,6 +10,7 @@ the shortest of all, where it is a small part of the whole: who waits sees a res
 A device is a GPU; on a cluster without GPUs it is a slot, an equal part of a node's CPUs.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -23,7 +24,8 @@ class Demand:
     """What one model asks for.
 
     `devices`: a whole number, a share of one, or 0; `cpus` beside them; `seconds` estimated; `ganged`: several
-    processes that need a placement group; `avoid`: nodes on which it died.
+    processes that need a placement group; `avoid`: nodes on which it died; `device_bytes` of each device and
+    `host_bytes` of its nodes together, as far as they are known.
     """
 
     devices: float
@@ -31,27 +33,32 @@ class Demand:
     seconds: float = 0.0
     ganged: bool = False
     avoid: frozenset[str] = frozenset()
+    device_bytes: float = 0.0
+    host_bytes: float = 0.0
 
 
 @dataclass(frozen=True)
 class Node:
-    """One machine: what it has, and how much of it others use."""
+    """One machine: what it has, and how much of it others use. Bytes that nobody told are taken to be enough."""
 
     id: str
     devices: int
     cpus: float
     foreign_devices: float = 0.0
     foreign_cpus: float = 0.0
+    device_bytes: float = math.inf
+    host_bytes: float = math.inf
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a place: which devices of a node (by position), how much of each, and CPUs."""
+    """A part of a place: which devices of a node (by position), how much of each, CPUs, and bytes of host memory."""
 
     node: str
     devices: tuple[int, ...]
     share: float
     cpus: float
+    host_bytes: float = 0.0
 
 
 Place = tuple[Piece, ...]
@@ -67,10 +74,11 @@ class Running:
 
 @dataclass
 class Free:
-    """What is free now: by node, the free share of each device, and CPUs."""
+    """What is free now: by node, the free share of each device, CPUs, and bytes of host memory."""
 
     devices: dict[str, list[float]] = field(default_factory=dict)
     cpus: dict[str, float] = field(default_factory=dict)
+    host_bytes: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, nodes: Iterable[Node], running: Iterable[Running] = ()) -> "Free":
@@ -79,6 +87,7 @@ class Free:
         for node in nodes:
             free.devices[node.id] = [1.0] * node.devices
             free.cpus[node.id] = node.cpus
+            free.host_bytes[node.id] = node.host_bytes
         for each in running:
             free.take(each.place)
         for node in nodes:  # Ray gives others what we do not have
@@ -96,17 +105,20 @@ class Free:
             if piece.node not in self.devices:
                 continue
             self.cpus[piece.node] -= sign * piece.cpus
+            self.host_bytes[piece.node] -= sign * piece.host_bytes
             for index in piece.devices:
                 self.devices[piece.node][index] -= sign * piece.share
 
     def copy(self) -> "Free":
         """Another one that changes by itself."""
-        return Free({node: list(shares) for node, shares in self.devices.items()}, dict(self.cpus))
+        devices = {node: list(shares) for node, shares in self.devices.items()}
+        return Free(devices, dict(self.cpus), dict(self.host_bytes))
 
     def both(self, other: "Free") -> "Free":
         """What is free in this one and in `other`."""
         devices = {n: [min(a, b) for a, b in zip(s, other.devices[n], strict=True)] for n, s in self.devices.items()}
-        return Free(devices, {node: min(cpus, other.cpus[node]) for node, cpus in self.cpus.items()})
+        cpus = {node: min(cpus, other.cpus[node]) for node, cpus in self.cpus.items()}
+        return Free(devices, cpus, {node: min(each, other.host_bytes[node]) for node, each in self.host_bytes.items()})
 
 
 def decide(
@@ -117,10 +129,10 @@ def decide(
     shadow: Free | None = None  # what is free when the head of the line starts, and beside it
     until = 0.0
     started: list[tuple[int, Place]] = []
-    known: set[tuple[float, float, frozenset[str], bool]] = set()  # found no room in this round
+    known: set[Demand] = set()  # found no room in this round
     for position in _line(queue, nodes, running, opening):
         demand = queue[position]
-        alike = (demand.devices, demand.cpus, demand.avoid, shadow is None or demand.seconds <= until)
+        alike = replace(demand, seconds=float(shadow is None or demand.seconds <= until), ganged=False)
         if alike in known:
             continue
         if shadow is None:
@@ -170,10 +182,11 @@ def find_place(demand: Demand, free: Free, nodes: Sequence[Node]) -> Place | Non
 
     Nodes to avoid are avoided where another could ever hold it.
     """
+    largest = max((node.devices for node in nodes), default=0)
+    nodes = [node for node in nodes if node.device_bytes >= demand.device_bytes]
     candidates = [node for node in nodes if node.id not in demand.avoid]
     if len(candidates) < len(nodes) and not (candidates and can_ever(replace(demand, avoid=frozenset()), candidates)):
-        candidates = list(nodes)
-    largest = max((node.devices for node in nodes), default=0)
+        candidates = nodes
     if demand.devices > max(1, largest):
         return _over_nodes(demand, free, candidates)
     places = [place for node in candidates if (place := _on_node(demand, free, node)) is not None]
@@ -182,19 +195,20 @@ def find_place(demand: Demand, free: Free, nodes: Sequence[Node]) -> Place | Non
 
 def _on_node(demand: Demand, free: Free, node: Node) -> Place | None:
     shares, cpus = free.devices[node.id], free.cpus[node.id]
-    if demand.cpus > cpus + 1e-9:
+    if demand.cpus > cpus + 1e-9 or demand.host_bytes > free.host_bytes[node.id]:
         return None
+    beside = demand.cpus, demand.host_bytes
     if demand.devices < 1:
         if not demand.devices:
-            return (Piece(node.id, (), 0.0, demand.cpus),)
+            return (Piece(node.id, (), 0.0, *beside),)
         fitting = [index for index, share in enumerate(shares) if share >= demand.devices - 1e-9]
         if not fitting:
             return None
         fullest = min(fitting, key=lambda index: shares[index])
-        return (Piece(node.id, (fullest,), demand.devices, demand.cpus),)
+        return (Piece(node.id, (fullest,), demand.devices, *beside),)
     whole = [index for index, share in enumerate(shares) if share >= _WHOLE]
     count = int(demand.devices)
-    return (Piece(node.id, tuple(whole[:count]), 1.0, demand.cpus),) if len(whole) >= count else None
+    return (Piece(node.id, tuple(whole[:count]), 1.0, *beside),) if len(whole) >= count else None
 
 
 def _over_nodes(demand: Demand, free: Free, nodes: Sequence[Node]) -> Place | None:
@@ -202,10 +216,11 @@ def _over_nodes(demand: Demand, free: Free, nodes: Sequence[Node]) -> Place | No
     pieces, left = [], int(demand.devices)
     for node in sorted(nodes, key=lambda node: -node.devices):
         count = min(left, node.devices)
-        cpus = demand.cpus * count / demand.devices
+        cpus, host_bytes = demand.cpus * count / demand.devices, demand.host_bytes * count / demand.devices
         whole = [index for index, share in enumerate(free.devices[node.id]) if share >= _WHOLE]
-        if count and len(whole) >= count and free.cpus[node.id] + 1e-9 >= cpus:
-            pieces.append(Piece(node.id, tuple(whole[:count]), 1.0, cpus))
+        enough = free.cpus[node.id] + 1e-9 >= cpus and free.host_bytes[node.id] >= host_bytes
+        if count and len(whole) >= count and enough:
+            pieces.append(Piece(node.id, tuple(whole[:count]), 1.0, cpus, host_bytes))
             left -= count
     return tuple(pieces) if not left else None
 

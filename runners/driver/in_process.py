@@ -5,10 +5,8 @@ and the same command goes on; a device's fault that leaves the process alive end
 """
 
 import contextlib
-import gc
 import os
 import signal
-import sys
 import threading
 import time
 import warnings
@@ -83,7 +81,6 @@ def _run_all(
     try:
         for job in _turns(jobs, sharing, books):
             _run(job, books, record, reporter, timeout)
-            _give_back()
     except BaseException:
         with suppress(UnwritableError):
             books.flush()
@@ -194,12 +191,3 @@ def interruptible() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _give_back() -> None:
-    """The memory of a model that was read."""
-    gc.collect()
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()

@@ -1,9 +1,10 @@
 """The driver's one loop: what waits is started where it fits, events become results, and what dies is settled."""
 
 import time
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from deadbench.runners.cluster.actors import Group, release, start
@@ -35,7 +36,7 @@ class Settings:
     `address` as ray.init takes it (None: RAY_ADDRESS or a local Ray); `timeout` in seconds without any progress;
     `max_retries` further attempts at a read of which a process died; `autoscale_gpus`: GPUs of the largest node that an
     autoscaler may add; `checkpoint_interval` in seconds, 0 for no checkpoints; `patience`: seconds for which results
-    that cannot be written are kept.
+    that cannot be written are kept; `gpu_bytes`: of a GPU of each node, by Ray's id, where they are known.
     """
 
     address: str | None = None
@@ -44,6 +45,7 @@ class Settings:
     autoscale_gpus: int = 0
     checkpoint_interval: float = 300.0
     patience: float = 600.0
+    gpu_bytes: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -81,7 +83,7 @@ class Run:
         self._attempts = Attempts(settings.max_retries)
         self._streams: dict[Any, Group] = {}  # a group of ranks has several
         self._ending: dict[Future[Ended], Group] = {}
-        self.nodes = Nodes(len(jobs), settings.autoscale_gpus)
+        self.nodes = Nodes(len(jobs), settings.autoscale_gpus, settings.gpu_bytes)
         unreadable = {read.identity() for job in jobs for read in job.reads if read.error}
         readable = [job.without(unreadable) for job in jobs]
         failing = [job.without(read.identity() for read in job.reads if not read.error) for job in jobs]
@@ -231,7 +233,8 @@ class Run:
         elif isinstance(event, Remark):
             self._reporter.say(f"{group.name(stream)}{event.label}: {event.text}")
         elif event.poisoned:
-            self._end(group, Death("crash", str(event.row["error"])))
+            cause = str(event.row["error"])
+            self._end(group, Death("memory" if cause.startswith("out of memory") else "crash", cause))
         elif event.job.identity() not in group.done:
             group.done.append(event.job.identity())
             self._books.put(event)

@@ -95,6 +95,9 @@ class SweepingEngine(Engine, Protocol):
 class WorkerExtension(Protocol):
     """What a read asks of an engine that runs in workers of its own, each of which reads there; see `StreamReader`."""
 
+    def deadbench_free(self) -> int:
+        """Bytes that accumulators can take where this worker's part of the model lives."""
+
     def deadbench_begin(self, sought: bytes, num_tokens: int, dtype: str, stride: int) -> None:
         """Hook the model; the pass that follows finds the final norm; each `stride`-th tap is read."""
 
@@ -106,11 +109,6 @@ class WorkerExtension(Protocol):
 
     def deadbench_finish(self) -> list[bytes]:
         """Arrow tables reads, spectra and blocks of rank 0; nothing from other ranks."""
-
-
-def pick_device() -> torch.device:
-    """The accelerator that Ray gave this process, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def mismatch(name: str, stored: Sequence[int], expected: Sequence[int]) -> str:

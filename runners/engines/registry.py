@@ -97,7 +97,7 @@ def make_engine(name: str | None, replicas: int = 1) -> "Engine":
     """The engine of that name, on this process's device; one of `replicas` that divide the tokens."""
     import torch
 
-    from deadbench.runners.engines.base import pick_device
+    from deadbench.runners.engines.device import pick_device
     from deadbench.suite.ranks import Ranks
 
     spec, ranks = ENGINES[name or DEFAULT], Ranks()

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from deadbench.runners.engines.base import Blocks, ForwardPass, Swept
 from deadbench.runners.engines.deferred_init import DeferredInit, deferred_model
+from deadbench.runners.engines.device import free_bytes
 from deadbench.runners.engines.resident import PartEngine, TorchEngine
 from deadbench.suite.architectures.build import build_config
 from deadbench.suite.architectures.parts import divisors, has_plan
@@ -170,7 +171,10 @@ class ParallelEngine(PartEngine):
     ) -> str:
         cuda = self.device.type == "cuda"
         needed = sum(p.numel() * p.element_size() for p in model.parameters()) * 5 // 4
-        free = torch.cuda.mem_get_info(self.device)[0] if cuda else psutil.virtual_memory().available // 2
+        host = sum(p.numel() for p in model.parameters()) * 4  # it is drawn there, in float32
+        free = free_bytes(self.device) if cuda else psutil.virtual_memory().available // 2
+        if cuda and host > psutil.virtual_memory().available // 2:
+            return f"; not compared with the unsharded model, which takes {host / 1e9:.1f} GB of this node's memory"
         if needed > free:
             return f"; not compared with the unsharded model, which takes {needed / 1e9:.1f} of {free / 1e9:.1f} GB"
         with torch.no_grad():

@@ -22,6 +22,9 @@ ENVIRONMENT = {
     "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # a sequence of the longest length and the one token that is generated
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
+    # A worker reads and draws weights while vLLM waits for it: --timeout says how long a silence may be, not vLLM.
+    "VLLM_ENGINE_READY_TIMEOUT_S": "43200",
+    "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": "43200",
 }
 
 

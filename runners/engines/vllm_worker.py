@@ -15,6 +15,7 @@ from vllm.distributed.parallel_state import get_tp_group
 from vllm.forward_context import get_forward_context
 
 import deadbench.runners.engines.vllm_random_weights  # noqa: F401 - registers its loader, in every worker
+from deadbench.runners.engines.device import free_bytes, settle
 from deadbench.suite.architectures.norms import EffectiveNorm, FinalNorm, effective_norm
 from deadbench.suite.architectures.parts import block_list
 from deadbench.suite.inputs.batches import check_distinct
@@ -32,12 +33,17 @@ class StreamReader:
 
     model_runner: Any
 
+    def deadbench_free(self) -> int:
+        """Bytes that accumulators can take where this worker's part of the model lives."""
+        return free_bytes(_device(self.model_runner.get_model()))
+
     def deadbench_begin(self, sought: bytes, num_tokens: int, dtype: str, stride: int) -> None:
         """Hook the model; the pass that follows is a probe, in which the final norm and the blocks are found.
 
         `sought` is the final norm and its module as transformers builds it, pickled by the parent process: here vLLM
         has put its own layers into transformers' classes. Each `stride`-th tap is read, and the last; 0: none.
         """
+        settle()
         final, replay = pickle.loads(sought)
         self._hooked_read = _HookedRead(self.model_runner.get_model(), final, replay, num_tokens, dtype, stride)
 
@@ -126,10 +132,9 @@ class _HookedRead:
         """An exception inside a pass would end vLLM's engine: it is kept until the pass is over."""
 
         def call(*args: Any) -> None:
-            if self.error or _num_rows() is None:
-                return
             try:
-                hook(*args)
+                if not self.error and _num_rows() is not None:
+                    hook(*args)
             except Exception as error:
                 self.error = f"{error}" or type(error).__name__
 
@@ -191,7 +196,11 @@ class _HookedRead:
         self.summed = min(errors, key=lambda summed: errors[summed])
         if not errors[self.summed] <= _REPRODUCED[self.dtype]:
             raise ValueError(f"vLLM's {name} ({type(module).__name__}) is not the final norm of the configuration")
-        self.norm, self.formula, self.measured = module, formula, FinalNormRead(replay, formula)
+        self.norm, self.formula, self.measured = (
+            module,
+            formula,
+            FinalNormRead(replay, formula, device=self.stream.device),
+        )
         self._recorded, self._candidates = [], {}
         blocks_path, _ = block_list(self.model, name) if self.stream.stride else (None, 0)
         self._taps = list(self.model.get_submodule(blocks_path).children()) if blocks_path else []
@@ -230,12 +239,18 @@ def _gather(group: Any, mine: Any) -> list[Any]:
 
 
 def _num_rows() -> int | None:
-    """Rows of this pass that are tokens; None in a pass that only warms up."""
+    """Rows of this pass that are tokens; None in a pass that only warms up.
+
+    What Mamba and linear attention are told has no `num_actual_tokens`; their prefill and decode tokens are all.
+    """
     metadata = get_forward_context().attn_metadata
     if metadata is None:
         return None
-    each = next(iter(metadata.values())) if isinstance(metadata, dict) else metadata
-    return int(each.num_actual_tokens)
+    told = list(metadata.values()) if isinstance(metadata, dict) else [metadata]
+    for each in told:
+        if (count := getattr(each, "num_actual_tokens", None)) is not None:
+            return int(count)
+    return int(told[0].num_prefill_tokens + told[0].num_decode_tokens)
 
 
 def _stream_tensors(args: Any, kwargs: Any, hidden_size: int) -> list[Tensor]:

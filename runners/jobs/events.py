@@ -47,7 +47,7 @@ class Remark:
 class Finished:
     """One read is over, well or not: its tables, and the traceback of a failure.
 
-    `poisoned`: by a failure after which the process can do nothing more on its GPU.
+    `poisoned`: by a failure after which another process is to try again, where there are retries left.
     """
 
     job: ReadJob
@@ -59,6 +59,10 @@ class Finished:
     def row(self) -> Row:
         """The row of `reads`."""
         return self.tables["reads"].to_pylist()[0]  # type: ignore[no-any-return]
+
+
+class RankMemoryError(ValueError):
+    """A rank ran out of memory: alone it cannot go back, but all may begin again with half the batch."""
 
 
 class GroupBrokenError(RuntimeError):

@@ -130,7 +130,8 @@ class ModelJob:
     """All reads of one model, for one actor, or one actor per rank.
 
     `tensor_parallel` as asked for; None: `gpus`, where there are GPUs. By the plan: `gpu_share`, the part of one GPU
-    that is enough, and `work`, 2 x parameters x tokens of its forward passes. `remarks`: what is to be said of where
+    that is enough; `work`, 2 x parameters x tokens of its forward passes; `device_bytes` of each of its GPUs and
+    `host_bytes` beside them, at the peak (0: not measured). `remarks`: what is to be said of where
     and in which order it is read.
     """
 
@@ -139,6 +140,8 @@ class ModelJob:
     tensor_parallel: int | None = None
     gpu_share: float = 1.0
     work: float = 0.0
+    device_bytes: float = 0.0
+    host_bytes: float = 0.0
     remarks: tuple[str, ...] = ()
 
     @property

@@ -16,7 +16,7 @@ def place_jobs(jobs: list[ModelJob], cluster: Cluster) -> tuple[list[ModelJob], 
     problems: list[str] = []
     placed = []
     for job in jobs:
-        reads, chosen, share, work = [], None, 0.0, 0.0
+        reads, chosen, share, work, on_device, on_host = [], None, 0.0, 0.0, 0.0, 0.0
         asked = job.asked_tensor_parallel(has_gpus=cluster.largest.gpus > 0)
         for read in job.reads:
             work += _work(read)
@@ -32,6 +32,7 @@ def place_jobs(jobs: list[ModelJob], cluster: Cluster) -> tuple[list[ModelJob], 
 
                 row = place(read, cluster, asked)
                 share = max(share, row.gpus)
+                on_device, on_host = max(on_device, row.peak_bytes or 0), max(on_host, row.peak_host_bytes or 0)
                 if row.tensor_parallel and row.tensor_parallel > 1:
                     chosen = max(chosen or 1, row.tensor_parallel)
                 if row.problem:
@@ -45,7 +46,8 @@ def place_jobs(jobs: list[ModelJob], cluster: Cluster) -> tuple[list[ModelJob], 
             reads.append(read)
         share = min(share, 1.0) or 1.0
         chosen = job.tensor_parallel or chosen
-        placed.append(replace(job, reads=tuple(reads), tensor_parallel=chosen, gpu_share=share, work=work))
+        job = replace(job, work=work, device_bytes=on_device, host_bytes=on_host)
+        placed.append(replace(job, reads=tuple(reads), tensor_parallel=chosen, gpu_share=share))
     return placed, problems
 
 

@@ -5,8 +5,12 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from deadbench.suite.errors import first_line
 
 PROCESS_BYTES = 0.6e9  # what an actor holds with torch and transformers imported and no model
+_ASK_SECONDS = 120.0
 NO_RAY = "none"  # the address of a run in one process
 SHARES = (0.125, 0.25, 0.5)  # of one device that a small model may ask for
 _GPU_DEVICES = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd", "/dev/dxg")  # CUDA, ROCm, and either under WSL
@@ -19,11 +23,12 @@ class PlanError(ValueError):
 
 @dataclass(frozen=True)
 class Machine:
-    """One machine: its GPUs, bytes of each, and bytes of host memory (None: not known)."""
+    """One machine: its GPUs, bytes of each, bytes of host memory (None: not known), and Ray's id for it."""
 
     gpus: int
     gpu_bytes: float
     host_bytes: float | None
+    id: str | None = None
 
 
 @dataclass(frozen=True)
@@ -34,9 +39,19 @@ class Cluster:
     label: str
     assumed: bool = False
 
+    def gpu_bytes(self) -> dict[str, float]:
+        """Bytes of a GPU of each node that is one of Ray's, by Ray's id."""
+        return {node.id: node.gpu_bytes for node in self.nodes if node.id is not None and node.gpus}
+
     def with_node(self, node: Machine) -> "Cluster":
         """The same with one more node."""
         return Cluster((*self.nodes, node), self.label)
+
+    @property
+    def alike(self) -> int:
+        """How many nodes have the largest's GPUs, of its size or more: a head without any shares no model."""
+        top = self.largest
+        return sum(node.gpus == top.gpus and node.gpu_bytes >= 0.95 * top.gpu_bytes for node in self.nodes)
 
     @property
     def largest(self) -> Machine:
@@ -107,27 +122,46 @@ def _gpu_bytes() -> list[int]:
 
 
 def ray_cluster(address: str) -> Cluster:
-    """The nodes of the Ray at `address`, which is joined; GPU memory is asked of each node's driver."""
+    """The nodes of the Ray at `address`, which is joined; GPU memory is what torch says of it in a task there.
+
+    Raises:
+        PlanError: torch finds no GPU on a node where Ray has some, or none could be asked.
+    """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    ask = ray.remote(num_cpus=0)(_smallest_gpu_bytes)
+    # A thousandth: also where GPUs are in use. By torch: what the driver's own tools list need not be what it can use.
+    ask = ray.remote(num_cpus=0, num_gpus=0.001, max_retries=0, max_calls=1)(_torch_gpu_bytes)
     found = []
     for node in (each for each in ray.nodes() if each["Alive"]):
         gpus = int(node["Resources"].get("GPU", 0))
         where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        size = ray.get(ask.options(scheduling_strategy=where).remote()) if gpus else 0.0
-        found.append(Machine(gpus, size, float(node["Resources"].get("memory", 0)) or None))
+        size = _told(ray, ask.options(scheduling_strategy=where).remote(), node) if gpus else 0.0
+        found.append(Machine(gpus, size, float(node["Resources"].get("memory", 0)) or None, node["NodeID"]))
     return Cluster(tuple(found), f"Ray at {address} ({len(found)} nodes)")
 
 
-def _smallest_gpu_bytes() -> float:
-    """Memory of the smallest GPU of this node, whatever CUDA_VISIBLE_DEVICES says."""
-    import subprocess
+def _told(ray: Any, reference: Any, node: dict[str, Any]) -> float:
+    where = f"node {node['NodeManagerHostname']}: Ray has {node['Resources']['GPU']:g} GPUs there and"
+    try:
+        size, built = ray.get(reference, timeout=_ASK_SECONDS)
+    except ray.exceptions.GetTimeoutError as error:
+        raise PlanError(f"{where} none was free to be asked for its memory within {_ASK_SECONDS:g} s") from error
+    except ray.exceptions.RayError as error:
+        raise PlanError(f"{where} torch cannot be asked ({first_line(error)})") from error
+    if size is None:
+        raise PlanError(f"{where} torch finds none ({built}); `deadbench doctor --address …` says more")
+    return float(size)
 
-    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    listed = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()
-    return min(float(each) for each in listed) * 2**20
+
+def _torch_gpu_bytes() -> tuple[float | None, str]:
+    """(memory of the GPU of this task, None where torch finds none; what torch was built for)."""
+    import torch
+
+    built = f"torch {torch.__version__}, " + (f"CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build")
+    if not torch.cuda.is_available():
+        return None, built
+    return float(torch.cuda.get_device_properties(0).total_memory), built
 
 
 def gigabytes(value: float) -> str:

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from deadbench.runners.engines.base import BATCH_TOKENS, Engine
+from deadbench.runners.engines.device import cause_of, give_back, rounds_to_tf32
 from deadbench.runners.engines.registry import make_engine
-from deadbench.runners.jobs.events import Progress, Reading, Rows
+from deadbench.runners.jobs.events import Progress, RankMemoryError, Reading, Rows
 from deadbench.runners.jobs.job import ReadJob
 from deadbench.runners.jobs.resolved import (
     Configuration,
@@ -35,10 +36,12 @@ from deadbench.suite.architectures.norms import EffectiveNorm, FinalNorm, depart
 from deadbench.suite.architectures.objectives import objective
 from deadbench.suite.architectures.resolve import Resolved
 from deadbench.suite.inputs.batches import check_distinct, check_inputs
+from deadbench.suite.ranks import RankError
 from deadbench.suite.reads.columns import architecture_columns, scale_columns
 from deadbench.suite.reads.final_norm import FinalNormRead
 from deadbench.suite.reads.residual import TAP_BYTES, ResidualRead
 from deadbench.suite.schema import Row
+from deadbench.suite.spectra.solvers import remarks
 
 
 def read_forward(read: ReadJob, config: Configuration, weights: Weights) -> Reading:
@@ -77,7 +80,8 @@ def read_forward(read: ReadJob, config: Configuration, weights: Weights) -> Read
     wanted = num_tokens(read.protocol.tokens, final.hidden_size)
     runnable = (resolved.skeleton or model).get_submodule(resolved.part)
     yield Progress(read.label(), "input", 0, wanted)
-    for batch_tokens in (BATCH_TOKENS, BATCH_TOKENS // 2)[read.half_batch :]:
+    batch_tokens, most_taps = BATCH_TOKENS // 2 if read.half_batch else BATCH_TOKENS, None
+    while True:
         inputs = make_inputs(read, runnable, weights.folder, wanted, batch_tokens, resolved=resolved)
         check_inputs(inputs, final.hidden_size)
         if engine.tap_by_tap and replicas and len(inputs.batches) < engine.ranks.size:
@@ -85,23 +89,32 @@ def read_forward(read: ReadJob, config: Configuration, weights: Weights) -> Read
                 f"{engine.ranks.size} replicas for {len(inputs.batches)} batches of about {batch_tokens} tokens: block "
                 f"streaming leaves none idle; give --replicas {len(inputs.batches)} at most, or more --tokens"
             )
-        passes = Passes(read, engine, part, final, inputs, norm, name, batch_tokens)
+        passes = Passes(read, engine, part, final, inputs, norm, name, batch_tokens, most_taps=most_taps)
         try:
             measured, stream, position = yield from passes.run()
             break
-        except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
+        except (RuntimeError, MemoryError, RankError) as error:
+            if cause_of(error) != "memory":
                 raise
-            # Ranks are in step and one cannot go back alone: they do not try again.
-            if batch_tokens < BATCH_TOKENS or engine.ranks.size > 1:
-                raise ValueError(_sizes(engine, model, batch_tokens, final.hidden_size)) from error
-        yield Progress(read.label(), "out of memory: again with half the batch", 0, inputs.num_tokens)
+            fewer, sizes = passes.fewer_taps(), _sizes(engine, model, batch_tokens, final.hidden_size)
+            # Ranks are in step and one cannot go back alone: the driver begins anew with all of them.
+            if engine.ranks.size > 1 and not read.half_batch:
+                raise RankMemoryError(sizes) from error
+            if engine.ranks.size > 1 or (fewer is None and batch_tokens < BATCH_TOKENS):
+                raise ValueError(sizes) from error
+        if fewer is not None:
+            most_taps, change = fewer, f"{fewer} taps a pass"
+        else:
+            batch_tokens, change = batch_tokens // 2, "half the batch"
+        del passes
+        give_back()
+        yield Progress(read.label(), f"out of memory: again with {change}", 0, inputs.num_tokens)
     if engine.ranks.rank > 0:
         return {"reads": [row]}  # rank 0 has every row and tells
     yield Progress(read.label(), "spectrum", inputs.num_tokens, inputs.num_tokens)
     told = {
         "few-distinct-rows": measured.distinct.count() < measured.distinct.limit,
-        "tf32": engine.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32,
+        "tf32": engine.device.type == "cuda" and rounds_to_tf32(),
         "not-stored": bool(engine.absent),
         "unlawful-initialisation": bool(unlawful),
     }
@@ -112,7 +125,10 @@ def read_forward(read: ReadJob, config: Configuration, weights: Weights) -> Read
         "num_distinct_inputs": inputs.num_distinct,
         "peak_device_bytes": engine.peak_device_bytes(),
     }
-    return finished(row, measured, stream, position, norm, name)
+    rows = finished(row, measured, stream, position, norm, name)
+    for line in [*passes.remarks, *remarks()]:
+        row["engine_detail"] = f"{row['engine_detail']}; {line}"
+    return rows
 
 
 def finished(
@@ -153,10 +169,6 @@ def _loaded(
 def _check_determined(final: FinalNorm) -> None:
     if final.family == "undetermined":
         raise ValueError(f"the final norm cannot be determined: {final.reason}")
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _sizes(engine: Engine, model: nn.Module, batch_tokens: int, hidden_size: int) -> str:

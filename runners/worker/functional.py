@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deadbench.runners.engines.base import BATCH_TOKENS, pick_device
+from deadbench.runners.engines.base import BATCH_TOKENS
+from deadbench.runners.engines.device import pick_device
 from deadbench.runners.engines.resident import TorchEngine
 from deadbench.runners.jobs.events import Progress, Reading
 from deadbench.runners.jobs.job import ReadJob

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from deadbench.runners.engines.base import BATCH_TOKENS, pick_device
+from deadbench.runners.engines.base import BATCH_TOKENS
+from deadbench.runners.engines.device import pick_device
 from deadbench.runners.jobs.events import Progress, Reading
 from deadbench.runners.jobs.job import ReadJob
 from deadbench.runners.jobs.own_factory import built

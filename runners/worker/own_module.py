@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deadbench.runners.engines.base import Blocks, ForwardPass, Swept, pick_device
+from deadbench.runners.engines.base import Blocks, ForwardPass, Swept
+from deadbench.runners.engines.device import pick_device
 from deadbench.runners.engines.resident import TorchEngine
 from deadbench.runners.jobs.events import Progress, Reading
 from deadbench.runners.jobs.job import ReadJob

@@ -12,12 +12,12 @@ from collections.abc import Generator, Iterable
 from dataclasses import replace
 from typing import Any, cast
 
-import psutil
 import pyarrow as pa
 import torch
 from torch import nn
 
 from deadbench.runners.engines.base import Blocks, Engine, ForwardPass, SweepingEngine, Swept
+from deadbench.runners.engines.device import free_bytes
 from deadbench.runners.engines.registry import ENGINES
 from deadbench.runners.jobs.events import Progress, Remark
 from deadbench.runners.jobs.job import ReadJob
@@ -28,6 +28,7 @@ from deadbench.suite.architectures.parts import block_list
 from deadbench.suite.inputs.batches import Batch, Inputs
 from deadbench.suite.reads.final_norm import FinalNormRead
 from deadbench.suite.reads.residual import ResidualRead
+from deadbench.suite.spectra.solvers import remarks
 
 _ACCUMULATOR_SHARE = 4  # of the memory that is free, the accumulators of one pass take one part in so many
 
@@ -48,10 +49,12 @@ class Passes:
         dtype: str,
         batch_tokens: int,
         sites: tuple[nn.Module, list[nn.Module]] | None = None,
+        most_taps: int | None = None,
     ):
         """`final` was found in `model`, `norm` is its formula; `inputs` came in batches of about `batch_tokens`.
 
-        `sites`: the final norm, to be replayed, and the blocks; None: those of `model`.
+        `sites`: the final norm, to be replayed, and the blocks; None: those of `model`. `most_taps`: as many a pass at
+        most, whatever there seems to be room for.
         """
         assert final.path is not None
         assert final.hidden_size is not None
@@ -68,8 +71,16 @@ class Passes:
             self._blocks = []
         facts = {"dtype": dtype, "device": engine.device_name(), "hidden_size": final.hidden_size}
         facts |= {"num_tokens": inputs.num_tokens, "num_batches": len(inputs.batches), "batch_tokens": batch_tokens}
+        self._most_taps, self._per_pass, self._decomposing = most_taps or sys.maxsize, sys.maxsize, False
+        self.remarks: list[str] = []  # what the device was found to do wrong
         self._sweeps_on = False  # whether a sweep over the blocks goes on from a checkpoint
         self._checkpoint = SavedRead(read, self._ranks, facts, possible=ENGINES[read.engine].resume)
+
+    def fewer_taps(self) -> int | None:
+        """Half the taps of a pass, where memory ran out at its end: there a smaller batch would not help."""
+        stride = max(1, self._read.protocol.tap_stride)
+        taps = min(self._per_pass // stride, len(self._blocks) + 1)
+        return taps // 2 if self._decomposing and taps > 1 and not self._engine.tap_by_tap else None
 
     def run(self) -> Generator[Progress | Remark, None, tuple[FinalNormRead, ResidualRead, Position]]:
         """Feed both reads until every tap is read; rank 0's are those of all."""
@@ -95,9 +106,7 @@ class Passes:
                     position.num_taps = max(self._ranks.share(position.num_taps))
                     if position.first == 0:
                         self._merge(measured)
-                started = time.perf_counter()
-                stream.end_pass()
-                position.spectrum_seconds += time.perf_counter() - started
+                yield from self._end_pass(stream, position)
             position.first, position.batch = position.first + position.per_pass, 0
             position.per_pass = self._per_pass
             if position.first < position.num_taps and self._checkpoint.interval:
@@ -153,16 +162,16 @@ class Passes:
             self._first_row,
             self._read.protocol.tap_stride,
         )
-        return FinalNormRead(self._of_rows, self._norm, self._first_row), stream
+        return FinalNormRead(self._of_rows, self._norm, self._first_row, self._engine.device), stream
 
     def _taps_a_pass(self, stream: ResidualRead) -> int:
         """Through how many taps a pass goes, by all ranks together where they divide those that are read."""
         if self._engine.tap_by_tap:
             return sys.maxsize
-        budget = min(self._ranks.share(accumulator_bytes(self._read, self._engine.device)))
+        budget = min(self._ranks.share(accumulator_bytes(self._read, free_bytes(self._engine.device))))
         if self._ranks.replicas and self._engine.device.type == "cpu":
             budget /= self._ranks.size  # they may be on one node
-        taps = stream.taps_within(budget, stream.hidden_size) * max(1, stream.stride)
+        taps = min(self._most_taps, stream.taps_within(budget, stream.hidden_size)) * max(1, stream.stride)
         return taps if self._ranks.replicas else self._ranks.size * taps
 
     def _pass(self, measured: FinalNormRead, stream: ResidualRead, position: Position) -> Events:
@@ -197,15 +206,25 @@ class Passes:
                 yield from self._save(position, measured, stream, in_step=in_step)
         yield Progress(label, "spectrum", done, self._num_rows)
 
+    def _end_pass(self, stream: ResidualRead, position: Position) -> Events:
+        """Decompose the taps of a pass, with a word after each: the driver would take a long silence for a hang."""
+        started, self._decomposing = time.perf_counter(), True
+        for _ in stream.ending():
+            yield Progress(self._read.label(), "spectrum", self._num_rows, self._num_rows)
+        self._decomposing = False
+        position.spectrum_seconds += time.perf_counter() - started
+        for line in remarks():
+            self.remarks.append(line)
+            yield Remark(self._read.label(), line)
+
     def _through_a_block(
         self, step: Swept, measured: FinalNormRead, stream: ResidualRead, position: Position
     ) -> Events:
         """One more batch, of an engine that runs block by block; replicas are in step after each block."""
         position.forward_seconds += step.seconds
-        started = time.perf_counter()
         if not step.num_ahead:  # all of this tap's rows are there, and nothing of the next tap's
-            stream.end_pass()
-        position.spectrum_seconds += step.tap_seconds + time.perf_counter() - started
+            yield from self._end_pass(stream, position)
+        position.spectrum_seconds += step.tap_seconds
         position.swept = step.num_done
         done = step.num_done + step.num_ahead / step.num_batches
         yield Progress(self._read.label(), "blocks", done, step.num_blocks, unit="blocks")
@@ -243,7 +262,7 @@ class Passes:
         with self._ranks.together():
             mine = measured.to_arrow()
         for state in self._ranks.collect(mine, 0)[1:]:
-            other = FinalNormRead(self._of_rows, self._norm)
+            other = FinalNormRead(self._of_rows, self._norm, device=self._engine.device)
             assert state is not None
             other.restore(state)
             measured.merge(other)
@@ -270,9 +289,8 @@ def norm_and_blocks(model: nn.Module, path: str) -> tuple[nn.Module, list[nn.Mod
     return model.get_submodule(path), list(model.get_submodule(blocks_path).children()) if blocks_path else []
 
 
-def accumulator_bytes(read: ReadJob, device: torch.device) -> float:
-    """What the taps of one pass may take, where the model lives: as asked, else a part of what is free."""
+def accumulator_bytes(read: ReadJob, free: int) -> float:
+    """What the taps of one pass may take, where the model lives: as asked, else a part of what is free there."""
     if read.accumulator_gb is not None:
         return read.accumulator_gb * 1e9
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     return float(free) / _ACCUMULATOR_SHARE

@@ -4,6 +4,7 @@ A read that fails is a finished row with its error; only the death of the proces
 """
 
 import re
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deadbench.runners.engines.registry import ENGINES
-from deadbench.runners.jobs.events import Event, Finished, Progress, Reading, Remark, to_tables
+from deadbench.runners.jobs.events import Event, Finished, Progress, RankMemoryError, Reading, Remark, to_tables
 from deadbench.runners.jobs.job import ModelJob, ReadJob
 from deadbench.runners.worker.passable import refuse_without_pass
 from deadbench.suite.errors import CheckpointError, one_line
@@ -31,7 +32,8 @@ def run_model(job: ModelJob, run_id: str, attempt: int) -> Iterator[Event]:
 
     `attempt` is the first read's: it is the one that an earlier process died of, and the others were not begun.
     """
-    if any(read.engine for read in job.reads):
+    on_device = any(read.engine for read in job.reads)
+    if on_device:
         _quieten()
     for read in job.reads:
         started_at = datetime.now(UTC)
@@ -40,21 +42,31 @@ def run_model(job: ModelJob, run_id: str, attempt: int) -> Iterator[Event]:
         try:
             if read.error:
                 raise ValueError(read.error)
+            if on_device:
+                _settle(job.gpu_share)
             rows = yield from (_read_factory if read.factory else READ_FUNCTIONS[read.read])(read)
             rows["reads"][0]["status"] = "ok"
         except Exception as error:
             failure, poisoned = traceback.format_exc(), is_poisoned(error)
             rows = {"reads": [{"status": "failed", "error": one_line(error)}]}
         yield Finished(read, to_tables(rows, read, run_id, attempt, started_at), failure, poisoned)
+        del rows
+        if on_device and "torch" in sys.modules:
+            _give_back()
         attempt = 1
 
 
 def is_poisoned(error: BaseException) -> bool:
-    """Whether this process can do nothing more on its GPU after `error`.
+    """Whether another process is to try again: this one can do nothing more on its GPU, or is a rank without memory.
 
     By its text: torch's own classes are gone where another rank, vLLM's process or a message of ours passes it on.
     """
-    return any(word in str(error) for word in ("CUDA error", "CUDA driver error", "NCCL error"))
+    torch = sys.modules.get("torch")
+    if torch is None:  # nothing has run
+        return False
+    from deadbench.runners.engines.device import cause_of
+
+    return isinstance(error, RankMemoryError) or cause_of(error) == "device"
 
 
 def _read_parameters(read: ReadJob) -> Reading:
@@ -237,6 +249,18 @@ READ_FUNCTIONS: dict[str, Callable[[ReadJob], Reading]] = {
     "trained": _read_trained,
     "functional": _read_functional,
 }
+
+
+def _settle(share: float) -> None:
+    from deadbench.runners.engines.device import settle  # torch, whose import takes seconds: those are the read's
+
+    settle(share)
+
+
+def _give_back() -> None:
+    from deadbench.runners.engines.device import give_back
+
+    give_back()
 
 
 def _quieten() -> None:

@@ -16,7 +16,8 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from deadbench.runners.engines.base import BATCH_TOKENS, pick_device
+from deadbench.runners.engines.base import BATCH_TOKENS
+from deadbench.runners.engines.device import pick_device
 from deadbench.runners.engines.registry import ENGINES
 from deadbench.runners.engines.vllm_support import ENVIRONMENT, refusal, vllm_architecture
 from deadbench.runners.jobs.events import Progress, Reading
@@ -38,6 +39,7 @@ from deadbench.suite.schema import Row
 from deadbench.suite.scratch import Scratch
 
 _SPEC = ENGINES["vllm"]
+_LEAST_CACHE = 2**28  # blocks are whole, and Mamba keeps states beside them
 
 
 def read_vllm(read: ReadJob, config: Configuration, weights: Weights) -> Reading:
@@ -59,6 +61,7 @@ def read_vllm(read: ReadJob, config: Configuration, weights: Weights) -> Reading
             f"{weights.folder}: the tensor {wrapper} carries the name of a wrapper, which vLLM does not know; "
             "save the model that is wrapped, or give --engine torch"
         )
+    device = pick_device()
     dtype = dtype_name(read.dtype, config.build(), entries_of(weights))
     resolved = resolved_without_weights(config, "text", "decoder")  # the whole model, whatever its halves
     final, whole = resolved.final, resolved.skeleton
@@ -81,8 +84,8 @@ def read_vllm(read: ReadJob, config: Configuration, weights: Weights) -> Reading
         load_seconds = time.perf_counter() - started
         llm.collective_rpc("deadbench_begin", args=(sought, inputs.num_tokens, dtype, stride))
         _run(llm, prompts[:1])
-        device = pick_device()
-        budget = accumulator_bytes(read, device) / (1 if device.type == "cuda" else read.tensor_parallel)
+        least = min(llm.collective_rpc("deadbench_free"))  # as the workers see it: this process looks at no GPU
+        budget = accumulator_bytes(read, least) / (1 if device.type == "cuda" else read.tensor_parallel)
         per_pass = max(1, stride) * read.tensor_parallel * ResidualRead.taps_within(budget, final.hidden_size)
         first, num_taps, detail = 0, 1, ""
         forward = spectrum = 0.0
@@ -150,6 +153,7 @@ def _loaded(read: ReadJob, raw_config: dict[str, Any], weights: Weights, dtype: 
                 max_model_len=longest + 1,
                 max_num_batched_tokens=max(BATCH_TOKENS, longest + 1),
                 disable_log_stats=True,
+                **_cache(raw_config, dtype, max(BATCH_TOKENS, longest + 1)),
                 seed=read.seed,
             )
         except Exception as error:
@@ -162,6 +166,17 @@ def _loaded(read: ReadJob, raw_config: dict[str, Any], weights: Weights, dtype: 
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+
+
+def _cache(raw_config: dict[str, Any], dtype: str, batch_tokens: int) -> dict[str, Any]:
+    """vLLM's arguments for a cache of two steps' tokens: by default it takes all of a GPU that is left."""
+    if not torch.cuda.is_available():
+        return {}
+    text = Configuration(raw_config).build().get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    a_token = 2 * text.num_hidden_layers * heads * width * getattr(torch, dtype).itemsize
+    return {"kv_cache_memory_bytes": 2 * batch_tokens * a_token + _LEAST_CACHE, "gpu_memory_utilization": 0.5}
 
 
 def _run(llm: Any, prompts: list[list[int]]) -> None:

@@ -60,13 +60,14 @@ class FinalNormRead:
         module: the final norm as loaded; it is copied for the float32 replay.
         norm: its formula with its real parameters.
         first_row: how many rows of the read come before the first that is given here, to another worker.
+        device: where the covariances are summed and decomposed; the norm is replayed on the CPU wherever that is.
     """
 
-    def __init__(self, module: nn.Module, norm: EffectiveNorm, first_row: int = 0):
+    def __init__(self, module: nn.Module, norm: EffectiveNorm, first_row: int = 0, device: torch.device | str = "cpu"):
         D = len(norm.scale_D)
         self.norm = norm
-        self.spectrum = CovarianceFactor(D)
-        self._early = EarlyVerdict(D, first_row)
+        self.spectrum = CovarianceFactor(D, device)
+        self._early = EarlyVerdict(D, first_row, device)
         self._replay = copy.deepcopy(module).cpu().float()
         for each in self._replay.modules():
             each._forward_hooks.clear()
@@ -152,10 +153,11 @@ class FinalNormRead:
             StateError: it is not whole, or of another width.
         """
         row = fields(state, STATE)
-        spectrum = CovarianceFactor.from_arrow(row["spectrum"])
+        device = self.spectrum.device
+        spectrum = CovarianceFactor.from_arrow(row["spectrum"], device)
         if spectrum.hidden_size != len(self.norm.scale_D):
             raise StateError(f"a state of width {spectrum.hidden_size}; the norm's is {len(self.norm.scale_D)}")
-        self.spectrum, self._early.float64 = spectrum, CovarianceFactor.from_arrow(row["early_float64"])
+        self.spectrum, self._early.float64 = spectrum, CovarianceFactor.from_arrow(row["early_float64"], device)
         self.along_float32.restore(row["along_float32"])
         self.along_float64.restore(row["along_float64"])
         self.sequences.sums_S4 = row["sequences"].values.to_numpy().reshape(-1, 4).copy()

@@ -135,9 +135,18 @@ class ResidualRead:
 
     def end_pass(self) -> None:
         """Decompose the taps of this pass; their accumulators are given back."""
+        for _ in self.ending():
+            pass
+
+    def ending(self) -> Iterator[int]:
+        """`end_pass`, that stops after each tap to say which it was: a wide one takes a while."""
         if self.ranks.replicas:
             self._merge_replicas()
-        now = self._shared({index: self._spectrum(tap) for index, tap in self._taps.items()})
+        mine: dict[int, _TapSpectrum] = {}
+        for index, tap in self._taps.items():
+            mine[index] = self._spectrum(tap)
+            yield index
+        now = self._shared(mine)
         known = dict([self._before] if self._before else []) | {index: now[index] for index in sorted(now)}
         pairs = list(zip(known, list(known)[1:], strict=False))
         asked = {tap for ahead, tap in pairs if known[tap].fell_from(known[ahead])}

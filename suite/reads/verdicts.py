@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -22,9 +23,9 @@ class EarlyVerdict:
     two precisions are matched from the bottom up.
     """
 
-    def __init__(self, hidden_size: int, first_row: int):
+    def __init__(self, hidden_size: int, first_row: int, device: torch.device | str = "cpu"):
         self._wanted = _VERDICT_TOKENS * hidden_size - first_row
-        self.float64 = CovarianceFactor(hidden_size)
+        self.float64 = CovarianceFactor(hidden_size, device)
 
     def update(self, replay_ND: Tensor, exact_ND: Tensor) -> None:
         """Add rows of the norm's output in float32 and float64, until there are enough.

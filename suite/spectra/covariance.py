@@ -139,9 +139,9 @@ class CovarianceFactor:
         assert self.offset_D is not None
         eigenvalues_D, eigenvectors_DD, mean_square_D = route.decompose(self.offset_D)
         return Spectrum(
-            eigenvalues_D.numpy(),
-            eigenvectors_DD.contiguous().numpy(),
-            mean_square_D.numpy(),
+            eigenvalues_D.cpu().numpy(),
+            eigenvectors_DD.contiguous().cpu().numpy(),
+            mean_square_D.cpu().numpy(),
             route.count,
             self.method,
             *self._errors(float(eigenvalues_D[0])),
@@ -155,7 +155,7 @@ class CovarianceFactor:
     def bottom(self) -> tuple[float, NDArray[np.float64]]:
         """(smallest eigenvalue, its unit eigenvector) alone; a fraction of the time of `eigenvalues`."""
         smallest, bottom_D = self._settled().bottom()
-        return smallest, bottom_D.numpy()
+        return smallest, bottom_D.cpu().numpy()
 
     def to_arrow(self) -> pa.RecordBatch:
         """The exact state as one Arrow row: what `from_arrow` makes of it goes on, and merges, as this one would."""

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from deadbench.suite.spectra.solvers import add_gram, check_gram, solvers
 from deadbench.suite.spectra.triangular import (
     CERTIFIED_RELATIVE_ERROR,
     GRAM_ERROR,
@@ -17,7 +18,6 @@ from deadbench.suite.spectra.triangular import (
     smallest_singular_pair,
 )
 
-_PANELS, _NARROWEST_PANEL = 8, 192
 _GATE = 1e4  # a row whose square is this many times the typical one would lose the bottom: it is not added
 _FEW = 8  # dead directions that are lifted one by one; where there are more, rows are whitened
 _LANCZOS_STEPS = 24
@@ -31,12 +31,14 @@ class Gram:
         self.count, self.typical_square = 0, typical_square
         self.sum_D = torch.zeros(hidden_size, dtype=torch.float64, device=device)
         self.upper_DD = torch.zeros(hidden_size, hidden_size, dtype=torch.float64, device=device)
+        self.squares = torch.zeros((), dtype=torch.float64, device=device)  # of the rows: the trace, formed otherwise
 
     def empty_copy(self) -> "Gram":
         """One that expects the same rows, and has none."""
         after = copy.copy(self)
         after.count = 0
         after.sum_D, after.upper_DD = torch.zeros_like(self.sum_D), torch.zeros_like(self.upper_DD)
+        after.squares = torch.zeros_like(self.squares)
         return after
 
     def mean(self) -> Float[Tensor, " D"]:
@@ -45,9 +47,11 @@ class Gram:
 
     def add(self, rows_ND: Float[Tensor, "N D"]) -> bool:
         """Add rows; False, with nothing added, where a row is too long to be squared safely."""
-        if float(torch.linalg.vector_norm(rows_ND, dim=-1).max()) ** 2 > _GATE * self.typical_square:
+        length_N = torch.linalg.vector_norm(rows_ND, dim=-1)
+        if float(length_N.max()) ** 2 > _GATE * self.typical_square:
             return False
-        _add_product(self.upper_DD, rows_ND)
+        add_gram(self.upper_DD, rows_ND)
+        self.squares += length_N.square().sum()
         self.sum_D += rows_ND.sum(0)
         self.count += len(rows_ND)
         return True
@@ -63,9 +67,15 @@ class Gram:
         if shift_D is not None:
             self.upper_DD.addr_(other.sum_D + other.count * shift_D, shift_D).addr_(shift_D, other.sum_D)
             self.sum_D += other.count * shift_D
+        self.squares = self.upper_DD.diagonal().sum()
 
     def scatter(self) -> Float[Tensor, "D D"]:
-        """`sum (w - mean w)(w - mean w)^T`: its upper triangle; what is below the diagonal means nothing."""
+        """`sum (w - mean w)(w - mean w)^T`: its upper triangle; what is below the diagonal means nothing.
+
+        Raises:
+            DeviceError: the device's matrix products are wrong.
+        """
+        check_gram(self.upper_DD, self.squares)
         return self.upper_DD.addr(self.sum_D, self.sum_D, alpha=-1 / self.count)
 
     def off_centre(self) -> float:
@@ -77,8 +87,8 @@ class Gram:
 
         Where the rows are further from their mean's place than from each other, that distance is what kappa is of.
         """
-        factor_DD, failed = torch.linalg.cholesky_ex(self.scatter(), upper=True)
-        return not int(failed) and self.certifies(factor_DD)
+        factor_DD, exists = solvers(self.upper_DD).cholesky(self.scatter())
+        return exists and self.certifies(factor_DD)
 
     def root(self) -> tuple[Float[Tensor, "D D"], bool]:
         """(F with `F^T F` the scatter, whether it is the Cholesky factor).
@@ -86,9 +96,9 @@ class Gram:
         Rank-deficient rows have none; the square root by eigenvectors is defined all the same.
         """
         scatter_DD = self.scatter()
-        factor_DD, failed = torch.linalg.cholesky_ex(scatter_DD, upper=True)
-        if int(failed):
-            values_D, vectors_DD = torch.linalg.eigh(scatter_DD, UPLO="U")
+        factor_DD, exists = solvers(scatter_DD).cholesky(scatter_DD)
+        if not exists:
+            values_D, vectors_DD = solvers(scatter_DD).eigh(scatter_DD, "U")
             return values_D.clamp(min=0).sqrt()[:, None] * vectors_DD.T, False
         return factor_DD, True
 
@@ -98,8 +108,8 @@ class Gram:
         norm = float(2 * scatter_DD.square().sum() - scatter_DD.diagonal().square().sum()) ** 0.5
         largest = max(norm, self.count * self.off_centre())  # from above
         scatter_DD.diagonal().add_(GRAM_ERROR * largest)  # below its own rounding it need not be positive
-        factor_DD, failed = torch.linalg.cholesky_ex(scatter_DD, upper=True)
-        if int(failed):
+        factor_DD, exists = solvers(scatter_DD).cholesky(scatter_DD)
+        if not exists:
             return None
         resolved = (GRAM_ERROR * largest / (0.1 * CERTIFIED_RELATIVE_ERROR)) ** 0.5
         dead_DK = directions_below(factor_DD, resolved, _LANCZOS_STEPS)
@@ -112,15 +122,3 @@ class Gram:
         condition = min(float(largest), float(factor_DD.norm())) / smallest  # from above, but for a percent
         squared = max(condition**2, self.count * self.off_centre() / smallest**2)
         return GRAM_ERROR * squared <= 0.1 * CERTIFIED_RELATIVE_ERROR
-
-
-def _add_product(upper_DD: Tensor, rows_ND: Tensor) -> None:
-    """Add the upper block triangle of `rows^T rows`: in 8 panels 9/16 of the flops of the whole product.
-
-    numpy would call SYRK, half the flops; but its threads and torch's then wait for each other in the forward pass.
-    """
-    D = rows_ND.shape[1]
-    step = max(_NARROWEST_PANEL, -(-D // _PANELS))
-    for start in range(0, D, step):
-        stop = min(start + step, D)
-        upper_DD[start:stop, start:].addmm_(rows_ND[:, start:stop].T, rows_ND[:, start:])

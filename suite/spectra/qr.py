@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from deadbench.suite.spectra.arrow_state import StateError, tensor, triangle, upper, vector
+from deadbench.suite.spectra.solvers import solvers
 from deadbench.suite.spectra.triangular import decompose, smallest_singular_pair
 
 _METHODS = ("qr", "whitened-gram", "lifted-gram", "gram")  # the later, the weaker its certificate
@@ -47,7 +48,7 @@ class Qr:
         total = self.count + count
         between_D = (self.count * count / total) ** 0.5 * (self.mean_D - mean_D)
         stacked = torch.cat([self.factor_KD, rows_KD, between_D[None]])
-        self.factor_KD = torch.linalg.qr(stacked, mode="r").R
+        self.factor_KD = solvers(stacked).triangle(stacked)
         self.mean_D = self.mean_D + (mean_D - self.mean_D) * (count / total)
         self.count = total
 
@@ -61,18 +62,17 @@ class Qr:
         self, offset_D: Float[Tensor, " D"]
     ) -> tuple[Float[Tensor, " D"], Float[Tensor, "D D"], Float[Tensor, " D"]]:
         """(eigenvalues, descending; eigenvectors as rows; mean squares of rows with `offset_D` added to them)."""
-        factor_DD = self._on_cpu()
-        values_D, rows_DD = decompose(factor_DD)
-        mean_square_D = factor_DD.square().sum(0) / self.count + (offset_D + self.mean_D).cpu().square()
+        values_D, rows_DD = decompose(self.factor_KD)
+        mean_square_D = self.factor_KD.square().sum(0) / self.count + (offset_D + self.mean_D).square()
         return values_D / self.count, rows_DD, mean_square_D
 
     def eigenvalues(self) -> Float[Tensor, " D"]:
         """The eigenvalues alone, descending."""
-        return torch.linalg.svdvals(self._on_cpu()).square() / self.count  # type: ignore[no-any-return]
+        return torch.linalg.svdvals(self.factor_KD.cpu()).square() / self.count  # type: ignore[no-any-return]
 
     def bottom(self) -> tuple[float, Float[Tensor, " D"]]:
         """(smallest eigenvalue, its unit eigenvector)."""
-        smallest, bottom_D = smallest_singular_pair(self._on_cpu())
+        smallest, bottom_D = smallest_singular_pair(self.factor_KD)
         return smallest**2 / self.count, bottom_D
 
     def columns(self) -> dict[str, Any]:
@@ -103,9 +103,6 @@ class Qr:
             num_rows = len(row["pending"].values) // hidden_size
             self.hold(tensor(row["pending"], num_rows, hidden_size, device=device))
         return self
-
-    def _on_cpu(self) -> Tensor:
-        return self.factor_KD.cpu()  # GPU eigensolvers have failed on low-rank matrices (pytorch#105359)
 
 
 def weaker(a: str, b: str) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor
 from deadbench.suite.spectra.arrow_state import VECTOR, fields, struct, tensor, triangle, upper, vector
 from deadbench.suite.spectra.gram import Gram
 from deadbench.suite.spectra.qr import Qr
+from deadbench.suite.spectra.solvers import solvers
 
 GRAM_STATE = pa.schema(
     {
@@ -94,17 +95,17 @@ class Plain(_Squared):
     ) -> tuple[Float[Tensor, " D"], Float[Tensor, "D D"], Float[Tensor, " D"]]:
         """(eigenvalues, descending; eigenvectors as rows; mean squares of rows with `offset_D` added to them)."""
         covariance_DD = self._covariance()
-        values_D, vectors_DD = torch.linalg.eigh(covariance_DD, UPLO="U")
-        mean_square_D = covariance_DD.diagonal() + (offset_D + self.gram.mean()).cpu().square()
+        values_D, vectors_DD = solvers(covariance_DD).eigh(covariance_DD, "U")
+        mean_square_D = covariance_DD.diagonal() + (offset_D + self.gram.mean()).square()
         return values_D.flip(0), vectors_DD.flip(1).T, mean_square_D
 
     def eigenvalues(self) -> Float[Tensor, " D"]:
         """The eigenvalues alone, descending."""
-        eigenvalues_D: Tensor = torch.linalg.eigvalsh(self._covariance(), UPLO="U").flip(0)
+        eigenvalues_D: Tensor = torch.linalg.eigvalsh(self._covariance().cpu(), UPLO="U").flip(0)
         return eigenvalues_D
 
     def _covariance(self) -> Tensor:
-        return (self.gram.scatter() / self.count).cpu()
+        return self.gram.scatter() / self.count
 
 
 class Lifted(_Squared):
@@ -191,8 +192,8 @@ class Whitened(_Squared):
             white_D = self._whitened(between_D[:, None])[:, 0]
             scatter_DD = self.gram.scatter() + count * qr.count / total * torch.outer(white_D, white_D)
             scatter_DD.diagonal().add_(qr.count)
-            joined_DD, failed = torch.linalg.cholesky_ex(scatter_DD, upper=True)
-            if not int(failed):
+            joined_DD, exists = solvers(scatter_DD).cholesky(scatter_DD)
+            if exists:
                 qr.factor_KD = joined_DD @ self.whitener_DD
                 qr.mean_D = qr.mean_D - between_D * (count / total)
                 qr.count = total
@@ -202,8 +203,7 @@ class Whitened(_Squared):
 
     def _whitened(self, columns_DN: Tensor) -> Tensor:
         # w R = z as R^T w^T = z^T: the transposes are views, and the solve costs half a matrix product.
-        white_DN: Tensor = torch.linalg.solve_triangular(self.whitener_DD.T, columns_DN, upper=False)
-        return white_DN
+        return solvers(columns_DN).solve(self.whitener_DD.T, columns_DN, upper=False)
 
     def _coordinates(self) -> dict[str, pa.Array]:
         return {"whitener": triangle(self.whitener_DD)}
@@ -239,6 +239,7 @@ def restored(state: pa.StructScalar, hidden_size: int, device: torch.device) -> 
     gram.count = row["count"].as_py()
     gram.sum_D = tensor(row["sum"], hidden_size, device=device)
     gram.upper_DD = upper(row["upper"], hidden_size, hidden_size, device)
+    gram.squares = gram.upper_DD.diagonal().sum()
     if row["whitener"].is_valid:
         return Whitened(gram, upper(row["whitener"], hidden_size, hidden_size, device))
     if row["dead_size"].is_valid:
@@ -256,5 +257,4 @@ def _regularised(factor_DD: Tensor) -> Tensor:
     if float(factor_DD.diagonal().abs().min()) > 1e-12 * float(size):
         return factor_DD
     floor = 1e-12 * size * torch.eye(len(factor_DD), dtype=factor_DD.dtype, device=factor_DD.device)
-    regularised: Tensor = torch.linalg.qr(torch.cat([factor_DD, floor]), mode="r").R
-    return regularised
+    return solvers(factor_DD).triangle(torch.cat([factor_DD, floor]))

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from deadbench.suite.spectra.directions import FLOAT64_EPS
+from deadbench.suite.spectra.solvers import solvers
 
 CERTIFIED_RELATIVE_ERROR = 1e-6
 GRAM_ERROR = 32 * FLOAT64_EPS  # |error of an eigenvalue| <= this * l_1, when rows enter a Gram matrix unwhitened
@@ -22,14 +23,14 @@ def decompose(factor_DD: Float[Tensor, "D D"]) -> tuple[Float[Tensor, " D"], Flo
     are not, the subspace below is found by inverse iteration on R (Golub, Van Loan, 8.2), as accurate as an SVD. Where
     many are not, or the iteration finds no gap, it is the SVD.
     """
-    values_D, vectors_DD = torch.linalg.eigh(factor_DD.T @ factor_DD)  # ascending; vectors are columns
+    values_D, vectors_DD = solvers(factor_DD).eigh(factor_DD.T @ factor_DD, "L")  # ascending; vectors are columns
     if not factor_DD.any():  # rows that are all the same
         return values_D, vectors_DD.T
     uncertain = int((values_D <= values_D[-1] * (GRAM_ERROR / CERTIFIED_RELATIVE_ERROR)).sum())
     if uncertain:
         bottom = _bottom_subspace(factor_DD, vectors_DD[:, :uncertain]) if uncertain <= _FEW else None
         if bottom is None:
-            _, sigma_D, rows_DD = torch.linalg.svd(factor_DD)
+            _, sigma_D, rows_DD = torch.linalg.svd(factor_DD.cpu())  # on a GPU it is no faster
             return sigma_D.square(), rows_DD
         squares_K, bottom_DK = bottom
         rest = vectors_DD[:, uncertain:]
@@ -43,12 +44,14 @@ def _bottom_subspace(factor_DD: Tensor, start_DK: Tensor) -> tuple[Tensor, Tenso
     """(squared singular values, ascending; right singular vectors) of the bottom K; None where it does not settle."""
     # Directions below rounding are one as good as the other; unbounded, the deepest would drown the rest of the basis.
     solvable_DD = _divisible(factor_DD, FLOAT64_EPS)
-    basis_DK, before_K = start_DK, torch.full((start_DK.shape[1],), torch.inf, dtype=torch.float64)
+    basis_DK, before_K = start_DK, torch.full((start_DK.shape[1],), torch.inf).to(start_DK)
+    solver = solvers(factor_DD)
     rounding = FLOAT64_EPS * float(factor_DD.norm())
     for _ in range(6):
-        left_DK = torch.linalg.qr(torch.linalg.solve_triangular(solvable_DD.T, basis_DK, upper=False)).Q
-        basis_DK = torch.linalg.qr(torch.linalg.solve_triangular(solvable_DD, left_DK, upper=True)).Q
-        _, sigma_K, rotation_KK = torch.linalg.svd(factor_DD @ basis_DK, full_matrices=False)
+        left_DK = solver.orthonormal(solver.solve(solvable_DD.T, basis_DK, upper=False))
+        basis_DK = solver.orthonormal(solver.solve(solvable_DD, left_DK, upper=True))
+        few = torch.linalg.svd((factor_DD @ basis_DK).cpu(), full_matrices=False)
+        sigma_K, rotation_KK = few.S.to(basis_DK), few.Vh.to(basis_DK)
         if bool((abs(sigma_K - before_K) <= 1e-10 * sigma_K + rounding).all()):
             return sigma_K.square().flip(0), (basis_DK @ rotation_KK.T).flip(1)
         before_K = sigma_K
@@ -78,8 +81,7 @@ def directions_below(factor_DD: Float[Tensor, "D D"], below: float, steps: int) 
     Ends when the smallest that is not under `below` is known to a percent, those under it then to many digits.
     """
     inverse_squares_K, ritz_DK = _inverse_lanczos(factor_DD, steps, 1e-2, below)
-    directions_DK: Tensor = torch.linalg.qr(ritz_DK[:, inverse_squares_K > below**-2]).Q
-    return directions_DK
+    return solvers(factor_DD).orthonormal(ritz_DK[:, inverse_squares_K > below**-2])
 
 
 def _inverse_lanczos(factor_DD: Tensor, steps: int, tolerance: float, below: float) -> tuple[Tensor, Tensor]:
@@ -90,15 +92,15 @@ def _inverse_lanczos(factor_DD: Tensor, steps: int, tolerance: float, below: flo
     """
     left_out = below**-2 if below else torch.inf
     D = len(factor_DD)
-    steps = min(steps, D)
+    steps, solver = min(steps, D), solvers(factor_DD)
     basis_KD = torch.zeros(steps, D, dtype=torch.float64, device=factor_DD.device)
     tridiagonal_KK = torch.zeros(steps, steps, dtype=torch.float64)
     vector_D = torch.randn(D, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(factor_DD.device)
     values_K, vectors_KK = torch.ones(1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
     for step in range(steps):
         basis_KD[step] = vector_D / vector_D.norm()
-        vector_D = torch.linalg.solve_triangular(factor_DD.T, basis_KD[step][:, None], upper=False)
-        vector_D = torch.linalg.solve_triangular(factor_DD, vector_D, upper=True)[:, 0]
+        vector_D = solver.solve(factor_DD.T, basis_KD[step][:, None], upper=False)
+        vector_D = solver.solve(factor_DD, vector_D, upper=True)[:, 0]
         known_KD = basis_KD[: step + 1]
         tridiagonal_KK[step, step] = float(vector_D @ basis_KD[step])
         for _ in range(2):

@@ -31,6 +31,7 @@ FLAGS = {
     "plan": "--model --assume --suite --registry --reads --address --out --resume --fresh --engine "
     "--tensor-parallel --replicas --tokens --input --taps --seed --dtype --config --model-type --accumulator-gb "
     "--json --debug",
+    "doctor": "--address --json --debug",
     "run": "--model --suite --registry --reads --address --out --resume --fresh --engine --tensor-parallel --replicas "
     "--tokens --input --taps --seed --dtype --config --model-type --accumulator-gb --timeout --max-retries "
     "--checkpoint-interval --autoscale --log-format --json --debug",

@@ -10,7 +10,7 @@ from deadbench.runners.cluster import nodes
 from deadbench.runners.cluster.head import HeadWatch, LostClusterError
 from deadbench.runners.cluster.node_versions import differences
 from deadbench.runners.cluster.nodes import Nodes, PlacementError
-from deadbench.runners.cluster.schedule import Piece
+from deadbench.runners.cluster.schedule import Piece, decide
 from tests.runners.sleepers import sized, sleeping_jobs
 
 
@@ -40,6 +40,26 @@ def test_devices_are_gpus_where_there_are_any(told, job):
     assert seen.options("b", 4.0, 4.0) == {"num_cpus": 4, "num_gpus": 4}
     parameters = replace(job, reads=tuple(replace(read, engine=None) for read in job.reads))
     assert seen.demand(parameters).devices == 0, "headers and norms need no GPU"
+
+
+def test_the_threads_of_an_actor_are_its_part_of_the_node(told, job):
+    told[:] = [node("head", CPU=8.0), node("a", CPU=192.0, GPU=8.0)]
+    seen = Nodes(1)
+    assert seen.demand(sized(job, 1)).cpus == 23, "Ray makes OMP_NUM_THREADS of it"
+    assert seen.options("a", 1.0, seen.demand(sized(job, 1)).cpus) == {"num_cpus": 23, "num_gpus": 1}
+    told[:] = [node("a", CPU=4.0, GPU=8.0)]
+    assert Nodes(1).demand(sized(job, 1)).cpus == 0.5
+
+
+def test_a_model_goes_where_a_gpu_is_large_enough_and_its_host_memory_is_claimed(told, job):
+    told[:] = [node("a", CPU=16.0, GPU=8.0, memory=100e9), node("b", CPU=16.0, GPU=8.0, memory=200e9)]
+    seen = Nodes(1, gpu_bytes={"a": 24e9, "b": 80e9})
+    large = seen.demand(replace(sized(job, 1), device_bytes=30e9, host_bytes=60e9))
+    ((_, (piece,)),) = decide([large], seen.usable(), [])
+    assert piece.node == "b"
+    assert seen.options("b", 1.0, 1.0, piece.host_bytes) == {"num_cpus": 1, "num_gpus": 1, "memory": 60_000_000_000}
+    assert len(decide([large] * 8, seen.usable(), [])) == 3, "of 200 GB"
+    assert len(decide([replace(large, device_bytes=20e9)] * 8, seen.usable(), [])) == 4, "and one of 100 GB"
 
 
 def test_without_gpus_a_node_is_cut_into_slots(told, job):

@@ -16,6 +16,13 @@ class Context:
         each = SimpleNamespace(num_actual_tokens=count)
         self.attn_metadata = {"layer 0": each, "layer 1": each} if by_layer else each
 
+    def mamba_tokens(self, prefill: int, decode: int, *, attention: int | None = None) -> None:
+        """The next pass has so many rows, as a Mamba layer is told; beside it a layer of attention, or none."""
+        told = {"layer 0": SimpleNamespace(num_prefill_tokens=prefill, num_decode_tokens=decode)}
+        if attention is not None:
+            told["layer 1"] = SimpleNamespace(num_actual_tokens=attention)
+        self.attn_metadata = told
+
     def warming_up(self) -> None:
         """The next pass has none."""
         self.attn_metadata = None

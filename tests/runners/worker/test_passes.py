@@ -206,8 +206,10 @@ def test_progress_adds_up_in_every_pass(read, model, inputs):
     assert all(isinstance(event, Progress) for event in events)
     assert {event.total for event in events} == {inputs.num_tokens}
     steps = [(ROWS - 2) * number for number in range(1, BATCHES + 1)]
-    assert [event.done for event in events] == 2 * [*steps, inputs.num_tokens]
-    assert [event.phase for event in events[BATCHES :: BATCHES + 1]] == ["spectrum"] * 2
+    a_pass = [*steps, inputs.num_tokens]
+    decomposed = [inputs.num_tokens] * 2  # a word after each of its two taps: silence is taken for a hang
+    assert [event.done for event in events] == 2 * [*a_pass, *decomposed]
+    assert [event.phase for event in events].count("spectrum") == 2 * 3
 
 
 def test_a_stack_without_blocks_has_a_final_norm_and_no_stream(read, inputs):
@@ -333,3 +335,22 @@ def test_a_replica_without_a_checkpoint_begins_where_the_other_goes_on(often, mo
     assert [len(engine.taken) for *_, engine in found] == [2, 3]
     undisturbed = replicas(2, replace(often, checkpoint_interval=0.0), model, inputs)
     assert bits(found[0][0]) == bits(undisturbed[0][0])
+
+
+def test_memory_that_ends_while_taps_are_decomposed_asks_for_fewer_taps(read, model, inputs, monkeypatch):
+    final = final_of(model, "pre")
+    norm = live_norm(model.norm, final.behaviour, D)
+    passes = make_passes(fitting(read, TAPS), StackEngine(), model, final, inputs, norm)
+    monkeypatch.setattr("deadbench.suite.reads.residual.ResidualRead._spectrum", lambda self, tap: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        list(passes.run())
+    assert passes.fewer_taps() == TAPS // 2
+
+
+def test_memory_that_ends_in_the_forward_pass_asks_for_a_smaller_batch(read, model, inputs):
+    final = final_of(model, "pre")
+    norm = live_norm(model.norm, final.behaviour, D)
+    passes = make_passes(fitting(read, TAPS), StackEngine(fails_at=2), model, final, inputs, norm)
+    with pytest.raises(KeyboardInterrupt):
+        list(passes.run())
+    assert passes.fewer_taps() is None

@@ -1,0 +1,238 @@
+"""The one place where spectra ask a device for arithmetic of order D^3, and where what it says is checked.
+
+On the CPU it is LAPACK, as it stands. On an accelerator every result is looked at: eigenpairs by their residual, their
+orthogonality and the trace, against the certificate of 32 eps l_1; factors and solves by what they do to two random
+vectors (Freivalds 1979). A solver that was wrong once is not asked again: the CPU does its work from then on, and
+`remarks` says so. GPU eigensolvers have failed on low-rank matrices (pytorch#105359). Shapes: N rows, D hidden size.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from deadbench.suite.spectra.directions import FLOAT64_EPS
+
+_PANELS, _NARROWEST_PANEL = 8, 192
+_CERTIFIED = 32 * FLOAT64_EPS  # of the largest eigenvalue; a check rounds too, and by sqrt(D)
+_NAMES = {"triangle": "qr", "orthonormal": "qr", "solve": "a triangular solve"}
+_TRACE = 1e-9  # of a Gram matrix, relative: sums of N squares in another order
+
+
+class DeviceError(RuntimeError):
+    """A device whose plain matrix products are wrong: nothing that it says can be used."""
+
+
+class Lapack:
+    """What torch.linalg does where the matrix lies, unlooked at."""
+
+    def eigh(self, matrix_DD: Tensor, uplo: str) -> tuple[Tensor, Tensor]:
+        """(eigenvalues, ascending; eigenvectors as columns) of a symmetric matrix, of which one triangle is read."""
+        values_D, vectors_DD = torch.linalg.eigh(matrix_DD, UPLO=uplo)
+        return values_D, vectors_DD
+
+    def cholesky(self, matrix_DD: Tensor) -> tuple[Tensor, bool]:
+        """(upper triangular factor, whether there is one); the upper triangle is read."""
+        factor_DD, failed = torch.linalg.cholesky_ex(matrix_DD, upper=True)
+        return factor_DD, not int(failed)
+
+    def triangle(self, rows_ND: Tensor) -> Tensor:
+        """R of a QR."""
+        factor_KD: Tensor = torch.linalg.qr(rows_ND, mode="r").R
+        return factor_KD
+
+    def orthonormal(self, columns_DK: Tensor) -> Tensor:
+        """Q of a QR."""
+        basis_DK: Tensor = torch.linalg.qr(columns_DK).Q
+        return basis_DK
+
+    def solve(self, factor_DD: Tensor, columns_DK: Tensor, *, upper: bool) -> Tensor:
+        """X with `factor X = columns`, the factor triangular."""
+        solution_DK: Tensor = torch.linalg.solve_triangular(factor_DD, columns_DK, upper=upper)
+        return solution_DK
+
+
+_LAPACK = Lapack()
+
+
+class Checked:
+    """A device's solvers, each believed until it is wrong once."""
+
+    def __init__(self, name: str, device: Lapack = _LAPACK):
+        """`name`: what remarks call it."""
+        self.name, self._device = name, device
+        self.distrusted: set[str] = set()
+        self._untold: list[str] = []
+
+    def told(self) -> list[str]:
+        """What has been found wrong since this was last asked, a line each."""
+        told, self._untold = self._untold, []
+        return told
+
+    def eigh(self, matrix_DD: Tensor, uplo: str) -> tuple[Tensor, Tensor]:
+        """As `Lapack.eigh`, certified."""
+
+        def wrong(found: tuple[Tensor, Tensor]) -> str | None:
+            whole_DD = matrix_DD.triu() if uplo == "U" else matrix_DD.tril()
+            whole_DD = whole_DD + whole_DD.T
+            whole_DD.diagonal().mul_(0.5)
+            return why_not_eigenpairs(whole_DD, *found)
+
+        return self._asked("eigh", wrong, matrix_DD, uplo)  # type: ignore[no-any-return]
+
+    def cholesky(self, matrix_DD: Tensor) -> tuple[Tensor, bool]:
+        """As `Lapack.cholesky`. That there is none is believed: a matrix without one is then read by other means."""
+
+        def wrong(found: tuple[Tensor, bool]) -> str | None:
+            factor_DD, exists = found
+            if not exists:
+                return None
+            upper_DD = matrix_DD.triu()
+            probe_D2 = _probe(matrix_DD)
+            size = matrix_DD.diagonal().sum() * probe_D2.norm()  # the largest eigenvalue, from above
+            expected = upper_DD @ probe_D2 + upper_DD.T @ probe_D2 - upper_DD.diagonal()[:, None] * probe_D2
+            return _differs(factor_DD.T @ (factor_DD @ probe_D2), expected, size)
+
+        return self._asked("cholesky", wrong, matrix_DD)  # type: ignore[no-any-return]
+
+    def triangle(self, rows_ND: Tensor) -> Tensor:
+        """As `Lapack.triangle`: R has the rows' Gram matrix, and is triangular."""
+
+        def wrong(factor_KD: Tensor) -> str | None:
+            if bool(factor_KD.tril(-1).any()):
+                return "is not triangular"
+            probe_D2 = _probe(rows_ND)
+            found, expected = factor_KD.T @ (factor_KD @ probe_D2), rows_ND.T @ (rows_ND @ probe_D2)
+            return _differs(found, expected, rows_ND.norm().square() * probe_D2.norm())
+
+        return self._asked("triangle", wrong, rows_ND)  # type: ignore[no-any-return]
+
+    def orthonormal(self, columns_DK: Tensor) -> Tensor:
+        """As `Lapack.orthonormal`: Q is orthonormal, and spans the columns."""
+
+        def wrong(basis_DK: Tensor) -> str | None:
+            left_DK = columns_DK - basis_DK @ (basis_DK.T @ columns_DK)
+            return _not_orthonormal(basis_DK) or _differs(left_DK, torch.zeros_like(left_DK), columns_DK.norm())
+
+        return self._asked("orthonormal", wrong, columns_DK)  # type: ignore[no-any-return]
+
+    def solve(self, factor_DD: Tensor, columns_DK: Tensor, *, upper: bool) -> Tensor:
+        """As `Lapack.solve`: small residual."""
+
+        def wrong(solution_DK: Tensor) -> str | None:
+            probe_K2 = _probe(columns_DK)
+            size = (factor_DD.norm() * solution_DK.norm() + columns_DK.norm()) * probe_K2.norm()
+            return _differs(factor_DD @ (solution_DK @ probe_K2), columns_DK @ probe_K2, size)
+
+        return self._asked("solve", wrong, factor_DD, columns_DK, upper=upper)  # type: ignore[no-any-return]
+
+    def _asked(self, method: str, wrong: Callable[[Any], str | None], *given: Any, **options: Any) -> Any:
+        """What the device says, if it is right; else what the CPU says."""
+        if method not in self.distrusted:
+            try:
+                found = getattr(self._device, method)(*given, **options)
+                reason = wrong(found)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:  # torch.linalg.LinAlgError among them, and cuSOLVER's own
+                reason = f"failed ({str(error).strip().partition(chr(10))[0][:120]})"
+            if reason is None:
+                return found
+            self.distrusted.add(method)
+            self._untold.append(f"{_NAMES.get(method, method)} on {self.name} {reason}; the CPU does it from here on")
+        place = given[0].device
+        found = getattr(_LAPACK, method)(*(_moved(each, torch.device("cpu")) for each in given), **options)
+        return _moved(found, place)
+
+
+WAYS: dict[str, Lapack | Checked] = {"cpu": _LAPACK}  # by the type of the device; others are checked
+
+
+def solvers(matrix: Tensor) -> Lapack | Checked:
+    """The solvers for where a matrix lies."""
+    kind = matrix.device.type
+    if kind not in WAYS:
+        WAYS[kind] = Checked(kind)
+    return WAYS[kind]
+
+
+def remarks() -> list[str]:
+    """What devices were found to do wrong since this was last asked, a line each."""
+    return [line for way in WAYS.values() if isinstance(way, Checked) for line in way.told()]
+
+
+def why_not_eigenpairs(
+    matrix_DD: Float[Tensor, "D D"], values_D: Float[Tensor, " D"], vectors_DD: Float[Tensor, "D D"]
+) -> str | None:
+    """Why these are not all eigenpairs of a symmetric matrix, to the certificate, in words; None if they are.
+
+    Within `|A v - l v|` of l there is an eigenvalue; orthogonality and the trace say that none is there twice.
+
+    Example:
+        >>> why_not_eigenpairs(torch.eye(2), torch.ones(2), torch.eye(2)) is None
+        True
+    """
+    allowed = _CERTIFIED * max(1.0, len(values_D) ** 0.5 / 16)
+    largest = values_D.abs().max()
+    residual = torch.linalg.vector_norm(matrix_DD @ vectors_DD - vectors_DD * values_D, dim=0).max()
+    trace = (values_D.sum() - matrix_DD.diagonal().sum()).abs()
+    error = torch.maximum(residual, trace / len(values_D))
+    if not float(error) <= allowed * float(largest):
+        return f"is wrong by {float(error / largest):.1e} of the largest eigenvalue ({allowed:.1e} allowed)"
+    return _not_orthonormal(vectors_DD)
+
+
+def check_gram(upper_DD: Float[Tensor, "D D"], squares: Float[Tensor, ""]) -> None:
+    """Compare the trace of a Gram matrix with the sum of its rows' squares, which no matrix product formed.
+
+    Raises:
+        DeviceError: they are not the same.
+    """
+    trace = upper_DD.diagonal().sum()
+    if not float((trace - squares).abs()) <= _TRACE * float(squares):
+        raise DeviceError(
+            f"matrix products on {upper_DD.device.type} are wrong: a Gram matrix of trace {float(trace):.6e} for rows "
+            f"whose squares come to {float(squares):.6e}"
+        )
+
+
+def add_gram(upper_DD: Float[Tensor, "D D"], rows_ND: Float[Tensor, "N D"]) -> None:
+    """Add the upper block triangle of `rows^T rows`: in 8 panels 9/16 of the flops of the whole product.
+
+    numpy would call SYRK, half the flops; but its threads and torch's then wait for each other in the forward pass.
+    """
+    D = rows_ND.shape[1]
+    step = max(_NARROWEST_PANEL, -(-D // _PANELS))
+    for start in range(0, D, step):
+        stop = min(start + step, D)
+        upper_DD[start:stop, start:].addmm_(rows_ND[:, start:stop].T, rows_ND[:, start:])
+
+
+def _not_orthonormal(columns_DK: Tensor) -> str | None:
+    if not columns_DK.shape[1]:
+        return None
+    products_KK = columns_DK.T @ columns_DK
+    products_KK.diagonal().sub_(1)
+    worst = float(torch.linalg.vector_norm(products_KK, dim=0).max())
+    allowed = _CERTIFIED / 4 * max(8.0, len(columns_DK) ** 0.5)
+    return None if worst <= allowed else f"is not orthonormal by {worst:.1e} ({allowed:.1e} allowed)"
+
+
+def _probe(like: Tensor) -> Tensor:
+    """Two random vectors, the same each time."""
+    drawn = torch.randn(like.shape[1], 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return drawn.to(like.device)
+
+
+def _differs(found: Tensor, expected: Tensor, size: Tensor) -> str | None:
+    """Whether two products that should be equal are not, to the rounding of what is of `size`."""
+    error, allowed = float((found - expected).norm()), _CERTIFIED * float(size)
+    return None if error <= allowed else f"is wrong by {error / float(size):.1e} ({_CERTIFIED:.1e} allowed)"
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    return tuple(_moved(each, device) for each in value) if isinstance(value, tuple) else value

@@ -1,0 +1,94 @@
+"""`deadbench doctor` on this machine, and on a Ray that says it has a GPU."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from deadbench.runners.doctor import examine, rates
+from deadbench.runners.doctor.examine import Examined, Line
+from deadbench.runners.doctor.rates import Rates, keep, measured, projected, stored
+
+RATES = Rates("H200", 8e14, 6e13, 2e10)
+
+
+@pytest.fixture(autouse=True)
+def kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("DEADBENCH_CACHE", str(tmp_path / "cache" / "checkpoints"))
+    return tmp_path / "cache" / "rates.json"
+
+
+@pytest.mark.slow
+def test_this_machine_is_well_and_every_step_ran(deadbench, kept):
+    code, out, _ = deadbench("doctor", "--json")
+    found = json.loads(out)
+    wrong = [line for line in found["lines"] if line["verdict"] == "wrong"]
+    assert (code, found["well"], wrong) == (0, True, []), wrong
+    lines = {line["check"]: line for line in found["lines"]}
+    assert {"versions", "memory", "eigh", "cholesky", "qr", "triangular solve", "rates", "twin"} <= {*lines}
+    assert lines["twin"]["told"].endswith("by torch and streaming")
+    assert lines["ranks and vLLM"]["verdict"] == "skipped", "what is not tried is said"
+    assert list(stored()) == ["cpu"]
+
+
+@pytest.mark.parametrize(("verdict", "code"), [("ok", 0), ("skipped", 0), ("wrong", 1)])
+def test_the_exit_code_is_1_where_a_line_is_wrong(deadbench, monkeypatch, verdict, code):
+    monkeypatch.setattr(examine, "examine_process", lambda: Examined((Line("n1", "disk", verdict, "so"),), None))
+    found, out, _ = deadbench("doctor")
+    assert found == code
+    assert out.splitlines()[0].split() == [{"ok": "ok", "skipped": "-", "wrong": "WRONG"}[verdict], "n1", "disk:", "so"]
+    assert out.splitlines()[-1] == ("1 of 2 are wrong" if code else "all is well")
+
+
+def test_rates_are_kept_beside_those_of_other_devices(kept):
+    assert keep([RATES]) == kept
+    keep([Rates("cpu", 1.0, 2.0, 3.0)])
+    assert stored() == {"H200": RATES, "cpu": Rates("cpu", 1.0, 2.0, 3.0)}
+    kept.write_text("[{}]")
+    assert stored() == {}, "what cannot be read is measured again"
+
+
+def test_rates_are_of_what_was_timed(monkeypatch):
+    clock = iter(x * 0.03 for x in range(1000))
+    monkeypatch.setattr(rates.time, "perf_counter", lambda: next(clock))
+    found = measured(torch.device("cpu"))
+    assert found.float64 == found.bfloat16 > 0
+    assert found.copies == pytest.approx(2**24 / (2 * 512**3 / found.float64))
+
+
+def test_projected_times_are_arithmetic():
+    forward, spectra = projected(RATES, 8e9, 4096, 32)
+    assert forward == pytest.approx(2 * 8e9 * 8 * 4096 / 4e14)
+    grams = 33 * 9 / 8 * 4096**2 * 8 * 4096 / 3e13
+    assert spectra == pytest.approx(grams + 33 * 27 * 4096**3 / 6e12)
+
+
+ON_RAY = """
+import ray
+ray.init(address="local", num_cpus=2, num_gpus=1, include_dashboard=False, object_store_memory=100 * 2**20,
+         logging_level="ERROR", log_to_driver=False)
+from deadbench.runners.doctor import examine
+for line in examine.examine_here("local"):
+    print(line.check, line.verdict, line.told, sep="|")
+from deadbench.runners.engines.device import pick_device
+try:
+    ray.get(ray.remote(num_gpus=1)(pick_device).remote())
+except Exception as error:
+    print("an actor", "failed", str(error).strip().splitlines()[-1], sep="|")
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.subprocess
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and Ray is right")
+def test_a_gpu_that_ray_has_and_torch_has_not_is_found_and_not_computed_without(tmp_path):
+    done = subprocess.run([sys.executable, "-c", ON_RAY], capture_output=True, text=True, timeout=200, check=True)
+    told = {line.split("|")[0]: line.split("|")[1:] for line in done.stdout.splitlines()}
+    assert told["gpus"][0] == "wrong"
+    assert told["gpus"][1].startswith("1 GPUs were given and torch has 0")
+    assert told["eigh"][0] == told["network"][0] == "ok"
+    assert "Ray gave this process 1 GPUs and torch has 0" in told["an actor"][1]
+    assert [check for check, (verdict, *_) in told.items() if verdict == "wrong"][:1] == ["gpus"]

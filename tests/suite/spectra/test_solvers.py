@@ -1,0 +1,159 @@
+"""A device whose solver is wrong in one way is found out, named, and does not change the spectrum.
+
+A fake device stands in the place of the CPU: its matrices are ordinary ones, and one of its solvers is not.
+"""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from deadbench.suite.spectra import solvers as place
+from deadbench.suite.spectra.covariance import CovarianceFactor
+from deadbench.suite.spectra.solvers import Checked, DeviceError, Lapack, remarks, why_not_eigenpairs
+
+_D = 40
+
+
+class Recording(Lapack):
+    """A device that is right, and says what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def __getattribute__(self, name: str):
+        if name in ("eigh", "cholesky", "triangle", "orthonormal", "solve"):
+            self.asked.append(name)
+        return super().__getattribute__(name)
+
+
+class FirstTwice(Lapack):
+    def eigh(self, matrix_DD: Tensor, uplo: str) -> tuple[Tensor, Tensor]:
+        values_D, vectors_DD = super().eigh(matrix_DD, uplo)
+        values_D[0], vectors_DD[:, 0] = values_D[1], vectors_DD[:, 1]  # true pairs, and one of them is missing
+        return values_D, vectors_DD
+
+
+class SlightlyOff(Lapack):
+    def eigh(self, matrix_DD: Tensor, uplo: str) -> tuple[Tensor, Tensor]:
+        values_D, vectors_DD = super().eigh(matrix_DD, uplo)
+        return values_D + 1e-12 * values_D[-1], vectors_DD
+
+
+class SinglePrecision(Lapack):
+    def eigh(self, matrix_DD: Tensor, uplo: str) -> tuple[Tensor, Tensor]:
+        values_D, vectors_DD = super().eigh(matrix_DD.float(), uplo)
+        return values_D.double(), vectors_DD.double()
+
+    def cholesky(self, matrix_DD: Tensor) -> tuple[Tensor, bool]:
+        factor_DD, exists = super().cholesky(matrix_DD.float())
+        return factor_DD.double(), exists
+
+    def triangle(self, rows_ND: Tensor) -> Tensor:
+        return super().triangle(rows_ND.float()).double()
+
+    def orthonormal(self, columns_DK: Tensor) -> Tensor:
+        return super().orthonormal(columns_DK.float()).double()
+
+    def solve(self, factor_DD: Tensor, columns_DK: Tensor, *, upper: bool) -> Tensor:
+        return super().solve(factor_DD.float(), columns_DK.float(), upper=upper).double()
+
+
+class NotANumber(Lapack):
+    def eigh(self, matrix_DD: Tensor, uplo: str) -> tuple[Tensor, Tensor]:
+        values_D, vectors_DD = super().eigh(matrix_DD, uplo)
+        return values_D * torch.nan, vectors_DD
+
+
+class Failing(Lapack):
+    def eigh(self, matrix_DD: Tensor, uplo: str) -> tuple[Tensor, Tensor]:
+        raise torch.linalg.LinAlgError("linalg.eigh: The algorithm failed to converge\nmore of it")
+
+
+def rows(kind: str) -> torch.Tensor:
+    """`plain`: all directions alike; `dead`: one 1e-8 as long; `many dead`: so many that rows are whitened."""
+    rows_ND = torch.randn(12 * _D, _D, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    rows_ND[:, : {"plain": 0, "dead": 1, "many dead": 12}[kind]] *= 1e-8
+    return rows_ND
+
+
+def spectrum(kind: str):
+    factor = CovarianceFactor(_D)
+    for part in rows(kind).split(100):
+        factor.update(part)
+    return factor.finish()
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """Puts a fake device in the place of the CPU."""
+
+    def put(fake: Lapack) -> Checked:
+        checked = Checked("fake", fake)
+        monkeypatch.setitem(place.WAYS, "cpu", checked)
+        return checked
+
+    return put
+
+
+@pytest.mark.parametrize("kind", ["plain", "dead", "many dead"])
+def test_what_decomposes_is_asked_of_the_device_and_a_right_one_gives_the_same_bits(device, kind):
+    expected = spectrum(kind)
+    fake = Recording()
+    checked = device(fake)
+    found = spectrum(kind)
+    np.testing.assert_array_equal(found.eigenvalues_D, expected.eigenvalues_D)
+    np.testing.assert_array_equal(found.eigenvectors_DD, expected.eigenvectors_DD)
+    assert "eigh" in fake.asked
+    assert {"cholesky", "solve"} <= {*fake.asked}
+    assert not checked.distrusted
+    assert remarks() == []
+
+
+@pytest.mark.parametrize("fake", [FirstTwice(), SlightlyOff(), SinglePrecision(), NotANumber(), Failing()])
+@pytest.mark.parametrize("kind", ["plain", "dead", "many dead"])
+def test_a_wrong_solver_is_named_once_and_the_spectrum_is_the_cpus(device, kind, fake):
+    expected = spectrum(kind)
+    checked = device(fake)
+    found = spectrum(kind)
+    assert found.method == expected.method
+    largest = expected.eigenvalues_D[0]
+    np.testing.assert_allclose(found.eigenvalues_D, expected.eigenvalues_D, rtol=1e-6, atol=32 * 2.2e-16 * largest)
+    np.testing.assert_allclose(found.eigenvalues_D[-1], expected.eigenvalues_D[-1], rtol=1e-6)
+    assert "eigh" in checked.distrusted
+    told = remarks()
+    assert sum(line.startswith("eigh on fake ") for line in told) == 1
+    assert all(line.endswith("; the CPU does it from here on") and "\n" not in line for line in told)
+    spectrum(kind)
+    assert remarks() == [], "once is enough"
+
+
+def test_a_solver_that_was_right_in_everything_else_is_still_asked(device):
+    checked = device(FirstTwice())
+    spectrum("dead")
+    assert checked.distrusted == {"eigh"}
+
+
+def test_out_of_memory_is_no_wrong_answer(device):
+    class Full(Lapack):
+        def eigh(self, matrix_DD: Tensor, uplo: str) -> tuple[Tensor, Tensor]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    checked = device(Full())
+    with pytest.raises(torch.OutOfMemoryError):
+        spectrum("plain")
+    assert not checked.distrusted
+
+
+def test_matrix_products_that_are_wrong_end_the_read(monkeypatch):
+    monkeypatch.setattr("deadbench.suite.spectra.gram.add_gram", lambda upper_DD, rows_ND: upper_DD.add_(1.0))
+    with pytest.raises(DeviceError, match="matrix products on cpu are wrong: a Gram matrix of trace"):
+        spectrum("plain")
+
+
+def test_eigenpairs_are_right_at_the_certificate_and_wrong_above_it():
+    matrix_DD = rows("dead").T @ rows("dead")
+    values_D, vectors_DD = torch.linalg.eigh(matrix_DD)
+    assert why_not_eigenpairs(matrix_DD, values_D, vectors_DD) is None
+    values_D[3] += 40 * 2.2e-16 * values_D[-1]
+    assert "of the largest eigenvalue" in why_not_eigenpairs(matrix_DD, values_D, vectors_DD)
