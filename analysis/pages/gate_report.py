@@ -7,7 +7,7 @@ import polars as pl
 from deadbench.analysis.cells import one_line, text
 from deadbench.analysis.formats import escaped, render
 from deadbench.analysis.gate import BROKEN, CANNOT_TELL, broken, undecided
-from deadbench.suite.secrets import scrubbed
+from deadbench.suite.secrets import shown_place
 
 _SUMMARY_COLUMNS = [
     "verdict", "model", "revision", "read", "metric", "baseline", "candidate", "change", "allowed", "detail",
@@ -34,8 +34,8 @@ def sides(judged: pl.DataFrame, baseline: str, candidate: str) -> list[str]:
     if failures.is_empty():
         return []
     return [
-        one_line(f"baseline {scrubbed(baseline)}: {_members(failures, 'model', 'revision')}"),
-        one_line(f"candidate {scrubbed(candidate)}: {_members(failures, 'candidate_model', 'candidate_revision')}"),
+        one_line(f"baseline {shown_place(baseline)}: {_members(failures, 'model', 'revision')}"),
+        one_line(f"candidate {shown_place(candidate)}: {_members(failures, 'candidate_model', 'candidate_revision')}"),
     ]
 
 

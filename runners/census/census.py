@@ -21,7 +21,7 @@ from deadbench.runners.results.store import ResultStore
 from deadbench.suite.checkpoints.sources import identify, locate
 from deadbench.suite.errors import message
 from deadbench.suite.schema import arrow_schema, to_table
-from deadbench.suite.secrets import scrubbed
+from deadbench.suite.secrets import shown_place
 from deadbench.suite.storage import is_hidden, open_place
 
 _BLOCK = 16  # sources that one task reads
@@ -58,7 +58,7 @@ def list_sources(file: str) -> list[str]:
     Raises:
         CensusError: it cannot be read, is not text, or names nothing.
     """
-    shown = scrubbed(file)
+    shown = shown_place(file)
     try:
         fs, path = open_place(file)
         lines = fs.cat_file(path).decode("utf-8").splitlines()

@@ -24,7 +24,7 @@ from deadbench.suite.errors import one_line
 from deadbench.suite.read_specs import READ_SPECS
 from deadbench.suite.reads.parameters import ParametersRead, read_parameters
 from deadbench.suite.schema import Row, to_table
-from deadbench.suite.secrets import scrubbed
+from deadbench.suite.secrets import shown_place
 
 PROTOCOL = "census"  # less than `run --reads parameters` stores: no norms but the final one, no count of parameters
 PROTOCOL_HASH = hashlib.sha256(
@@ -108,7 +108,7 @@ def outline(source: str, place: str, run_id: str) -> Row:
         "seed": 0,
         "protocol_hash": PROTOCOL_HASH,
         "engine": None,
-        "source": scrubbed(source),
+        "source": shown_place(source),
         "checkpoint_step": checkpoint_step(revision or model.rsplit("/", 1)[-1]),
         "protocol": PROTOCOL,
         "versions": versions(),

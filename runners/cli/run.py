@@ -12,6 +12,7 @@ from deadbench.runners.cli import options
 from deadbench.runners.cli.console import EXIT_FALSE, Debug, Json, UserError, check_out, one_of, say
 from deadbench.runners.cli.init import check_named
 from deadbench.suite.read_specs import READ_SPECS
+from deadbench.suite.secrets import shown_place
 
 if TYPE_CHECKING:
     from deadbench.runners.jobs.job import ModelJob
@@ -85,6 +86,7 @@ def run(
     jobs, remarks = place_jobs(jobs, cluster if added is None else cluster.with_node(added))
     settings = Settings(address, timeout, max_retries, added.gpus if added else 0, checkpoint_interval)
     summary = _execute(jobs, out, resume, settings, [*names, *cannot_be_read, *remarks], log_format, debug)
+    out = shown_place(out)
     if as_json:
         print(json.dumps({"run_id": summary.run_id, "out": out, **_counts(summary), "reads": summary.reads}, indent=2))
     else:
@@ -130,7 +132,7 @@ def _execute(
             for remark in remarks:
                 reporter.say(remark)
             if skipped:
-                reporter.say(f"{skipped} reads are already in {out}; --fresh reads them again")
+                reporter.say(f"{skipped} reads are already in {store.location}; --fresh reads them again")
             summary = execute(left, store, settings, reporter, run_id)
     except DriverError as error:
         raise UserError(str(error)) from error
