@@ -11,6 +11,7 @@ from deadbench.suite.errors import CheckpointError
 # Numbers in a configuration that make transformers build so many objects, whatever the device.
 _COUNTS = re.compile(r"^(n_layers?|num_.*layers|.*_layers|depths?|num_labels|(n|num)_.*experts)$")
 _MAX_COUNT = 100_000
+_MAX_VALUES = 200_000  # the labels of 21 000 classes, both ways, are a fifth
 
 
 def config_file(path: Path) -> dict[str, Any]:
@@ -28,14 +29,23 @@ def checked(config: Mapping[str, Any], called: str, model_type: str | None = Non
     """A configuration as it is read: plain floats, and a `model_type` where its `architectures` or the user tell it.
 
     Raises:
-        CheckpointError: counts that no model has.
+        CheckpointError: counts, or so many values, that no model has.
     """
+    if _num_values(config) > _MAX_VALUES:
+        raise CheckpointError(f"{called}: more than {_MAX_VALUES:,} values; no model's configuration has so many")
     _check_counts(config, called)
     plain = {key: _plain_floats(value) for key, value in config.items()}
     if not isinstance(plain.get("model_type"), str):
         told = model_type or _type_of(plain.get("architectures"))
         plain |= {"model_type": told} if told else {}
     return plain
+
+
+def _num_values(value: Any) -> int:
+    """How many numbers, texts and the like a configuration holds."""
+    if isinstance(value, Mapping):
+        return sum(_num_values(each) for each in value.values())
+    return sum(_num_values(each) for each in value) if isinstance(value, list) else 1
 
 
 def _type_of(architectures: Any) -> str | None:
