@@ -7,7 +7,9 @@ from typing import Any
 import yaml
 
 from deadbench.suite.errors import first_line
-from deadbench.suite.storage import refusal
+from deadbench.suite.storage import read_file, refusal
+
+_MOST_BYTES = 16_000_000  # of what a person writes
 
 
 class YamlError(ValueError):
@@ -41,7 +43,7 @@ def load_yaml(path: Path) -> Any:
         YamlError: it cannot be opened, is not UTF-8, not YAML, or gives a key twice.
     """
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeyLoader)
+        return yaml.load(read_file(path, _MOST_BYTES).decode("utf-8"), Loader=UniqueKeyLoader)
     except (OSError, UnicodeDecodeError) as error:
         raise YamlError(f"{path}: cannot be read ({refusal(error)})") from error
     except RecursionError as error:

@@ -7,6 +7,7 @@ from typing import Any
 
 from deadbench.suite.checkpoints.strict_json import MAX_JSON_BYTES, parse_object
 from deadbench.suite.errors import CheckpointError
+from deadbench.suite.storage import read_file, refusal
 
 # Numbers in a configuration that make transformers build so many objects, whatever the device.
 _COUNTS = re.compile(r"^(n_layers?|num_.*layers|.*_layers|depths?|num_labels|(n|num)_.*experts)$")
@@ -20,9 +21,11 @@ def config_file(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: not JSON, not an object, or of counts that no model has.
     """
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise CheckpointError(f"{path}: larger than {MAX_JSON_BYTES} bytes; no configuration")
-    return checked(parse_object(path.read_bytes(), str(path)), str(path))
+    try:
+        raw = read_file(path, MAX_JSON_BYTES)
+    except OSError as error:
+        raise CheckpointError(f"{path}: no configuration ({refusal(error)})") from error
+    return checked(parse_object(raw, str(path)), str(path))
 
 
 def checked(config: Mapping[str, Any], called: str, model_type: str | None = None) -> dict[str, Any]:
