@@ -10,7 +10,7 @@ from deadbench.suite.secrets import scrubbed, shown_command, shown_place
 
 # Z does not occur in what is around it, so that any rest of a secret shows.
 PLAIN = st.text("Z0123456789", min_size=6, max_size=24)
-ODD = st.text("Z01 '\"&;=?#$@[]<>\n\t%|\\", min_size=6, max_size=24).filter(lambda text: text.count("Z") > 1)
+ODD = st.text("Z01 '\"&;=?#$@[]<>\n\t%|\\", min_size=4, max_size=22).map("Z{}Z".format)
 NAMES = st.sampled_from(["token", "hf_token", "api-key", "AWS_SECRET_ACCESS_KEY", "password", "sig", "X-Amz-Signature"])
 SETTINGS = st.sampled_from(["t", "jwt", "pwd", "code", "token", "x"])
 HOSTS = st.sampled_from(["host", "host:8080", "bucket.s3.example.com", "[::1]:8080", ""])
@@ -35,23 +35,33 @@ def urls(draw, secrets):
     return f"{before}{scheme}://{user}{host}/a/b{rest}", kept + ("/c" if rest.startswith(";") else "")
 
 
-@settings(deadline=None)
-@given(url=urls(st.one_of(PLAIN, ODD)))
+@settings(deadline=None, derandomize=True)
+@given(url=urls(PLAIN))
 def test_of_a_place_the_scheme_host_and_path_are_kept_and_nothing_else(url):
     secret, kept = url
-    shown = shown_place(secret)
-    assert shown in (kept, f"{kept.rpartition('://')[0]}://***"), "no URL of which the place can be told"
-    assert shown == kept or secret.count("@") > 1
+    assert shown_place(secret) == kept
     assert shown_place(kept) == kept
 
 
-@settings(deadline=None)
+@settings(deadline=None, derandomize=True)
+@given(url=urls(ODD))
+def test_where_a_secret_breaks_its_url_the_place_is_not_guessed(url):
+    secret, kept = url
+    assert shown_place(secret) in (kept, f"{kept.rpartition('://')[0]}://***")
+
+
+def test_by_hand():
+    assert shown_place("https://me:p@ss wo'rd@host:8080/a?jwt=x#y") == "https://host:8080/a"
+    assert shown_place("simplecache::s3://KEY[@bucket/a") == "simplecache::s3://***"
+
+
+@settings(deadline=None, derandomize=True)
 @given(secret=ODD.map("Z{}".format))
 def test_a_password_that_breaks_its_url_is_not_shown_either(secret):
     assert shown_place(f"s3://u:Z{secret.replace('@', '/')}@bucket/a") == "s3://bucket/a"
 
 
-@settings(deadline=None)
+@settings(deadline=None, derandomize=True)
 @given(url=urls(PLAIN), around=AROUND)
 def test_no_secret_of_a_url_is_left_in_words_and_the_place_is_still_named(url, around):
     text, kept = url
@@ -60,7 +70,7 @@ def test_no_secret_of_a_url_is_left_in_words_and_the_place_is_still_named(url, a
     assert scrubbed(clean) == clean
 
 
-@settings(deadline=None)
+@settings(deadline=None, derandomize=True)
 @given(secret=st.one_of(PLAIN, ODD).map("Z1234567{}".format), around=AROUND)
 def test_a_secret_of_a_place_is_known_wherever_a_library_quotes_it(secret, around):
     shown_place(f"s3://me:{secret}@host/a")
@@ -73,7 +83,7 @@ def test_a_key_of_the_environment_is_no_part_of_what_a_store_s_client_says(monke
     assert scrubbed("SignatureDoesNotMatch: wJalrXUtnFEMI/K7MDENG of x") == "SignatureDoesNotMatch: *** of x"
 
 
-@settings(deadline=None)
+@settings(deadline=None, derandomize=True)
 @given(token=TOKENS, around=AROUND)
 def test_tokens_are_known_by_their_form(token, around):
     assert scrubbed(around.format(token)) == around.format("***")
@@ -81,7 +91,7 @@ def test_tokens_are_known_by_their_form(token, around):
     assert shown_place(f"./models-{token}/b") == "./models-***/b"
 
 
-@settings(deadline=None)
+@settings(deadline=None, derandomize=True)
 @given(
     secret=PLAIN,
     header=st.sampled_from(
@@ -96,7 +106,7 @@ def test_headers_are_told_without_their_credentials(secret, header, around):
     assert "***" in clean
 
 
-@settings(deadline=None)
+@settings(deadline=None, derandomize=True)
 @given(
     secret=st.one_of(PLAIN, ODD),
     name=NAMES,
