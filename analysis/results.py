@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from deadbench.suite.errors import message
 from deadbench.suite.schema import KEY, SCHEMA_VERSION, TABLES, arrow_schema
-from deadbench.suite.secrets import scrubbed
+from deadbench.suite.secrets import shown_place
 from deadbench.suite.storage import is_hidden, is_local, open_place, refusal
 
 # The result set that comes with deadbench: the paper's models at their own size, and real checkpoints.
@@ -110,7 +110,7 @@ def _place(location: str) -> str:
 
 def _list_files(location: str, table: str) -> tuple[Any, list[str]]:
     """The file system and the table's parquet files in order of their names, which is order of time."""
-    shown = scrubbed(location)
+    shown = shown_place(location)
     with _Explained(location):
         filesystem, root = open_place(_place(location))
         if filesystem.isfile(root):
@@ -136,7 +136,7 @@ def _parquet_files(filesystem: Any, folder: str) -> list[str]:
 
 def _check_file(location: str, path: str, source: str | bytes, table: str) -> None:
     """Refuse a file that is torn, a stranger's, or newer than this version."""
-    where = f"{scrubbed(location)}: {table}/{path.rsplit('/', 1)[-1]}"
+    where = f"{shown_place(location)}: {table}/{path.rsplit('/', 1)[-1]}"
     try:
         schema = pq.read_schema(io.BytesIO(source) if isinstance(source, bytes) else source)
     except (pa.ArrowException, OSError) as error:
@@ -168,7 +168,7 @@ class _Explained:
     """Turns what fsspec and its backends raise for `location` into one line."""
 
     def __init__(self, location: str):
-        self._location = scrubbed(location)
+        self._location = shown_place(location)
 
     def __enter__(self) -> None:
         pass

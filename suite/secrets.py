@@ -1,36 +1,183 @@
-"""How places are named without their secrets.
+"""What of a place, a command or a library's words may be shown: never a secret.
 
-A URL may carry a password (`https://me:secret@host/`) or a signature (`?sig=…`). What is printed or stored names the
-place without them: user and password go, and so does the whole query.
+Of a place, what is known to be harmless is kept: scheme, host, port and path. User, password, query, fragment and
+parameters of a path go, whatever they are called. What was once taken out of a place or stands in the environment is
+known from then on, so that it goes from the words of libraries too, which quote it in ways of their own.
 """
 
+import os
 import re
+import shlex
+import threading
+from collections.abc import Sequence
+from urllib.parse import quote, unquote, urlsplit
 
-_SECRET_NAME = r"[\w.-]*(?:token|key|key_?id|secret|signature|sig|password|passwd|credentials?|auth)"
-_HEADER_NAME = r"(?:proxy-)?authorization|(?:set-)?cookie|x-[\w-]*(?:token|key|secret|signature)"
-_WORD = r"""(?:'[^']*'|"[^"]*"|[^&;\s'"])+"""  # of a shell: plain characters and quoted pieces
-_USER = re.compile(r"(?<=://)[^/\s'\"@]+@")
-_TOKEN = re.compile(r"\b(?:hf_[A-Za-z0-9]{16,}|(?:AKIA|ASIA)[A-Z0-9]{12,})")  # of the Hub, of AWS
-_HEADER = re.compile(rf"(?i)(\b(?:{_HEADER_NAME})['\"]?:\s*['\"]?(?:(?:bearer|basic)\s+)?|\bbearer\s+)[^\s'\",;)}}]+")
-_QUOTED_SETTING = re.compile(rf"""(?i)('(?:--)?{_SECRET_NAME}=)[^']*'(?:"'"'[^']*')*""")  # as shlex.join writes it
-_SECRETS = (
-    (_USER, "***@"),
-    (_HEADER, r"\1***"),
-    (_QUOTED_SETTING, r"\1***'"),
-    (re.compile(rf"(?i)(--{_SECRET_NAME}[=\s]|(?:^|\s){_SECRET_NAME}=){_WORD}"), r"\1***"),
-    (re.compile(rf"(?i)((?:^|[?&;\s]|--){_SECRET_NAME}[=\s])[^&;\s'\"]+"), r"\1***"),
-    (_TOKEN, "***"),
+from deadbench.suite.plain_text import plain
+
+_SECRET_NAME = (
+    r"[\w.-]*(?:token|key|key_?id|secret|signature|sig|sas|jwt|password|passphrase|passwd|pass|pwd|credentials?|auth)"
 )
-_QUERY = re.compile(r"(\b[a-z][a-z0-9+.-]*://[^\s'\"?#]*)[?#][^\s'\")]*", re.IGNORECASE)
+_HEADER_NAME = r"(?:proxy-)?authorization|(?:set-)?cookie|x-[\w-]*(?:token|key|secret|signature)"
+_VALUE = r"""(?:'[^']*'|"[^"]*"|[^&;\s'"])+"""
+_SETTINGS = (
+    re.compile(rf"(?i)(--{_SECRET_NAME}[=\s]|(?:^|\s){_SECRET_NAME}=){_VALUE}"),
+    re.compile(rf"(?i)((?:^|[?&;/\s]|--){_SECRET_NAME}=)[^&;/\s'\"]+"),
+)
+_SECRET_OPTION = re.compile(rf"(?i)--{_SECRET_NAME}")
+_SECRET_SETTING = re.compile(rf"(?is)((?:--)?{_SECRET_NAME}=).*")
+_HEADER = re.compile(rf"(?i)(\b(?:{_HEADER_NAME})['\"]?:\s*['\"]?(?:(?:bearer|basic)\s+)?|\bbearer\s+)[^\s'\",;)}}]+")
+# By their form: of the Hub, of AWS, of GitHub and GitLab, of model services, and signed ones in three parts.
+_TOKEN = re.compile(
+    r"(?<![A-Za-z0-9])(?:hf_[A-Za-z0-9]{16,}|(?:AKIA|ASIA)[A-Z0-9]{12,}|gh[a-z]_[A-Za-z0-9]{16,}"
+    r"|(?:github_pat|glpat|sk)[_-][\w-]{16,}|eyJ[\w-]{8,}\.[\w-]{4,}\.[\w-]*)"
+)
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_LINK = re.compile(r"::(?=[a-z0-9]+::|[A-Za-z][A-Za-z0-9+.-]*://)")  # between the file systems of a chain
+_HOST = re.compile(r"(?:[\w.*-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
+_DOTLESS_PORT = re.compile(r"(?!localhost:)[^.\[\]]+:[0-9]*")
+_PARAMETERS = re.compile(r";[^/]*=[^/]*")
+_VARIABLES = (
+    "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN",
+    "AZURE_STORAGE_KEY", "AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_CONNECTION_STRING", "AZURE_STORAGE_SAS_TOKEN",
+    "AZURE_CLIENT_SECRET", "WANDB_API_KEY", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "RAY_AUTH_TOKEN",
+)  # fmt: skip
+
+# Letters from which a secret is taken out of other words too: a shorter one may be part of any, and what is not known
+# to be one, a user's name or a setting of a query, may be a word.
+_TELLING, _CERTAIN = 8, 16
+_REMEMBERED = 1000
+_KNOWN: dict[str, None] = {}  # the latest secrets of places, oldest first
+_KNOWING = threading.Lock()
 
 
-def without_secrets(text: str) -> str:
-    """`text`, such as a command, with `***` for what by name, form or place in a URL looks like a secret."""
-    for pattern, instead in _SECRETS:
-        text = pattern.sub(instead, text)
-    return text
+def shown_place(location: str) -> str:
+    """A place, as it may be shown and stored: of a URL, or a chain of them, scheme, host, port and path.
+
+    The same place has the same name, however it was signed; and a name of a place names itself.
+    """
+    return plain("::".join(_shown_link(link) for link in _LINK.split(location)), None)
 
 
 def scrubbed(text: str) -> str:
-    """`text` with whatever places it holds named without user, password and query; `***` for tokens and in headers."""
-    return _TOKEN.sub("***", _HEADER.sub(r"\1***", _QUERY.sub(r"\1", _USER.sub("", text))))
+    """`text` with the places in it as `shown_place` has them; `***` for tokens, headers, and secrets that are known."""
+    for secret in _known():
+        text = text.replace(secret, "***")
+    text, found = _with_shown_urls(text), ""
+    while text != found:  # what is left of a cut URL may begin another
+        found, text = text, _with_shown_urls(text)
+    return _TOKEN.sub("***", _HEADER.sub(r"\1***", text))
+
+
+def shown_command(words: Sequence[str]) -> str:
+    """The words of a command as a line for a shell, without the secrets that it was given."""
+    shown, is_secret = [], False
+    for word in words:
+        shown.append("***" if is_secret else _shown_word(word))
+        is_secret = _SECRET_OPTION.fullmatch(word) is not None
+    return shlex.join(shown)
+
+
+def _shown_word(word: str) -> str:
+    setting = _SECRET_SETTING.fullmatch(word)
+    if setting:
+        return f"{setting[1]}***"
+    return shown_place(word) if _URL.search(word) else scrubbed(_without_settings(word))
+
+
+def _shown_link(link: str) -> str:
+    """One file system of a chain; what stands before its URL, as in `text:https://…`, stays."""
+    found = _URL.search(link)
+    if not found:
+        return _TOKEN.sub("***", link)
+    before, scheme, rest = link[: found.start()], found.group(), link[found.end() :]
+    kept = _host_and_path(scheme, rest)
+    if kept is None:
+        told, at, place = rest.rpartition("@")
+        _remember(told)
+        _remember(told.partition(":")[2])
+        # What is behind the only @ is the place where a password, begun in front of it, may have any letters.
+        is_password = at and "@" not in told and ":" in re.split(r"[/?#]", told, maxsplit=1)[0]
+        kept = (_host_and_path(scheme, place) if is_password else None) or "***"
+    _remember_parts(rest)
+    return _TOKEN.sub("***", before) + scheme + _TOKEN.sub("***", kept)
+
+
+def _host_and_path(scheme: str, rest: str) -> str | None:
+    """Host, port and path of a URL; None where it is none, or where an @ that stands too late may end a password."""
+    try:
+        parts = urlsplit(scheme + rest)
+    except ValueError:
+        return None
+    host = parts.netloc.rpartition("@")[2]
+    behind = f"{parts.path}?{parts.query}#{parts.fragment}"
+    late = "@" in behind and (not parts.path or _DOTLESS_PORT.fullmatch(parts.netloc))
+    if late or not _HOST.fullmatch(host):
+        return None
+    return host + _without_settings(_PARAMETERS.sub("", parts.path))
+
+
+def _without_settings(text: str) -> str:
+    for pattern in _SETTINGS:
+        text = pattern.sub(r"\1***", text)
+    return text
+
+
+def _with_shown_urls(text: str) -> str:
+    done, start = [], 0
+    while found := _URL.search(text, start):
+        end = _end_of_url(text, found.start(), found.end())
+        done += [text[start : found.start()], shown_place(text[found.start() : end])]
+        start = end
+    return "".join([*done, text[start:]])
+
+
+def _end_of_url(text: str, start: int, after_scheme: int) -> int:
+    """Where a URL in words ends: at its closing quote, else at a blank, but not within what may be a password."""
+    mark = text[start - 1 : start]
+    closing = re.compile(rf"{mark}(?=[\s,:;.)\]}}>]|$)" if mark in ("'", '"') else r"\s|$")
+    end = _first(closing, text, after_scheme)
+    authority = re.split(r"[/?#]", text[after_scheme:end], maxsplit=1)[0]
+    following = _URL.search(text, end)
+    at = text.rfind("@", end, following.start() if following else len(text))
+    if at >= 0 and "@" not in text[after_scheme:end] and not _HOST.fullmatch(authority.rstrip(":,;.)'\"")):
+        end = _first(closing, text, at)
+    while end > after_scheme and text[end - 1] in "'\"),:;.]}>":  # of the sentence
+        end -= 1
+    return end
+
+
+def _first(pattern: re.Pattern[str], text: str, start: int) -> int:
+    found = pattern.search(text, start)
+    return found.start() if found else _first(re.compile(r"\s|$"), text, start)
+
+
+def _remember_parts(rest: str) -> None:
+    """Keep in mind what of a URL is not shown, as it was written: the library's parts have lost their line feeds."""
+    user = re.split(r"[/?#]", rest, maxsplit=1)[0].rpartition("@")[0]
+    before, _, fragment = rest.partition("#")
+    query = before.partition("?")[2]
+    pairs = [pair.partition("=") for pair in query.split("&")]
+    for piece in (user, query, fragment, *(value for _, _, value in pairs)):
+        if ":" in piece or len(piece) >= _CERTAIN:
+            _remember(piece)
+    for piece in (user.partition(":")[2], *(v for name, _, v in pairs if _SECRET_SETTING.fullmatch(f"{name}="))):
+        _remember(piece)
+
+
+def _remember(secret: str) -> None:
+    spelled = {secret, unquote(secret), quote(unquote(secret), safe=""), repr(secret)[1:-1], " ".join(secret.split())}
+    with _KNOWING:
+        for each in spelled:
+            if len(each) >= _TELLING:
+                _KNOWN.pop(each, None)
+                _KNOWN[each] = None
+        while len(_KNOWN) > _REMEMBERED:
+            del _KNOWN[next(iter(_KNOWN))]
+
+
+def _known() -> list[str]:
+    """Secrets of places and of the environment, the longest first: one may be part of another."""
+    told = (os.environ.get(name, "") for name in _VARIABLES)
+    with _KNOWING:
+        known = [*_KNOWN, *(value for value in told if len(value) >= _TELLING)]
+    return sorted(known, key=len, reverse=True)

@@ -8,6 +8,7 @@ with whatever colons; and a URL is a chain only where its scheme is of a file sy
 import contextlib
 import os
 import re
+import stat
 import uuid
 from collections.abc import Iterator
 from inspect import signature
@@ -74,6 +75,21 @@ def refusal(error: BaseException) -> str:
     """What a file system says, in a few words and without secrets."""
     known = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else ""
     return known or message(error)
+
+
+def read_file(path: Path, most_bytes: int) -> bytes:
+    """All of a file of this machine that a person names: neither waited for nor read without an end.
+
+    Raises:
+        OSError: it cannot be opened, is a folder, a pipe, a socket or a device, or has more than `most_bytes`.
+    """
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError("not a regular file")
+        data = file.read(most_bytes + 1)
+    if len(data) > most_bytes:
+        raise OSError(f"more than {most_bytes:,} bytes")
+    return data
 
 
 def renames(fs: Any) -> bool:

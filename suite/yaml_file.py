@@ -8,7 +8,9 @@ import yaml
 
 from deadbench.suite.errors import first_line
 from deadbench.suite.plain_text import plain
-from deadbench.suite.storage import refusal
+from deadbench.suite.storage import read_file, refusal
+
+_MOST_BYTES = 16_000_000  # of what a person writes
 
 
 class YamlError(ValueError):
@@ -76,7 +78,7 @@ def load_yaml(path: Path) -> Any:
         YamlError: it cannot be opened, is not UTF-8, not YAML, or gives a key twice.
     """
     try:
-        raw = path.read_bytes()
+        raw = read_file(path, _MOST_BYTES)
         raw.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise YamlError(f"{path}: cannot be read ({refusal(error)})") from error

@@ -8,7 +8,7 @@ from deadbench.analysis.cells import text
 from deadbench.analysis.formats import escaped, render
 from deadbench.analysis.gate import BROKEN, CANNOT_TELL, broken, undecided
 from deadbench.suite.plain_text import plain
-from deadbench.suite.secrets import scrubbed
+from deadbench.suite.secrets import shown_place
 
 _SUMMARY_COLUMNS = [
     "verdict", "model", "revision", "read", "metric", "baseline", "candidate", "change", "allowed", "detail",
@@ -34,9 +34,10 @@ def sides(judged: pl.DataFrame, baseline: str, candidate: str) -> list[str]:
     failures = broken(judged)
     if failures.is_empty():
         return []
+    members = _members(failures, "candidate_model", "candidate_revision")
     return [
-        plain(f"baseline {scrubbed(baseline)}: {_members(failures, 'model', 'revision')}", None),
-        plain(f"candidate {scrubbed(candidate)}: {_members(failures, 'candidate_model', 'candidate_revision')}", None),
+        plain(f"baseline {shown_place(baseline)}: {_members(failures, 'model', 'revision')}", None),
+        plain(f"candidate {shown_place(candidate)}: {members}", None),
     ]
 
 

@@ -23,6 +23,7 @@ from deadbench.analysis.results import ResultsError, collected, scan
 from deadbench.suite.errors import message
 from deadbench.suite.plain_text import plain
 from deadbench.suite.schema import TABLES, arrow_schema
+from deadbench.suite.secrets import shown_place
 from deadbench.suite.storage import is_url, write_whole
 
 HUB = "hf://datasets/"
@@ -43,20 +44,21 @@ def publish(
     Raises:
         ResultsError: no result set, a folder that is there already, or a target that cannot be.
     """
+    shown = shown_place(target)
     if target.startswith(HUB):
         repository = target.removeprefix(HUB).rstrip("/")
         if not re.fullmatch(r"[\w][\w.\-]*/[\w][\w.\-]*", repository):
-            raise ResultsError(f"--to {target}: expected {HUB}OWNER/NAME")
+            raise ResultsError(f"--to {shown}: expected {HUB}OWNER/NAME")
         with tempfile.TemporaryDirectory() as folder:
             _write(locations, Path(folder), title, license)
             return _upload(Path(folder), repository, private)
     if is_url(target):
-        raise ResultsError(f"--to {target}: a folder or {HUB}OWNER/NAME is expected")
+        raise ResultsError(f"--to {shown}: a folder or {HUB}OWNER/NAME is expected")
     final = Path(target)
     if final.exists():
-        raise ResultsError(f"--to {target}: is there already; name a new folder")
+        raise ResultsError(f"--to {shown}: is there already; name a new folder")
     if not final.resolve().parent.is_dir():
-        raise ResultsError(f"--to {target}: no such directory {final.resolve().parent}")
+        raise ResultsError(f"--to {shown}: no such directory {final.resolve().parent}")
     aside = Path(tempfile.mkdtemp(dir=final.resolve().parent, prefix=f".{final.name}-"))
     try:
         _write(locations, aside, title, license)

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -21,11 +22,12 @@ from deadbench.runners.results.store import ResultStore
 from deadbench.suite.checkpoints.sources import identify, locate
 from deadbench.suite.errors import message
 from deadbench.suite.schema import arrow_schema, to_table
-from deadbench.suite.secrets import scrubbed
-from deadbench.suite.storage import is_hidden, open_place
+from deadbench.suite.secrets import shown_place
+from deadbench.suite.storage import is_hidden, is_local, open_place, read_file
 
 _BLOCK = 16  # sources that one task reads
 _TASKS = 4  # that a worker has at once: a slow source holds up its block, not the worker
+_MOST_BYTES = 256_000_000  # of a file of sources: some millions
 _WRITE_ROWS, _WRITE_SECONDS = 2000, 5.0
 _COUNTED = ["model", "revision", "source", "status", "family", "error"]
 
@@ -58,10 +60,13 @@ def list_sources(file: str) -> list[str]:
     Raises:
         CensusError: it cannot be read, is not text, or names nothing.
     """
-    shown = scrubbed(file)
+    shown = shown_place(file)
     try:
         fs, path = open_place(file)
-        lines = fs.cat_file(path).decode("utf-8").splitlines()
+        told = read_file(Path(path), _MOST_BYTES) if is_local(fs) else fs.cat_file(path, end=_MOST_BYTES + 1)
+        if len(told) > _MOST_BYTES:
+            raise OSError(f"more than {_MOST_BYTES:,} bytes")
+        lines = told.decode("utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise CensusError(f"{shown}: not UTF-8 text; give a file with one SOURCE a line") from error
     except (OSError, ValueError, ImportError) as error:

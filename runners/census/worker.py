@@ -22,11 +22,10 @@ from deadbench.suite.checkpoints.rate_limits import LIMITS
 from deadbench.suite.checkpoints.sources import identify
 from deadbench.suite.checkpoints.training_steps import checkpoint_step
 from deadbench.suite.errors import one_line
-from deadbench.suite.plain_text import plain
 from deadbench.suite.read_specs import READ_SPECS
 from deadbench.suite.reads.parameters import ParametersRead, read_parameters
 from deadbench.suite.schema import Row, to_table
-from deadbench.suite.secrets import scrubbed
+from deadbench.suite.secrets import shown_place
 
 PROTOCOL = "census"  # less than `run --reads parameters` stores: no norms but the final one, no count of parameters
 PROTOCOL_HASH = hashlib.sha256(
@@ -110,7 +109,7 @@ def outline(source: str, place: str, run_id: str) -> Row:
         "seed": 0,
         "protocol_hash": PROTOCOL_HASH,
         "engine": None,
-        "source": plain(scrubbed(source), None),
+        "source": shown_place(source),
         "checkpoint_step": checkpoint_step(revision or model.rsplit("/", 1)[-1]),
         "protocol": PROTOCOL,
         "versions": versions(),

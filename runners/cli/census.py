@@ -47,7 +47,7 @@ def census(
     from deadbench.runners.census.census import list_sources, new_outcome, take_census, unfinished
     from deadbench.runners.cluster.joining import connect
     from deadbench.runners.results.store import ResultStore
-    from deadbench.suite.secrets import scrubbed
+    from deadbench.suite.secrets import shown_place
 
     check_out(out)
     given = given_config(config), model_type
@@ -65,7 +65,7 @@ def census(
             signal.signal(signal.SIGTERM, previous)
             connection.leave()
     if as_json:
-        told = {"run_id": outcome.run_id, "out": scrubbed(out), "sources": outcome.total, "ok": outcome.ok}
+        told = {"run_id": outcome.run_id, "out": shown_place(out), "sources": outcome.total, "ok": outcome.ok}
         told |= {"failed": outcome.failed, "skipped": outcome.skipped, "seconds": outcome.seconds}
         print(json.dumps(told | {"families": dict(outcome.families), "errors": outcome.errors}, indent=2))
     else:
@@ -74,7 +74,7 @@ def census(
         more = len(outcome.errors) - _SHOWN_ERRORS
         if more > 0:
             print(f"and {more} more, in the rows whose status is failed", file=sys.stderr)
-        print(f"{_counts(outcome)}, {outcome.skipped} already there; results in {scrubbed(out)}")
+        print(f"{_counts(outcome)}, {outcome.skipped} already there; results in {shown_place(out)}")
     if outcome.failed:
         raise typer.Exit(EXIT_FALSE)
 

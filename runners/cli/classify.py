@@ -65,11 +65,9 @@ def classify(
     sources = [source for part in parts for source in part]
     read: list[tuple[dict[str, Any], Any]] = []
     with ThreadPoolExecutor(_CLASSIFY_THREADS) as pool:  # remote sources wait for their servers side by side
-        for source, result in zip(
-            sources, pool.map(lambda s: classify_one(s, verify, given, model_type), sources), strict=True
-        ):
+        for result in pool.map(lambda s: classify_one(s, verify, given, model_type), sources):
             if len(sources) > 1 and sys.stderr.isatty():
-                print(f"{len(read) + 1}/{len(sources)} {source}", file=sys.stderr)
+                print(f"{len(read) + 1}/{len(sources)} {result[0]['source']}", file=sys.stderr)
             read.append(result)
     results = [result for result, _ in read]
     if save_direction is not None:

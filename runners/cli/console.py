@@ -40,11 +40,12 @@ def one_of(option: str, value: str | None, allowed: tuple[str, ...]) -> None:
 
 def check_out(out: str) -> None:
     """Refuse a relative `--out` inside a Ray job, whose folder goes when the job ends."""
+    from deadbench.suite.secrets import shown_place
     from deadbench.suite.storage import is_url
 
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not is_url(out) and not Path(out).is_absolute():
         raise UserError(
-            f"--out {out}: a Ray job runs in a folder that Ray deletes; give an absolute path or a URI (s3://…)"
+            f"--out {shown_place(out)}: a Ray job runs in a folder that Ray deletes; give an absolute path or a URI (s3://…)"
         )
 
 
@@ -101,6 +102,9 @@ def model_named(results: Any, name: str) -> str:
 
     A name that means none, or several, comes back as it is.
     """
+    from deadbench.suite.secrets import shown_place
+
+    name = shown_place(name)  # as rows name it
     known = results.select("model").unique().collect()["model"].to_list()
     plain = os.path.normpath(name)
     for fits in (

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from deadbench.runners.cli.console import EXIT_USAGE, Debug, UserError, say
+from deadbench.suite.secrets import shown_place
 
 if TYPE_CHECKING:
     from deadbench.suite.checkpoints.series import Series
@@ -62,7 +63,7 @@ def init(
         raise UserError("no checkpoint lies in this folder or below it; name some: deadbench init SOURCE...")
     write_whole(registry, _as_registry(found, registry).encode())
     for each in found:
-        say(f"{each.source}: {each.what()}")
+        say(f"{shown_place(each.source)}: {each.what()}")
     print(registry)
     given = "" if registry == Path(DEFAULT_REGISTRY) else f" --registry {shlex.quote(str(registry))}"
     say(f"next: deadbench run{given} --out results")
@@ -75,7 +76,10 @@ def check_named(models: list[str] | None, suite: str | None, registry: Path | No
     found = found_below(Path())
     if not found:
         return
-    lines = [f"deadbench run {shlex.quote(each.source)} --out results # {each.what()}" for each in found[:_SHOWN]]
+    lines = [
+        f"deadbench run {shlex.quote(shown_place(each.source))} --out results # {each.what()}"
+        for each in found[:_SHOWN]
+    ]
     more = [f"  … and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
     rest = [
         "deadbench init # lists them in models.yaml: deadbench run then reads them all",
@@ -110,7 +114,7 @@ def _named(sources: list[str]) -> list[Found]:
 
     for source in sources:
         if not is_source(source):
-            raise UserError(f"{source}: no such directory, and neither a Hub id (org/name) nor a URL")
+            raise UserError(f"{shown_place(source)}: no such directory, and neither a Hub id (org/name) nor a URL")
     named = gathered(sources)
     return [Found(each.source, each) if isinstance(each, Series) else Found(each, None) for each in named]
 

@@ -9,7 +9,7 @@ import typer
 
 from deadbench.runners.cli.console import Debug, Json, Results, UserError, model_named
 from deadbench.suite.errors import message
-from deadbench.suite.secrets import scrubbed
+from deadbench.suite.secrets import shown_place
 
 if TYPE_CHECKING:
     from deadbench.analysis.trackers.curves import Series
@@ -50,7 +50,7 @@ def log(
     logged = []
     for tracker, place in targets:
         new = _logged(tracker, place, curves, results)
-        shown = f"{tracker}:{scrubbed(place)}"
+        shown = f"{tracker}:{shown_place(place)}"
         logged.append({"to": shown, "series": len(curves), "new": new})
         if not as_json:
             print(f"{shown}: {new} new values" + (" (all others were there)" if new < values else ""))
@@ -62,7 +62,7 @@ def _parsed(target: str) -> tuple[str, str]:
     tracker, colon, place = target.partition(":")
     if tracker not in TRACKERS or not colon or (not place and tracker != "mlflow"):
         known = ", ".join(f"{name}:{place}" for name, (_, place) in TRACKERS.items())
-        raise UserError(f"--to {scrubbed(target)!r}: no such tracker and place; give {known}")
+        raise UserError(f"--to {shown_place(target)!r}: no such tracker and place; give {known}")
     return tracker, place
 
 
@@ -77,4 +77,4 @@ def _logged(tracker: str, place: str, curves: "Sequence[Series]", results: Seque
     try:
         return int(module.log(curves, place, results[0]) if tracker == "wandb" else module.log(curves, place))
     except Exception as error:  # each tracker raises classes of its own
-        raise UserError(f"--to {tracker}:{scrubbed(place)}: {message(error)}") from error
+        raise UserError(f"--to {tracker}:{shown_place(place)}: {message(error)}") from error

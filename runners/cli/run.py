@@ -13,6 +13,7 @@ from deadbench.runners.cli.console import EXIT_FALSE, Debug, Json, UserError, ch
 from deadbench.runners.cli.init import check_named
 from deadbench.suite.errors import message
 from deadbench.suite.read_specs import READ_SPECS
+from deadbench.suite.secrets import shown_place
 
 if TYPE_CHECKING:
     from deadbench.runners.jobs.job import ModelJob
@@ -95,6 +96,7 @@ def run(
         address, timeout, max_retries, added.gpus if added else 0, checkpoint_interval, gpu_bytes=cluster.gpu_bytes()
     )
     summary = execute_jobs(jobs, out, resume, settings, [*names, *cannot_be_read, *remarks], log_format, debug)
+    out = shown_place(out)
     if as_json:
         print(json.dumps({"run_id": summary.run_id, "out": out, **_counts(summary), "reads": summary.reads}, indent=2))
     else:
@@ -141,7 +143,7 @@ def execute_jobs(
             for remark in remarks:
                 reporter.say(remark)
             if skipped:
-                reporter.say(f"{skipped} reads are already in {out}; --fresh reads them again")
+                reporter.say(f"{skipped} reads are already in {store.location}; --fresh reads them again")
             summary = execute_at(settings.address)(left, store, settings, reporter, run_id)
     except DriverError as error:
         raise UserError(str(error)) from error

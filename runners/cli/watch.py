@@ -20,7 +20,7 @@ from deadbench.runners.cli.console import (
     say,
 )
 from deadbench.suite.read_specs import READ_SPECS
-from deadbench.suite.secrets import scrubbed
+from deadbench.suite.secrets import shown_place
 
 
 def watch(
@@ -101,7 +101,7 @@ def watch(
         where, name, (registry, path), out, _reads(reads), overrides, Settings(address),
         this_machine(most_gpus=1 if address == NO_RAY else None),
         load_gate(gate) if gate is not None else None,
-        (scrubbed(baseline), open_side(baseline)) if baseline is not None else None,
+        (shown_place(baseline), open_side(baseline)) if baseline is not None else None,
         on_break, page, interval, say, lambda verdict: None if as_json else print(verdict.line(), flush=True), debug,
     )  # fmt: skip
     with interruptible():
@@ -131,7 +131,7 @@ def _place_and_name(place: str) -> tuple[str, str]:
     from deadbench.suite.checkpoints.series import Series
     from deadbench.suite.storage import is_url
 
-    name = scrubbed(Series(place, (), "").name)
+    name = shown_place(Series(place, (), "").name)
     return (place if is_url(place) else str(Path(os.path.expanduser(place)).absolute())), name
 
 

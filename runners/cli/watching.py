@@ -30,7 +30,7 @@ from deadbench.suite.checkpoints.arrivals import Arrival, Arrivals
 from deadbench.suite.checkpoints.series import Series
 from deadbench.suite.errors import CheckpointError, message
 from deadbench.suite.registry.entries import Model, Registry
-from deadbench.suite.secrets import scrubbed
+from deadbench.suite.secrets import shown_place
 from deadbench.suite.storage import write_whole
 
 VERDICTS = "watch/verdicts.json"  # of the result set
@@ -194,7 +194,7 @@ class Watch:
         what = f"waiting for {', '.join(few)}{more}" if waiting else "waiting for the next checkpoint"
         if not self._done and not waiting:
             what = "waiting for the first checkpoint"
-        self._say_once(f"{scrubbed(self.place)}: {len(self._done)} read; {what}")
+        self._say_once(f"{shown_place(self.place)}: {len(self._done)} read; {what}")
 
     def _say_once(self, line: str) -> None:
         if line != self._said:

@@ -1,6 +1,8 @@
 """One model's processes on the cluster: placed and started together, and gone before others take their place."""
 
+import hashlib
 import os
+import re
 import sys
 import time
 import uuid
@@ -17,6 +19,7 @@ from deadbench.runners.cluster.processes import Ended, end_processes, mark_proce
 from deadbench.runners.cluster.schedule import Piece, Place
 from deadbench.runners.jobs.events import Event, Progress
 from deadbench.runners.jobs.job import ModelJob
+from deadbench.suite.secrets import shown_place
 
 _REMOTE_SECONDS = 60.0  # for the end of processes on another node
 
@@ -67,12 +70,18 @@ def start(job: ModelJob, nodes: Nodes, place: Place, run_id: str, attempt: int) 
     placement, options = _options(nodes, place, ranks)
     actors = []
     for rank, each in enumerate(options):
-        name = f"deadbench:{job.model_id}" + (f":rank{rank}" if ranks > 1 else "") + f":{token[:6]}"
+        name = _named(job.model_id) + (f":rank{rank}" if ranks > 1 else "") + f":{token[:6]}"
         actors.append(actor_class(each | {"name": name}).remote(token))
     homes = [actor.__ray_call__.remote(_home) for actor in actors]
     meeting = actors[0].__ray_call__.remote(_meeting) if ranks > 1 else None
     streams = [actor.run.remote(job, run_id, attempt, (r, ranks), meeting) for r, actor in enumerate(actors)]
     return Group(job, attempt, place, token, actors, streams, homes, placement)
+
+
+def _named(model_id: str) -> str:
+    """What an actor is called in Ray's logs and pages: a hash tells models apart, and of the name the end is enough."""
+    label = re.sub(r"[^\w.-]+", "-", shown_place(model_id).rstrip("/").rpartition("/")[2])[-40:]
+    return f"deadbench:{hashlib.sha256(model_id.encode(errors='replace')).hexdigest()[:8]}:{label}"
 
 
 def _options(nodes: Nodes, place: Place, ranks: int) -> tuple[Any, list[dict[str, Any]]]:

@@ -20,7 +20,7 @@ from typing import Any
 from deadbench.runners.cluster.stillborn import watched
 from deadbench.suite.errors import message, one_line
 from deadbench.suite.scratch import Scratch, sweep
-from deadbench.suite.secrets import without_secrets
+from deadbench.suite.secrets import shown_place
 
 _REFUSED_SECONDS, _SILENT_SECONDS = 3.0, 12.0  # a head that is just starting refuses; one that is slow accepts late
 _LONGEST_SOCKET, _SOCKET_LETTERS = 103, 89  # the least of all systems; of a folder in it, a session and a socket there
@@ -131,7 +131,7 @@ def check_answers(address: str | None) -> None:
     failure = _failure(place[1].strip("[]"), int(place[2]))
     if failure is not None:
         raise JoinError(
-            f"{without_secrets(named)}: no Ray answers there ({failure}); start it, name another, "
+            f"{shown_place(named)}: no Ray answers there ({failure}); start it, name another, "
             f"or use {'--address local' if address or not variable else 'unset RAY_ADDRESS, or --address local'}"
         )
 

@@ -19,10 +19,9 @@ from deadbench.suite.checkpoints.sources import locate
 from deadbench.suite.errors import CheckpointError, InputError, one_line, one_source
 from deadbench.suite.inputs.early_checks import check_config
 from deadbench.suite.inputs.specs import check_spec, content_hash
-from deadbench.suite.plain_text import plain
 from deadbench.suite.read_specs import DEFAULT_READS, READ_SPECS
 from deadbench.suite.registry.entries import Model, Protocol, Registry, SuiteEntry
-from deadbench.suite.secrets import scrubbed
+from deadbench.suite.secrets import shown_place
 
 DEFAULT_INPUT = {"text": "text", "image": "image", "audio": "audio:noise"}
 _CONCURRENT_MODELS = 16
@@ -136,7 +135,7 @@ def _called(named: str | Series | SuiteEntry) -> str:
 def _failed_job(failed: _Failed, asked_of: Callable[[str | Series | SuiteEntry, Model], _Asked]) -> ModelJob:
     """Failed reads of what was named, beside the others that go on."""
     source = _called(failed.named)
-    model = Model.model_construct(id=plain(scrubbed(source), None), source=source, modality="text")
+    model = Model.model_construct(id=shown_place(source), source=source, modality="text")
     asked = asked_of(failed.named, model)
     opened = (None, one_line(failed.error))
     reads = tuple(_read_job(asked, read, None, DEFAULT, opened) for read in asked.reads)

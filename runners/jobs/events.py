@@ -14,10 +14,9 @@ import pyarrow as pa
 
 from deadbench.runners.jobs.job import ReadJob, read_step, tokens_seen
 from deadbench.runners.results.versions import versions
-from deadbench.suite.plain_text import plain
 from deadbench.suite.reads.flags import flags
 from deadbench.suite.schema import Row, to_table
-from deadbench.suite.secrets import scrubbed
+from deadbench.suite.secrets import shown_place
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ def to_tables(rows: Rows, read: ReadJob, run_id: str, attempt: int, started_at: 
     step = read_step(read)
     step = rows["reads"][0].get("source_step") if step is None else step
     row = rows["reads"][0] | {
-        "source": plain(scrubbed(read.model.source or "inline config"), None),
+        "source": shown_place(read.model.source or "inline config"),
         "source_fingerprint": read.fingerprint,
         "checkpoint_step": step,
         "tokens_seen": tokens_seen(read, step),

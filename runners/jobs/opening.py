@@ -13,6 +13,7 @@ from deadbench.suite.checkpoints.sources import is_hub_id, locate
 from deadbench.suite.errors import CheckpointError, UnreachableError, one_source
 from deadbench.suite.read_specs import READ_SPECS
 from deadbench.suite.registry.entries import CheckpointPattern, Model, Registry
+from deadbench.suite.secrets import shown_place
 
 _CONCURRENT_CHECKPOINTS = 8
 
@@ -65,9 +66,9 @@ def revisions_of(model: Model, base: Path) -> tuple[list[str | None], str | None
             found = series.names(list_revisions(model.source or "", base))
     except CheckpointError as error:
         return [model.revision], _told(error)
-    return (
-        (list(found), None) if found else ([model.revision], f"{model.source}: no checkpoint matches {series.listed!r}")
-    )
+    if found:
+        return list(found), None
+    return [model.revision], f"{shown_place(model.source or '')}: no checkpoint matches {series.listed!r}"
 
 
 def _told(error: CheckpointError) -> str:
@@ -111,5 +112,5 @@ def open_all(
     different = list(dict.fromkeys(revisions))
     with ThreadPoolExecutor(_CONCURRENT_CHECKPOINTS) as pool:
         found = dict(zip(different, pool.map(attempt, different), strict=True))
-    remarks = [f"{source}{f'@{r}' if r else ''}: {remark}" for r, (_, remark) in found.items() if remark]
+    remarks = [f"{shown_place(source)}{f'@{r}' if r else ''}: {remark}" for r, (_, remark) in found.items() if remark]
     return {revision: opened for revision, (opened, _) in found.items()}, remarks

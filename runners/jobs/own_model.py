@@ -6,9 +6,8 @@ from deadbench.runners.jobs.job import Overrides, SourceError
 from deadbench.suite.checkpoints.series import Series
 from deadbench.suite.errors import CheckpointError, one_source
 from deadbench.suite.inputs.specs import MODALITIES
-from deadbench.suite.plain_text import plain
 from deadbench.suite.registry.entries import Model
-from deadbench.suite.secrets import scrubbed
+from deadbench.suite.secrets import shown_place
 from deadbench.suite.storage import is_url
 
 _SOUND_KEYS = ("num_mel_bins", "input_feat_per_channel", "sampling_rate", "feat_extract_norm")
@@ -31,13 +30,10 @@ def own_model(named: str | Series, overrides: Overrides) -> Model:
     told = MODALITIES.get(overrides.input.partition(":")[0]) if overrides.input else None
     modality = told or _main_modality(config)
     if series is not None:
-        return Model.model_construct(id=plain(scrubbed(series.name), None), source=source, modality=modality)
+        return Model.model_construct(id=shown_place(series.name), source=source, modality=modality)
     revision = None if "@" in source else checkpoint.revision
     return Model.model_construct(
-        id=plain(scrubbed(source), None),
-        source=source,
-        revision=None if is_url(source) else revision,
-        modality=modality,
+        id=shown_place(source), source=source, revision=None if is_url(source) else revision, modality=modality
     )
 
 

@@ -6,7 +6,6 @@ Written when the run starts and when it ends; one that says `running` and has no
 import getpass
 import json
 import os
-import shlex
 import socket
 import sys
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from deadbench.runners.jobs.job import ModelJob, ReadJob
 from deadbench.runners.results.store import ResultStore
 from deadbench.runners.results.versions import versions
 from deadbench.suite.errors import message
-from deadbench.suite.secrets import scrubbed, without_secrets
+from deadbench.suite.secrets import scrubbed, shown_command, shown_place
 
 _RECORD_VERSION = 1
 
@@ -37,7 +36,7 @@ class RunRecord:
             "error": None,
             "user": _user(),
             "host": socket.gethostname(),
-            "command": without_secrets(shlex.join(sys.argv)),
+            "command": shown_command(sys.argv),
             "versions": json.loads(versions()),
             "cluster": None,
             "plan": [_planned(job) for job in jobs],
@@ -48,7 +47,7 @@ class RunRecord:
 
     def started(self, address: str, nodes: list[dict[str, Any]]) -> None:
         """The cluster is joined: write the record for the first time."""
-        self._facts["cluster"] = {"address": without_secrets(address), "nodes": nodes}
+        self._facts["cluster"] = {"address": shown_place(address), "nodes": nodes}
         self._write()
 
     def placed(self, job: ModelJob, attempt: int, nodes: list[str], devices: float) -> None:
@@ -59,19 +58,19 @@ class RunRecord:
     def finished(self, event: Finished) -> None:
         """A read is in the results."""
         row = event.row
-        error = without_secrets(row["error"]) if row["error"] else None
+        error = scrubbed(row["error"]) if row["error"] else None
         outcome = {"status": row["status"], "attempt": row["attempt"], "error": error}
         self._facts["reads"][self._reads[event.job.identity()]] |= outcome
 
     def elsewhere(self, read: ReadJob, row: dict[str, Any]) -> None:
         """Another run has stored a read of this one."""
-        error = without_secrets(row["error"]) if row["error"] else None
+        error = scrubbed(row["error"]) if row["error"] else None
         outcome = {"status": row["status"], "error": error, "by": row["run_id"]}
         self._facts["reads"][self._reads[read.identity()]] |= outcome
 
     def ended(self, status: str, error: BaseException | None = None) -> None:
         """The run is over: finished, interrupted or stopped. Write the record for the last time."""
-        said = without_secrets(message(error, None)) if error is not None and str(error) else None
+        said = message(error, None) if error is not None and str(error) else None
         self._facts |= {"status": status, "finished_at": _now(), "error": said}
         self._write()
 
@@ -85,7 +84,7 @@ class RunRecord:
 def _planned(job: ModelJob) -> dict[str, Any]:
     gpus = job.tensor_parallel or (job.gpus if job.gpu_share == 1.0 else job.gpu_share)
     place = job.reads[0].place if job.reads else None
-    source = scrubbed(place) if place else None
+    source = shown_place(place) if place else None
     plan = {"engine": job.engine, "gpus": gpus, "work": job.work, "reads": len(job.reads)}
     return {"model": job.model_id, "source": source} | plan
 

@@ -53,10 +53,10 @@ def export_directions(
     read = read_parameters(checkpoint)
     norms = norms_of(checkpoint, read)
     if not norms:
-        raise ValueError(f"{source}: no norm with stored parameters; nothing written ({read.reason})")
+        raise ValueError(f"{checkpoint.source}: no norm with stored parameters; nothing written ({read.reason})")
     tensors: dict[str, NDArray[np.float64]] = {}
     metadata = {
-        "source": source,
+        "source": checkpoint.source,
         "revision": checkpoint.revision or "",
         "fingerprint": checkpoint.fingerprint(),
         "final_norm": read.final.path or "",

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from deadbench.suite.schema import KEY, SCHEMA_VERSION, TABLES
-from deadbench.suite.secrets import scrubbed
+from deadbench.suite.secrets import shown_place
 from deadbench.suite.storage import is_hidden, is_local, open_place, refusal, renames, write_whole
 
 _FOOTER_BYTES = 2**17  # as much of a remote file's end as holds its schema
@@ -36,7 +36,7 @@ class ResultStore:
         Raises:
             StoreError: not writable, or written by a newer version.
         """
-        self.location = scrubbed(location)
+        self.location = shown_place(location)
         try:
             self._fs, self._root = open_place(location)
         except Exception as error:

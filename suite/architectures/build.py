@@ -7,17 +7,20 @@ from typing import Any
 import torch
 from torch import nn
 
+from deadbench.suite.architectures.no_network import nothing_fetched
 from deadbench.suite.architectures.objectives import stated_architectures
+from deadbench.suite.architectures.trial import check
 from deadbench.suite.errors import ArchitectureError, RemoteCodeError, reason_of
 
 SMALL_MODEL = 500_000_000  # parameters: 2 GB in float32, a few seconds to draw
 
 
 def build_config(config: Mapping[str, Any]) -> Any:
-    """transformers' configuration object from the contents of a config.json.
+    """transformers' configuration object from the contents of a config.json, of which a model can be built.
 
     Raises:
-        ArchitectureError: no model_type, one that the installed transformers does not know, or remote code.
+        ArchitectureError: no model_type, one that the installed transformers does not know, remote code, something that
+            would have to be fetched, or a model that takes more time or memory than any that is published.
     """
     import transformers
 
@@ -35,8 +38,11 @@ def build_config(config: Mapping[str, Any]) -> Any:
     known.pop("auto_map", None)
     known.pop("return_dict", None)  # outputs are read by name, however the checkpoint's author had them
     known.pop("quantization_config", None)  # weights are not loaded by this object; norms are stored plain
+    known.pop("_name_or_path", None)  # where it was once loaded from
+    check({"model_type": model_type, **known})
     try:
-        return transformers.AutoConfig.for_model(model_type, **known)
+        with nothing_fetched():
+            return transformers.AutoConfig.for_model(model_type, **known)
     except Exception as error:
         raise ArchitectureError(f"transformers refuses the configuration: {reason_of(error)}") from error
 
@@ -52,7 +58,7 @@ def build_model(config: Any, device: str = "cpu") -> nn.Module:
     import transformers
 
     try:
-        with torch.device(device):
+        with nothing_fetched(), torch.device(device):
             # eager experts: the grouped kernels refuse meta tensors and half of all dtypes
             model: nn.Module = transformers.AutoModel.from_config(
                 config, dtype=torch.float32, experts_implementation="eager"
@@ -84,7 +90,7 @@ def build_published(config: Any, device: str = "cpu") -> nn.Module:
     if published is None:
         return build_model(config, device)
     try:
-        with torch.device(device):
+        with nothing_fetched(), torch.device(device):
             model: nn.Module = published._from_config(config, dtype=torch.float32, experts_implementation="eager")
     except Exception as error:
         raise ArchitectureError(f"transformers cannot build {published.__name__}: {reason_of(error)}") from error

@@ -49,7 +49,8 @@ def locate_final_norm(config: Any, part: str = "") -> FinalNorm:
 def search_without_weights(skeleton: nn.Module, config: Any, part: str) -> tuple[FinalNorm, Inputs | None]:
     """As `locate_final_norm`, of the model of `config` on the meta device; and the inputs, as `search` gives them."""
     found, inputs = search(skeleton.get_submodule(part))
-    if found.path is None and sum(p.numel() for p in skeleton.parameters()) <= SMALL_MODEL:
+    size = sum(values.numel() for values in (*skeleton.parameters(), *skeleton.buffers()))
+    if found.path is None and size <= SMALL_MODEL:
         found, inputs = search(build_model(config).get_submodule(part))
     elif found.family == "none":
         # On meta only identity is seen; a norm behind a copy or a projection would be missed.

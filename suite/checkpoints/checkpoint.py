@@ -29,7 +29,7 @@ from deadbench.suite.checkpoints.tensor_kinds import model_types_of
 from deadbench.suite.checkpoints.tensors import Contents, TensorEntry
 from deadbench.suite.checkpoints.weight_files import NAMED_BY, WeightFiles, weight_files, weights_file
 from deadbench.suite.errors import CheckpointError, UnreachableError
-from deadbench.suite.secrets import scrubbed
+from deadbench.suite.secrets import shown_place
 from deadbench.suite.storage import is_hidden, is_url, open_place
 
 LOADED_PATTERNS = ["*.json", "*.txt", "*.model"]  # what a forward pass needs beside weights; never code
@@ -66,7 +66,7 @@ class Checkpoint:
         Raises:
             CheckpointError: no such folder, or nothing that could be a Hub id or URL.
         """
-        self.source, self.revision = scrubbed(source), revision
+        self.source, self.revision = shown_place(source), revision
         self._called = f"{source}@{revision}"
         self._names: list[str] | None = None
         self._config = None if config is None else checked(config, self.source, model_type)
@@ -108,11 +108,11 @@ class Checkpoint:
             self._folder = FsspecFolder(source, place.rstrip("/") + (f"/{below}" if below else ""))
         elif os.path.exists(source):
             raise CheckpointError(
-                f"{source}: not a directory, nor by its ending weights; give the folder that holds config.json"
+                f"{self.source}: not a directory, nor by its ending weights; give the folder that holds config.json"
             )
         else:
             raise CheckpointError(
-                f"{source}: no such directory, and neither a Hub id (org/name[@revision]) nor a URL (s3://…)"
+                f"{self.source}: no such directory, and neither a Hub id (org/name[@revision]) nor a URL (s3://…)"
             )
 
     @property

@@ -9,11 +9,13 @@ from deadbench.suite.checkpoints.dialects.timm import MODEL_TYPE, is_timm
 from deadbench.suite.checkpoints.strict_json import MAX_JSON_BYTES, parse_object, shown
 from deadbench.suite.errors import CheckpointError
 from deadbench.suite.plain_text import plain
+from deadbench.suite.storage import read_file, refusal
 
 # Numbers in a configuration that make transformers build so many objects, whatever the device.
 _COUNTS = re.compile(r"^(n_layers?|num_.*layers|.*_layers|depths?|num_labels|(n|num)_.*experts)$")
 _MAX_COUNT = 100_000
 _MAX_DEPTH = 40  # of objects in objects; the deepest published one has seven
+_MAX_VALUES = 200_000  # the labels of 21 000 classes, both ways, are a fifth
 
 
 def config_file(path: Path) -> dict[str, Any]:
@@ -22,18 +24,22 @@ def config_file(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: not JSON, not an object, or of counts that no model has.
     """
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise CheckpointError(f"{path}: larger than {MAX_JSON_BYTES} bytes; no configuration")
-    return checked(parse_object(path.read_bytes(), str(path)), str(path))
+    try:
+        raw = read_file(path, MAX_JSON_BYTES)
+    except OSError as error:
+        raise CheckpointError(f"{path}: no configuration ({refusal(error)})") from error
+    return checked(parse_object(raw, str(path)), str(path))
 
 
 def checked(config: Mapping[str, Any], called: str, model_type: str | None = None) -> dict[str, Any]:
     """A configuration as it is read: plain floats, and a `model_type` where its `architectures` or the user tell it.
 
     Raises:
-        CheckpointError: counts that no model has.
+        CheckpointError: counts, or so many values, that no model has.
     """
     _check_depth(config, called)
+    if _num_values(config) > _MAX_VALUES:
+        raise CheckpointError(f"{called}: more than {_MAX_VALUES:,} values; no model's configuration has so many")
     _check_counts(config, called)
     plain = {key: _plain_floats(value) for key, value in config.items()}
     if not isinstance(plain.get("model_type"), str):
@@ -41,6 +47,13 @@ def checked(config: Mapping[str, Any], called: str, model_type: str | None = Non
         told = model_type or own or _type_of(plain.get("architectures"))
         plain |= {"model_type": told} if told else {}
     return plain
+
+
+def _num_values(value: Any) -> int:
+    """How many numbers, texts and the like a configuration holds."""
+    if isinstance(value, Mapping):
+        return sum(_num_values(each) for each in value.values())
+    return sum(_num_values(each) for each in value) if isinstance(value, list) else 1
 
 
 def _type_of(architectures: Any) -> str | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from deadbench.suite.errors import CheckpointError
-from deadbench.suite.secrets import scrubbed
+from deadbench.suite.secrets import shown_place
 
 LEASE_SECONDS = 30.0  # after which a holder that has gone is succeeded; all processes must agree
 _POLL_SECONDS = 0.2
@@ -49,7 +49,7 @@ def fetch_once(source: Source, called: str, fingerprint: str, names: list[str]) 
     Raises:
         CheckpointError: the disk is too small, or a file is not what it was said to be.
     """
-    readable = re.sub(r"[^A-Za-z0-9.-]+", "-", scrubbed(called))[-60:].strip("-")
+    readable = re.sub(r"[^A-Za-z0-9.-]+", "-", shown_place(called))[-60:].strip("-")
     key = hashlib.sha256(f"{called}\n{fingerprint}\n{sorted(names)}".encode()).hexdigest()[:16]
     place = cache_folder() / f"{readable}-{key}"
     folder, complete = place / "checkpoint", place / "complete"
@@ -90,8 +90,8 @@ def _download(source: Source, called: str, folder: Path, names: list[str], check
     free = shutil.disk_usage(folder).free
     if missing > free:
         raise CheckpointError(
-            f"{scrubbed(called)}: {missing / 1e9:.1f} GB to download and {free / 1e9:.1f} GB free in {cache_folder()}; "
-            "make room, or set DEADBENCH_CACHE to another disk"
+            f"{shown_place(called)}: {missing / 1e9:.1f} GB to download and {free / 1e9:.1f} GB free in "
+            f"{cache_folder()}; make room, or set DEADBENCH_CACHE to another disk"
         )
     for name, part in parts.items():
         part.parent.mkdir(parents=True, exist_ok=True)
@@ -99,5 +99,5 @@ def _download(source: Source, called: str, folder: Path, names: list[str], check
         check()
         if part.stat().st_size != left[name]:
             part.unlink()
-            raise CheckpointError(f"{scrubbed(called)}: {name} changed while it was downloaded; run again")
+            raise CheckpointError(f"{shown_place(called)}: {name} changed while it was downloaded; run again")
         part.replace(folder / name)

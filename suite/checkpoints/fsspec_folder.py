@@ -7,7 +7,7 @@ from typing import Any
 
 from deadbench.suite.errors import ChangedError, CheckpointError, UnreachableError, first_line, reason_of
 from deadbench.suite.scratch import is_scratch
-from deadbench.suite.secrets import scrubbed
+from deadbench.suite.secrets import shown_place
 from deadbench.suite.storage import is_hidden, open_place
 
 # By the names of their classes: the libraries that raise them are not imported before they are used.
@@ -36,7 +36,7 @@ class FsspecFolder:
     def __init__(self, source: str, location: str):
         """Open the folder at `location`; `source` is what the user called it."""
         self.bytes_read = 0
-        self._source = scrubbed(source)
+        self._source = shown_place(source)
         with one_line_errors(source):
             self._fs, self._root = open_place(location)
         self._infos: dict[str, dict[str, Any]] = {}
@@ -145,7 +145,7 @@ def one_line_errors(what: str) -> Iterator[None]:
     except CheckpointError:
         raise
     except Exception as error:
-        what, name = scrubbed(what), type(error).__name__
+        what, name = shown_place(what), type(error).__name__
         if name in _UNREACHED:
             raise UnreachableError(f"{what}: {_UNREACHED[name]}") from error
         advice = _ADVICE.get(name)

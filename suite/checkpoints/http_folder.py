@@ -20,7 +20,7 @@ from deadbench.suite.checkpoints.formats.table import FORMATS
 from deadbench.suite.checkpoints.http_requests import CutOffError, Requests, body_of, pieces, total
 from deadbench.suite.checkpoints.no_weights import ADAPTER_FILE
 from deadbench.suite.errors import ChangedError, CheckpointError
-from deadbench.suite.secrets import scrubbed
+from deadbench.suite.secrets import shown_place
 
 # What a web server without listings is asked for.
 KNOWN_FILES = (
@@ -76,7 +76,7 @@ class HttpFolder:
     def __init__(self, source: str, url: str, requests: Requests | None = None):
         """Open the folder at `url`, whose query goes to every file; `source` is what the user called it."""
         address, _, self._query = url.partition("?")
-        self.source, self.url = scrubbed(source), address.rstrip("/")
+        self.source, self.url = shown_place(source), address.rstrip("/")
         self.commit: str | None = None
         self.bytes_read = 0
         self._requests = requests or Requests(url)

@@ -10,7 +10,7 @@ import httpx2
 from deadbench.suite.checkpoints.http_folder import HttpFolder
 from deadbench.suite.checkpoints.http_requests import Requests, T, body_of
 from deadbench.suite.errors import CheckpointError, UnreachableError
-from deadbench.suite.secrets import scrubbed
+from deadbench.suite.secrets import shown_place
 from deadbench.suite.storage import is_hidden
 
 _MAX_API_BYTES = 64_000_000
@@ -27,7 +27,7 @@ class _HubRequests(Requests):
         from huggingface_hub.utils._headers import build_hf_headers
 
         super().__init__(page, build_hf_headers(library_name="deadbench"))
-        self._source, self._page, self._revision = scrubbed(source), page, revision
+        self._source, self._page, self._revision = shown_place(source), page, revision
 
     def ask(
         self, url: str, called: str, headers: Callable[[], dict[str, str]], take: Callable[[httpx2.Response], T]

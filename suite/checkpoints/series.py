@@ -17,7 +17,7 @@ from deadbench.suite.checkpoints.sources import locate
 from deadbench.suite.checkpoints.strict_json import MAX_JSON_BYTES
 from deadbench.suite.checkpoints.training_steps import checkpoint_step
 from deadbench.suite.errors import CheckpointError
-from deadbench.suite.secrets import scrubbed
+from deadbench.suite.secrets import shown_place
 from deadbench.suite.storage import is_url
 
 _EPOCH = re.compile(r"(?<![a-z])ep(och)?[-_=]?\d+(?![a-z\d])", re.IGNORECASE)
@@ -60,7 +60,7 @@ class Series:
         names = ", ".join(self.names) if few else f"{self.names[0]}, {self.names[1]}, …, {self.names[-1]}"
         without = f"; left out: {', '.join(self.left_out[:_SHOWN])}" if self.left_out else ""
         without += f" and {len(self.left_out) - _SHOWN} more" if len(self.left_out) > _SHOWN else ""
-        return f"{scrubbed(self.name)}: a series of {len(self.names)} checkpoints, {self.order}: {names}{without}"
+        return f"{shown_place(self.name)}: a series of {len(self.names)} checkpoints, {self.order}: {names}{without}"
 
 
 def series_in(source: str, base: Path | None = None, *, beside_weights: bool = False) -> Series | None:

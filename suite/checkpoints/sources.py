@@ -4,8 +4,7 @@ import os
 import re
 from pathlib import Path
 
-from deadbench.suite.plain_text import plain
-from deadbench.suite.secrets import scrubbed
+from deadbench.suite.secrets import shown_place
 from deadbench.suite.storage import is_url
 
 _HUB = "hf://"
@@ -62,7 +61,7 @@ def identify(source: str, place: str | None = None) -> tuple[str, str | None]:
     if hub_id:
         name, _, revision = hub_id.partition("@")
         return name, revision or "main"
-    return plain(scrubbed(source), None).rstrip("/"), None
+    return shown_place(source).rstrip("/"), None
 
 
 def hub_id_of(place: str) -> str | None:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from deadbench.suite.checkpoints.adapters import open_checkpoint
 from deadbench.suite.errors import one_line, one_source
 from deadbench.suite.reads.parameters import read_parameters
+from deadbench.suite.secrets import shown_place
 
 
 def classify(
@@ -22,7 +23,8 @@ def classify(
     """
     started = time.perf_counter()
     result: dict[str, Any] = dict.fromkeys(CLASSIFY_FIELDS)
-    result |= {"source": source, "evidence": []}
+    shown = shown_place(source)
+    result |= {"source": shown, "evidence": []}
     direction_D = None
     checkpoint = None
     try:
@@ -34,7 +36,7 @@ def classify(
             result |= {"revision": checkpoint.revision, "bytes_total": checkpoint.bytes_total()} | checkpoint.origin()
             remarks = (checkpoint.remark, checkpoint.contents().remark)
             result["evidence"] = [*read.evidence, *(remark for remark in remarks if remark)]
-            result["error"] = f"{source}: {read.reason}" if read.needs_remote_code else None
+            result["error"] = f"{shown}: {read.reason}" if read.needs_remote_code else None
             direction_D = read.direction_D
     except ValueError as error:
         result |= {"error": one_line(error)}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from deadbench.suite import storage
-from deadbench.suite.storage import is_local, is_url, open_place, refusal, write_whole
+from deadbench.suite.storage import is_local, is_url, open_place, read_file, refusal, write_whole
 
 
 def plain(folder, monkeypatch):
@@ -202,3 +202,24 @@ def test_a_url_is_a_chain_only_where_a_file_system_lies_in_another_place(locatio
     assert found.lstrip("/") == root
     (tmp_path / location.partition("/")[0]).mkdir()
     assert is_url(location) == location.startswith("memory")
+
+
+def test_a_file_that_a_person_names_is_neither_waited_for_nor_endless(tmp_path):
+    from deadbench.runners.census.census import CensusError, list_sources
+    from deadbench.suite.checkpoints.configurations import config_file
+    from deadbench.suite.errors import CheckpointError
+    from deadbench.suite.yaml_file import YamlError, load_yaml
+
+    (tmp_path / "file").write_bytes(b"12345")
+    os.mkfifo(tmp_path / "fifo")
+    assert read_file(tmp_path / "file", 5) == b"12345"
+    with pytest.raises(OSError, match="more than 4 bytes"):
+        read_file(tmp_path / "file", 4)
+    for what in (tmp_path / "fifo", Path("/dev/zero"), tmp_path):
+        with pytest.raises(OSError, match="not a regular file|Is a directory"):
+            read_file(what, 4)
+    for read, error in ((load_yaml, YamlError), (config_file, CheckpointError)):
+        with pytest.raises(error, match="not a regular file"):
+            read(tmp_path / "fifo")
+    with pytest.raises(CensusError, match=r"/dev/zero: cannot be read \(not a regular file\)"):
+        list_sources("/dev/zero")
