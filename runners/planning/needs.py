@@ -69,8 +69,8 @@ class Needs:
 
         The embedding output of every batch stays; `ahead`: the next block is read while one runs.
         """
-        twice = ahead or self.block < _KEPT_BYTES
-        blocks, waiting = (1 + twice) * self.block, self.stream + min(self.stream, parked)
+        kept = 2 if self.block < _KEPT_BYTES else int(ahead)
+        blocks, waiting = (1 + kept) * self.block, self.stream + min(self.stream, parked)
         return self.outside + blocks + self.activations + waiting + self.compared() + self.decomposed
 
 

@@ -223,7 +223,7 @@ def test_a_run_opens_no_port_and_keeps_no_token(ray_session, registry, tmp_path,
     monkeypatch.setenv("HF_TOKEN", token)
     out = tmp_path / "out"
     code, printed, err = deadbench("run", "b", f"none/{token}", "--registry", registry, "--out", out)
-    assert code == 2, err
+    assert code == 1, err
     assert token not in printed + err
     code, printed, err = deadbench("run", "b", "--registry", registry, "--out", out)
     assert code == 0, err

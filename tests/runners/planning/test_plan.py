@@ -335,7 +335,7 @@ print(json.dumps([planned.engine, planned.peak_host_bytes, overhead, last.row["p
     ("config", "engine"),
     [
         pytest.param(neox(512, 12, 8, 120_000), "torch", id="0.4 GB"),
-        pytest.param(neox(512, 24, 8, 50_000), "streaming", id="0.4 GB streamed"),
+        pytest.param(neox(512, 24, 8, 100_000), "streaming", id="0.6 GB streamed"),
         pytest.param(neox(1024, 12, 16, 100_000), "torch", id="1 GB", marks=pytest.mark.full),
         pytest.param(neox(1024, 24, 16, 50_000), "streaming", id="1.4 GB streamed", marks=pytest.mark.full),
     ],
