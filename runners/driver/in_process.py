@@ -129,8 +129,7 @@ def _run(job: ModelJob, books: Books, record: RunRecord, reporter: Reporter, tim
                     reporter.say(f"{event.label}: {event.text}")
                 else:
                     heard(False)
-                    books.put(event)
-                    heard(True)
+                    books.put(event)  # and no clock runs while the model is freed: the next read's first word starts it
                     if event.poisoned:
                         raise StoppedError(
                             f"{event.job.label()}: {event.row['error']}; this process can use its GPU no more: give "

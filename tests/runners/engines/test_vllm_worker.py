@@ -351,9 +351,8 @@ def test_the_loader_of_random_weights_is_registered_in_every_worker(context, tmp
 
 
 def test_rows_of_a_hybrid_are_counted_by_any_layer_that_tells(context):
-    from deadbench.runners.engines import vllm_worker
-
+    worker = importlib.import_module("deadbench.runners.engines.vllm_worker")
     context.mamba_tokens(5, 2)
-    assert vllm_worker._num_rows() == 7
+    assert worker._num_rows() == 7
     context.mamba_tokens(5, 3, attention=8)
-    assert vllm_worker._num_rows() == 8
+    assert worker._num_rows() == 8
