@@ -101,7 +101,7 @@ def collected_all(frames: Sequence[pl.LazyFrame]) -> list[pl.DataFrame]:
         raise ResultsError(f"the result set cannot be read to its end ({reason}); move the file away") from error
 
 
-def _place(location: str) -> str:
+def place_of(location: str) -> str:
     """Where a result set lies: `location` itself, or what comes with deadbench, if no folder here is called so."""
     if location != REFERENCE or os.path.exists(location):
         return location
@@ -112,7 +112,7 @@ def _list_files(location: str, table: str) -> tuple[Any, list[str]]:
     """The file system and the table's parquet files in order of their names, which is order of time."""
     shown = shown_place(location)
     with _Explained(location):
-        filesystem, root = open_place(_place(location))
+        filesystem, root = open_place(place_of(location))
         if filesystem.isfile(root):
             raise ResultsError(f"{shown}: is a file; give the result set's folder")
         if not filesystem.exists(root):

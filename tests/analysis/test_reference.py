@@ -55,7 +55,8 @@ def test_the_page_has_the_stored_numbers(random):
         seconds = row["load_seconds"] + row["forward_seconds"] + row["spectrum_seconds"]
         assert shown[name] == [
             name, row["family"], f"{row['num_parameters'] / 1e9:.2f} B",
-            *(str(row[column]) for column in ("num_blocks", "hidden_size", "num_tokens", "dtype")), f"{row['alignment']:.4f}", f"{row['depth']:.2f}",
+            *(str(row[column]) for column in ("num_blocks", "hidden_size", "num_tokens", "dtype")),
+            f"{row['alignment']:.4f}", f"{row['depth']:.2f}",
             f"{row['depth_as_executed']:.2f}", f"{seconds / 60:.1f}", f"{row['peak_host_bytes'] / 1e9:.1f}",
         ]  # fmt: skip
 
