@@ -6,6 +6,11 @@ from typing import Any
 
 import yaml
 
+try:
+    from yaml import CSafeLoader as _SafeLoader
+except ImportError:  # PyYAML built without libyaml: ten times slower, and the same
+    from yaml import SafeLoader as _SafeLoader  # type: ignore[assignment]
+
 from deadbench.suite.errors import first_line
 from deadbench.suite.plain_text import plain
 from deadbench.suite.storage import read_file, refusal
@@ -22,7 +27,7 @@ _NOT_JSON = {f"tag:yaml.org,2002:{name}" for name in ("timestamp", "binary", "se
 _MAX_DEPTH, _MAX_VALUES, _MAX_BITS = 40, 1_000_000, 1024  # aliases of aliases make many of few
 
 
-class UniqueKeyLoader(yaml.SafeLoader):
+class UniqueKeyLoader(_SafeLoader):
     """YAML of JSON's types that refuses a key given twice instead of taking the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -42,11 +47,11 @@ class UniqueKeyLoader(yaml.SafeLoader):
 
 
 UniqueKeyLoader.yaml_constructors = {
-    tag: constructor for tag, constructor in yaml.SafeLoader.yaml_constructors.items() if tag not in _NOT_JSON
+    tag: constructor for tag, constructor in _SafeLoader.yaml_constructors.items() if tag not in _NOT_JSON
 }
 UniqueKeyLoader.yaml_implicit_resolvers = {
     first: [(tag, form) for tag, form in resolvers if tag not in _NOT_JSON]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    for first, resolvers in _SafeLoader.yaml_implicit_resolvers.items()
 }
 # As in YAML 1.2 and JSON, from which configurations are pasted; YAML 1.1 takes 1e-12 for text.
 UniqueKeyLoader.add_implicit_resolver(
@@ -61,7 +66,9 @@ def parse_yaml(raw: bytes, called: str) -> Any:
         YamlError: it is not UTF-8, not YAML, or gives a key twice.
     """
     try:
-        found = yaml.load(raw.decode("utf-8"), Loader=UniqueKeyLoader)
+        text = raw.decode("utf-8")
+        _check_depth(text)
+        found = yaml.load(text, Loader=UniqueKeyLoader)
         _check_size(found)
         return found
     except RecursionError as error:
@@ -83,6 +90,15 @@ def load_yaml(path: Path) -> Any:
     except (OSError, UnicodeDecodeError) as error:
         raise YamlError(f"{path}: cannot be read ({refusal(error)})") from error
     return parse_yaml(raw, str(path))
+
+
+def _check_depth(text: str) -> None:
+    """Raise RecursionError for what is nested so deep that libyaml, which calls itself, would run out of its stack."""
+    depth = 0
+    for event in yaml.parse(text, Loader=_SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _MAX_DEPTH:
+            raise RecursionError
 
 
 def _check_size(found: Any) -> None:

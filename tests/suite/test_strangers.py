@@ -13,6 +13,7 @@ from deadbench.suite.checkpoints.strict_json import parse_object
 from deadbench.suite.errors import ArchitectureError, CheckpointError
 from deadbench.suite.registry.entries import RegistryError
 from deadbench.suite.registry.loading import load_registry
+from deadbench.suite.yaml_file import YamlError, parse_yaml
 
 KEYS = [
     "model_type", "architectures", "hidden_size", "n_layer", "num_hidden_layers", "depths", "dtype", "torch_dtype",
@@ -60,6 +61,14 @@ def test_however_deep_a_configuration_is_nested(depth, form):
     raw = (opening * depth + "1" + closing * depth).encode()
     with pytest.raises(CheckpointError, match="nested") as caught:
         checked(parse_object(raw, "config.json"), "config.json")
+    clean(caught.value)
+
+
+@pytest.mark.parametrize("opening", ["[", "{a: ", "- "])
+def test_however_deep_a_registry_is_nested(opening):
+    """libyaml composes what is nested by calling itself, and would end the process where its stack ends."""
+    with pytest.raises(YamlError, match="registry: not YAML .nested too deeply") as caught:
+        parse_yaml(opening.encode() * 1_000_000, "registry")
     clean(caught.value)
 
 
