@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from deadbench.runners.jobs.job import ModelJob, Overrides, Unfit, Unreached
-from deadbench.suite.checkpoints.checkpoint import list_revisions
+from deadbench.suite.checkpoints.opening import list_revisions
 from deadbench.suite.checkpoints.series import gathered, series_in
 from deadbench.suite.checkpoints.sources import is_hub_id, locate
 from deadbench.suite.errors import CheckpointError, UnreachableError, one_source

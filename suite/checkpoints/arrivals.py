@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deadbench.suite.checkpoints.checkpoint import Checkpoint, list_revisions
+from deadbench.suite.checkpoints.checkpoint import Checkpoint
 from deadbench.suite.checkpoints.fsspec_folder import one_line_errors
 from deadbench.suite.checkpoints.no_weights import ADAPTER_FILE
+from deadbench.suite.checkpoints.opening import list_revisions
 from deadbench.suite.checkpoints.series import in_training_order, tells_place, trainer_step
 from deadbench.suite.checkpoints.sources import hub_id_of, is_file_of
 from deadbench.suite.checkpoints.strict_json import MAX_JSON_BYTES, parse_object

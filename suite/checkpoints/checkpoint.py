@@ -8,8 +8,6 @@ import copy
 import glob
 import hashlib
 import json
-import os
-import socket
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,17 +18,16 @@ from deadbench.suite.checkpoints.download_cache import fetch_once, lease
 from deadbench.suite.checkpoints.fsspec_folder import FsspecFolder, one_line_errors
 from deadbench.suite.checkpoints.headers import read_contents
 from deadbench.suite.checkpoints.http_folder import HttpFolder
-from deadbench.suite.checkpoints.hub_folder import HubFolder
 from deadbench.suite.checkpoints.no_weights import no_config
+from deadbench.suite.checkpoints.opening import cached_snapshot, open_source
 from deadbench.suite.checkpoints.other_configurations import other_config, read_object
 from deadbench.suite.checkpoints.prepared_folder import as_transformers_expects
-from deadbench.suite.checkpoints.sources import folder_and_file, hub_id_of, is_file_of, locate
 from deadbench.suite.checkpoints.tensor_kinds import model_types_of
 from deadbench.suite.checkpoints.tensors import Contents, TensorEntry
 from deadbench.suite.checkpoints.weight_files import NAMED_BY, WeightFiles, weight_files, weights_file
 from deadbench.suite.errors import CheckpointError, UnreachableError
 from deadbench.suite.secrets import shown_place
-from deadbench.suite.storage import is_hidden, is_url, open_place
+from deadbench.suite.storage import is_hidden
 
 LOADED_PATTERNS = ["*.json", "*.txt", "*.model"]  # what a forward pass needs beside weights; never code
 
@@ -46,7 +43,7 @@ class Checkpoint:
         candidates: the model types that the tensors' names could be of, where no configuration says it.
     """
 
-    remark: str | None = None
+    remark: str | None
     candidates: list[str] | None = None
 
     def __init__(
@@ -66,7 +63,7 @@ class Checkpoint:
         Raises:
             CheckpointError: no such folder, or nothing that could be a Hub id or URL.
         """
-        self.source, self.revision = shown_place(source), revision
+        self.source = shown_place(source)
         self._called = f"{source}@{revision}"
         self._names: list[str] | None = None
         self._config = None if config is None else checked(config, self.source, model_type)
@@ -76,44 +73,9 @@ class Checkpoint:
         self._weights: WeightFiles | None = None
         self._contents: Contents | None = None
         self._translation: Translation | None = None
-        self._local: Path | None = None
-        self._hub_id: str | None = None
-        self._folder: HttpFolder | FsspecFolder
-        told, (place, self._file) = place is not None, folder_and_file(place or locate(source, base))
-        below = revision
-        if self._file is None and hub_id_of(place) is None and is_file_of(place, revision):
-            self._file, below = revision, None
-        if os.path.isabs(place) and Path(place).is_dir():
-            series = Path(place).resolve()
-            self._local = series / below if below else series
-            if not self._local.is_dir():
-                raise CheckpointError(f"{self._local}: no such directory; the checkpoints are {_listing(series)}")
-            self._folder = FsspecFolder(source, str(self._local))
-        elif os.path.isabs(place) and told:
-            here = f"on this node ({socket.gethostname()})"
-            raise CheckpointError(f"{place}: no such directory {here}; put the checkpoint where every node sees it")
-        elif hub_id := hub_id_of(place):
-            self._hub_id, _, own_revision = hub_id.partition("@")
-            self.revision = own_revision or revision or "main"
-            self._local = _cached(self._hub_id, self.revision)
-            if self._local is None:
-                self._folder = HubFolder(source, self._hub_id, self.revision)
-            else:
-                self._folder = FsspecFolder(source, str(self._local))
-                self.remark = f"HF_HUB_OFFLINE is set: read from the Hub's cache, {self._local}"
-        elif place.startswith(("http://", "https://")):
-            address, mark, query = place.partition("?")
-            self._folder = HttpFolder(source, address.rstrip("/") + (f"/{below}" if below else "") + mark + query)
-        elif is_url(place):
-            self._folder = FsspecFolder(source, place.rstrip("/") + (f"/{below}" if below else ""))
-        elif os.path.exists(source):
-            raise CheckpointError(
-                f"{self.source}: not a directory, nor by its ending weights; give the folder that holds config.json"
-            )
-        else:
-            raise CheckpointError(
-                f"{self.source}: no such directory, and neither a Hub id (org/name[@revision]) nor a URL (s3://…)"
-            )
+        found = open_source(source, revision, base, place)
+        self.revision, self.remark, self._file = found.revision, found.remark, found.file
+        self._folder, self._local, self._hub_id = found.folder, found.local, found.hub_id
 
     @property
     def bytes_read(self) -> int:
@@ -148,7 +110,7 @@ class Checkpoint:
 
     def _take_from_cache(self) -> bool:
         """Where the Hub cannot be reached, take what its cache has of the repository, as the Hub's own library does."""
-        folder = _cached(self._hub_id, str(self.revision), always=True) if self._hub_id else None
+        folder = cached_snapshot(self._hub_id, str(self.revision), always=True) if self._hub_id else None
         if folder is not None:
             self._local, self._folder = folder, FsspecFolder(self.source, str(folder))
             self.remark = f"the Hub cannot be reached: read from its cache, {folder}"
@@ -321,43 +283,3 @@ class Checkpoint:
         name = f"{hub_id}@{self.revision}".replace("/", "--")
         with lease(Path(constants.HF_HUB_CACHE) / ".locks" / f"deadbench-{name}.lock"):
             return Path(snapshot_download(hub_id, revision=self.revision, allow_patterns=patterns))
-
-
-def list_revisions(source: str, base: Path | None = None) -> list[str]:
-    """Names of the checkpoints of `source`: branches and tags of a Hub repository, else the folders below it.
-
-    Raises:
-        CheckpointError: it cannot be listed.
-    """
-    place = locate(source, base)
-    hub_id = hub_id_of(place)
-    if os.path.isabs(place):
-        return _folders(Path(place))
-    with one_line_errors(source):
-        if hub_id:
-            from huggingface_hub import HfApi
-
-            refs = HfApi().list_repo_refs(hub_id)
-            return sorted({ref.name for ref in (*refs.branches, *refs.tags)})
-        fs, root = open_place(source)
-        folders = (f["name"].rsplit("/", 1)[-1] for f in fs.ls(root, detail=True) if f["type"] == "directory")
-        return sorted(name for name in folders if not is_hidden(name))
-
-
-def _cached(hub_id: str, revision: str, *, always: bool = False) -> Path | None:
-    """The folder in the Hub's cache, where HF_HUB_OFFLINE says that there is nothing else, or `always`."""
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    if constants.HF_HUB_OFFLINE or always:
-        with contextlib.suppress(LocalEntryNotFoundError):
-            return Path(snapshot_download(hub_id, revision=revision, local_files_only=True))
-    return None
-
-
-def _listing(folder: Path) -> str:
-    return ", ".join(_folders(folder)[:8]) or "none"
-
-
-def _folders(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not is_hidden(p.name))

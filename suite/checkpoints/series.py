@@ -11,8 +11,9 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from deadbench.suite.checkpoints.checkpoint import Checkpoint, list_revisions
+from deadbench.suite.checkpoints.checkpoint import Checkpoint
 from deadbench.suite.checkpoints.no_weights import ADAPTER_FILE
+from deadbench.suite.checkpoints.opening import list_revisions
 from deadbench.suite.checkpoints.sources import locate
 from deadbench.suite.checkpoints.strict_json import MAX_JSON_BYTES
 from deadbench.suite.checkpoints.training_steps import checkpoint_step

@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
-from deadbench.suite.checkpoints.checkpoint import Checkpoint, list_revisions
+from deadbench.suite.checkpoints.checkpoint import Checkpoint
 from deadbench.suite.checkpoints.headers import read_headers
+from deadbench.suite.checkpoints.opening import list_revisions
 from deadbench.suite.checkpoints.sources import identify
 from deadbench.suite.errors import CheckpointError
 from tests.conftest import ROOT, save_tiny, write_checkpoint

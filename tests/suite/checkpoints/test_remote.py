@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from deadbench.suite.checkpoints import http_folder, http_requests
-from deadbench.suite.checkpoints.checkpoint import Checkpoint, list_revisions
+from deadbench.suite.checkpoints.checkpoint import Checkpoint
 from deadbench.suite.checkpoints.headers import read_headers
+from deadbench.suite.checkpoints.opening import list_revisions
 from deadbench.suite.errors import CheckpointError
 from deadbench.suite.reads.classify import classify
 from tests.conftest import ROOT, TINY_NEOX, save_tiny
