@@ -33,7 +33,7 @@ _TOKEN = re.compile(
 )
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _LINK = re.compile(r"::(?=[a-z0-9]+::|[A-Za-z][A-Za-z0-9+.-]*://)")  # between the file systems of a chain
-_HOST = re.compile(r"(?:[\w.*-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
+_HOST = re.compile(r"(?:[\w.*…-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
 _DOTLESS_PORT = re.compile(r"(?!localhost:)[^.\[\]]+:[0-9]*")
 _PARAMETERS = re.compile(r";[^/]*=[^/]*")
 _VARIABLES = (

@@ -154,6 +154,13 @@ def test_the_plugin_beside_folders_of_the_same_names(installed, repository):
     assert "2 passed" in said
 
 
+@pytest.mark.subprocess
+def test_the_models_that_come_with_a_wheel_are_found(installed, tmp_path):
+    command = ("run", "twin-layernorm", "--reads", "parameters", "--address", "none", "--out", tmp_path / "out")
+    assert "6 ok, 0 failed" in run("-m", "deadbench", *command, cwd=tmp_path, path=installed)
+    assert "pythia-160m" in run("-m", "deadbench", "leaderboard", "reference", cwd=tmp_path, path=installed)
+
+
 @pytest.mark.ray
 @pytest.mark.subprocess
 @pytest.mark.parametrize("repository", ["folders"], indirect=True)

@@ -21,6 +21,7 @@ from deadbench.suite.inputs.early_checks import check_config
 from deadbench.suite.inputs.specs import check_spec, content_hash
 from deadbench.suite.read_specs import DEFAULT_READS, READ_SPECS
 from deadbench.suite.registry.entries import Model, Protocol, Registry, SuiteEntry
+from deadbench.suite.registry.loading import folder_of
 from deadbench.suite.secrets import shown_place
 
 DEFAULT_INPUT = {"text": "text", "image": "image", "audio": "audio:noise"}
@@ -72,7 +73,7 @@ def build_jobs(
             raise JobError(f"read {read!r} is unknown; choose {', '.join(READ_SPECS)}")
     suite = registry.suites[suite_name] if suite_name else None
     protocol_name = suite.protocol if suite else "standard"
-    base = registry_path.resolve().parent
+    base = folder_of(registry_path)
     if models:
         suite_entries = {e.model: e for e in suite.entries()} if suite else {}
         named: list[str | Series | SuiteEntry] = [

@@ -53,6 +53,13 @@ def own_registry() -> Path:
     raise RegistryError(f"{DEFAULT_REGISTRY}: not found here nor beside deadbench; name one with --registry FILE")
 
 
+def folder_of(registry: Path) -> Path:
+    """The folder from which a registry's relative sources are counted: its own; of the one in a wheel, the package."""
+    suite = Path(__file__).resolve().parents[1]
+    folder = registry.resolve().parent
+    return suite.parent if folder == suite / "data" else folder
+
+
 def load_registry(path: Path) -> Registry:
     """Read and validate a registry.
 
