@@ -93,7 +93,7 @@ class Watch:
         if any(each.settling for each in waiting):
             time.sleep(min(self.interval, _SETTLING_SECONDS))
             waiting = self._look()
-        self._say_waiting(waiting)
+        self._say_waiting(waiting, otherwise="no other is there")
         self._write_page(live=False)
         return self.verdicts
 
@@ -187,13 +187,13 @@ class Watch:
         else:
             self.say(f"--on-break {command[0]}: exit code {done.returncode}")
 
-    def _say_waiting(self, waiting: list[Arrival]) -> None:
+    def _say_waiting(self, waiting: list[Arrival], otherwise: str | None = None) -> None:
         few = [f"{each.name} (lacks {each.waits_for})" if not each.settling else f"{each.name} ({each.waits_for})"
                for each in waiting[:_SHOWN]]  # fmt: skip
         more = f" and {len(waiting) - _SHOWN} more" if len(waiting) > _SHOWN else ""
-        what = f"waiting for {', '.join(few)}{more}" if waiting else "waiting for the next checkpoint"
-        if not self._done and not waiting:
-            what = "waiting for the first checkpoint"
+        what = f"waiting for the {'next' if self._done else 'first'} checkpoint" if otherwise is None else otherwise
+        if waiting:
+            what = f"waiting for {', '.join(few)}{more}"
         self._say_once(f"{shown_place(self.place)}: {len(self._done)} read; {what}")
 
     def _say_once(self, line: str) -> None:
