@@ -61,7 +61,7 @@ def open_source(source: str, revision: str | None, base: Path | None, place: str
     if os.path.isabs(place) and told:
         here = f"on this node ({socket.gethostname()})"
         raise CheckpointError(f"{place}: no such directory {here}; put the checkpoint where every node sees it")
-    if hub_id:
+    if hub_id and (told or not os.path.exists(source)):
         return _of_hub(source, hub_id, revision, file)
     if place.startswith(("http://", "https://")):
         address, mark, query = place.partition("?")

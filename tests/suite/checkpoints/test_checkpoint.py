@@ -48,10 +48,14 @@ def test_hidden_files_are_no_part_of_a_checkpoint(tmp_path):
     assert read_headers(Checkpoint(str(hidden / "step1"))), "a folder that is named is read whatever its name"
 
 
-def test_a_file_is_not_a_checkpoint(tmp_path):
-    (tmp_path / "f").write_text("x")
-    with pytest.raises(CheckpointError, match="not a directory"):
-        Checkpoint(str(tmp_path / "f"))
+def test_a_file_is_not_a_checkpoint(tmp_path, monkeypatch):
+    """Nor is its path, which may look like a Hub id, one."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "ids.npy").write_text("x")
+    monkeypatch.chdir(tmp_path)
+    for source in (str(tmp_path / "data" / "ids.npy"), "data/ids.npy"):
+        with pytest.raises(CheckpointError, match=f"^{source}: not a directory"):
+            Checkpoint(source)
 
 
 def test_a_missing_step_lists_what_there_is(tmp_path):
