@@ -61,17 +61,17 @@ def open_source(source: str, revision: str | None, base: Path | None, place: str
     if os.path.isabs(place) and told:
         here = f"on this node ({socket.gethostname()})"
         raise CheckpointError(f"{place}: no such directory {here}; put the checkpoint where every node sees it")
-    if hub_id and (told or not os.path.exists(source)):
+    if not told and os.path.exists(source):
+        raise CheckpointError(
+            f"{source}: not a directory, nor by its ending weights; give the folder that holds config.json"
+        )
+    if hub_id:
         return _of_hub(source, hub_id, revision, file)
     if place.startswith(("http://", "https://")):
         address, mark, query = place.partition("?")
         return Opened(HttpFolder(source, _joined(address, below) + mark + query), revision, file)
     if is_url(place):
         return Opened(FsspecFolder(source, _joined(place, below)), revision, file)
-    if os.path.exists(source):
-        raise CheckpointError(
-            f"{source}: not a directory, nor by its ending weights; give the folder that holds config.json"
-        )
     raise CheckpointError(f"{source}: no such directory, and neither a Hub id (org/name[@revision]) nor a URL (s3://…)")
 
 
