@@ -6,6 +6,7 @@ Every file's footer is checked first, so that a stranger's, a torn or a newer fi
 import io
 import os
 from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -21,6 +22,12 @@ from deadbench.suite.storage import is_hidden, is_local, open_place, refusal
 
 # The result set that comes with deadbench: the paper's models at their own size, and real checkpoints.
 REFERENCE = "reference"
+
+# Microseconds from 1970 of the years that there are dates of; what a stranger's file has beyond is no time.
+_CALENDAR = tuple(
+    (datetime(*day, tzinfo=UTC) - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
+    for day in ((1, 1, 1), (9999, 12, 31))
+)
 
 
 class ResultsError(ValueError):
@@ -57,13 +64,18 @@ def _scan_one(location: str, table: str) -> pl.LazyFrame:
     for path, source in zip(files, sources, strict=True):
         _check_file(location, path, source, table)
     # Neither the brackets nor the `key=value` of a folder's name mean anything here.
-    return pl.scan_parquet(
+    found = pl.scan_parquet(
         sources,
         schema=_polars_schema(table),
         missing_columns="insert",
         extra_columns="ignore",
         glob=False,
         hive_partitioning=False,
+    )
+    return found.with_columns(
+        pl.when(pl.col(name).to_physical().is_between(*_CALENDAR)).then(pl.col(name))
+        for name, dtype in _polars_schema(table).items()
+        if dtype == pl.Datetime
     )
 
 
