@@ -24,7 +24,7 @@ from deadbench.suite.storage import is_hidden, is_local, open_place, refusal
 REFERENCE = "reference"
 
 # Microseconds from 1970 of the years that there are dates of; what a stranger's file has beyond is no time.
-_CALENDAR = tuple(
+_FIRST, _LAST = (
     (datetime(*day, tzinfo=UTC) - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
     for day in ((1, 1, 1), (9999, 12, 31))
 )
@@ -73,7 +73,7 @@ def _scan_one(location: str, table: str) -> pl.LazyFrame:
         hive_partitioning=False,
     )
     return found.with_columns(
-        pl.when(pl.col(name).to_physical().is_between(*_CALENDAR)).then(pl.col(name))
+        pl.when(pl.col(name).to_physical().is_between(_FIRST, _LAST)).then(pl.col(name))
         for name, dtype in _polars_schema(table).items()
         if dtype == pl.Datetime
     )

@@ -19,11 +19,24 @@ class YamlError(ValueError):
 
 # What YAML 1.1 has beside JSON's types: neither JSON nor Arrow holds it, and a date is text to YAML 1.2.
 _NOT_JSON = {f"tag:yaml.org,2002:{name}" for name in ("timestamp", "binary", "set", "omap", "pairs")}
-_MAX_DEPTH, _MAX_VALUES, _MAX_BITS = 40, 1_000_000, 1024  # aliases of aliases make many of few
+_MAX_DEPTH, _MAX_BITS = 40, 1024
+_MAX_VALUES = 200_000  # as written, and with aliases of aliases, which make many of few; the parser needs 2 kB for each
+_TOO_MANY = f"more than {_MAX_VALUES:,} values"
 
 
 class UniqueKeyLoader(yaml.SafeLoader):
-    """YAML of JSON's types that refuses a key given twice instead of taking the last."""
+    """YAML of JSON's types that refuses a key given twice instead of taking the last, and too many values."""
+
+    def __init__(self, stream: str):
+        super().__init__(stream)
+        self._num_values = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """The next value."""
+        self._num_values += 1
+        if self._num_values > _MAX_VALUES:
+            raise ValueError(_TOO_MANY)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """A mapping of distinct keys."""
@@ -98,7 +111,7 @@ def _check_size(found: Any) -> None:
         if not level:
             return
         if count > _MAX_VALUES:
-            break
+            raise ValueError(_TOO_MANY)
     raise RecursionError
 
 
