@@ -37,6 +37,7 @@ def clean(error):
     assert len(str(error)) <= 500
 
 
+@pytest.mark.subprocess  # in which one of extraordinary numbers is tried
 @given(CONFIGS, st.sampled_from([*MODELS, None]))
 @settings(max_examples=100, derandomize=True, deadline=None)
 @example({"architectures": 3}, "gpt2")
