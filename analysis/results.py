@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from deadbench.suite.errors import message
-from deadbench.suite.schema import KEY, SCHEMA_VERSION, TABLES, arrow_schema
+from deadbench.suite.schema import KEY, MAX_ROWS, SCHEMA_VERSION, TABLES, arrow_schema
 from deadbench.suite.secrets import shown_place
 from deadbench.suite.storage import is_hidden, is_local, open_place, refusal
 
@@ -150,10 +150,15 @@ def _check_file(location: str, path: str, source: str | bytes, table: str) -> No
     """Refuse a file that is torn, a stranger's, or newer than this version."""
     where = f"{shown_place(location)}: {table}/{path.rsplit('/', 1)[-1]}"
     try:
-        schema = pq.read_schema(io.BytesIO(source) if isinstance(source, bytes) else source)
+        footer = pq.read_metadata(io.BytesIO(source) if isinstance(source, bytes) else source)
+        schema = footer.schema.to_arrow_schema()
     except (pa.ArrowException, OSError) as error:
         reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else "torn, or not parquet"
         raise ResultsError(f"{where} cannot be read as parquet ({reason}); move it away") from error
+    if footer.num_rows > MAX_ROWS:
+        raise ResultsError(
+            f"{where} has {footer.num_rows:,} rows, more than {MAX_ROWS:,}; no run writes so many: move it away"
+        )
     version = (schema.metadata or {}).get(b"schema_version", b"").decode(errors="replace")
     if not version.isdecimal():
         raise ResultsError(f"{where} is not a deadbench result (no schema_version); move it away")

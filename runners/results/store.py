@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from deadbench.suite.schema import KEY, SCHEMA_VERSION, TABLES
+from deadbench.suite.schema import KEY, MAX_ROWS, SCHEMA_VERSION, TABLES
 from deadbench.suite.secrets import shown_place
 from deadbench.suite.storage import is_hidden, is_local, open_place, refusal, renames, write_whole
 
@@ -193,7 +193,13 @@ class ResultStore:
         for table in TABLES:
             for path, source in self._footers(table):
                 with self._readable(path):
-                    metadata = pq.read_schema(source).metadata or {}
+                    footer = pq.read_metadata(source)
+                metadata = footer.metadata or {}
+                if footer.num_rows > MAX_ROWS:
+                    raise StoreError(
+                        f"--out {self.location}: {path} has {footer.num_rows:,} rows, more than {MAX_ROWS:,}; no run "
+                        "writes so many: move it away"
+                    )
                 version = metadata.get(b"schema_version", b"").decode()
                 if not version.isdigit():
                     raise StoreError(f"--out {self.location}: {path} is not a deadbench result; choose another folder")

@@ -7,6 +7,7 @@ import pytest
 from deadbench.analysis.pages.report import provenance
 from deadbench.analysis.results import ResultsError, collected, latest, scan
 from deadbench.analysis.trackers.curves import series
+from deadbench.runners.results.store import ResultStore, StoreError
 from deadbench.suite.schema import arrow_schema, to_table
 
 
@@ -155,3 +156,13 @@ def test_a_time_past_the_calendar_is_none(result_set, read, tmp_path, instant):
     assert known["m"] is not None
     assert "2026-11-01" in provenance([location], scan(location))["dates"]
     assert series(scan(location).with_columns(depth=pl.lit(1.0)))[0].points
+
+
+def test_a_file_of_more_rows_than_any_run_writes_is_refused_by_its_footer(result_set, read, monkeypatch):
+    location = result_set([read("a")])
+    monkeypatch.setattr("deadbench.analysis.results.MAX_ROWS", 0)
+    monkeypatch.setattr("deadbench.runners.results.store.MAX_ROWS", 0)
+    with pytest.raises(ResultsError, match="reads/0000.parquet has 1 rows, more than 0"):
+        scan(location)
+    with pytest.raises(StoreError, match=r"0000.parquet has 1 rows, more than 0"):
+        ResultStore(location)
