@@ -6,6 +6,7 @@ have written (model names, errors) is escaped for where it goes.
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -41,8 +42,10 @@ SAID_ONCE = (*GROUP, "seed")
 # What the lines below a table are made of: of a table without a layout of its own no column.
 _SAID_BELOW = ("num_replicates",)
 _MARKDOWN = str.maketrans(
-    {"\\": "\\\\", "|": "\\|", "*": "\\*", "`": "\\`", "[": "\\[", "&": "&amp;", "<": "&lt;", ">": "&gt;"}
+    {"\\": "\\\\", "|": "\\|", "*": "\\*", "`": "\\`", "[": "\\[", "~": "\\~", "&": "&amp;", "<": "&lt;", ">": "&gt;"}
 )
+_LIVE = re.compile(r":(?=//)|(?<=www)\.", re.IGNORECASE)  # what makes a link without brackets
+_FORMULA = re.compile(r"[\s\0]*[=+\-@\uff1d\uff0b\uff0d\uff20]")
 _LATEX = str.maketrans(
     {letter: f"\\{letter}" for letter in "&%$#_{}"}
     | {"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}"}
@@ -141,6 +144,7 @@ def environment() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    made.filters["markdown"] = escaped
     made.globals["colours"] = {
         "family": FAMILY_COLOURS,
         "yes": STATE_COLOURS["preserved"],
@@ -177,7 +181,15 @@ def _csv(frames: Mapping[str, pl.DataFrame]) -> str:
     frame = next(iter(frames.values()))
     real = pl.selectors.float()
     lists = [pl.col(n).cast(pl.List(pl.String)).list.join("; ") for n, t in frame.schema.items() if t == pl.List]
-    return frame.with_columns(pl.when(real.is_finite()).then(real)).with_columns(lists).write_csv().rstrip("\n")
+    flat = frame.with_columns(pl.when(real.is_finite()).then(real)).with_columns(lists)
+    texts = [pl.col(n) for n, t in flat.schema.items() if t in (pl.String, pl.Categorical, pl.Enum)]
+    harmless = [each.cast(pl.String).map_elements(_csv_text, return_dtype=pl.String) for each in texts]
+    return flat.with_columns(harmless).write_csv().rstrip("\n")
+
+
+def _csv_text(words: str) -> str:
+    """`words`, with an apostrophe before what a spreadsheet would take for a formula and compute."""
+    return f"'{words}" if _FORMULA.match(words) else words
 
 
 def _md(frames: Mapping[str, pl.DataFrame]) -> str:
@@ -192,8 +204,8 @@ def _md(frames: Mapping[str, pl.DataFrame]) -> str:
 
 
 def escaped(words: str) -> str:
-    """`words` as plain text in Markdown."""
-    return words.translate(_MARKDOWN)
+    """`words` as plain text in Markdown: no link, no picture, no markup."""
+    return _LIVE.sub(lambda found: f"&#{ord(found[0])};", words.translate(_MARKDOWN))
 
 
 def _html(frames: Mapping[str, pl.DataFrame]) -> str:

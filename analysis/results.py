@@ -6,6 +6,7 @@ Every file's footer is checked first, so that a stranger's, a torn or a newer fi
 import io
 import os
 from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -15,12 +16,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from deadbench.suite.errors import message
-from deadbench.suite.schema import KEY, SCHEMA_VERSION, TABLES, arrow_schema
+from deadbench.suite.schema import KEY, MAX_ROWS, SCHEMA_VERSION, TABLES, arrow_schema
 from deadbench.suite.secrets import shown_place
 from deadbench.suite.storage import is_hidden, is_local, open_place, refusal
 
 # The result set that comes with deadbench: the paper's models at their own size, and real checkpoints.
 REFERENCE = "reference"
+
+# Microseconds from 1970 of the years that there are dates of; what a stranger's file has beyond is no time.
+_FIRST, _LAST = (
+    (datetime(*day, tzinfo=UTC) - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
+    for day in ((1, 1, 1), (9999, 12, 31))
+)
 
 
 class ResultsError(ValueError):
@@ -57,13 +64,18 @@ def _scan_one(location: str, table: str) -> pl.LazyFrame:
     for path, source in zip(files, sources, strict=True):
         _check_file(location, path, source, table)
     # Neither the brackets nor the `key=value` of a folder's name mean anything here.
-    return pl.scan_parquet(
+    found = pl.scan_parquet(
         sources,
         schema=_polars_schema(table),
         missing_columns="insert",
         extra_columns="ignore",
         glob=False,
         hive_partitioning=False,
+    )
+    return found.with_columns(
+        pl.when(pl.col(name).to_physical().is_between(_FIRST, _LAST)).then(pl.col(name))
+        for name, dtype in _polars_schema(table).items()
+        if dtype == pl.Datetime
     )
 
 
@@ -138,10 +150,15 @@ def _check_file(location: str, path: str, source: str | bytes, table: str) -> No
     """Refuse a file that is torn, a stranger's, or newer than this version."""
     where = f"{shown_place(location)}: {table}/{path.rsplit('/', 1)[-1]}"
     try:
-        schema = pq.read_schema(io.BytesIO(source) if isinstance(source, bytes) else source)
+        footer = pq.read_metadata(io.BytesIO(source) if isinstance(source, bytes) else source)
+        schema = footer.schema.to_arrow_schema()
     except (pa.ArrowException, OSError) as error:
         reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else "torn, or not parquet"
         raise ResultsError(f"{where} cannot be read as parquet ({reason}); move it away") from error
+    if footer.num_rows > MAX_ROWS:
+        raise ResultsError(
+            f"{where} has {footer.num_rows:,} rows, more than {MAX_ROWS:,}; no run writes so many: move it away"
+        )
     version = (schema.metadata or {}).get(b"schema_version", b"").decode(errors="replace")
     if not version.isdecimal():
         raise ResultsError(f"{where} is not a deadbench result (no schema_version); move it away")

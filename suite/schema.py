@@ -9,6 +9,9 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
+MAX_ROWS = (
+    10_000_000  # of a file of results; rows that are all alike take no room, and a file of kilobytes has any number
+)
 SCHEMA_VERSION = 1
 
 

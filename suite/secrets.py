@@ -23,6 +23,16 @@ _SETTINGS = (
     re.compile(rf"(?i)(--{_SECRET_NAME}[=\s]|(?:^|\s){_SECRET_NAME}=){_VALUE}"),
     re.compile(rf"(?i)((?:^|[?&;/\s]|--){_SECRET_NAME}=)[^&;/\s'\"]+"),
 )
+# As the clients of stores tell what they were given: as an argument, an entry of a dict, an element of XML.
+_TOLD_NAME = rf"(?:{_SECRET_NAME}|[\w.-]*(?:access_?id|connection_?string))"
+_TOLD_VALUE = (
+    r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|(?!\*\*\*|(?:none|null|true|false)\b)[^\s'",;&<>()\[\]{}]{4,})"""
+)
+_TOLD = (
+    re.compile(rf"(?i)((?<![\w.-]){_TOLD_NAME}\s?=\s?){_TOLD_VALUE}"),
+    re.compile(rf"(?i)((['\"]){_TOLD_NAME}\2:\s*){_TOLD_VALUE}"),
+    re.compile(rf"(?i)(<(?:{_TOLD_NAME}|\w*(?:signatureprovided|stringtosign\w*|canonicalrequest\w*))>)[^<]+"),
+)
 _SECRET_OPTION = re.compile(rf"(?i)--{_SECRET_NAME}")
 _SECRET_SETTING = re.compile(rf"(?is)((?:--)?{_SECRET_NAME}=).*")
 _HEADER = re.compile(rf"(?i)(\b(?:{_HEADER_NAME})['\"]?:\s*['\"]?(?:(?:bearer|basic)\s+)?|\bbearer\s+)[^\s'\",;)}}]+")
@@ -65,6 +75,8 @@ def scrubbed(text: str) -> str:
     text, found = _with_shown_urls(text), ""
     while text != found:  # what is left of a cut URL may begin another
         found, text = text, _with_shown_urls(text)
+    for pattern in _TOLD:
+        text = pattern.sub(r"\1***", text)
     return _TOKEN.sub("***", _HEADER.sub(r"\1***", text))
 
 

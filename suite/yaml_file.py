@@ -24,7 +24,9 @@ class YamlError(ValueError):
 
 # What YAML 1.1 has beside JSON's types: neither JSON nor Arrow holds it, and a date is text to YAML 1.2.
 _NOT_JSON = {f"tag:yaml.org,2002:{name}" for name in ("timestamp", "binary", "set", "omap", "pairs")}
-_MAX_DEPTH, _MAX_VALUES, _MAX_BITS = 40, 1_000_000, 1024  # aliases of aliases make many of few
+_MAX_DEPTH, _MAX_BITS = 40, 1024
+_MAX_VALUES = 200_000  # as written, and with aliases of aliases, which make many of few; the parser needs 2 kB for each
+_TOO_MANY = f"more than {_MAX_VALUES:,} values"
 
 
 class UniqueKeyLoader(_SafeLoader):
@@ -67,7 +69,7 @@ def parse_yaml(raw: bytes, called: str) -> Any:
     """
     try:
         text = raw.decode("utf-8")
-        _check_depth(text)
+        _check_events(text)
         found = yaml.load(text, Loader=UniqueKeyLoader)
         _check_size(found)
         return found
@@ -92,13 +94,19 @@ def load_yaml(path: Path) -> Any:
     return parse_yaml(raw, str(path))
 
 
-def _check_depth(text: str) -> None:
-    """Raise RecursionError for what is nested so deep that libyaml, which calls itself, would run out of its stack."""
-    depth = 0
+def _check_events(text: str) -> None:
+    """Raise for what is written too deep or too long to be composed.
+
+    libyaml composes what is nested by calling itself, and would end the process where its stack ends.
+    """
+    depth = num_values = 0
     for event in yaml.parse(text, Loader=_SafeLoader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        num_values += isinstance(event, yaml.NodeEvent)
         if depth > _MAX_DEPTH:
             raise RecursionError
+        if num_values > _MAX_VALUES:
+            raise ValueError(_TOO_MANY)
 
 
 def _check_size(found: Any) -> None:
@@ -114,7 +122,7 @@ def _check_size(found: Any) -> None:
         if not level:
             return
         if count > _MAX_VALUES:
-            break
+            raise ValueError(_TOO_MANY)
     raise RecursionError
 
 

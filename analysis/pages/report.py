@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -19,8 +18,11 @@ from deadbench.analysis.lines import failed_reads
 from deadbench.analysis.pages.plots import Plot, report_plots
 from deadbench.analysis.plots.axes import Spec, row_anchor
 from deadbench.analysis.results import collected, latest, scan
+from deadbench.suite.plain_text import plain
+from deadbench.suite.secrets import shown_place
 from deadbench.suite.storage import write_whole
 
+_MAX_FACT = 2000  # letters
 MAX_ROWS = 500  # of a table on the page; the commands list everything
 CLAIM_COLUMNS = [
     "holds", "statement", "num_hold", "num_models", "failing", "threshold", "value_median", "value_low", "value_high",
@@ -95,9 +97,8 @@ def provenance(locations: str | Sequence[str], reads: pl.LazyFrame) -> dict[str,
     first, final = frame["started_at"].min(), frame["finished_at"].max()
     runs = frame["run_id"].drop_nulls().unique().sort().to_list()
     dates = [f"{moment:%Y-%m-%d %H:%M} UTC" for moment in (first, final) if moment is not None]  # type: ignore[str-bytes-safe]
-    return {
-        # A URI may carry a password, and the page may be published.
-        "results": ", ".join(re.sub(r"//[^/@]*@", "//", place) for place in places),
+    told = {
+        "results": ", ".join(map(shown_place, places)),  # a URI may carry a password, and the page may be published
         "reads": f"{len(ok)} ok, {len(frame) - len(ok)} failed, of {frame['model'].n_unique()} models",
         "runs": f"{len(runs)}: {', '.join(runs[:5])}{', …' if len(runs) > 5 else ''}",
         "dates": " to ".join(dict.fromkeys(dates)) or "-",
@@ -107,6 +108,7 @@ def provenance(locations: str | Sequence[str], reads: pl.LazyFrame) -> dict[str,
         "devices": ", ".join(ok["device"].drop_nulls().unique().sort()) or "-",
         "versions": _versions(ok["versions"].drop_nulls().unique().sort().to_list()) or "-",
     }
+    return {name: plain(value, _MAX_FACT) for name, value in told.items()}
 
 
 def _listed(frame: pl.DataFrame, names: list[str], limit: int = 8) -> str:

@@ -9,6 +9,7 @@ import polars as pl
 from deadbench.analysis.lines import best_lines, ok_reads
 from deadbench.analysis.replicates import in_series
 from deadbench.analysis.results import collected
+from deadbench.suite.plain_text import MAX_LINE, plain
 
 MAX_TICKS, MAX_STEP_TICKS = 7, 8
 # Of the largest value on a logarithmic axis: what lies below is drawn at this foot. Zero scales leave eigenvalues of
@@ -137,4 +138,21 @@ def specification(chart: Any, datasets: dict[str, list[dict[str, Any]]], *, heig
     """The chart with its rows beside it, as wide as the page."""
     # The rows go in once and beside the chart: Altair neither copies, checks nor counts them.
     spec: Spec = chart.properties(width="container", height=height).to_dict()
-    return spec | {"datasets": datasets, "autosize": {"type": "fit-x", "contains": "padding"}}
+    return with_data(spec, datasets) | {"autosize": {"type": "fit-x", "contains": "padding"}}
+
+
+def with_data(spec: Spec, datasets: dict[str, list[dict[str, Any]]]) -> Spec:
+    """The chart with its rows, all texts as they can be drawn: of a control character the renderer dies."""
+    drawn: Spec = _drawable(spec)
+    return drawn | {"datasets": {name: _drawable(rows, cut=True) for name, rows in datasets.items()}}
+
+
+def _drawable(value: Any, *, cut: bool = False) -> Any:
+    """`value` with each text in it of printable characters, and of bounded length in rows and lists of values."""
+    if isinstance(value, dict):
+        return {key: _drawable(each, cut=cut) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_drawable(each, cut=cut or isinstance(each, str)) for each in value]
+    if not isinstance(value, str) or (value.isprintable() and (not cut or len(value) <= MAX_LINE)):
+        return value
+    return plain(value, MAX_LINE if cut else None)

@@ -5,7 +5,7 @@ from typing import Any
 import polars as pl
 
 from deadbench.analysis.colours import RULE, VERDICT_COLOURS
-from deadbench.analysis.plots.axes import Spec, foot, linear_axis, log_axis, tooltip
+from deadbench.analysis.plots.axes import Spec, foot, linear_axis, log_axis, tooltip, with_data
 from deadbench.analysis.plots.channels import named_colour
 
 MAX_READS = 60  # the largest changes; more names have no room
@@ -36,7 +36,7 @@ def comparison_plot(table: pl.DataFrame, metric: str = "depth") -> Spec | None:
     ends = _ends(rows)
     diagonal = [{"baseline": end, "candidate": end} for end in (min(ends), max(ends))]
     datasets = {"comparison": rows.to_dicts(), "changes": largest.to_dicts(), "diagonal": diagonal}
-    return spec | {"datasets": datasets}
+    return with_data(spec, datasets)
 
 
 def _ends(rows: pl.DataFrame) -> list[float]:

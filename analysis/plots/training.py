@@ -19,6 +19,7 @@ from deadbench.analysis.plots.axes import (
     specification,
     step_axis,
     tooltip,
+    with_data,
 )
 from deadbench.analysis.plots.channels import line_colour
 from deadbench.analysis.replicates import averaged, in_series
@@ -158,7 +159,7 @@ def trend_plot(series: pl.DataFrame, sparks: pl.DataFrame, metrics: Sequence[str
         bars = [curve.mark_rule(strokeWidth=4, opacity=0.35).encode(y="low:Q", y2="high:Q")] if has_bars else []
         panels.append(alt.layer(*bars, curve, rule).properties(width=360, height=150))
     spec: Spec = alt.concat(*panels, columns=2).resolve_scale(color="independent").to_dict()
-    return spec | {"datasets": datasets}
+    return with_data(spec, datasets)
 
 
 def _bar_of(series: pl.DataFrame, metric: str) -> list[pl.Expr]:

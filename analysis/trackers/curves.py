@@ -20,7 +20,7 @@ class Point(NamedTuple):
 
     step: int
     tokens: int | None
-    seconds: float  # since 1970
+    seconds: float  # since 1970; 0 where the row has no time
     values: dict[str, float]
 
 
@@ -55,7 +55,8 @@ def series(reads: pl.LazyFrame, model: str | None = None) -> list[Series]:
     for row in rows.iter_rows(named=True):
         values = {name: row[name] for name in CURVES if row[name] is not None}
         if values:
-            point = Point(row["step"], row["tokens_seen"], row["finished_at"].timestamp(), values)
+            made = row["finished_at"].timestamp() if row["finished_at"] is not None else 0.0
+            point = Point(row["step"], row["tokens_seen"], made, values)
             found.setdefault((row["model"], _name(row)), []).append(point)
     return [Series(model, name, points) for (model, name), points in found.items()]
 

@@ -27,6 +27,7 @@ from deadbench.suite.storage import is_hidden, is_local, open_place, read_file
 
 _BLOCK = 16  # sources that one task reads
 _TASKS = 4  # that a worker has at once: a slow source holds up its block, not the worker
+_MOST_LETTERS = 4096  # of a source; a path has no more
 _MOST_BYTES = 256_000_000  # of a file of sources: some millions
 _WRITE_ROWS, _WRITE_SECONDS = 2000, 5.0
 _COUNTED = ["model", "revision", "source", "status", "family", "error"]
@@ -78,6 +79,10 @@ def list_sources(file: str) -> list[str]:
         source = line.partition(" #")[0].strip()
         if not source or source.startswith("#") or is_hidden(source):
             continue
+        if len(source) > _MOST_LETTERS:
+            raise CensusError(
+                f"{shown}:{number}: a line of {len(source):,} letters, at most {_MOST_LETTERS}; give one SOURCE a line"
+            )
         if not source.isprintable():
             raise CensusError(f"{shown}:{number}: not printable text; give a file with one SOURCE a line")
         sources.setdefault(identify(source), source)

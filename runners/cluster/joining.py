@@ -76,6 +76,8 @@ def connect(address: str | None, say: Callable[[str], None] = lambda line: None)
         _close_token()
         scratch = Scratch(_short_folder())
         options = {"include_dashboard": False, "object_store_memory": _LOCAL_OBJECT_STORE_BYTES}
+        # Ray's metrics answer anyone, on all interfaces; nobody could find those of a Ray with ports of its own choice.
+        options["_system_config"] = {"enable_metrics_collection": False}
         options["_temp_dir"] = str(scratch.path / "ray")  # which Ray opens to all, within what is closed
     if not target.startswith("ray://"):  # there the server makes the job
         options["job_config"] = _job_config()

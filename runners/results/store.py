@@ -8,18 +8,21 @@ Names are unique, so that two runs may write to one place. The row of `reads` go
 import contextlib
 import io
 import os
+import stat
 import time
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from deadbench.suite.schema import KEY, SCHEMA_VERSION, TABLES
+from deadbench.suite.schema import KEY, MAX_ROWS, SCHEMA_VERSION, TABLES
 from deadbench.suite.secrets import shown_place
 from deadbench.suite.storage import is_hidden, is_local, open_place, refusal, renames, write_whole
 
+_OLD_SECONDS = 86_400.0  # of a file that was on its way when its writer was killed
 _FOOTER_BYTES = 2**17  # as much of a remote file's end as holds its schema
 
 
@@ -145,6 +148,16 @@ class ResultStore:
         name = f"{self._root}/.deadbench-{uuid.uuid4().hex[:8]}"
         self._fs.pipe_file(name, b"")
         self._fs.rm_file(name)
+        if self._local:
+            self._sweep()
+
+    def _sweep(self) -> None:
+        """Remove what writers that were killed left; one that lives writes for seconds."""
+        for path in (*Path(self._root, "_tmp").glob("*"), *Path(self._root).glob(".deadbench-*")):
+            with contextlib.suppress(OSError):
+                facts = path.lstat()
+                if stat.S_ISREG(facts.st_mode) and time.time() - facts.st_mtime > _OLD_SECONDS:
+                    path.unlink()
 
     def _files(self, table: str) -> list[str]:
         folder = f"{self._root}/{table}"
@@ -180,7 +193,13 @@ class ResultStore:
         for table in TABLES:
             for path, source in self._footers(table):
                 with self._readable(path):
-                    metadata = pq.read_schema(source).metadata or {}
+                    footer = pq.read_metadata(source)
+                metadata = footer.metadata or {}
+                if footer.num_rows > MAX_ROWS:
+                    raise StoreError(
+                        f"--out {self.location}: {path} has {footer.num_rows:,} rows, more than {MAX_ROWS:,}; no run "
+                        "writes so many: move it away"
+                    )
                 version = metadata.get(b"schema_version", b"").decode()
                 if not version.isdigit():
                     raise StoreError(f"--out {self.location}: {path} is not a deadbench result; choose another folder")

@@ -27,9 +27,9 @@ from deadbench.suite.checkpoints.strict_json import shown
 from deadbench.suite.errors import ArchitectureError
 
 is_the_trial = False  # in the process of trials, which tries nothing elsewhere
-_CPU_SECONDS = 15
-_MEMORY_BYTES = 4 * 2**30  # that a trial takes beside the libraries
-_SECONDS, _START_SECONDS = 60.0, 180.0  # on the clock: of a trial, and until the process has its libraries
+_CPU_SECONDS = 10
+_MEMORY_BYTES = 5 * 2**28  # that a trial takes beside the libraries, which are 0.6 GB: not 2 GB together
+_SECONDS, _START_SECONDS = 18.0, 180.0  # on the clock: of a trial, and until the process has its libraries
 _LOOK_SECONDS = 0.05  # at its memory
 _ASKING = threading.Lock()
 _ANSWERS: dict[str, str | None] = {}  # by the configuration's hash: why not
@@ -142,7 +142,7 @@ class _Trials:
                 return None
             found += piece
             if _resident(running) > most_bytes:
-                raise _LimitError(f"{_MEMORY_BYTES / 2**30:.0f} GB of memory")
+                raise _LimitError(f"{_MEMORY_BYTES / 2**30:.3g} GB of memory")
             if not ready and time.monotonic() > until:
                 raise _LimitError(f"{seconds:.0f} s")
         return found

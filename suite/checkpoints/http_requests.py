@@ -118,6 +118,8 @@ class Requests:
     def _raise_for_status(self, answer: httpx2.Response, called: str, attempt: int, waits: list[float]) -> None:
         """Raise what a status above 299 means; _LimitedError, CutOffError: it may pass and attempts are left."""
         status = answer.status_code
+        if status not in _PASSING:
+            LIMITS.answered(self._host)
         if status < 300 or status == 416:
             return
         if status in _PASSING:
@@ -126,7 +128,7 @@ class Requests:
                 raise CutOffError(f"HTTP {status}")
             # One that says "at once" again and again is given longer each time.
             pause = max(wait or 0.0, min(FIRST_WAIT_SECONDS * 2 ** min(len(waits), 10), _LONGEST_FLOOR_SECONDS))
-            if wait is not None and wait <= LIMITS.longest_wait and LIMITS.allow(waits, pause):
+            if wait is not None and wait <= LIMITS.longest_wait and LIMITS.allow(self._host, waits, pause):
                 LIMITS.pause(self._host, pause)
                 raise _LimitedError(pause)
             after = f"; try again in {wait:.0f} s" if wait else "; try again later"

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 
 _RATE_LIMIT = re.compile(r"r\s*=\s*0\s*;\s*t\s*=\s*(\d+)")  # `"api";r=0;t=55`: none left, for 55 seconds
+_EARNED_SECONDS = 2.0  # of waiting, by an answer; the Hub's limit for all who have no token is one in 0.6 s
 _SPREAD = 0.1  # of the pause: those who waited do not all ask in the same instant
 
 
@@ -22,7 +23,8 @@ class HostLimits:
     Attributes:
         longest_wait: seconds that are waited at a server's word; beyond, the request fails and says so.
         attempts: how often one request is refused by a limit before it fails.
-        longest_total: seconds that it waits at limits before it fails.
+        longest_total: seconds that it waits at limits before it fails; and that all requests to one host together do,
+            less two for each that was answered: a server that only ever says "not yet" is not waited for by each.
         on_pause: told (host, seconds) of each pause that this process heard of itself.
     """
 
@@ -30,19 +32,32 @@ class HostLimits:
         self.longest_wait, self.attempts, self.longest_total = 30.0, 4, 120.0
         self.on_pause: Callable[[str, float], None] | None = None
         self._until: dict[str, float] = {}
+        self._waited: dict[str, float] = {}  # for hosts, by all together
         self._lock = threading.Lock()
 
-    def allow(self, waits: list[float], seconds: float) -> bool:
-        """Whether a request that has waited for `waits` may wait for `seconds` more."""
-        return len(waits) + 1 < self.attempts and sum(waits) + seconds <= self.longest_total
+    def allow(self, host: str, waits: list[float], seconds: float) -> bool:
+        """Whether a request to `host` that has waited for `waits` may wait for `seconds` more."""
+        with self._lock:
+            together = self._waited.get(host, 0.0)
+        of_one = len(waits) + 1 < self.attempts and sum(waits) + seconds <= self.longest_total
+        return of_one and together <= self.longest_total
+
+    def answered(self, host: str) -> None:
+        """`host` has answered a request."""
+        with self._lock:
+            if host in self._waited:
+                self._waited[host] = max(0.0, self._waited[host] - _EARNED_SECONDS)
 
     def pause(self, host: str, seconds: float, *, heard: bool = True) -> None:
         """Nobody asks `host` for so long; `heard` from the host itself, not from another process."""
-        until = time.monotonic() + seconds
+        now = time.monotonic()
+        until = now + seconds
         with self._lock:
-            longer = until > self._until.get(host, 0.0)
+            before = self._until.get(host, 0.0)
+            longer = until > before
             if longer:
                 self._until[host] = until
+                self._waited[host] = self._waited.get(host, 0.0) + until - max(before, now)
         if heard and longer and self.on_pause is not None:
             self.on_pause(host, seconds)
 

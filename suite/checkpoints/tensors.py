@@ -170,16 +170,24 @@ def read_raw(files: Files, entry: TensorEntry, into: NDArray[np.uint8] | None = 
     return whole.reshape(entry.shape)
 
 
+_WIDEST = 2**24  # of a vector; the largest hidden size is 2^16, the largest vocabulary 2^20
+
+
 def read_vector(files: Files, entry: TensorEntry) -> NDArray[np.float64]:
     """A one-dimensional floating-point tensor as float64.
 
     Raises:
-        CheckpointError: not a float vector, cut off, or with values that are not finite.
+        CheckpointError: not a float vector, wider than any, cut off, or with values that are not finite.
     """
     if entry.dtype not in DTYPE_NAMES or len(entry.shape) != 1:
         raise CheckpointError(
             f"{entry.file}: tensor {entry.name} is {entry.dtype} of shape {list(entry.shape)}; "
             f"expected a vector of {', '.join(_FLOAT_DTYPES)} or BF16"
+        )
+    if entry.shape[0] > _WIDEST:
+        raise CheckpointError(
+            f"{entry.file}: tensor {entry.name} is a vector of {entry.shape[0]:,} values; no model's has more than "
+            f"{_WIDEST:,}"
         )
     values = read_floats(files, entry)
     if not np.isfinite(values).all():

@@ -24,6 +24,7 @@ from deadbench.suite.inputs.batches import Batch, Inputs
 from deadbench.suite.inputs.early_checks import check_positions
 from deadbench.suite.inputs.positions import longest, position_tables, tokens_for, without_first
 from deadbench.suite.inputs.signals import (
+    Crop,
     distinct_patches,
     noise_like,
     own_pictures,
@@ -194,7 +195,7 @@ def _filled(name: str, form: Tensor, count: int, lengths: tuple[int, int] | None
     return form.expand(count, *form.shape[1:]).clone() if form.shape[0] == 1 else form
 
 
-def _pictures(crops: list[Any], form: Tensor) -> Tensor:
+def _pictures(crops: list[Crop], form: Tensor) -> Tensor:
     """As `plain_pictures`; where the form has no batch dimension, the patches of all pictures in one row."""
     if form.ndim == 2:
         return plain_pictures(crops, form[None]).flatten(0, 1)

@@ -5,7 +5,11 @@ to [-1, 1], a film is one crop that wanders over a photograph, and sound is seed
 Shapes: B images, C channels, F frames, H height, W width.
 """
 
-from collections.abc import Callable
+import contextlib
+import io
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,51 +19,88 @@ from torch import Tensor
 
 from deadbench.suite.errors import InputError, reason_of
 from deadbench.suite.inputs.specs import photo_files
+from deadbench.suite.storage import read_file
 
 _PROCESSOR_FILE = "preprocessor_config.json"
 _LOADERS = {"image processor": "AutoImageProcessor", "feature extractor": "AutoFeatureExtractor"}
+# Of a photograph: as from where Pillow warns of a bomb, which a file of some kilobytes can be; and of its file.
+_MOST_PIXELS, _MOST_BYTES = 89_478_485, 256_000_000
+_MOST_PIXELS_AT_ONCE = 400_000_000  # 1.6 GB
 _SECONDS = 10.0  # of sound an item; extractors with a fixed length cut or fill it
 
 
-def photo_crops(folder: str, count: int, seed: int) -> list[Any]:
-    """`count` RGB pictures: each photograph whole, then seeded crops of them, every other one mirrored."""
-    photos = [_open_photo(path) for path in photo_files(folder)]
+@dataclass(frozen=True)
+class Crop:
+    """A part of a photograph that is not yet decoded: `box` is left, top, right and bottom in its pixels."""
+
+    path: Path
+    box: tuple[int, int, int, int]
+    mirrored: bool = False
+
+    @property
+    def pixels(self) -> int:
+        """How many there are."""
+        left, top, right, bottom = self.box
+        return (right - left) * (bottom - top)
+
+    def out_of(self, photo: Any) -> Any:
+        """The picture, of its photograph."""
+        part = photo if self.box == (0, 0, *photo.size) else photo.crop(self.box)
+        return part.transpose(0) if self.mirrored else part  # 0: left-right mirror
+
+
+def photo_crops(folder: str, count: int, seed: int) -> list[Crop]:
+    """`count` RGB pictures: each photograph whole, then seeded crops of them, every other one mirrored.
+
+    Raises:
+        InputError: no photographs, or one that is none, or too large.
+    """
+    photos = [(path, _size(path)) for path in photo_files(folder)]
     rng = np.random.default_rng(seed)
-    crops = list(photos[:count])
+    crops = [Crop(path, (0, 0, *size)) for path, size in photos[:count]]
     while len(crops) < count:
-        photo = photos[len(crops) % len(photos)]
-        side = int(min(photo.size) * rng.uniform(0.3, 0.9))
-        left, top = (int(rng.integers(0, extent - side + 1)) for extent in photo.size)
-        crop = photo.crop((left, top, left + side, top + side))
-        crops.append(crop.transpose(0) if rng.random() < 0.5 else crop)  # 0: left-right mirror
+        path, size = photos[len(crops) % len(photos)]
+        side = int(min(size) * rng.uniform(0.3, 0.9))
+        left, top = (int(rng.integers(0, extent - side + 1)) for extent in size)
+        crops.append(Crop(path, (left, top, left + side, top + side), bool(rng.random() < 0.5)))
     return crops
 
 
-def plain_pictures(crops: list[Any], form: Tensor) -> Tensor:
+def plain_pictures(crops: list[Crop], form: Tensor) -> Tensor:
     """`crops` as `form` has one: (1, C, H, W), a film (1, F, C, H, W), or patches in a row (1, N, C P P).
 
     Raises:
         InputError: a form that is none of these.
     """
     if form.ndim == 4:
-        return torch.stack([_pixels(crop, form.shape[1:]) for crop in crops])
+        return torch.stack(_each(crops, lambda picture: _pixels(picture, form.shape[1:])))
     if form.ndim == 5:
-        return torch.stack([_film(crop, form.shape[1:]) for crop in crops])
+        return torch.stack(_each(crops, lambda picture: _film(picture, form.shape[1:])))
     if form.ndim == 3 and (patches := _patch_form(form)) is not None:
         side, channels, patch = patches
-        pixels = torch.stack([_pixels(crop, (channels, side * patch, side * patch)) for crop in crops])
+        pixels = torch.stack(_each(crops, lambda it: _pixels(it, (channels, side * patch, side * patch))))
         cut = pixels.unfold(2, patch, patch).unfold(3, patch, patch)  # B C y x P P
         return cut.permute(0, 2, 3, 4, 5, 1).reshape(len(crops), side * side, -1)
     raise InputError(f"the model takes pictures of shape {list(form.shape)}, which nothing here makes")
 
 
-def own_pictures(crops: list[Any], folder: Path | None, accepted: set[str]) -> dict[str, Tensor] | None:
+def own_pictures(crops: list[Crop], folder: Path | None, accepted: set[str]) -> dict[str, Tensor] | None:
     """What the model's own image processor makes of `crops`, of that what the model takes; None without a processor.
 
     Raises:
-        InputError: the processor fails.
+        InputError: the processor fails, or the pictures, which it takes all at once, are too large together.
     """
-    return _processed("image processor", folder, accepted, lambda its: its(images=crops, return_tensors="pt"))
+
+    def process(processor: Any) -> Any:
+        pixels = sum(crop.pixels for crop in crops)
+        if pixels > _MOST_PIXELS_AT_ONCE:
+            raise InputError(
+                f"{crops[0].path.parent}: {len(crops)} pictures of {pixels:,} pixels together, which the model's own "
+                f"processor takes at once; at most {_MOST_PIXELS_AT_ONCE:,}: make the photographs smaller"
+            )
+        return processor(images=_each(crops, lambda picture: picture), return_tensors="pt")
+
+    return _processed("image processor", folder, accepted, process)
 
 
 def noise_like(form: Tensor, count: int, seed: int) -> Tensor:
@@ -94,6 +135,8 @@ def _processed(
     loader = getattr(transformers, _LOADERS[kind])
     try:
         made = make(loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(f"the {kind} in {folder} fails ({reason_of(error)})") from error
     return {name: value for name, value in made.items() if name in accepted and isinstance(value, Tensor)}
@@ -108,14 +151,44 @@ def distinct_patches(pixels: Tensor, patch: int | None) -> int | None:
     return len({row.tobytes() for row in flat.numpy()})
 
 
-def _open_photo(path: Path) -> Any:
-    from PIL import Image, UnidentifiedImageError
+def _each(crops: list[Crop], make: Callable[[Any], Any]) -> list[Any]:
+    """What `make` makes of each picture, in their order; of the photographs one is decoded at a time."""
+    places: dict[Path, list[int]] = {}
+    for place, crop in enumerate(crops):
+        places.setdefault(crop.path, []).append(place)
+    made: list[Any] = [None] * len(crops)
+    for path, wanted in places.items():
+        with _photograph(path) as photo:
+            decoded = photo.convert("RGB")
+        for place in wanted:
+            made[place] = make(crops[place].out_of(decoded))
+    return made
+
+
+def _size(path: Path) -> tuple[int, int]:
+    """Width and height of a photograph, by its header alone."""
+    with _photograph(path) as photo:
+        width, height = photo.size
+    if width * height > _MOST_PIXELS:
+        raise InputError(f"{path}: {width} x {height} pixels; at most {_MOST_PIXELS:,}: make the photograph smaller")
+    return width, height
+
+
+@contextlib.contextmanager
+def _photograph(path: Path) -> Iterator[Any]:
+    """A photograph, open; whatever its bytes make the library raise is one line."""
+    from PIL import Image
 
     try:
-        with Image.open(path) as photo:
-            return photo.convert("RGB")
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: not a photograph that can be opened ({type(error).__name__})") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `_size` refuses from the same number on
+            opened = Image.open(io.BytesIO(read_file(path, _MOST_BYTES)))
+        with opened:
+            yield opened
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{path}: not a photograph that can be opened ({reason_of(error)})") from error
 
 
 def _pixels(photo: Any, shape: Any) -> Tensor:

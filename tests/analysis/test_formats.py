@@ -1,16 +1,21 @@
 import csv
+import html
 import io
 import json
+import re
 from html.parser import HTMLParser
 
 import polars as pl
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from rich.console import Console
 
 from deadbench.analysis.cells import magnitude, text
-from deadbench.analysis.formats import render, rich_table
+from deadbench.analysis.formats import escaped, render, rich_table
 from deadbench.analysis.leaderboard import leaderboard
 from deadbench.analysis.results import ResultsError
+from deadbench.suite.plain_text import plain
 
 EVIL = "<script>alert(1)</script> | [red]x[/red]\n`y` \x1b[31m"
 
@@ -56,6 +61,29 @@ def test_json_and_csv_have_no_infinities():
 def test_csv_reads_back(board):
     (first, _) = csv.DictReader(io.StringIO(render({"leaderboard": board}, "csv")))
     assert (first["model"], first["depth"], first["containment"]) == (EVIL, "13.123456", "")
+
+
+@pytest.mark.parametrize(
+    "name", ["=1+1", "+1", "-1", "@SUM(A1)", " =1", "\t=1", "\r=1", "\uff1d1", "=cmd|' /C calc'!A0"]
+)
+def test_no_cell_of_csv_is_a_formula(frame, read, name):
+    (row,) = csv.DictReader(io.StringIO(render({"leaderboard": leaderboard(frame([read(name, depth=-1.0)]))}, "csv")))
+    assert (row["model"], row["depth"]) == (f"'{name}", "-1.0"), "a number stays a number"
+
+
+@given(st.text(st.characters(codec="utf-8"), max_size=12))
+@settings(max_examples=60, derandomize=True, deadline=None)
+@example("[a](javascript:x)")
+@example("![a](b)")
+@example("<img src=x>")
+@example("HTTPS://evil")
+@example("WWW.evil")
+@example("`a`\n# b")
+def test_nothing_in_markdown_is_live(words):
+    shown = escaped(plain(words))
+    assert "\n" not in shown
+    assert not re.search(r"(?<!\\)(\\\\)*[\[<`|*~]|://|www\.", shown, re.IGNORECASE)
+    assert html.unescape(re.sub(r"\\([\\|*`~\[])", r"\1", shown)) == html.unescape(plain(words)) or "&" in words
 
 
 def test_md_is_one_line_a_row_with_escaped_cells(board):

@@ -4,7 +4,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from deadbench.analysis.results import ResultsError, latest, scan
+from deadbench.analysis.pages.report import provenance
+from deadbench.analysis.results import ResultsError, collected, latest, scan
+from deadbench.analysis.trackers.curves import series
+from deadbench.runners.results.store import ResultStore, StoreError
 from deadbench.suite.schema import arrow_schema, to_table
 
 
@@ -138,3 +141,28 @@ def test_null_is_a_value_of_a_key(frame, read):
 def test_nothing_infinite_comes_out(frame, read):
     kept = latest(frame([read(depth=float("inf"), alignment=float("nan"), lambda_v=1.0)])).collect()
     assert kept.select("depth", "alignment", "lambda_v").rows() == [(None, None, 1.0)]
+
+
+@pytest.mark.parametrize("instant", [2**62, -(2**62), 253_402_300_800_000_000, -62_135_596_800_000_001])
+def test_a_time_past_the_calendar_is_none(result_set, read, tmp_path, instant):
+    location = result_set([read("odd"), read("m")])
+    file = tmp_path / "results" / "reads" / "0000.parquet"
+    table = pq.read_table(file)
+    place = table.schema.get_field_index("finished_at")
+    moved = pa.array([instant], pa.int64()).cast(table.schema.field(place).type)
+    pq.write_table(table.set_column(place, table.schema.field(place), moved), file)
+    known = dict(collected(scan(location).select("model", "finished_at")).rows())
+    assert known["odd"] is None
+    assert known["m"] is not None
+    assert "2026-11-01" in provenance([location], scan(location))["dates"]
+    assert series(scan(location).with_columns(depth=pl.lit(1.0)))[0].points
+
+
+def test_a_file_of_more_rows_than_any_run_writes_is_refused_by_its_footer(result_set, read, monkeypatch):
+    location = result_set([read("a")])
+    monkeypatch.setattr("deadbench.analysis.results.MAX_ROWS", 0)
+    monkeypatch.setattr("deadbench.runners.results.store.MAX_ROWS", 0)
+    with pytest.raises(ResultsError, match="reads/0000.parquet has 1 rows, more than 0"):
+        scan(location)
+    with pytest.raises(StoreError, match=r"0000.parquet has 1 rows, more than 0"):
+        ResultStore(location)

@@ -84,6 +84,30 @@ def test_a_key_of_the_environment_is_no_part_of_what_a_store_s_client_says(monke
 
 
 @settings(deadline=None, derandomize=True)
+@given(
+    secret=st.text("abcXYZ019+/=_-", min_size=4, max_size=40).map("Z{}".format),
+    name=st.sampled_from(["key", "secret", "aws_secret_access_key", "AccountKey", "token", "AWSAccessKeyId", "sas"]),
+    form=st.sampled_from(
+        ["S3FileSystem({0}='{1}', anon=False)", "{{'{0}': '{1}'}}", '{{"{0}": "{1}"}}', "<{0}>{1}</{0}><X>no</X>",
+         "refused: {0}={1}", "{0} = {1}", "DefaultEndpointsProtocol=https;{0}={1};EndpointSuffix=a"]
+    ),
+    around=AROUND,
+)  # fmt: skip
+def test_what_a_store_s_client_was_given_is_not_told(secret, name, form, around):
+    told = form.format(name, secret)
+    clean = scrubbed(around.format(told))
+    assert secret not in clean
+    assert "***" in clean
+
+
+def test_what_a_store_s_client_was_given_by_hand():
+    told = "<Code>SignatureDoesNotMatch</Code><AWSAccessKeyId>GOOG1E</AWSAccessKeyId><StringToSign>a\nb</StringToSign>"
+    assert scrubbed(told) == (
+        "<Code>SignatureDoesNotMatch</Code><AWSAccessKeyId>***</AWSAccessKeyId><StringToSign>***</StringToSign>"
+    )
+
+
+@settings(deadline=None, derandomize=True)
 @given(token=TOKENS, around=AROUND)
 def test_tokens_are_known_by_their_form(token, around):
     assert scrubbed(around.format(token)) == around.format("***")
@@ -127,6 +151,7 @@ def test_a_command_is_kept_without_the_secrets_that_it_was_given(secret, name, f
     "text",
     [
         "models.yaml: the key 'a' is given twice", "no tokenizer in https://host/m", "the authorization failed",
+        "sorted(key=None)", "num_key_value_heads = 12345", "the key 'pad_token_id': 50256", "4096 tokens: too many",
         "input 'tokens:random' needs --tokens 5", "s3://bucket/a/b: no such file", "config.json: key: not a number",
         "https://host/org/model@main: no such revision; give name@revision", "hf://org/name@v1: not there",
         "http://localhost:8080/a@b/c: refused", "https://***/a",

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from deadbench.suite import yaml_file
 from deadbench.suite.architectures.build import build_config, published_class
 from deadbench.suite.architectures.objectives import objective
 from deadbench.suite.checkpoints.configurations import checked
@@ -104,3 +105,33 @@ def test_a_registry_is_read_or_refused(tmp_path_factory, place, scalar):
         json.dumps([model.config for model in registry.models])  # what the keys of results are made of
     except RegistryError as error:
         clean(error)
+
+
+def nest(levels, width, seed):
+    """A configuration in which each list holds the one before so many times."""
+    lines = [f"    a0: &a0 [{', '.join('1' * seed)}]"]
+    lines += [f"    a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * width)}]" for n in range(1, levels)]
+    return "\n".join(["models:", "- id: m", "  config:", "    model_type: gpt2", *lines, ""])
+
+
+@given(st.integers(1, 30), st.integers(1, 10), st.integers(1, 10))
+@settings(max_examples=30, derandomize=True, deadline=None)
+@example(9, 9, 9)
+@example(3, 9, 9)
+def test_aliases_that_multiply_are_counted_as_what_they_become(tmp_path_factory, levels, width, seed):
+    path = tmp_path_factory.getbasetemp() / "aliases.yaml"
+    path.write_text(nest(levels, width, seed), encoding="utf-8")
+    try:
+        load_registry(path)
+    except RegistryError as error:
+        clean(error)
+        assert levels > 3
+    else:
+        assert width ** (levels - 1) * seed <= 200_000
+
+
+def test_a_file_of_more_values_than_are_written_is_refused_while_it_is_parsed(monkeypatch):
+    monkeypatch.setattr(yaml_file, "_MAX_VALUES", 1000)
+    assert len(yaml_file.parse_yaml(b"[" + b"a," * 900 + b"]", "x")) == 900
+    with pytest.raises(yaml_file.YamlError, match=r"x: not YAML \(more than"):
+        yaml_file.parse_yaml(b"[" + b"a," * 1100 + b"*undefined]", "x")

@@ -1,3 +1,6 @@
+import re
+from pathlib import Path
+
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -79,3 +82,13 @@ def test_the_hub_gets_one_commit_of_the_whole_folder(location, monkeypatch):
 def test_the_hub_refusing_is_one_line(location):
     with pytest.raises(ResultsError, match="the Hub refused .*hf auth login"):  # the tests run offline
         publish([location], "hf://datasets/me/dead", title="t")
+
+
+def test_no_word_of_a_row_is_live_on_the_card(result_set, read, tmp_path):
+    evil = "![x](https://evil/p.png) [y](https://evil) <img src=x> www.evil.example"
+    location = result_set([read(evil, input=evil, protocol=evil, device=evil, depth=1.0)])
+    card = Path(publish([location], str(tmp_path / "published"), title=evil)) / "README.md"
+    text = card.read_text(encoding="utf-8").split("---", 2)[2]  # behind the front matter, which is quoted
+    assert "evil" in text
+    for live in ("[x]", "![x](h", "[y](h", "<img", "https://evil", "www.evil"):
+        assert not re.search(rf"(?<!\\){re.escape(live)}", text), live

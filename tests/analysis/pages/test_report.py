@@ -1,11 +1,14 @@
 import json
 import re
+import xml.dom.minidom
 from html.parser import HTMLParser
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from deadbench.analysis.pages.report import report_page, write_report
-from deadbench.analysis.plots.axes import line_families, step_ticks
+from deadbench.analysis.plots.axes import line_families, step_ticks, with_data
 from deadbench.analysis.plots.channels import line_colour
 from deadbench.analysis.plots.export import save_plot, save_plots
 from deadbench.analysis.plots.models import depth_plot, size_plot, slope_plot
@@ -270,3 +273,26 @@ def test_a_plots_points_know_the_row_of_their_model(location):
     }
     assert drawn == {"row-other-standard-float32", "row-script-script-alert-1-script-standard-float32"} <= set(rows)
     assert f'<a href="#{rows[0]}">' in page
+
+
+ODD = ["a\0b", "a\u2028b", "a\x1b[2J", "\ufffe", "\u202e", "</text>&<d", "x" * 5000]
+
+
+def test_a_plot_is_drawn_of_names_that_no_svg_can_hold(result_set, read, tmp_path):
+    spectrum = {"lambda_mean": 1.0, "lambda_v": 1e-13, "depth": 13.0, "num_parameters": 1000}
+    location = result_set([read(name, "random", **spectrum) for name in ODD])
+    (depth,) = [spec for title, spec in write_report(location, tmp_path / "r.html") if title.startswith("Depth lay")]
+    save_plot(depth, tmp_path / "depth.svg")
+    drawn = xml.dom.minidom.parse(str(tmp_path / "depth.svg")).toxml()
+    assert all(name in drawn for name in (r"a\x00b", "a b", r"a\x1b[2J", r"\ufffe"))
+
+
+@given(st.lists(st.text(max_size=400), min_size=1, max_size=4))
+@settings(max_examples=60, derandomize=True, deadline=None)
+def test_whatever_is_drawn_is_printable_and_of_bounded_length(names):
+    spec = {"encoding": {"color": {"scale": {"domain": names}}}, "layer": [{"calculate": "datum.x + " * 100}]}
+    drawn = with_data(spec, {"rows": [{"line": name, "value": 1.0} for name in names]})
+    domain = drawn["encoding"]["color"]["scale"]["domain"]
+    assert all(name.isprintable() and len(name) <= 300 for name in domain)
+    assert [row["line"] for row in drawn["datasets"]["rows"]] == domain, "or the colours would be another's"
+    assert drawn["layer"] == spec["layer"], "expressions are ours"

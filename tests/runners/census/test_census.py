@@ -69,6 +69,7 @@ def test_the_file_of_sources(tmp_path):
         (b"\n# nothing\n", "names no sources"),
         (b"\xff\xfe\x00", "not UTF-8 text"),
         (b"org/a\norg/\x00b\n", "none.txt:2: not printable text"),
+        (b"org/a\n" + b"a" * 5_000_000, "none.txt:2: a line of 5,000,000 letters, at most 4096"),
     ],
 )
 def test_a_bad_file_of_sources_is_one_line(content, message, tmp_path, deadbench):

@@ -1,6 +1,8 @@
 """Result sets: whole files or none, opened by plain polars and pyarrow, never continued across a newer schema."""
 
 import json
+import os
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -158,3 +160,23 @@ CONTRACT = """{
 "blocks": "block sigma_min sigma_median sigma_max ratio floor state rank_limited preserved bottom_coordinates bottom_weights participation",
 "norms": "norm family role scale_min scale_median scale_max scale_harmonic num_zero_scales dead_parameters"
 }"""  # noqa: E501
+
+
+def test_what_killed_writers_left_is_swept_and_what_is_written_now_is_not(tmp_path):
+    store = ResultStore(str(tmp_path / "out"))
+    store.write_text("runs/a/run.json", "{}")
+    kept, gone = [], []
+    for name in ("_tmp/0123", ".deadbench-01234567"):
+        for age, listed in ((90_000, gone), (80_000, kept)):
+            path = tmp_path / "out" / f"{name}-{age}"
+            path.write_bytes(b"torn")
+            os.utime(path, (time.time() - age,) * 2)
+            listed.append(path)
+    (tmp_path / "elsewhere").write_text("mine")
+    link = tmp_path / "out" / "_tmp" / "link"
+    link.symlink_to(tmp_path / "elsewhere")
+    os.utime(link, (0, 0), follow_symlinks=False)
+    ResultStore(str(tmp_path / "out"))
+    assert all(path.exists() for path in [*kept, link])
+    assert not any(path.exists() for path in gone)
+    assert store.read_text("runs/a/run.json") == "{}"

@@ -40,8 +40,8 @@ def test_the_memory_and_the_time_of_a_trial_are_watched(monkeypatch):
     monkeypatch.setattr(trial.select, "select", lambda *_: ([], [], []))
     monkeypatch.setattr(trial, "_resident", lambda running: 5 * 2**30)
     trials = trial._Trials()
-    with Silent.stdout, pytest.raises(trial._LimitError, match="4 GB of memory"):
-        trials._line(Silent, 60.0, 4 * 2**30)
+    with Silent.stdout, pytest.raises(trial._LimitError, match="1.25 GB of memory"):
+        trials._line(Silent, 60.0, 2 * 2**30)
     with pytest.raises(trial._LimitError, match="-1 s"):
         trials._line(Silent, -1.0)
 

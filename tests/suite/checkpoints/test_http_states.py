@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import httpx2
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
@@ -197,3 +197,39 @@ def test_a_census_asks_a_limiting_server_seldom_and_not_for_days(world, named):
         HttpFolder("http://host/m", "http://host/m").size("file")
     assert 7200 / 2 < clock.now <= 7200 * 1.1
     assert server.requests <= 260
+
+
+def test_all_requests_together_wait_so_long_for_a_host_that_answers_none(world):
+    server, clock = world
+    limits = http_requests.LIMITS
+    limits.longest_wait, limits.attempts, limits.longest_total = 900.0, 1000, 7200.0
+    server.data, server.faults = b"x", ["429 899"] * 2000
+    for _ in range(100):
+        with pytest.raises(CheckpointError, match="limits requests"):
+            HttpFolder("http://host/m", "http://host/m").size("file")
+    assert clock.now <= (7200 + 900) * 1.1  # who waits together does not ask in the same instant
+    assert server.requests <= 120
+    server.faults = []
+    for _ in range(500):
+        HttpFolder("http://host/m", "http://host/m").size("file")
+    server.faults, before = ["429 7"], clock.now
+    assert HttpFolder("http://host/m", "http://host/m").size("file") == 1, "who answers is waited for again"
+    assert clock.now > before
+
+
+@given(st.lists(st.sampled_from(["429 0", "429 1", "429 899", "503", ""]), max_size=40))
+@settings(max_examples=40, derandomize=True, deadline=None)
+def test_whatever_a_host_says_of_its_limits_the_wait_has_an_end(faults):
+    limits, now = rate_limits.HostLimits(), 0.0
+    limits.longest_total = 1000.0
+    answers = 0
+    for fault in faults * 20:
+        _, _, named = fault.partition(" ")
+        if not fault:
+            limits.answered("host")
+            answers += 1
+        elif named and limits.allow("host", [], float(named)):
+            limits.pause("host", float(named))
+            now += limits.left("host")
+            limits._until.clear()  # it is over
+    assert now <= 1000.0 + 899.0 + 2 * answers

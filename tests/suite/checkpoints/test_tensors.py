@@ -231,3 +231,11 @@ def test_any_index_is_one_line(weight_map):
     with pytest.raises(CheckpointError) as caught:
         read_headers(files)
     assert "\n" not in str(caught.value)
+
+
+def test_a_vector_wider_than_any_model_has_is_refused_before_it_is_read():
+    entry = TensorEntry("ln_f.weight", "model.safetensors", "F32", (2**29,), 0, 2**31)
+    with pytest.raises(
+        CheckpointError, match=r"ln_f.weight is a vector of 536,870,912 values; .* more than 16,777,216"
+    ):
+        read_vector(None, entry)

@@ -1,11 +1,16 @@
 """Pictures and sound: real ones, of the form asked for, by the model's own processor where there is one."""
 
+import io
 import json
+import weakref
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from deadbench.suite.errors import InputError
+from deadbench.suite.inputs import signals
 from deadbench.suite.inputs.signals import (
     distinct_patches,
     noise_like,
@@ -15,6 +20,22 @@ from deadbench.suite.inputs.signals import (
     plain_pictures,
 )
 from deadbench.suite.inputs.specs import content_hash, photo_files
+
+
+def _png() -> bytes:
+    from PIL import Image
+
+    held = io.BytesIO()
+    Image.linear_gradient("L").save(held, "png")
+    return held.getvalue()
+
+
+PNG = _png()
+
+
+def clean(error):
+    assert str(error).isprintable()
+    assert len(str(error)) < 500
 
 
 def test_photographs_are_real_and_distinct():
@@ -39,6 +60,62 @@ def test_a_folder_of_photographs(tmp_path):
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
     with pytest.raises(InputError, match="broken.jpg: not a photograph"):
         photo_crops(str(tmp_path), 2, 0)
+
+
+def test_a_picture_of_few_bytes_and_many_pixels_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
+    from PIL import Image
+
+    Image.new("1", (11_000, 10_000)).save(tmp_path / "bomb.png")
+    assert (tmp_path / "bomb.png").stat().st_size < 20_000
+    monkeypatch.setattr(Image.Image, "load", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(InputError, match=r"bomb.png: 11000 x 10000 pixels; at most 89,478,485"):
+        photo_crops(str(tmp_path), 1, 0)
+
+
+def test_of_several_photographs_one_is_decoded_at_a_time(tmp_path, monkeypatch):
+    from PIL import Image
+
+    for number in range(4):
+        Image.new("RGB", (30, 20 + number), (50 * number,) * 3).save(tmp_path / f"{number}.png")
+    open_now, most, convert = [], [], Image.Image.convert
+
+    def counted(photo, mode):
+        decoded = convert(photo, mode)
+        open_now.append(weakref.ref(decoded))
+        most.append(sum(each() is not None for each in open_now))
+        return decoded
+
+    monkeypatch.setattr(Image.Image, "convert", counted)
+    pixels = plain_pictures(photo_crops(str(tmp_path), 10, 0), torch.empty(1, 3, 8, 8))
+    assert (len(most), max(most)) == (4, 2), "the next one, and the last one until then"
+    grey = [round(float(127.5 * (each.mean() + 1))) for each in pixels]
+    assert grey == [50 * (number % 4) for number in range(10)], "in the order of the crops"
+
+
+def test_pictures_that_are_too_large_together_are_refused(tmp_path, monkeypatch):
+    (tmp_path / "preprocessor_config.json").write_text('{"image_processor_type": "ViTImageProcessor"}')
+    monkeypatch.setattr(signals, "_MOST_PIXELS_AT_ONCE", 10_000)
+    with pytest.raises(InputError, match=r"3 pictures of .* pixels together.* at most 10,000") as caught:
+        own_pictures(photo_crops("", 3, 0), tmp_path, {"pixel_values"})
+    assert "fails" not in str(caught.value)
+
+
+@given(st.data())
+@settings(max_examples=60, derandomize=True, deadline=None)
+def test_a_picture_of_whatever_bytes_is_taken_or_refused_in_one_line(tmp_path_factory, data):
+    folder = tmp_path_factory.getbasetemp() / "odd"
+    folder.mkdir(exist_ok=True)
+    jpeg = photo_files("")[0].read_bytes()[:3000]
+    whole = bytearray(jpeg if data.draw(st.booleans()) else PNG)
+    for _ in range(data.draw(st.integers(1, 6))):
+        whole[data.draw(st.integers(0, min(len(whole) - 1, 200)))] = data.draw(st.integers(0, 255))
+    (folder / "odd.png").write_bytes(whole[: data.draw(st.integers(0, len(whole)))])
+    try:
+        made = plain_pictures(photo_crops(str(folder), 2, 0), torch.empty(1, 3, 8, 8))
+    except InputError as error:
+        clean(error)
+    else:
+        assert made.shape == (2, 3, 8, 8)
 
 
 def test_hidden_files_and_folders_named_like_photographs_are_none(tmp_path):

@@ -1,0 +1,75 @@
+"""What listens while a local Ray runs, and what of it answers whoever has no token."""
+
+import contextlib
+import socket
+
+import psutil
+
+from deadbench.runners.cluster import joining
+
+# A method of each service, which does no harm where it is let through.
+METHODS = (
+    "/ray.rpc.NodeInfoGcsService/GetAllNodeInfo", "/ray.rpc.NodeManagerService/GetSystemConfig",
+    "/ray.rpc.CoreWorkerService/GetCoreWorkerStats", "/ray.rpc.ReporterService/GetTraceback",
+)  # fmt: skip
+
+
+def listening():
+    """(process, place) of each listening socket of this process and those that it started."""
+    me = psutil.Process()
+    for process in (me, *me.children(recursive=True)):
+        for each in process.net_connections("inet"):
+            if each.status == psutil.CONN_LISTEN:
+                host = "127.0.0.1" if each.laddr.ip in ("::", "0.0.0.0") else each.laddr.ip
+                yield process.name(), (host, each.laddr.port)
+
+
+def over_http(place):
+    """The status of an answer to a GET, None where it is none of HTTP."""
+    with socket.create_connection(place, timeout=3) as connection:
+        connection.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+        words = connection.recv(64).split()
+    return int(words[1]) if words and words[0].startswith(b"HTTP/") else None
+
+
+def over_grpc(place):
+    """What becomes of a call of each method without a token."""
+    import grpc
+
+    with grpc.insecure_channel(f"{place[0]}:{place[1]}") as channel:
+        for method in METHODS:
+            try:
+                channel.unary_unary(method)(b"", timeout=3)
+            except grpc.RpcError as error:
+                yield error.code().name
+            else:
+                yield "answered"
+
+
+def test_nothing_but_metrics_answers_without_the_token(ray_session):
+    ray_session.get(ray_session.remote(lambda: None).remote())
+    told, refused = [], 0
+    for process, place in listening():
+        status = over_http(place)
+        if status is not None:
+            told.append((process, status))
+            continue
+        codes = set(over_grpc(place))
+        assert codes <= {"UNAUTHENTICATED", "UNIMPLEMENTED"}, (process, place)
+        refused += "UNAUTHENTICATED" in codes
+    assert refused >= 4, "head, raylet, driver and a worker"
+    assert [process for process, status in told if status == 200] <= ["ray::DashboardAgent"], "off in a run"
+    assert 401 in [status for _, status in told], "the agent of runtime environments"
+
+
+def test_a_local_run_has_no_metrics_for_all_to_read(monkeypatch):
+    asked = {}
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", lambda **options: asked.update(options))
+    monkeypatch.setattr("ray.shutdown", lambda: None)
+    monkeypatch.setattr(joining, "_close_token", lambda: None)
+    monkeypatch.setattr(joining, "watched", lambda folder: contextlib.nullcontext())
+    joining.connect("local").leave()
+    assert asked["_system_config"] == {"enable_metrics_collection": False}
+    assert asked["include_dashboard"] is False
