@@ -188,7 +188,7 @@ def jobs_and_cluster(
     elif cluster is None:
         connect(address)
         cluster = ray_cluster(str(address))
-    remarks = [remark for job in jobs for remark in job.remarks]
+    remarks = dict.fromkeys(remark for job in jobs for remark in job.remarks)  # what many models have, once
     return jobs, cluster, [*passed_over, *which_are_meant(known, names), *remarks]
 
 

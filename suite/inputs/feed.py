@@ -80,7 +80,6 @@ def feed(
         )
     if skip_positions:
         raise InputError(f"skip_positions leaves out tokens of text; an input of {modality} has none")
-    crops_of = spec.partition(":")[2]
     names = PICTURE_NAMES if modality == "image" else SOUND_NAMES
     main = next((name for name in names if name in form), None)
     if main is None:
@@ -89,7 +88,7 @@ def feed(
 
     def made(count: int) -> tuple[dict[str, Tensor], bool]:
         if modality == "image":
-            crops = photo_crops(crops_of, count, seed)
+            crops = photo_crops(spec, count, seed)
             own = own_pictures(crops, folder, accepted)
             main_only = {} if own else {main: _pictures(crops, form[main])}
         else:
@@ -186,7 +185,7 @@ def _filled(name: str, form: Tensor, count: int, lengths: tuple[int, int] | None
         config: Any = part.config
         return torch.randint(3, config.get_text_config().vocab_size, (count, _DECODED), generator=generator)
     if name in PICTURE_NAMES[:2] and form.ndim in (4, 5):
-        return _pictures(photo_crops("", count, seed), form)
+        return _pictures(photo_crops("image", count, seed), form)
     if name in SOUND_NAMES:
         return noise_like(form, count, seed)
     if lengths is not None and form.ndim > 1 and form.shape[1] == lengths[0]:

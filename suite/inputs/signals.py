@@ -5,6 +5,8 @@ to [-1, 1], a film is one crop that wanders over a photograph, and sound is seed
 Shapes: B images, C channels, F frames, H height, W width.
 """
 
+import io
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 
 from deadbench.suite.errors import InputError, reason_of
+from deadbench.suite.inputs.hub_pictures import read_hub_pictures
 from deadbench.suite.inputs.specs import photo_files
 
 _PROCESSOR_FILE = "preprocessor_config.json"
@@ -21,9 +24,26 @@ _LOADERS = {"image processor": "AutoImageProcessor", "feature extractor": "AutoF
 _SECONDS = 10.0  # of sound an item; extractors with a fixed length cut or fill it
 
 
-def photo_crops(folder: str, count: int, seed: int) -> list[Any]:
+def photographs(spec: str, most: int) -> list[Any]:
+    """RGB pictures that `spec` names: all of a folder, the bundled ones, or the first `most` of a Hub dataset.
+
+    Raises:
+        InputError: there are none, or one cannot be opened.
+        DatasetError: the dataset cannot be read.
+    """
+    kind, _, rest = spec.partition(":")
+    if kind != "hf":
+        return [_open_photo(path, str(path)) for path in photo_files(rest)]
+    pictures = itertools.islice(read_hub_pictures(rest), most)
+    photos = [_open_photo(io.BytesIO(encoded), name) for name, encoded in pictures]
+    if not photos:
+        raise InputError(f"input {spec!r} has no pictures")
+    return photos
+
+
+def photo_crops(spec: str, count: int, seed: int) -> list[Any]:
     """`count` RGB pictures: each photograph whole, then seeded crops of them, every other one mirrored."""
-    photos = [_open_photo(path) for path in photo_files(folder)]
+    photos = photographs(spec, count)
     rng = np.random.default_rng(seed)
     crops = list(photos[:count])
     while len(crops) < count:
@@ -108,14 +128,14 @@ def distinct_patches(pixels: Tensor, patch: int | None) -> int | None:
     return len({row.tobytes() for row in flat.numpy()})
 
 
-def _open_photo(path: Path) -> Any:
+def _open_photo(file: Path | io.BytesIO, called: str) -> Any:
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(path) as photo:
+        with Image.open(file) as photo:
             return photo.convert("RGB")
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: not a photograph that can be opened ({type(error).__name__})") from error
+        raise InputError(f"{called}: not a photograph that can be opened ({type(error).__name__})") from error
 
 
 def _pixels(photo: Any, shape: Any) -> Tensor:

@@ -11,7 +11,8 @@ from pathlib import Path
 from deadbench.suite.errors import InputError
 from deadbench.suite.storage import is_hidden
 
-MODALITIES = {"text": "text", "tokens": "text", "hf": "text", "image": "image", "audio": "audio"}
+# What a kind of input may be read as; a Hub dataset as what the model reads.
+MODALITIES = {"text": ("text",), "tokens": ("text",), "hf": ("text", "image"), "image": ("image",), "audio": ("audio",)}
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model",
 )  # fmt: skip
@@ -31,7 +32,7 @@ def check_spec(spec: str, modality: str) -> None:
             f"input {spec!r} is unknown; choose text, text:FILE, image, image:DIR, tokens:random, tokens:FILE.npy, "
             "hf:DATASET[:CONFIG][:SPLIT] or audio:noise"
         )
-    if MODALITIES[kind] != modality:
+    if modality not in MODALITIES[kind]:
         raise InputError(f"input {spec!r} does not fit a model that reads {modality}")
     if kind == "hf" and not _DATASET.fullmatch(rest.partition(":")[0]):
         raise InputError(

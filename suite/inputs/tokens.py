@@ -3,7 +3,7 @@
     text                     the bundled corpus            text:FILE    a UTF-8 text file
     image                    the bundled photographs       image:DIR    a folder of photographs
     tokens:random            seeded uniform token ids      tokens:FILE.npy   ids exactly as given, in order
-    hf:DATASET[:CONFIG][:SPLIT]    a Hub dataset's text column
+    hf:DATASET[:CONFIG][:SPLIT]    a Hub dataset's text column, or of a model of pictures its pictures
     audio:noise              seeded Gaussian noise
 
 Nothing falls back to something else: a model without a tokenizer cannot read text, and says so.
