@@ -32,6 +32,7 @@ def models():
     return [published.model(name) for name in VIDEO]
 
 
+@pytest.mark.slow
 def test_a_small_one_of_each_is_read_through_films(models, deadbench, tmp_path, monkeypatch):
     """Two frames in a patch, or one; a class token, or none: rows of whole films, and the kernel of a LayerNorm."""
     monkeypatch.chdir(tmp_path)
