@@ -30,7 +30,8 @@ InputSpec = Annotated[
     typer.Option(
         "--input",
         metavar="SPEC",
-        help="text[:FILE], image[:DIR], tokens:random, tokens:FILE.npy, hf:… \\[default: by the modality]",
+        help="text[:FILE], image[:DIR], image-text[:DIR], tokens:random, tokens:FILE.npy, hf:… "
+        "\\[default: by the modality]",
     ),
 ]
 Seed = Annotated[int, typer.Option(min=0, metavar="N", help="Seed of random weights and inputs.")]

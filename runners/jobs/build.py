@@ -17,7 +17,7 @@ from deadbench.runners.jobs.own_model import own_model
 from deadbench.suite.checkpoints.series import Series, gathered, series_in
 from deadbench.suite.checkpoints.sources import locate
 from deadbench.suite.errors import CheckpointError, InputError, one_line, one_source
-from deadbench.suite.inputs.specs import check_spec, content_hash
+from deadbench.suite.inputs.specs import MIXED, check_spec, content_hash
 from deadbench.suite.read_specs import DEFAULT_READS, READ_SPECS
 from deadbench.suite.registry.entries import Model, Protocol, Registry, SuiteEntry
 from deadbench.suite.secrets import shown_place
@@ -276,7 +276,7 @@ def _protocol_hash(read: str, protocol: Protocol, dtype: str, input_spec: str) -
 def _absolute(spec: str) -> str:
     """An input with its file by absolute path: a worker runs in another folder."""
     kind, _, rest = spec.partition(":")
-    local = rest and kind in ("text", "image", "tokens") and rest != "random"
+    local = rest and kind in ("text", "image", "tokens", *MIXED) and rest != "random"
     return f"{kind}:{Path(rest).resolve()}" if local else spec
 
 

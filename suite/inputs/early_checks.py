@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deadbench.suite.errors import InputError, first_line
-from deadbench.suite.inputs.specs import TOKENIZER_FILES
+from deadbench.suite.inputs.specs import MIXED, TOKENIZER_FILES
 
 # Architectures whose positions are a table, and how many of its entries no token can have.
 _TABLES = {
@@ -40,6 +40,8 @@ def check_config(spec: str, modality: str, config: Mapping[str, Any], names: Seq
     if modality == "text" and not text and (pictures or sound):
         other = "image" if pictures else "audio:noise"
         raise InputError(f"input {spec!r} is text, and {model_type} takes none; give --input {other}")
+    if kind in MIXED and not (text and pictures):
+        raise InputError(f"input {spec!r} is pictures and text, and {model_type} does not take both; give --input text")
     of_text_alone = text and not (pictures or sound) and not keys.isdisjoint((*_POSITIONS, "rope_theta"))
     if modality != "text" and of_text_alone:
         raise InputError(f"input {spec!r} is {modality}, and {model_type} takes text; give --input text, tokens:random")

@@ -7,8 +7,7 @@ Shapes: B items, T positions.
 """
 
 import inspect
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from deadbench.suite.architectures.parts import PICTURE_NAMES, SOUND_NAMES
 from deadbench.suite.errors import InputError, first_line, reason_of
 from deadbench.suite.inputs.batches import Batch, Inputs
 from deadbench.suite.inputs.early_checks import check_positions
+from deadbench.suite.inputs.mixed import mixed_batches
 from deadbench.suite.inputs.positions import longest, position_tables, tokens_for, without_first
 from deadbench.suite.inputs.signals import (
     distinct_patches,
@@ -31,7 +31,8 @@ from deadbench.suite.inputs.signals import (
     photo_crops,
     plain_pictures,
 )
-from deadbench.suite.inputs.tokens import token_batches
+from deadbench.suite.inputs.specs import MIXED
+from deadbench.suite.inputs.tokens import special_ids, token_batches, vocabulary
 from deadbench.suite.tracing.meta_passes import attempts
 from deadbench.suite.tracing.minimal_inputs import minimal_inputs, placed
 
@@ -73,6 +74,13 @@ def feed(
     Raises:
         InputError: an input that cannot be had, or a form that nothing here makes.
     """
+    if spec.partition(":")[0] in MIXED:
+        if skip_positions:
+            raise InputError("skip_positions leaves out tokens of text; of pictures and text give image-text/text")
+        return mixed_batches(
+            part, spec, num_tokens=num_tokens, seed=seed, folder=folder, batch_tokens=batch_tokens,
+            least_items=least_items,
+        )  # fmt: skip
     form = working_form(part) if form is None else form
     if modality == "text":
         return _feed_tokens(
@@ -139,13 +147,13 @@ def _feed_tokens(
     def tokens(count: int) -> Inputs:
         made = token_batches(
             spec,
-            vocab_size=_vocabulary(text_config),
+            vocab_size=vocabulary(text_config),
             num_tokens=count,
             sequence_length=sequence_length,
             seed=seed,
             tokenizer_folder=folder,
             batch_tokens=batch_tokens,
-            avoided_ids=_special_ids(config),
+            avoided_ids=special_ids(config),
         )
         if getattr(config, "position_embedding_type", "absolute") == "absolute":
             length = max(batch.model_inputs["input_ids"].shape[1] for batch in made.batches)
@@ -265,20 +273,3 @@ def _slice(inputs: dict[str, Tensor], start: int, per_batch: int, count: int) ->
         share = max(1, tensor.shape[0] // count)
         part[name] = tensor[start * share : (start + per_batch) * share] if tensor.shape[0] >= count else tensor
     return part
-
-
-def _vocabulary(config: Any) -> int:
-    """How many ids the model knows; one that hashes them (CANINE) knows every code point."""
-    size: int = config.vocab_size if hasattr(config, "vocab_size") else sys.maxunicode + 1
-    return size
-
-
-def _special_ids(config: Any) -> Sequence[int]:
-    """Ids that stand for padding, whose embedding is often zero, or for a picture or sound to be put in their place."""
-    ids = []
-    for each in (config, config.get_text_config()):
-        for name, value in vars(each).items():
-            other = any(word in name for word in ("image", "video", "audio", "vision", "boi", "eoi"))
-            if name == "pad_token_id" or (other and name.endswith(("token_id", "token_index"))):
-                ids += [value] if isinstance(value, int) and value >= 0 else []
-    return sorted(set(ids))
