@@ -156,7 +156,8 @@ def _plain_form(part: nn.Module) -> dict[str, Tensor]:
     offers, accepted = Offers(getattr(config, "vision_config", config), torch.device("cpu")), _accepted(part)
     grid = {"image_grid_thw": offers("grid_thw")[0]} if "image_grid_thw" in accepted else {}
     failure = "it takes no pixel_values"
-    for pixels in offers("pixel_values") if "pixel_values" in accepted else ():
+    likely = offers("pixel_values") if "pixel_values" in accepted else []
+    for pixels in [each for each in likely if each.ndim == 2] if grid else likely:  # a grid is of patches in a row
         form = {"pixel_values": pixels[:, :1] if pixels.ndim == 5 else pixels} | grid
         try:
             _places(part, form)
@@ -198,6 +199,9 @@ def _places(part: nn.Module, pictures: Mapping[str, Tensor]) -> int:
         features = made if isinstance(made, (list, tuple)) else [made]
         return sum(each.numel() // each.shape[-1] for each in features)
     assert failure is not None
+    if "image_grid_thw" in pictures and next(part.parameters()).is_meta:  # a tower that reads the grid, which is told
+        config: Any = part.config
+        return int(pictures["image_grid_thw"].prod(-1).sum()) // config.vision_config.spatial_merge_size**2
     raise InputError(f"{type(part).__name__} makes nothing of the picture: {reason_of(failure)}") from failure
 
 

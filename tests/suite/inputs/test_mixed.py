@@ -77,6 +77,10 @@ def test_the_model_runs_on_it_and_every_token_is_of_one_kind(models, name):
         assert set(other.mask_ST.sum(1).tolist()) == {places}
     assert sum(batch.num_rows for batch in pictures.batches) == pictures.num_tokens
     assert "captions made up" in every.description
+    unloaded = fed(copy.deepcopy(part).to("meta"))  # as block streaming has it, and tensor parallel
+    assert unloaded.num_tokens == every.num_tokens
+    for one, other in zip(every.batches, unloaded.batches, strict=True):
+        assert all(torch.equal(one.model_inputs[name], other.model_inputs[name]) for name in one.model_inputs)
     assert text.description.endswith("text tokens count)")
 
 
