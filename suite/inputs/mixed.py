@@ -201,7 +201,8 @@ def _places(part: nn.Module, pictures: Mapping[str, Tensor]) -> int:
     assert failure is not None
     if "image_grid_thw" in pictures and next(part.parameters()).is_meta:  # a tower that reads the grid, which is told
         config: Any = part.config
-        return int(pictures["image_grid_thw"].prod(-1).sum()) // config.vision_config.spatial_merge_size**2
+        merged: int = config.vision_config.spatial_merge_size**2  # patches in a place
+        return int(pictures["image_grid_thw"].prod(-1).sum()) // merged
     raise InputError(f"{type(part).__name__} makes nothing of the picture: {reason_of(failure)}") from failure
 
 
