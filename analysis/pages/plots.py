@@ -101,7 +101,10 @@ def report_plots(
             "First positions left out",
             "Models that were read both ways: with all positions, and by a protocol with skip_positions. Attention "
             "sinks and massive activations sit at the first ones.",
-            [(QUANTITIES[name], positions_plot(reads, blocks, name)) for name in QUANTITIES],
+            [
+                *by_family(lambda family: positions_plot(reads, blocks, "depth", family)),
+                *((told, positions_plot(reads, blocks, name)) for name, told in QUANTITIES.items() if name != "depth"),
+            ],
         ),
     ]
     told = [(title, caption, [(name, spec) for name, spec in panels if spec]) for title, caption, panels in plots]

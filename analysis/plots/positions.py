@@ -17,10 +17,10 @@ WITH, WITHOUT = "all positions", "first positions left out"
 _COLOURS = {WITH: "#3b82d6", WITHOUT: "#e07b39"}
 
 
-def positions_plot(reads: pl.LazyFrame, blocks: pl.LazyFrame, quantity: str) -> Spec | None:
+def positions_plot(reads: pl.LazyFrame, blocks: pl.LazyFrame, quantity: str, family: str | None = None) -> Spec | None:
     """One of `QUANTITIES` of each model that was read both ways: with all positions, and by a protocol that skips some.
 
-    The two reads are of one model, weights, checkpoint and dtype.
+    The two reads are of one model, weights, checkpoint and dtype; with `family`, of the models of that one.
     """
     import altair as alt
 
@@ -32,11 +32,12 @@ def positions_plot(reads: pl.LazyFrame, blocks: pl.LazyFrame, quantity: str) -> 
         forward_lines(reads)
         .join(taps, on=[*KEY, "run_id"], how="left", nulls_equal=True)
         .select(
-            "model", "read", "dtype", "revision", "protocol", "skip_positions", "num_tokens",
+            "model", "family", "read", "dtype", "revision", "protocol", "skip_positions", "num_tokens",
             line=pl.concat_str(pl.col("model", "read", "revision", "dtype"), separator=" ", ignore_nulls=True),
             positions=pl.when(skipped > 0).then(pl.lit(WITHOUT)).otherwise(pl.lit(WITH)),
             value=pl.col(quantity),
         )
+        .filter(pl.lit(True) if family is None else pl.col("family") == family)
         .filter(pl.col("value").is_not_null() & ((pl.col("value") > 0) | (quantity != "sigma_min")))
         .filter(pl.col("positions").n_unique().over("line") == 2)
         .sort("line", "positions", "protocol")

@@ -30,7 +30,8 @@ InputSpec = Annotated[
     typer.Option(
         "--input",
         metavar="SPEC",
-        help="text[:FILE], image[:DIR], tokens:random, tokens:FILE.npy, hf:… \\[default: by the modality]",
+        help="text[:FILE], image[:DIR], image-text[:DIR], tokens:random, tokens:FILE.npy, hf:… "
+        "\\[default: by the modality]",
     ),
 ]
 Seed = Annotated[int, typer.Option(min=0, metavar="N", help="Seed of random weights and inputs.")]
@@ -188,7 +189,7 @@ def jobs_and_cluster(
     elif cluster is None:
         connect(address)
         cluster = ray_cluster(str(address))
-    remarks = [remark for job in jobs for remark in job.remarks]
+    remarks = dict.fromkeys(remark for job in jobs for remark in job.remarks)  # what many models have, once
     return jobs, cluster, [*passed_over, *which_are_meant(known, names), *remarks]
 
 

@@ -4,42 +4,45 @@ A `ModelJob` is what one actor does; its `ReadJob`s carry the key under which th
 read is recognised before anything is loaded.
 """
 
-import contextlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from deadbench.runners.engines.registry import DEFAULT, ENGINES, refused_together
-from deadbench.runners.jobs.job import JobError, ModelJob, Overrides, ReadJob, SourceError, Unfit, protocol_hash
+from deadbench.runners.jobs.given_input import GivenInput, changed_label, default_input, given_input, why_unfit
+from deadbench.runners.jobs.job import JobError, ModelJob, Overrides, ReadJob, SourceError, protocol_hash
 from deadbench.runners.jobs.opening import Opened, fingerprint_of, needs_config_alone, open_all, revisions_of
 from deadbench.runners.jobs.own_model import own_model
 from deadbench.suite.checkpoints.series import Series, gathered, series_in
 from deadbench.suite.checkpoints.sources import locate
 from deadbench.suite.errors import CheckpointError, InputError, one_line, one_source
-from deadbench.suite.inputs.early_checks import check_config
-from deadbench.suite.inputs.specs import check_spec, content_hash
+from deadbench.suite.inputs.specs import MIXED, check_spec, content_hash
 from deadbench.suite.read_specs import DEFAULT_READS, READ_SPECS
 from deadbench.suite.registry.entries import Model, Protocol, Registry, SuiteEntry
 from deadbench.suite.registry.loading import folder_of
 from deadbench.suite.secrets import shown_place
 
-DEFAULT_INPUT = {"text": "text", "image": "image", "audio": "audio:noise"}
 _CONCURRENT_MODELS = 16
 
 
 @dataclass(frozen=True)
 class _Asked:
-    """What is asked of one model; `input` as it was written, and what is installed here matters unless `assumed`."""
+    """What is asked of one model; its input as it was written, and what is installed here matters unless `assumed`."""
 
     model: Model
     reads: list[str]
-    input: str
+    given: GivenInput
     protocol_name: str
     protocol: Protocol
     overrides: Overrides
     base: Path
     assumed: bool
+
+    @property
+    def input(self) -> str:
+        """The specification of what it is fed."""
+        return self.given.spec
 
 
 def build_jobs(
@@ -99,12 +102,19 @@ def build_jobs(
     def asked_of(each: str | Series | SuiteEntry, model: Model) -> _Asked:
         entry = each if isinstance(each, SuiteEntry) else suite_entries.get(model.id, SuiteEntry(model=model.id))
         wanted = reads or entry.reads or (suite.reads if suite else list(DEFAULT_READS))
+        protocol = registry.protocols[protocol_name]
+        told = overrides.input or entry.input
+        if told or not any(READ_SPECS[read].runs_model for read in wanted):
+            given = GivenInput(told or default_input(model, protocol))
+        else:
+            given = given_input(model, protocol, overrides, base)
+        as_if_told = replace(overrides, input=given.spec) if given.stands_for else overrides
         return _Asked(
             model=model,
             reads=[read for read in READ_SPECS if read in wanted],
-            input=overrides.input or entry.input or model.input or DEFAULT_INPUT[model.modality],
-            protocol_name=protocol_name + _label(registry, protocol_name, model, overrides),
-            protocol=registry.protocols[protocol_name],
+            given=given,
+            protocol_name=protocol_name + changed_label(registry, protocol_name, model, as_if_told),
+            protocol=protocol,
             overrides=overrides,
             base=base,
             assumed=assumed,
@@ -162,28 +172,6 @@ def _meant(
     return model.model_copy(update={"checkpoints": list(found.names)}), found
 
 
-def _label(registry: Registry, protocol_name: str, model: Model, overrides: Overrides) -> str:
-    """What the command line changes; an input that the registry gives the model under that protocol changes nothing."""
-    if overrides.taps == registry.protocols[protocol_name].taps:
-        overrides = replace(overrides, taps=None)
-    if overrides.input is None:
-        return overrides.label()
-    suites = [suite for suite in registry.suites.values() if suite.protocol == protocol_name]
-    entries = [entry.input for suite in suites for entry in suite.entries() if entry.model == model.id]
-    own = model.input or DEFAULT_INPUT[model.modality]
-    same = any(_same_input(given or own, overrides.input) for given in [*entries, None])
-    return (replace(overrides, input=None) if same else overrides).label()
-
-
-def _same_input(one: str, other: str) -> bool:
-    """Whether two inputs are of one kind and content, which is what the protocol's hash goes by."""
-    if one.partition(":")[0] != other.partition(":")[0]:
-        return False
-    with contextlib.suppress(OSError, InputError):  # what is not here is another, or is told where it is asked for
-        return content_hash(one) == content_hash(other)
-    return False
-
-
 def _wished(model: Model, base: Path, assumed: bool, overrides: Overrides) -> str:
     """The registry's engine, which is a wish: torch where it is not installed or lacks the architecture."""
     if model.engine == "auto":
@@ -221,14 +209,15 @@ def _check_divides(model: Model, tensor_parallel: int, base: Path, overrides: Ov
 def _model_job(asked: _Asked, series: bool) -> ModelJob:
     """The reads of one model: of every checkpoint of its `series`, or of the one that stands for it."""
     model, overrides = asked.model, asked.overrides
-    if any(READ_SPECS[read].runs_model for read in asked.reads):
+    runs_model = any(READ_SPECS[read].runs_model for read in asked.reads)
+    if runs_model:
         try:
             check_spec(asked.input, model.modality)
         except InputError as error:
             raise JobError(f"{model.id}: {error}") from error
         tensor_parallel = overrides.tensor_parallel or (model.gpus if overrides.replicas == 1 else 1)
         _check_divides(model, tensor_parallel, asked.base, overrides)
-    unfit = _unfit(asked)
+    unfit = why_unfit(model, asked.input, overrides, asked.base) if runs_model else None
     engine = _engine(asked)
     revisions, unlisted = revisions_of(model, asked.base) if series else ([model.revision], None)
     if unlisted is not None or all(needs_config_alone(model, read) for read in asked.reads):
@@ -236,6 +225,8 @@ def _model_job(asked: _Asked, series: bool) -> ModelJob:
     else:
         wanted = revisions if any(READ_SPECS[read].per_checkpoint for read in asked.reads) else revisions[:1]
     opened, remarks = open_all(model.source, wanted, asked.base, overrides)
+    if asked.given.stands_for:
+        remarks.append(f"{asked.given.why}: {asked.input} stands for it")
     jobs = []
     for revision in revisions:
         for read in asked.reads:
@@ -245,24 +236,6 @@ def _model_job(asked: _Asked, series: bool) -> ModelJob:
                     found = found[0], unfit
                 jobs.append(_read_job(asked, read, revision, engine, found))
     return ModelJob(model.id, tuple(jobs), _tensor_parallel(model, overrides, engine), remarks=tuple(remarks))
-
-
-def _unfit(asked: _Asked) -> Unfit | None:
-    """Why the model cannot take its input, as far as its configuration and the names of its files tell."""
-    model = asked.model
-    if not any(READ_SPECS[read].runs_model for read in asked.reads):
-        return None
-    try:
-        known = model.main_checkpoint()
-        checkpoint = asked.overrides.opened(model.source, known, asked.base) if model.source else None
-        here = checkpoint if checkpoint is not None and checkpoint.folder is not None else None
-        config = model.config or (checkpoint.config() if checkpoint is not None else {})
-        check_config(asked.input, config, None if here is None else here.names())
-    except InputError as error:
-        return Unfit(error)
-    except CheckpointError:
-        pass  # which the read will say
-    return None
 
 
 def _read_job(asked: _Asked, read: str, revision: str | None, engine: str, opened: Opened) -> ReadJob:
@@ -283,6 +256,7 @@ def _read_job(asked: _Asked, read: str, revision: str | None, engine: str, opene
         protocol=protocol,
         protocol_hash=_protocol_hash(read, protocol, dtype, asked.input),
         input=_absolute(asked.input) if spec.runs_model else None,
+        stands_for=asked.given.stands_for if spec.runs_model else None,
         dtype=dtype,
         fingerprint=fingerprint,
         base=asked.base,
@@ -303,7 +277,7 @@ def _protocol_hash(read: str, protocol: Protocol, dtype: str, input_spec: str) -
 def _absolute(spec: str) -> str:
     """An input with its file by absolute path: a worker runs in another folder."""
     kind, _, rest = spec.partition(":")
-    local = rest and kind in ("text", "image", "tokens") and rest != "random"
+    local = rest and kind in ("text", "image", "tokens", *MIXED) and rest != "random"
     return f"{kind}:{Path(rest).resolve()}" if local else spec
 
 

@@ -98,6 +98,8 @@ def to_tables(rows: Rows, read: ReadJob, run_id: str, attempt: int, started_at: 
         "attempt": attempt,
     }
     row.setdefault("input", read.input)
+    if read.stands_for is not None:
+        row["input"] = f"{row['input']} (stands for {read.stands_for})"
     row.setdefault("peak_host_bytes", peak_host_bytes())
     row.setdefault("tensor_parallel", read.tensor_parallel if read.engine else None)
     row["flags"] = flags(row, rows.get("blocks", ())) if row.get("status") == "ok" else None

@@ -89,6 +89,7 @@ class ReadJob:
     tensor_parallel: int = 1  # devices that share the model; the driver sets it
     half_batch: bool = False  # after an attempt that ran out of memory
     replicas: int = 1  # processes that run the whole model, each on a part of the tokens
+    stands_for: str | None = None  # the protocol's own input, which cannot be had and which `input` replaces
     checkpoint_interval: float = 0.0  # seconds between two checkpoints; 0: none
     checkpoint_location: str | None = None  # the result set, absolute; the driver sets both
     config: dict[str, Any] | None = None  # in place of the source's own

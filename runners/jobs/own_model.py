@@ -27,8 +27,8 @@ def own_model(named: str | Series, overrides: Overrides) -> Model:
             config = checkpoint.config()
     except CheckpointError as error:
         raise SourceError(f"{error} (and no model of that id is in the registry)") from error
-    told = MODALITIES.get(overrides.input.partition(":")[0]) if overrides.input else None
-    modality = told or _main_modality(config)
+    told = MODALITIES.get(overrides.input.partition(":")[0], ()) if overrides.input else ()
+    modality = told[0] if len(told) == 1 else _main_modality(config)
     if series is not None:
         return Model.model_construct(id=shown_place(series.name), source=source, modality=modality)
     revision = None if "@" in source else checkpoint.revision

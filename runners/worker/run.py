@@ -120,7 +120,8 @@ def _read_random(read: ReadJob) -> Reading:
             checkpoint = read.opened(read.model.main_checkpoint())
             raw_config = checkpoint.config()
             yield from _where_from(read, checkpoint)
-        if read.input is not None and read.input.partition(":")[0] in ("text", "hf"):
+        reads_text = read.input is not None and read.input.partition(":")[0] in ("text", "hf")
+        if reads_text and read.model.modality == "text":
             if read.model.source is None:
                 raise ValueError("text needs a tokenizer and the registry gives no source; use tokens:random")
             checkpoint = read.opened(read.model.main_checkpoint())

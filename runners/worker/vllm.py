@@ -33,6 +33,7 @@ from deadbench.runners.worker.passes import accumulator_bytes
 from deadbench.runners.worker.request import StoredWeights, Weights, entries_of, make_inputs, tensor_name
 from deadbench.suite.architectures.stored_names import wrapped
 from deadbench.suite.inputs.batches import Inputs, check_inputs
+from deadbench.suite.inputs.specs import MIXED
 from deadbench.suite.reads.columns import architecture_columns
 from deadbench.suite.reads.residual import ResidualRead
 from deadbench.suite.schema import Row
@@ -52,6 +53,8 @@ def read_vllm(read: ReadJob, config: Configuration, weights: Weights) -> Reading
         raise ValueError(missing)
     if read.model.modality != "text":
         raise ValueError(f"the vLLM engine reads text models, not {read.model.modality}; give --engine torch")
+    if (read.input or "").partition(":")[0] in MIXED:
+        raise ValueError("the vLLM engine is given no pictures beside text; give --engine torch")
     if read.protocol.skip_positions:
         raise ValueError("the vLLM engine leaves no positions out, as skip_positions asks; give --engine torch")
     if isinstance(weights, StoredWeights) and weights.format != "safetensors":

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deadbench.suite.errors import InputError, first_line
-from deadbench.suite.inputs.specs import MODALITIES, TOKENIZER_FILES
+from deadbench.suite.inputs.specs import MIXED, TOKENIZER_FILES
 
 # Architectures whose positions are a table, and how many of its entries no token can have.
 _TABLES = {
@@ -26,10 +26,13 @@ _SOUND_WORDS = ("audio", "mel_bins", "sampling_rate", "speech", "feat_extract", 
 _TEXT_WORDS = ("vocab", "text", "llm", "language", "thinker")
 
 
-def check_config(spec: str, config: Mapping[str, Any], names: Sequence[str] | None) -> None:
-    """Raise InputError where the model of `config` cannot take `spec`; `names` of its files, None where not known."""
+def check_config(spec: str, modality: str, config: Mapping[str, Any], names: Sequence[str] | None) -> None:
+    """Raise InputError where the model of `config` cannot take `spec`, which is of `modality`.
+
+    `names` are those of its files, None where they are not known.
+    """
     kind, _, rest = spec.partition(":")
-    modality, keys = MODALITIES[kind], set(_keys(config))
+    keys = set(_keys(config))
     pictures, sound, text = (
         any(word in key for key in keys for word in words) for words in (_PICTURE_WORDS, _SOUND_WORDS, _TEXT_WORDS)
     )
@@ -37,10 +40,12 @@ def check_config(spec: str, config: Mapping[str, Any], names: Sequence[str] | No
     if modality == "text" and not text and (pictures or sound):
         other = "image" if pictures else "audio:noise"
         raise InputError(f"input {spec!r} is text, and {model_type} takes none; give --input {other}")
+    if kind in MIXED and not (text and pictures):
+        raise InputError(f"input {spec!r} is pictures and text, and {model_type} does not take both; give --input text")
     of_text_alone = text and not (pictures or sound) and not keys.isdisjoint((*_POSITIONS, "rope_theta"))
     if modality != "text" and of_text_alone:
         raise InputError(f"input {spec!r} is {modality}, and {model_type} takes text; give --input text, tokens:random")
-    if kind in ("text", "hf") and names is not None and not _has_tokenizer(names):
+    if modality == "text" and kind in ("text", "hf") and names is not None and not has_tokenizer(names):
         raise InputError(
             f"input {spec!r} needs the model's tokenizer, and there is none; give --input tokens:random or "
             "tokens:FILE.npy"
@@ -111,8 +116,11 @@ def _positions(config: Mapping[str, Any]) -> int | None:
     return None if said is None else int(said) - taken
 
 
-def _has_tokenizer(names: Sequence[str]) -> bool:
-    """Tokenizers without a vocabulary file (of bytes, of characters) have their configuration alone."""
+def has_tokenizer(names: Sequence[str]) -> bool:
+    """Whether a folder of files with these names has a tokenizer.
+
+    Those without a vocabulary file (of bytes, of characters) have their configuration alone.
+    """
     return any(name in names for name in (*TOKENIZER_FILES, "tokenizer_config.json"))
 
 

@@ -7,8 +7,7 @@ Shapes: B items, T positions.
 """
 
 import inspect
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from deadbench.suite.architectures.parts import PICTURE_NAMES, SOUND_NAMES
 from deadbench.suite.errors import InputError, first_line, reason_of
 from deadbench.suite.inputs.batches import Batch, Inputs
 from deadbench.suite.inputs.early_checks import check_positions
+from deadbench.suite.inputs.mixed import mixed_batches
 from deadbench.suite.inputs.positions import longest, position_tables, tokens_for, without_first
 from deadbench.suite.inputs.signals import (
     Crop,
@@ -32,7 +32,8 @@ from deadbench.suite.inputs.signals import (
     photo_crops,
     plain_pictures,
 )
-from deadbench.suite.inputs.tokens import token_batches
+from deadbench.suite.inputs.specs import MIXED
+from deadbench.suite.inputs.tokens import special_ids, token_batches, vocabulary
 from deadbench.suite.tracing.meta_passes import attempts
 from deadbench.suite.tracing.minimal_inputs import minimal_inputs, placed
 
@@ -74,6 +75,13 @@ def feed(
     Raises:
         InputError: an input that cannot be had, or a form that nothing here makes.
     """
+    if spec.partition(":")[0] in MIXED:
+        if skip_positions:
+            raise InputError("skip_positions leaves out tokens of text; of pictures and text give image-text/text")
+        return mixed_batches(
+            part, spec, num_tokens=num_tokens, seed=seed, folder=folder, batch_tokens=batch_tokens,
+            least_items=least_items,
+        )  # fmt: skip
     form = working_form(part) if form is None else form
     if modality == "text":
         return _feed_tokens(
@@ -81,7 +89,6 @@ def feed(
         )
     if skip_positions:
         raise InputError(f"skip_positions leaves out tokens of text; an input of {modality} has none")
-    crops_of = spec.partition(":")[2]
     names = PICTURE_NAMES if modality == "image" else SOUND_NAMES
     main = next((name for name in names if name in form), None)
     if main is None:
@@ -90,7 +97,7 @@ def feed(
 
     def made(count: int) -> tuple[dict[str, Tensor], bool]:
         if modality == "image":
-            crops = photo_crops(crops_of, count, seed)
+            crops = photo_crops(spec, count, seed)
             own = own_pictures(crops, folder, accepted)
             main_only = {} if own else {main: _pictures(crops, form[main])}
         else:
@@ -141,13 +148,13 @@ def _feed_tokens(
     def tokens(count: int) -> Inputs:
         made = token_batches(
             spec,
-            vocab_size=_vocabulary(text_config),
+            vocab_size=vocabulary(text_config),
             num_tokens=count,
             sequence_length=sequence_length,
             seed=seed,
             tokenizer_folder=folder,
             batch_tokens=batch_tokens,
-            avoided_ids=_special_ids(config),
+            avoided_ids=special_ids(config),
         )
         if getattr(config, "position_embedding_type", "absolute") == "absolute":
             length = max(batch.model_inputs["input_ids"].shape[1] for batch in made.batches)
@@ -187,7 +194,7 @@ def _filled(name: str, form: Tensor, count: int, lengths: tuple[int, int] | None
         config: Any = part.config
         return torch.randint(3, config.get_text_config().vocab_size, (count, _DECODED), generator=generator)
     if name in PICTURE_NAMES[:2] and form.ndim in (4, 5):
-        return _pictures(photo_crops("", count, seed), form)
+        return _pictures(photo_crops("image", count, seed), form)
     if name in SOUND_NAMES:
         return noise_like(form, count, seed)
     if lengths is not None and form.ndim > 1 and form.shape[1] == lengths[0]:
@@ -267,20 +274,3 @@ def _slice(inputs: dict[str, Tensor], start: int, per_batch: int, count: int) ->
         share = max(1, tensor.shape[0] // count)
         part[name] = tensor[start * share : (start + per_batch) * share] if tensor.shape[0] >= count else tensor
     return part
-
-
-def _vocabulary(config: Any) -> int:
-    """How many ids the model knows; one that hashes them (CANINE) knows every code point."""
-    size: int = config.vocab_size if hasattr(config, "vocab_size") else sys.maxunicode + 1
-    return size
-
-
-def _special_ids(config: Any) -> Sequence[int]:
-    """Ids that stand for padding, whose embedding is often zero, or for a picture or sound to be put in their place."""
-    ids = []
-    for each in (config, config.get_text_config()):
-        for name, value in vars(each).items():
-            other = any(word in name for word in ("image", "video", "audio", "vision", "boi", "eoi"))
-            if name == "pad_token_id" or (other and name.endswith(("token_id", "token_index"))):
-                ids += [value] if isinstance(value, int) and value >= 0 else []
-    return sorted(set(ids))

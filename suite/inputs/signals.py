@@ -5,11 +5,17 @@ to [-1, 1], a film is one crop that wanders over a photograph, and sound is seed
 Shapes: B images, C channels, F frames, H height, W width.
 """
 
+<<<<<<< HEAD
 import contextlib
 import io
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+=======
+import io
+import itertools
+from collections.abc import Callable
+>>>>>>> p-paper
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +24,7 @@ import torch
 from torch import Tensor
 
 from deadbench.suite.errors import InputError, reason_of
+from deadbench.suite.inputs.hub_pictures import read_hub_pictures
 from deadbench.suite.inputs.specs import photo_files
 from deadbench.suite.storage import read_file
 
@@ -29,6 +36,7 @@ _MOST_PIXELS_AT_ONCE = 400_000_000  # 1.6 GB
 _SECONDS = 10.0  # of sound an item; extractors with a fixed length cut or fill it
 
 
+<<<<<<< HEAD
 @dataclass(frozen=True)
 class Crop:
     """A part of a photograph that is not yet decoded: `box` is left, top, right and bottom in its pixels."""
@@ -56,6 +64,28 @@ def photo_crops(folder: str, count: int, seed: int) -> list[Crop]:
         InputError: no photographs, or one that is none, or too large.
     """
     photos = [(path, _size(path)) for path in photo_files(folder)]
+=======
+def photographs(spec: str, most: int) -> list[Any]:
+    """RGB pictures that `spec` names: all of a folder, the bundled ones, or the first `most` of a Hub dataset.
+
+    Raises:
+        InputError: there are none, or one cannot be opened.
+        DatasetError: the dataset cannot be read.
+    """
+    kind, _, rest = spec.partition(":")
+    if kind != "hf":
+        return [_open_photo(path, str(path)) for path in photo_files(rest)]
+    pictures = itertools.islice(read_hub_pictures(rest), most)
+    photos = [_open_photo(io.BytesIO(encoded), name) for name, encoded in pictures]
+    if not photos:
+        raise InputError(f"input {spec!r} has no pictures")
+    return photos
+
+
+def photo_crops(spec: str, count: int, seed: int) -> list[Any]:
+    """`count` RGB pictures: each photograph whole, then seeded crops of them, every other one mirrored."""
+    photos = photographs(spec, count)
+>>>>>>> p-paper
     rng = np.random.default_rng(seed)
     crops = [Crop(path, (0, 0, *size)) for path, size in photos[:count]]
     while len(crops) < count:
@@ -151,6 +181,7 @@ def distinct_patches(pixels: Tensor, patch: int | None) -> int | None:
     return len({row.tobytes() for row in flat.numpy()})
 
 
+<<<<<<< HEAD
 def _each(crops: list[Crop], make: Callable[[Any], Any]) -> list[Any]:
     """What `make` makes of each picture, in their order; of the photographs one is decoded at a time."""
     places: dict[Path, list[int]] = {}
@@ -189,6 +220,16 @@ def _photograph(path: Path) -> Iterator[Any]:
         raise
     except Exception as error:
         raise InputError(f"{path}: not a photograph that can be opened ({reason_of(error)})") from error
+=======
+def _open_photo(file: Path | io.BytesIO, called: str) -> Any:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(file) as photo:
+            return photo.convert("RGB")
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        raise InputError(f"{called}: not a photograph that can be opened ({type(error).__name__})") from error
+>>>>>>> p-paper
 
 
 def _pixels(photo: Any, shape: Any) -> Tensor:

@@ -11,11 +11,16 @@ from pathlib import Path
 from deadbench.suite.errors import InputError
 from deadbench.suite.storage import is_hidden
 
-MODALITIES = {"text": "text", "tokens": "text", "hf": "text", "image": "image", "audio": "audio"}
+# What a kind of input may be read as; a Hub dataset as what the model reads.
+MODALITIES = {"text": ("text",), "tokens": ("text",), "hf": ("text", "image"), "image": ("image",), "audio": ("audio",)}
+# Photographs with captions, for a model that takes both; the last two count the tokens of one kind alone.
+MIXED = ("image-text", "image-text/text", "image-text/picture")
+MODALITIES |= dict.fromkeys(MIXED, ("text",))
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model",
 )  # fmt: skip
 _DATASET = re.compile(r"[\w.-]+/[\w.-]+")
+_CAPTION_CHARACTERS = 10_000  # the beginning of a longer one is read
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
@@ -29,9 +34,9 @@ def check_spec(spec: str, modality: str) -> None:
     ):
         raise InputError(
             f"input {spec!r} is unknown; choose text, text:FILE, image, image:DIR, tokens:random, tokens:FILE.npy, "
-            "hf:DATASET[:CONFIG][:SPLIT] or audio:noise"
+            "image-text[/text, /picture][:DIR], hf:DATASET[:CONFIG][:SPLIT] or audio:noise"
         )
-    if MODALITIES[kind] != modality:
+    if modality not in MODALITIES[kind]:
         raise InputError(f"input {spec!r} does not fit a model that reads {modality}")
     if kind == "hf" and not _DATASET.fullmatch(rest.partition(":")[0]):
         raise InputError(
@@ -40,7 +45,7 @@ def check_spec(spec: str, modality: str) -> None:
         )
     if kind == "text" and rest and not Path(rest).is_file():
         raise InputError(f"input {spec!r}: no such file")
-    if kind == "image" and rest and not Path(rest).is_dir():
+    if kind in ("image", *MIXED) and rest and not Path(rest).is_dir():
         raise InputError(f"input {spec!r}: no such directory")
     if kind == "tokens" and rest != "random" and not Path(rest).is_file():
         raise InputError(f"input {spec!r}: no such file; give tokens:random or a .npy file")
@@ -55,6 +60,9 @@ def content_hash(spec: str) -> str:
     elif kind == "image":
         for photo in photo_files(rest):
             digest.update(photo.read_bytes())
+    elif kind in MIXED:
+        for photo, caption in zip(photo_files(rest), captions(rest), strict=True):
+            digest.update(photo.read_bytes() + caption.encode())
     else:
         digest.update(text_path(rest).read_bytes() if kind == "text" else Path(rest).read_bytes())
     return digest.hexdigest()[:16]
@@ -72,6 +80,28 @@ def photo_files(folder: str) -> list[Path]:
     if not photos:
         raise InputError(f"{root}: no photographs ({', '.join(PHOTO_SUFFIXES)})")
     return photos
+
+
+def captions(folder: str) -> list[str]:
+    """The caption of each of `photo_files`: the text beside it of the same name, `a.txt` of `a.jpg`.
+
+    Raises:
+        InputError: one has none, or it is no text.
+    """
+    found = []
+    for photo in photo_files(folder):
+        path = photo.with_suffix(".txt")
+        if not path.is_file():
+            raise InputError(f"{photo}: has no caption; put it beside it, as {path.name}")
+        try:
+            with path.open(encoding="utf-8") as file:
+                text = file.read(_CAPTION_CHARACTERS).strip()
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+        if not text:
+            raise InputError(f"{path}: an empty caption")
+        found.append(text)
+    return found
 
 
 def text_path(rest: str) -> Path:

@@ -3,8 +3,9 @@
     text                     the bundled corpus            text:FILE    a UTF-8 text file
     image                    the bundled photographs       image:DIR    a folder of photographs
     tokens:random            seeded uniform token ids      tokens:FILE.npy   ids exactly as given, in order
-    hf:DATASET[:CONFIG][:SPLIT]    a Hub dataset's text column
+    hf:DATASET[:CONFIG][:SPLIT]    a Hub dataset's text column, or of a model of pictures its pictures
     audio:noise              seeded Gaussian noise
+    image-text               photographs, each with its caption: `suite/inputs/mixed.py`
 
 Nothing falls back to something else: a model without a tokenizer cannot read text, and says so.
 Shapes: S sequences, T positions, N tokens, B images.
@@ -12,6 +13,7 @@ Shapes: S sequences, T positions, N tokens, B images.
 
 import itertools
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,6 +73,23 @@ def token_batches(
     return Inputs(batches, sum(len(s) for s in sequences), distinct, spec)
 
 
+def vocabulary(config: Any) -> int:
+    """How many ids the model knows; one that hashes them (CANINE) knows every code point."""
+    size: int = config.vocab_size if hasattr(config, "vocab_size") else sys.maxunicode + 1
+    return size
+
+
+def special_ids(config: Any) -> Sequence[int]:
+    """Ids that stand for padding, whose embedding is often zero, or for a picture or sound to be put in their place."""
+    ids = []
+    for each in (config, config.get_text_config()):
+        for name, value in vars(each).items():
+            other = any(word in name for word in ("image", "video", "audio", "vision", "boi", "eoi"))
+            if name == "pad_token_id" or (other and name.endswith(("token_id", "token_index"))):
+                ids += [value] if isinstance(value, int) and value >= 0 else []
+    return sorted(set(ids))
+
+
 def _load_ids(path: Path, vocab_size: int) -> NDArray[np.int64]:
     ids = open_ids(path)
     check_vocabulary(ids, str(path), vocab_size)
@@ -82,8 +101,8 @@ def _cut(ids_N: NDArray[np.int64], length: int) -> list[NDArray[np.int64]]:
 
 
 def _tokenised(spec: str, num_tokens: int, length: int, folder: Path | None) -> list[NDArray[np.int64]]:
-    tokenizer = _load_tokenizer(spec, folder)
-    prefix, suffix = _special_tokens(tokenizer)
+    tokenizer = load_tokenizer(spec, folder)
+    prefix, suffix = special_tokens(tokenizer)
     content = length - len(prefix) - len(suffix)
     if content < 1:
         raise InputError(
@@ -106,7 +125,12 @@ def _tokenised(spec: str, num_tokens: int, length: int, folder: Path | None) -> 
     return [w for w in windows if len(w)]
 
 
-def _load_tokenizer(spec: str, folder: Path | None) -> Any:
+def load_tokenizer(spec: str, folder: Path | None) -> Any:
+    """The tokenizer in `folder`.
+
+    Raises:
+        InputError: there is none, or it cannot be loaded.
+    """
     from transformers import AutoTokenizer
 
     # transformers 5 builds an empty tokenizer where there are no files; that would be a silent fallback.
@@ -133,7 +157,7 @@ def _has_no_files(folder: Path) -> bool:
     return getattr(tokenizer_class, "vocab_files_names", None) == {}
 
 
-def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
     """What the tokenizer puts before and after a text."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]

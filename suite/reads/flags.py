@@ -13,6 +13,7 @@ FLAGS = {
     "centred-stream": "the stream has no mean: gamma^-1 may be a kernel although the norm is RMSNorm",
     "massive-activations": "coordinates of the final norm's input are above 1000 times the median second moment",
     "random-input": "the input is random tokens or noise, or part of it was made up",
+    "stand-in-input": "the protocol's own input could not be had: the row's `input` says what stands for it",
     "positions-left-out": "the protocol leaves the first positions of each sequence out",
     "few-distinct-rows": "fewer than four different rows for each dimension reached the final norm",
     "quantised": "the configuration says that the weights are quantised",
@@ -34,6 +35,7 @@ def flags(row: Row, blocks: Iterable[Row]) -> list[str]:
         "centred-stream": bool(row.get("stream_centred")),
         "massive-activations": bool(row.get("massive_coordinates")),
         "random-input": description.startswith(("tokens:random", "audio:noise")) or "made up" in description,
+        "stand-in-input": "(stands for " in description,
         "positions-left-out": bool(row.get("skip_positions")),
     }
     return [name for name in FLAGS if told.get(name) or name in given]

@@ -41,13 +41,15 @@ class Protocol(Strict):
     `tokens` is a number, or a multiple of the hidden size (`8D`). `taps` says which places of the residual stream are
     read: `all`, `none`, or `every:K`, the embedding output, each K-th block's and the last one's. The first
     `skip_positions` tokens of each sequence are run and left out of the statistics: attention sinks and massive
-    activations sit there.
+    activations sit there. `inputs` are what models of a modality are fed that have no input of their own: the first
+    that can be had where the command is given, so that the others stand for it without a network or a tokenizer.
     """
 
     tokens: TokenRule = "8D"
     sequence_length: Annotated[int, Field(gt=0)] = 256
     skip_positions: Annotated[int, Field(ge=0)] = 0
     taps: Annotated[str, Field(pattern=rf"^({TAP_RULE})$")] = "all"
+    inputs: dict[Modality, Annotated[list[str], Field(min_length=1)]] = {}
 
     @property
     def tap_stride(self) -> int:

@@ -275,7 +275,7 @@ def _first(config: Any, keys: tuple[str, ...]) -> Any:
 
 def _image_size(*configs: Any) -> tuple[int, int]:
     """Height and width, of the first configuration that says them."""
-    keys = ("image_size", "img_size", "max_img_size")
+    keys = ("image_size", "img_size", "max_img_size", "crop_size")
     size = next((size for c in configs for key in keys if (size := getattr(c, key, None))), 224)
     if isinstance(size, (list, tuple)):
         return (int(size[0]), int(size[-1]))

@@ -145,6 +145,8 @@ def test_models_that_were_read_with_and_without_first_positions_are_beside_each_
     assert found["massive_weight"] == {("a", WITH): 0.0, ("a", WITHOUT): 0.1}
     assert found["sigma_min"] == {("a", WITH): pytest.approx(0.05), ("a", WITHOUT): pytest.approx(0.2)}
     assert positions_plot(frame(rows[2:]), table("blocks", []), "depth") is None
+    assert positions_plot(frame(rows), table("blocks", taps), "depth", "rmsnorm") is None
+    assert positions_plot(frame(rows), table("blocks", taps), "depth", "layernorm") == plots["depth"]
 
 
 def test_norms_are_placed_by_block_with_zero_scales_marked(frame, read):

@@ -5,6 +5,7 @@ import pytest
 
 from deadbench.suite.errors import InputError
 from deadbench.suite.inputs.early_checks import check_config, check_text, open_ids
+from deadbench.suite.inputs.specs import MODALITIES
 
 GPT2 = {"model_type": "gpt2", "vocab_size": 256, "n_positions": 64}
 LLAMA = {"model_type": "llama", "vocab_size": 256, "max_position_embeddings": 64}
@@ -13,6 +14,10 @@ VIT = {"model_type": "vit", "image_size": 32, "patch_size": 8, "encoder_stride":
 CLIP = {"model_type": "clip", "text_config": {"vocab_size": 99}, "vision_config": {"image_size": 32}}
 MAMBA = {"model_type": "mamba", "conv_kernel": 4}
 WHISPER = {"model_type": "whisper", "vocab_size": 99, "num_mel_bins": 80, "max_target_positions": 448}
+
+
+def checked(spec, config, names):
+    check_config(spec, MODALITIES[spec.partition(":")[0]][0], config, names)
 
 
 @pytest.fixture
@@ -37,7 +42,7 @@ def ids(tmp_path):
 )
 def test_what_does_not_fit_is_one_line(spec, config, names, message):
     with pytest.raises(InputError, match=message):
-        check_config(spec, config, names)
+        checked(spec, config, names)
 
 
 @pytest.mark.parametrize(
@@ -58,22 +63,22 @@ def test_what_does_not_fit_is_one_line(spec, config, names, message):
     ],
 )
 def test_what_fits_or_cannot_be_told_is_let_pass(spec, config, names):
-    check_config(spec, config, names)
+    checked(spec, config, names)
 
 
 def test_sequences_longer_than_a_table_of_positions(ids):
     for config in (GPT2, ROBERTA):
-        check_config(ids(64), config, [])
+        checked(ids(64), config, [])
         with pytest.raises(InputError, match="65 tokens a sequence, and the model has 64 positions"):
-            check_config(ids(65), config, [])
-    check_config(ids(100), LLAMA, [])  # rotary positions have no end
+            checked(ids(65), config, [])
+    checked(ids(100), LLAMA, [])  # rotary positions have no end
 
 
 def test_ids_beyond_the_vocabulary(ids):
     with pytest.raises(InputError, match=r"ids.npy: token ids 256 to 256, the model knows 0 to 255"):
-        check_config(ids(10, 256), LLAMA, [])
+        checked(ids(10, 256), LLAMA, [])
     with pytest.raises(InputError, match="the model knows 0 to 98"):
-        check_config(ids(10, 99), CLIP | {"vocab_size": 1000}, [])
+        checked(ids(10, 99), CLIP | {"vocab_size": 1000}, [])
 
 
 def test_files_that_are_no_arrays_of_ids(tmp_path):
@@ -102,6 +107,6 @@ def test_files_that_are_no_text(tmp_path):
     ):
         path.write_bytes(content)
         with pytest.raises(InputError, match=message):
-            check_config(f"text:{path}", GPT2, ["vocab.json"])
+            checked(f"text:{path}", GPT2, ["vocab.json"])
     path.write_bytes(b"a" + "é".encode() * 600_000)  # of which the first megabyte ends within a letter
     check_text(path)

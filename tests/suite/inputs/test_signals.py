@@ -39,27 +39,27 @@ def clean(error):
 
 
 def test_photographs_are_real_and_distinct():
-    pixels = plain_pictures(photo_crops("", 8, 0), torch.empty(1, 3, 32, 48))
+    pixels = plain_pictures(photo_crops("image", 8, 0), torch.empty(1, 3, 32, 48))
     assert pixels.shape == (8, 3, 32, 48)
     assert -1 <= pixels.min() < -0.8
     assert 0.8 < pixels.max() <= 1
     assert distinct_patches(pixels, 16) == 8 * 2 * 3
-    assert torch.equal(pixels, plain_pictures(photo_crops("", 8, 0), torch.empty(1, 3, 32, 48)))
-    assert not torch.equal(pixels, plain_pictures(photo_crops("", 8, 1), torch.empty(1, 3, 32, 48)))
+    assert torch.equal(pixels, plain_pictures(photo_crops("image", 8, 0), torch.empty(1, 3, 32, 48)))
+    assert not torch.equal(pixels, plain_pictures(photo_crops("image", 8, 1), torch.empty(1, 3, 32, 48)))
 
 
 def test_a_folder_of_photographs(tmp_path):
     from PIL import Image
 
     with pytest.raises(InputError, match="no photographs"):
-        photo_crops(str(tmp_path), 1, 0)
+        photo_crops(f"image:{tmp_path}", 1, 0)
     Image.new("L", (60, 40), 255).save(tmp_path / "white.png")
     assert torch.equal(
-        plain_pictures(photo_crops(str(tmp_path), 2, 0), torch.empty(1, 3, 32, 48)), torch.ones(2, 3, 32, 48)
+        plain_pictures(photo_crops(f"image:{tmp_path}", 2, 0), torch.empty(1, 3, 32, 48)), torch.ones(2, 3, 32, 48)
     )
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
     with pytest.raises(InputError, match="broken.jpg: not a photograph"):
-        photo_crops(str(tmp_path), 2, 0)
+        photo_crops(f"image:{tmp_path}", 2, 0)
 
 
 def test_a_picture_of_few_bytes_and_many_pixels_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
@@ -129,7 +129,7 @@ def test_hidden_files_and_folders_named_like_photographs_are_none(tmp_path):
 
 
 def test_other_forms_of_the_same_photographs():
-    crops = photo_crops("", 2, 0)
+    crops = photo_crops("image", 2, 0)
     still = plain_pictures(crops, torch.empty(1, 3, 32, 32))
     grey = plain_pictures(crops, torch.empty(1, 1, 32, 32))
     torch.testing.assert_close(grey[:, 0], still.mean(1))
@@ -151,7 +151,7 @@ def test_noise_is_of_the_form_and_the_seed():
 
 
 def test_the_checkpoints_own_processors_come_first(tmp_path):
-    assert own_pictures(photo_crops("", 1, 0), tmp_path, {"pixel_values"}) is None
+    assert own_pictures(photo_crops("image", 1, 0), tmp_path, {"pixel_values"}) is None
     assert own_sound(1, 0, None, {"input_features"}) is None
     processor = {
         "image_processor_type": "ViTImageProcessor",
@@ -159,17 +159,17 @@ def test_the_checkpoints_own_processors_come_first(tmp_path):
         "do_normalize": False,
     }
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
-    made = own_pictures(photo_crops("", 3, 0), tmp_path, {"pixel_values"})
+    made = own_pictures(photo_crops("image", 3, 0), tmp_path, {"pixel_values"})
     assert made["pixel_values"].shape == (3, 3, 24, 24)
     assert 0 <= made["pixel_values"].min() <= made["pixel_values"].max() <= 1
-    assert own_pictures(photo_crops("", 3, 0), tmp_path, {"something_else"}) == {}
+    assert own_pictures(photo_crops("image", 3, 0), tmp_path, {"something_else"}) == {}
     extractor = {"feature_extractor_type": "Wav2Vec2FeatureExtractor", "sampling_rate": 8000}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(extractor))
     made = own_sound(2, 0, tmp_path, {"input_values"})
     assert made["input_values"].shape == (2, 80000)
     (tmp_path / "preprocessor_config.json").write_text("{}")
     for failing in (
-        lambda: own_pictures(photo_crops("", 1, 0), tmp_path, set()),
+        lambda: own_pictures(photo_crops("image", 1, 0), tmp_path, set()),
         lambda: own_sound(1, 0, tmp_path, set()),
     ):
         with pytest.raises(InputError, match=r"in .* fails") as caught:

@@ -1,0 +1,71 @@
+"""Parquet files of a Hub dataset, `DATASET[:CONFIG][:SPLIT]`: where they are, and whether they can be had."""
+
+from functools import lru_cache
+from typing import Any
+
+from deadbench.suite.errors import reason_of
+from deadbench.suite.storage import is_hidden
+
+_MAGIC = b"PAR1"  # the last bytes of a parquet file
+
+
+class DatasetError(ValueError):
+    """A Hub dataset that cannot be read; one line."""
+
+
+def dataset_files(spec: str, filesystem: Any = None) -> tuple[Any, list[str]]:
+    """The file system of the Hub, and the parquet files of a dataset on it, in order.
+
+    They are the dataset's own, or those that the Hub makes of every dataset (`refs/convert/parquet`).
+
+    Args:
+        spec: dataset id, then optionally the configuration and the split (default: the first one, and `train`).
+        filesystem: fsspec file system of the Hub; another one in tests.
+
+    Raises:
+        DatasetError: the dataset cannot be reached, or has no parquet files.
+    """
+    dataset, config, split = (*spec.split(":"), "", "")[:3]
+    if filesystem is None:
+        from huggingface_hub import HfFileSystem
+
+        filesystem = HfFileSystem()
+    try:
+        files = _parquet_files(filesystem, dataset, config, split or "train")
+    except Exception as error:
+        raise DatasetError(f"input 'hf:{spec}' cannot be reached ({reason_of(error)})") from error
+    if not files:
+        raise DatasetError(f"input 'hf:{spec}': no parquet files for that configuration and split")
+    return filesystem, files
+
+
+@lru_cache
+def why_unreachable(spec: str) -> str | None:
+    """Why a dataset cannot be read from here (no network, gated, not there), in one line; None where it can.
+
+    The end of its first file is read: of a gated dataset everything is listed, and nothing can be read.
+    """
+    try:
+        filesystem, files = dataset_files(spec)
+        if filesystem.cat_file(files[0], start=-len(_MAGIC)) != _MAGIC:
+            return f"{files[0]}: not a parquet file"
+    except DatasetError as error:
+        return str(error)
+    except Exception as error:  # whatever the Hub's client raises
+        return f"input 'hf:{spec}' cannot be reached ({reason_of(error)})"
+    return None
+
+
+def _parquet_files(filesystem: Any, dataset: str, config: str, split: str) -> list[str]:
+    """Parquet files whose path names the split and, if given, the configuration."""
+    for revision in ("", "@refs%2Fconvert%2Fparquet"):
+        root = f"datasets/{dataset}{revision}"
+        found = sorted(path for path in filesystem.glob(f"{root}/**/*.parquet") if not is_hidden(path))
+        below = [(path, path.removeprefix(root).strip("/")) for path in found]
+        chosen = [path for path, rest in below if split in rest and (not config or f"{config}/" in f"{rest}/")]
+        if chosen and not config:
+            first = chosen[0].rsplit("/", 1)[0]
+            chosen = [path for path in chosen if path.rsplit("/", 1)[0] == first]
+        if chosen:
+            return chosen
+    return []
