@@ -1,7 +1,7 @@
 """What a person sees while models run: a live table on a terminal, plain lines elsewhere. All on stderr."""
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
@@ -55,6 +55,7 @@ class Reporter:
         self._console = Console(stderr=True, highlight=False)
         self._debug, self._total, self._done = debug, total_reads, 0
         self._lines: dict[str, _Line] = {}
+        self._at: dict[str, Progress] = {}
         self._live: Live | None = None
         self._began = time.monotonic()
 
@@ -83,6 +84,7 @@ class Reporter:
 
     def progress(self, model_id: str, event: Progress) -> None:
         """A model moved on."""
+        self._at[model_id] = event
         line = self._lines.get(model_id)
         if line is None or line.progress.label != event.label:
             self._lines[model_id] = _Line(event)
@@ -109,9 +111,22 @@ class Reporter:
 
     def elsewhere(self, read: ReadJob, row: dict[str, Any]) -> None:
         """A read of this run that another run has stored."""
+        self.stored(read.label(), row, by_another=True)
+
+    def stored(self, label: str, row: dict[str, Any], *, by_another: bool) -> None:
+        """A read that came to the results, by its outcome there."""
         self._done += 1
-        outcome = "read" if row["status"] == "ok" else f"failed: {row['error']};"
-        self.say(f"[{self._done}/{self._total}] {read.label()}: {outcome} by another run")
+        if row["status"] != "ok":
+            outcome = f"failed: {row['error']}{'; by another run' if by_another else ''}"
+        elif by_another:
+            outcome = "read by another run"
+        else:
+            outcome = "read" if row["depth"] is None else f"depth {row['depth']:.2f}"
+        self.say(f"[{self._done}/{self._total}] {label}: {outcome}")
+
+    def at(self) -> list[dict[str, Any]]:
+        """Where the running models are, as their last `Progress` says it."""
+        return [asdict(event) for event in list(self._at.values())]
 
     def retry(self, read: ReadJob, cause: str, attempt: int, changed: str | None) -> None:
         """A read of which a process died is tried again, with what `changed`."""
@@ -119,6 +134,7 @@ class Reporter:
 
     def gone(self, model_id: str) -> None:
         """A model's actor has ended."""
+        self._at.pop(model_id, None)
         self._lines.pop(model_id, None)
 
     def run_ended(self, outcome: str, counts: dict[str, int]) -> None:
