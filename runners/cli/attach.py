@@ -102,20 +102,23 @@ def _follow_ray(address: str, job_id: str | None, as_json: bool) -> int:
     lines = _Lines()
     ended = jobs.follow(job, lines.take)
     lines.end()
-    facts: dict[str, Any] = {"job": job.id, "status": ended.status.lower(), "out": shown_place(job.out)}
+    out = shown_place(job.out) if job.out is not None else None
+    facts: dict[str, Any] = {"job": job.id, "status": ended.status.lower(), "out": out}
     if as_json:
         print(json.dumps(facts | {"exit_code": ended.code()}, indent=2))
     else:
-        print(f"job {job.id} {facts['status']}, exit code {ended.code()}; results in {facts['out']}")
+        where = f"; results in {out}" if out is not None else ""
+        print(f"job {job.id} {facts['status']}, exit code {ended.code()}{where}")
     return ended.code()
 
 
 def _follow_driver(job: "Submitted", as_json: bool) -> int:
     """A driver that joined by itself prints where it runs, and nowhere else: its result set is followed."""
-    shown = shown_place(job.out)
-    if is_url(job.out) or (Path(job.out).is_absolute() and Path(job.out).is_dir()):
+    out = job.out or "results"  # as `run` has it
+    shown = shown_place(out)
+    if is_url(out) or (Path(out).is_absolute() and Path(out).is_dir()):
         say(f"a driver of its own, {scrubbed(job.entrypoint)}: its result set is followed")
-        return _follow_results(job.out, None, as_json)
+        return _follow_results(out, None, as_json)
     raise UserError(
         f"{scrubbed(job.entrypoint)}: was not submitted as a job, and its result set, {shown}, is not seen from here; "
         f"on its machine, give: deadbench attach {shown}"

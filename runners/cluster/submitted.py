@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import os
 import re
 import shlex
@@ -36,14 +37,14 @@ class Submitted:
         return self.status in _OVER
 
     @property
-    def out(self) -> str:
-        """The result set that its command names."""
+    def out(self) -> str | None:
+        """The result set that its command names; None where that is not seen, as behind a shell's `-c`."""
         with contextlib.suppress(ValueError):
             words = shlex.split(self.entrypoint)
             for word, following in zip(words, [*words[1:], ""], strict=True):
                 if word == "--out" or word.startswith("--out="):
                     return word.partition("=")[2] or following
-        return "results"
+        return None
 
     def code(self) -> int:
         """The exit code: the command's own where Ray has it, 130 of one that was stopped."""
@@ -67,6 +68,7 @@ class Jobs:
         try:
             from ray.job_submission import JobSubmissionClient
 
+            logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)
             with _addressed(address):
                 self._client = JobSubmissionClient(address)
         except Exception as error:

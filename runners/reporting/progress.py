@@ -94,7 +94,7 @@ class Reporter:
             line.moved(event)
             if self._live is None and line.due():
                 line.told = time.monotonic()
-                left = _duration(line.seconds_left() or 0.0)
+                left = duration(line.seconds_left() or 0.0)
                 self.say(f"{event.label}: {event.phase}, {_count(event)}, about {left} left")
 
     def finished(self, event: Finished) -> None:
@@ -145,8 +145,8 @@ class Reporter:
         for line in list(self._lines.values()):
             table.add_row(*(escape(plain(cell)) for cell in _cells(line)))
         seconds = time.monotonic() - self._began
-        left = f", about {_duration(seconds * (self._total - self._done) / self._done)} left" if self._done else ""
-        table.caption = f"{self._done} of {self._total} reads in {_duration(seconds)}{left}"
+        left = f", about {duration(seconds * (self._total - self._done) / self._done)} left" if self._done else ""
+        table.caption = f"{self._done} of {self._total} reads in {duration(seconds)}{left}"
         return table
 
 
@@ -156,13 +156,9 @@ def _cells(line: _Line) -> tuple[str, ...]:
         event.label,
         event.phase,
         _count(event) if event.total else "-",
-        "-"
-        if rate is None
-        else f"{rate:,.0f} tokens/s"
-        if event.unit == "tokens"
-        else f"{_duration(1 / rate)} a block",
+        "-" if rate is None else f"{rate:,.0f} tokens/s" if event.unit == "tokens" else f"{duration(1 / rate)} a block",
         f"{event.device_bytes / 1e9:.1f} GB" if event.device_bytes is not None else "-",
-        _duration(left) if left is not None else f"({_duration(time.monotonic() - line.since)} so far)",
+        duration(left) if left is not None else f"({duration(time.monotonic() - line.since)} so far)",
     )
 
 
@@ -172,7 +168,8 @@ def _count(event: Progress) -> str:
     return f"{done} of {event.total:,} {event.unit}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """In hours, minutes or seconds: `1 h 05 min`, `2 min 03 s`, `7 s`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

@@ -63,8 +63,8 @@ def test_the_newest_of_ours_that_goes_on_is_meant(jobs):
 
 @pytest.mark.parametrize(
     ("command", "out"),
-    [(RUN, "s3://BUCKET/results"), ("deadbench run --out=/srv/a", "/srv/a"), ("deadbench run", "results"),
-     ("sh -c 'deadbench run", "results")],
+    [(RUN, "s3://BUCKET/results"), ("deadbench run --out=/srv/a", "/srv/a"), ("deadbench run", None),
+     ("sh -c 'deadbench run --out a'", None), ("sh -c 'deadbench run", None)],
 )  # fmt: skip
 def test_the_result_set_is_the_one_of_the_command(jobs, command, out):
     assert jobs([job("a", command=command)]).latest().out == out
