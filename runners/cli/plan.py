@@ -69,9 +69,7 @@ def plan(
     if as_json:
         print(json.dumps({"cluster": cluster.label, "rates": rates_of(cluster)[1], "reads": rows}, indent=2))
     else:
-        _print(rows, cluster.label)
-        if any(row["seconds"] is not None for row in rows):
-            print(f"time: projected from counted work and {rates_of(cluster)[1]}")
+        _print(rows, cluster.label, rates_of(cluster)[1])
     if any(row["problem"] for row in rows):
         raise typer.Exit(EXIT_FALSE)
 
@@ -84,7 +82,7 @@ def _finished(out: str) -> set[tuple[Any, ...]]:
     return ResultStore(out).finished() if is_url(out) or Path(out).exists() else set()
 
 
-def _print(rows: list[dict[str, Any]], label: str) -> None:
+def _print(rows: list[dict[str, Any]], label: str, rates: str) -> None:
     from deadbench.analysis.terminal import NOTHING, Column, Layout, table
 
     def column(name: str, header: str, cells: list[str], *, is_text: bool = False) -> Column:
@@ -130,6 +128,8 @@ def _print(rows: list[dict[str, Any]], label: str) -> None:
     terminal = console()
     title = f"plan for {label}, GB"
     terminal.print(table(columns, layout, width=terminal.width, title=title, elsewhere="--json"))
+    if any(row["seconds"] is not None for row in rows):
+        terminal.print(f"time: projected from counted work and {rates}", highlight=False, markup=False)
 
 
 def _time(row: dict[str, Any]) -> str:
