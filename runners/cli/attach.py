@@ -11,7 +11,6 @@ import typer
 from deadbench.runners.cli.console import EXIT_FALSE, EXIT_INTERRUPTED, Debug, Json, UserError, say
 from deadbench.suite.plain_text import plain
 from deadbench.suite.secrets import scrubbed, shown_place
-from deadbench.suite.storage import is_url
 
 if TYPE_CHECKING:
     from deadbench.runners.cluster.submitted import Submitted
@@ -55,6 +54,8 @@ def attach(
 
 
 def _follow(address: str, run_id: str | None, as_json: bool) -> int:
+    from deadbench.suite.storage import is_url
+
     if not Path(address).is_dir():
         if _RAY.fullmatch(address):
             return _follow_ray(address, run_id, as_json)
@@ -114,6 +115,8 @@ def _follow_ray(address: str, job_id: str | None, as_json: bool) -> int:
 
 def _follow_driver(job: "Submitted", as_json: bool) -> int:
     """A driver that joined by itself prints where it runs, and nowhere else: its result set is followed."""
+    from deadbench.suite.storage import is_url
+
     out = job.out or "results"  # as `run` has it
     shown = shown_place(out)
     if is_url(out) or (Path(out).is_absolute() and Path(out).is_dir()):
