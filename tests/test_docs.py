@@ -28,6 +28,7 @@ MEASURES = (
     "deadbench census",
     "deadbench reproduce",
     "deadbench doctor",
+    "deadbench attach",
     "--bisect",
 )  # takes minutes, and has tests of its own
 

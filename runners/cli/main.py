@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from deadbench.runners.cli.attach import attach
 from deadbench.runners.cli.census import census
 from deadbench.runners.cli.classify import classify, export
 from deadbench.runners.cli.compare import compare
@@ -42,7 +43,7 @@ app = typer.Typer(
 # Every command, in the order of --help: the more used before the less.
 for command in (
     run, leaderboard, report, trend, compare, families, dead,
-    watch, classify, plan, doctor, init, log, reproduce, export, census, publish, glossary,
+    watch, classify, plan, doctor, attach, init, log, reproduce, export, census, publish, glossary,
 ):  # fmt: skip
     app.command(cls=Command)(command)
 

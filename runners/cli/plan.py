@@ -42,13 +42,15 @@ def plan(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Which engine, devices, memory and passes each read would take; exit code 1 if one cannot be placed.
+    """Which engine, devices, memory, passes and time each read would take; exit code 1 if one cannot be placed.
 
-    Sizes come from headers and configurations: nothing is loaded.
+    Sizes come from headers and configurations: nothing is loaded. Times are counted work over the device's rates: those
+    that `deadbench doctor` kept, else of a data sheet, and the last line says which.
 
     Example: [bold]deadbench plan --suite quick --assume 1x24GB[/bold]
     """
     from deadbench.runners.planning.plan import as_rows, make_plan
+    from deadbench.runners.planning.seconds import rates_of
 
     if factory is None:
         check_named(models, suite, registry)
@@ -65,9 +67,9 @@ def plan(
     done = _finished(out) if out is not None and resume else set()
     rows = as_rows(make_plan(jobs, cluster, done))
     if as_json:
-        print(json.dumps({"cluster": cluster.label, "reads": rows}, indent=2))
+        print(json.dumps({"cluster": cluster.label, "rates": rates_of(cluster)[1], "reads": rows}, indent=2))
     else:
-        _print(rows, cluster.label)
+        _print(rows, cluster.label, rates_of(cluster)[1])
     if any(row["problem"] for row in rows):
         raise typer.Exit(EXIT_FALSE)
 
@@ -80,7 +82,7 @@ def _finished(out: str) -> set[tuple[Any, ...]]:
     return ResultStore(out).finished() if is_url(out) or Path(out).exists() else set()
 
 
-def _print(rows: list[dict[str, Any]], label: str) -> None:
+def _print(rows: list[dict[str, Any]], label: str, rates: str) -> None:
     from deadbench.analysis.terminal import NOTHING, Column, Layout, table
 
     def column(name: str, header: str, cells: list[str], *, is_text: bool = False) -> Column:
@@ -105,11 +107,12 @@ def _print(rows: list[dict[str, Any]], label: str) -> None:
         column("peak_bytes", "peak", gigabytes("peak_bytes")),
         column("peak_host_bytes", "host", gigabytes("peak_host_bytes")),
         column("disk_bytes", "disk", gigabytes("disk_bytes")),
+        column("seconds", "time, most of it", list(map(_time, rows)), is_text=True),
         column("note", "note", notes, is_text=True),
     ]
     layout = Layout(
         [each.name for each in columns],
-        keys=["order", "model", "read", "peak_bytes", "note"],
+        keys=["order", "model", "read", "peak_bytes", "seconds", "note"],
         dropped=[
             "disk_bytes",
             "passes",
@@ -119,8 +122,19 @@ def _print(rows: list[dict[str, Any]], label: str) -> None:
             "dtype",
             "peak_host_bytes",
             "gpus",
+            "engine",
         ],
     )
     terminal = console()
     title = f"plan for {label}, GB"
     terminal.print(table(columns, layout, width=terminal.width, title=title, elsewhere="--json"))
+    if any(row["seconds"] is not None for row in rows):
+        terminal.print(f"time: projected from counted work and {rates}", highlight=False, markup=False)
+
+
+def _time(row: dict[str, Any]) -> str:
+    """`34 s, forward`: how long a read takes, and which step most of it."""
+    from deadbench.analysis.terminal import NOTHING
+    from deadbench.runners.reporting.progress import duration
+
+    return NOTHING if row["seconds"] is None else f"{duration(row['seconds'])}, {row['most']}"

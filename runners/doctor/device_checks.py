@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from deadbench.runners.doctor.node_checks import NotHereError, UnwellError
-from deadbench.runners.doctor.rates import Rates, measured
+from deadbench.runners.doctor.rates import measured
 from deadbench.runners.engines.device import cause_of, free_bytes, give_back, rounds_to_tf32, settle
+from deadbench.runners.planning.seconds import Rates
 from deadbench.suite.spectra.directions import FLOAT64_EPS
 from deadbench.suite.spectra.solvers import Checked, add_gram
 

@@ -8,8 +8,9 @@ from typing import Any, Literal
 from deadbench.runners.doctor.device_checks import DEVICE_CHECKS, Bench
 from deadbench.runners.doctor.facts import Facts, facts
 from deadbench.runners.doctor.node_checks import NODE_CHECKS, NotHereError, UnwellError
-from deadbench.runners.doctor.rates import Rates, keep, projected
+from deadbench.runners.doctor.rates import keep
 from deadbench.runners.doctor.read_checks import twin
+from deadbench.runners.planning.seconds import Rates, Work, projected
 from deadbench.suite.errors import message, one_line
 
 _TASK_SECONDS = 300.0
@@ -50,9 +51,13 @@ def examine_here(address: str | None = None) -> Iterator[Line]:
         rates += [each.rates] if each.rates is not None else []
     for rate in {each.device: each for each in rates}.values():
         for name, parameters, hidden_size, num_blocks in _SIZES:
-            forward, spectra = projected(rate, parameters, hidden_size, num_blocks)
-            most = "the forward pass" if forward > spectra else "the spectra"
-            told = f"about {forward + spectra:.3g} s on one {rate.device}, most of it {most} ({forward:.2g} s forward)"
+            tokens = 8 * hidden_size
+            work = Work(tokens, tokens, 2 * parameters, num_blocks + 1, hidden_size, 0, 0, "bfloat16", 1)
+            taken = projected(work, rate)
+            told = (
+                f"about {taken.total:.3g} s on one {rate.device} once it is loaded, most of it {taken.most} "
+                f"({taken.forward:.2g} s forward)"
+            )
             yield Line("all", f"projected {name}", "ok", told)
     if rates:
         yield Line("all", "rates kept", "ok", str(keep(rates)))

@@ -69,7 +69,10 @@ def _execute(jobs: list[ModelJob], store: ResultStore, settings: Settings, repor
                 raise DriverError("; ".join(refused) + "; install the same versions on every node")
             for difference in doubtful:
                 reporter.say(f"{difference}; numbers may differ")
-        with HeadWatch() as head, Sharing(store, jobs, run_id, reporter.say, settings.patience) as sharing:
+        with (
+            HeadWatch() as head,
+            Sharing(store, jobs, run_id, reporter.say, settings.patience, at=reporter.at) as sharing,
+        ):
             pool = ThreadPoolExecutor(_BESIDE, "beside the driver")
             run = Run(
                 jobs, store, sharing, settings, reporter, record, head, pool, run_id,

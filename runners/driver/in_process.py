@@ -52,7 +52,7 @@ def execute_in_process(
     """
     jobs = [job.checkpointed(settings.checkpoint_interval, absolute(store.location)) for job in jobs]
     record = RunRecord(store, run_id, jobs, reporter.say)
-    sharing = Sharing(store, jobs, run_id, reporter.say, settings.patience)
+    sharing = Sharing(store, jobs, run_id, reporter.say, settings.patience, at=reporter.at)
     books = Books(store, sharing, reporter, record, run_id, settings.patience)
     record.started(str(settings.address), [])
     reporter.run_started(run_id, len(jobs))

@@ -40,10 +40,12 @@ class Sharing:
         patience: float,
         lease: float = LEASE_SECONDS,
         beat: float = BEAT_SECONDS,
+        at: Callable[[], list[dict[str, Any]]] = list,
     ):
-        """`patience`, `lease` and `beat` in seconds; `patience` as `Settings` has it."""
+        """`patience`, `lease` and `beat` in seconds; `patience` as `Settings` has it; `at`: told with each beat."""
         self._store, self._run_id, self._say, self._patience, self._beat = store, run_id, say, patience, beat
         self._claims = Claims(store, run_id, lease)
+        self._claims.at = at
         self._jobs = {read.identity(): job for job in jobs for read in job.reads}
         self._settled: dict[Identity, dict[str, Any]] = {}
         self._told: set[Identity] = set()

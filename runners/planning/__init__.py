@@ -1,1 +1,1 @@
-"""Engine, devices, memory and passes of each read, before anything loads."""
+"""Engine, devices, memory, passes and time of each read, before anything loads."""

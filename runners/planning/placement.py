@@ -21,7 +21,8 @@ _BLOCKWISE = next(name for name, spec in ENGINES.items() if spec.blockwise)
 class Placement:
     """One read of one model: how it would run. `problem` says why it cannot, and what would.
 
-    `disk_bytes`: what its checkpoints take in the result set, and streams that wait in the temporary folder.
+    `disk_bytes`: what its checkpoints take in the result set, and streams that wait in the temporary folder; `seconds`
+    by arithmetic, and the step that takes most of them: load, forward or spectra.
     """
 
     order: int
@@ -39,6 +40,8 @@ class Placement:
     peak_bytes: int | None = None
     peak_host_bytes: int | None = None
     disk_bytes: int | None = None
+    seconds: float | None = None
+    most: str | None = None
     note: str | None = None
     problem: str | None = None
 

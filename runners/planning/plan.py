@@ -12,8 +12,9 @@ from typing import Any
 from deadbench.runners.jobs.job import ModelJob, ReadJob, Unreached
 from deadbench.runners.jobs.resolved import Configuration, dtype_name, num_tokens
 from deadbench.runners.planning.hardware import Cluster, Room
-from deadbench.runners.planning.needs import needs
+from deadbench.runners.planning.needs import Needs, needs
 from deadbench.runners.planning.placement import Placement, fit, fit_whole, joined, replicated
+from deadbench.runners.planning.seconds import Seconds, Work, projected, rates_of
 from deadbench.runners.planning.sizes import ModelSize, measure
 from deadbench.suite.checkpoints.tensors import TensorEntry
 from deadbench.suite.errors import CheckpointError, one_line, one_source
@@ -81,7 +82,28 @@ def _placed(
     else:
         found = fit(row, size, need, read, cluster, tensor_parallel)
         found = found if read.replicas == 1 else replicated(found, read.replicas, cluster)
+        if found.problem is None:
+            taken = _seconds(found, size, need, read, cluster)
+            found = replace(found, seconds=taken.total, most=taken.most)
     return replace(found, note=joined(found.note, remark), problem=problem or found.problem)
+
+
+def _seconds(row: Placement, size: ModelSize, need: Needs, read: ReadJob, cluster: Cluster) -> Seconds:
+    """How long `row` would take; its replicas and ranks share what tokens and taps cost."""
+    tokens = num_tokens(read.protocol.tokens, size.hidden_size)
+    trained = read.read == "trained"
+    work = Work(
+        passed_tokens=tokens * (row.passes or 1),
+        num_tokens=tokens,
+        flop_per_token=size.flop_per_token,
+        num_taps=need.num_taps,
+        hidden_size=size.hidden_size,
+        drawn=0.0 if trained else size.parameters,
+        loaded_bytes=need.weights if trained else 0.0,
+        dtype=row.dtype,
+        devices=(row.tensor_parallel or 1) * read.replicas,
+    )
+    return projected(work, rates_of(cluster)[0])
 
 
 def _facts(read: ReadJob) -> tuple[ModelSize, str, bool]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 from deadbench.runners.engines.base import BATCH_TOKENS
 from deadbench.suite.architectures.build import build_model
@@ -21,7 +22,10 @@ from deadbench.suite.tracing.minimal_inputs import minimal_inputs
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Elements and shapes of a model as it runs (without a head); `activation_bytes` of one batch in float32."""
+    """Elements and shapes of a model as it runs (without a head); `activation_bytes` of one batch in float32.
+
+    `flop_per_token`: of its products and convolutions, without those within attention.
+    """
 
     parameters: int
     outside_blocks: int
@@ -33,6 +37,7 @@ class ModelSize:
     has_plan: bool
     rows_per_item: int
     activation_bytes: int
+    flop_per_token: float
 
 
 def measure(config: Any, sequence_length: int, modality: str = "text", stack: str = "encoder") -> ModelSize:
@@ -52,6 +57,7 @@ def measure(config: Any, sequence_length: int, modality: str = "text", stack: st
     blocks = [sum(p.numel() for p in model.get_submodule(path).parameters()) for path in streamed_paths(model)]
     total = sum(p.numel() for p in model.parameters())
     _, num_blocks = block_list(part, final.path)
+    activation_bytes, flop_per_token = _one_batch(part, final.rows_per_item, sequence_length)
     return ModelSize(
         parameters=total,
         outside_blocks=total - sum(blocks),
@@ -62,12 +68,16 @@ def measure(config: Any, sequence_length: int, modality: str = "text", stack: st
         divisors=divisors(part),
         has_plan=has_plan(part),
         rows_per_item=final.rows_per_item,
-        activation_bytes=_activation_bytes(part, final.rows_per_item, sequence_length),
+        activation_bytes=activation_bytes,
+        flop_per_token=flop_per_token or 2.0 * sum(blocks),
     )
 
 
-def _activation_bytes(model: nn.Module, rows_per_item: int, sequence_length: int) -> int:
-    """Most bytes alive at once in a forward pass of one batch; from the widest layer where it cannot run on meta."""
+def _one_batch(model: nn.Module, rows_per_item: int, sequence_length: int) -> tuple[int, float | None]:
+    """(most bytes alive at once in a forward pass of one batch, its FLOP a token).
+
+    Where it cannot run on meta, bytes are those of the widest layer, and FLOP are not counted.
+    """
     inputs: dict[str, Any] = next(minimal_inputs(model))
     one = next(iter(inputs.values()))
     if one.dtype == torch.long:
@@ -81,12 +91,13 @@ def _activation_bytes(model: nn.Module, rows_per_item: int, sequence_length: int
         try:
             with torch.no_grad(), attempt(), _fused_attention(), _LiveBytes() as live:
                 model(**inputs)
-            peak: int = live.peak
-            return peak
+            rows = next(iter(inputs.values()))
+            tokens = rows.numel() if rows.dtype == torch.long else len(rows) * rows_per_item
+            return live.peak, live.flop / tokens
         except Exception:  # whatever an architecture's code does with values that are not there
             continue
     widest = max((m.out_features for m in model.modules() if isinstance(m, nn.Linear)), default=0)
-    return BATCH_TOKENS * 4 * 4 * widest
+    return BATCH_TOKENS * 4 * 4 * widest, None
 
 
 @contextlib.contextmanager
@@ -104,17 +115,19 @@ def _fused_attention() -> Iterator[None]:
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of meta storages that are alive."""
+    """Counts the bytes of meta storages that are alive, and the FLOP of products."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.live, self.peak = 0, 0
+        self.live, self.peak, self.flop = 0, 0, 0
         self._known: dict[int, Any] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run `func`, and count what it has made."""
         given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         out = func(*args, **(kwargs or {}))
+        if (counted := flop_registry.get(func._overloadpacket)) is not None:
+            self.flop += counted(*args, **(kwargs or {}), out_val=out)
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor) and tensor.is_meta:
                 storage = tensor.untyped_storage()

@@ -40,6 +40,7 @@ class EventLog(Reporter):
 
     def progress(self, model_id: str, event: Progress) -> None:
         """`progress`: at most once a second of each model, and at each new phase."""
+        self._at[model_id] = event
         now = time.monotonic()
         last = self._told.get(model_id)
         if last is not None and last[1:] == (event.label, event.phase) and now - last[0] < _PROGRESS_SECONDS:
@@ -68,7 +69,8 @@ class EventLog(Reporter):
 
     def gone(self, model_id: str) -> None:
         """`model_ended`."""
-        self._told.pop(model_id, None)
+        for known in (self._told, self._at):
+            known.pop(model_id, None)
         self._tell("model_ended", model=model_id)
 
     def run_ended(self, outcome: str, counts: dict[str, int]) -> None:

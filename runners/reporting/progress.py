@@ -1,7 +1,7 @@
 """What a person sees while models run: a live table on a terminal, plain lines elsewhere. All on stderr."""
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
@@ -55,6 +55,7 @@ class Reporter:
         self._console = Console(stderr=True, highlight=False)
         self._debug, self._total, self._done = debug, total_reads, 0
         self._lines: dict[str, _Line] = {}
+        self._at: dict[str, Progress] = {}
         self._live: Live | None = None
         self._began = time.monotonic()
 
@@ -83,6 +84,7 @@ class Reporter:
 
     def progress(self, model_id: str, event: Progress) -> None:
         """A model moved on."""
+        self._at[model_id] = event
         line = self._lines.get(model_id)
         if line is None or line.progress.label != event.label:
             self._lines[model_id] = _Line(event)
@@ -92,7 +94,7 @@ class Reporter:
             line.moved(event)
             if self._live is None and line.due():
                 line.told = time.monotonic()
-                left = _duration(line.seconds_left() or 0.0)
+                left = duration(line.seconds_left() or 0.0)
                 self.say(f"{event.label}: {event.phase}, {_count(event)}, about {left} left")
 
     def finished(self, event: Finished) -> None:
@@ -109,9 +111,22 @@ class Reporter:
 
     def elsewhere(self, read: ReadJob, row: dict[str, Any]) -> None:
         """A read of this run that another run has stored."""
+        self.stored(read.label(), row, by_another=True)
+
+    def stored(self, label: str, row: dict[str, Any], *, by_another: bool) -> None:
+        """A read that came to the results, by its outcome there."""
         self._done += 1
-        outcome = "read" if row["status"] == "ok" else f"failed: {row['error']};"
-        self.say(f"[{self._done}/{self._total}] {read.label()}: {outcome} by another run")
+        if row["status"] != "ok":
+            outcome = f"failed: {row['error']}{'; by another run' if by_another else ''}"
+        elif by_another:
+            outcome = "read by another run"
+        else:
+            outcome = "read" if row["depth"] is None else f"depth {row['depth']:.2f}"
+        self.say(f"[{self._done}/{self._total}] {label}: {outcome}")
+
+    def at(self) -> list[dict[str, Any]]:
+        """Where the running models are, as their last `Progress` says it."""
+        return [asdict(event) for event in list(self._at.values())]
 
     def retry(self, read: ReadJob, cause: str, attempt: int, changed: str | None) -> None:
         """A read of which a process died is tried again, with what `changed`."""
@@ -119,6 +134,7 @@ class Reporter:
 
     def gone(self, model_id: str) -> None:
         """A model's actor has ended."""
+        self._at.pop(model_id, None)
         self._lines.pop(model_id, None)
 
     def run_ended(self, outcome: str, counts: dict[str, int]) -> None:
@@ -129,8 +145,8 @@ class Reporter:
         for line in list(self._lines.values()):
             table.add_row(*(escape(plain(cell)) for cell in _cells(line)))
         seconds = time.monotonic() - self._began
-        left = f", about {_duration(seconds * (self._total - self._done) / self._done)} left" if self._done else ""
-        table.caption = f"{self._done} of {self._total} reads in {_duration(seconds)}{left}"
+        left = f", about {duration(seconds * (self._total - self._done) / self._done)} left" if self._done else ""
+        table.caption = f"{self._done} of {self._total} reads in {duration(seconds)}{left}"
         return table
 
 
@@ -140,13 +156,9 @@ def _cells(line: _Line) -> tuple[str, ...]:
         event.label,
         event.phase,
         _count(event) if event.total else "-",
-        "-"
-        if rate is None
-        else f"{rate:,.0f} tokens/s"
-        if event.unit == "tokens"
-        else f"{_duration(1 / rate)} a block",
+        "-" if rate is None else f"{rate:,.0f} tokens/s" if event.unit == "tokens" else f"{duration(1 / rate)} a block",
         f"{event.device_bytes / 1e9:.1f} GB" if event.device_bytes is not None else "-",
-        _duration(left) if left is not None else f"({_duration(time.monotonic() - line.since)} so far)",
+        duration(left) if left is not None else f"({duration(time.monotonic() - line.since)} so far)",
     )
 
 
@@ -156,7 +168,8 @@ def _count(event: Progress) -> str:
     return f"{done} of {event.total:,} {event.unit}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """In hours, minutes or seconds: `1 h 05 min`, `2 min 03 s`, `7 s`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

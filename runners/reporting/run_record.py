@@ -17,6 +17,7 @@ from deadbench.runners.jobs.job import ModelJob, ReadJob
 from deadbench.runners.results.store import ResultStore
 from deadbench.runners.results.versions import versions
 from deadbench.suite.errors import message
+from deadbench.suite.schema import KEY
 from deadbench.suite.secrets import scrubbed, shown_command, shown_place
 
 _RECORD_VERSION = 1
@@ -79,6 +80,25 @@ class RunRecord:
             self._store.write_text(self._path, json.dumps(self._facts, indent=1))
         except Exception as error:  # the reads are what counts; a store raises the errors of its own library
             self._say(f"the run record cannot be written ({message(error)})")
+
+
+def read_record(text: str | None, named: str) -> dict[str, Any]:
+    """The record that `text` holds; `named`: what it is of, for the error.
+
+    Raises:
+        ValueError: it is none that this version knows.
+    """
+    try:
+        record = json.loads(text or "")
+    except ValueError:
+        record = None
+    reads = record.get("reads") if isinstance(record, dict) else None
+    known = isinstance(reads, list) and all(
+        isinstance(each, dict) and {*KEY, "status"} <= each.keys() for each in reads
+    )
+    if not known or not isinstance(record.get("status"), str):
+        raise ValueError(f"{named} has no record of a run; `deadbench run` writes one, runs/RUN_ID/run.json")
+    return record  # type: ignore[no-any-return]
 
 
 def _planned(job: ModelJob) -> dict[str, Any]:

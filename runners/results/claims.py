@@ -63,6 +63,7 @@ class Claims:
         self._beats = 0
         self._over = threading.Event()
         self._beating = threading.RLock()
+        self.at: Callable[[], list[dict[str, Any]]] = list  # where this driver is, for those who follow it
         self.company: set[str] = set()  # owners that were there beside this one, and those that these had met
         self.others: list[str] = []  # who lives beside this one, as was last seen
         self.works = can_create_new(self._fs)  # whether this place can hold claims
@@ -217,7 +218,9 @@ class Claims:
 
     def _sign_of_life(self) -> bytes:
         self._beats += 1
-        return json.dumps(own_facts() | {"beat": self._beats, "company": sorted(self.company)}).encode()
+        return json.dumps(
+            own_facts() | {"beat": self._beats, "company": sorted(self.company), "at": self.at()}
+        ).encode()
 
     def _lapsed(self, owner: str) -> bool:
         beat, now, sign = self._content(f"{owner}.beat"), self._clock(), self._signs.get(owner)

@@ -5,17 +5,13 @@ to [-1, 1], a film is one crop that wanders over a photograph, and sound is seed
 Shapes: B images, C channels, F frames, H height, W width.
 """
 
-<<<<<<< HEAD
 import contextlib
 import io
+import itertools
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-=======
-import io
-import itertools
-from collections.abc import Callable
->>>>>>> p-paper
 from pathlib import Path
 from typing import Any
 
@@ -36,20 +32,56 @@ _MOST_PIXELS_AT_ONCE = 400_000_000  # 1.6 GB
 _SECONDS = 10.0  # of sound an item; extractors with a fixed length cut or fill it
 
 
-<<<<<<< HEAD
+@dataclass(frozen=True, eq=False)
+class Photo:
+    """A photograph: a file of this machine, or `encoded` as a dataset has it."""
+
+    called: str
+    encoded: bytes | None = None
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[Any]:
+        """The photograph, not yet decoded; whatever its bytes make the library raise is one line."""
+        from PIL import Image
+
+        try:
+            encoded = read_file(Path(self.called), _MOST_BYTES) if self.encoded is None else self.encoded
+            with warnings.catch_warnings():
+                warnings.simplefilter(
+                    "ignore", Image.DecompressionBombWarning
+                )  # `size` refuses from the same number on
+                opened = Image.open(io.BytesIO(encoded))
+            with opened:
+                yield opened
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(f"{self.called}: not a photograph that can be opened ({reason_of(error)})") from error
+
+    def size(self) -> tuple[int, int]:
+        """Width and height, by its header alone."""
+        with self.opened() as photo:
+            width, height = photo.size
+        if width * height > _MOST_PIXELS:
+            raise InputError(
+                f"{self.called}: {width} x {height} pixels; at most {_MOST_PIXELS:,}: make the photograph smaller"
+            )
+        return width, height
+
+
 @dataclass(frozen=True)
 class Crop:
     """A part of a photograph that is not yet decoded: `box` is left, top, right and bottom in its pixels."""
 
-    path: Path
+    photo: Photo
     box: tuple[int, int, int, int]
     mirrored: bool = False
 
     @property
-    def pixels(self) -> int:
-        """How many there are."""
+    def size(self) -> tuple[int, int]:
+        """Width and height."""
         left, top, right, bottom = self.box
-        return (right - left) * (bottom - top)
+        return right - left, bottom - top
 
     def out_of(self, photo: Any) -> Any:
         """The picture, of its photograph."""
@@ -57,42 +89,37 @@ class Crop:
         return part.transpose(0) if self.mirrored else part  # 0: left-right mirror
 
 
-def photo_crops(folder: str, count: int, seed: int) -> list[Crop]:
-    """`count` RGB pictures: each photograph whole, then seeded crops of them, every other one mirrored.
+def photographs(spec: str, most: int) -> list[Photo]:
+    """The photographs that `spec` names: all of a folder, the bundled ones, or the first `most` of a Hub dataset.
 
     Raises:
-        InputError: no photographs, or one that is none, or too large.
-    """
-    photos = [(path, _size(path)) for path in photo_files(folder)]
-=======
-def photographs(spec: str, most: int) -> list[Any]:
-    """RGB pictures that `spec` names: all of a folder, the bundled ones, or the first `most` of a Hub dataset.
-
-    Raises:
-        InputError: there are none, or one cannot be opened.
+        InputError: there are none.
         DatasetError: the dataset cannot be read.
     """
     kind, _, rest = spec.partition(":")
     if kind != "hf":
-        return [_open_photo(path, str(path)) for path in photo_files(rest)]
-    pictures = itertools.islice(read_hub_pictures(rest), most)
-    photos = [_open_photo(io.BytesIO(encoded), name) for name, encoded in pictures]
+        return [Photo(str(path)) for path in photo_files(rest)]
+    photos = [Photo(name, encoded) for name, encoded in itertools.islice(read_hub_pictures(rest), most)]
     if not photos:
         raise InputError(f"input {spec!r} has no pictures")
     return photos
 
 
-def photo_crops(spec: str, count: int, seed: int) -> list[Any]:
-    """`count` RGB pictures: each photograph whole, then seeded crops of them, every other one mirrored."""
-    photos = photographs(spec, count)
->>>>>>> p-paper
+def photo_crops(spec: str, count: int, seed: int) -> list[Crop]:
+    """`count` RGB pictures: each photograph whole, then seeded crops of them, every other one mirrored.
+
+    Raises:
+        InputError: no photographs, or one that is none, or too large.
+        DatasetError: the dataset cannot be read.
+    """
+    photos = [(photo, photo.size()) for photo in photographs(spec, count)]
     rng = np.random.default_rng(seed)
-    crops = [Crop(path, (0, 0, *size)) for path, size in photos[:count]]
+    crops = [Crop(photo, (0, 0, *size)) for photo, size in photos[:count]]
     while len(crops) < count:
-        path, size = photos[len(crops) % len(photos)]
+        photo, size = photos[len(crops) % len(photos)]
         side = int(min(size) * rng.uniform(0.3, 0.9))
         left, top = (int(rng.integers(0, extent - side + 1)) for extent in size)
-        crops.append(Crop(path, (left, top, left + side, top + side), bool(rng.random() < 0.5)))
+        crops.append(Crop(photo, (left, top, left + side, top + side), bool(rng.random() < 0.5)))
     return crops
 
 
@@ -103,12 +130,12 @@ def plain_pictures(crops: list[Crop], form: Tensor) -> Tensor:
         InputError: a form that is none of these.
     """
     if form.ndim == 4:
-        return torch.stack(_each(crops, lambda picture: _pixels(picture, form.shape[1:])))
+        return torch.stack(pictures_of(crops, lambda picture: _pixels(picture, form.shape[1:])))
     if form.ndim == 5:
-        return torch.stack(_each(crops, lambda picture: _film(picture, form.shape[1:])))
+        return torch.stack(pictures_of(crops, lambda picture: _film(picture, form.shape[1:])))
     if form.ndim == 3 and (patches := _patch_form(form)) is not None:
         side, channels, patch = patches
-        pixels = torch.stack(_each(crops, lambda it: _pixels(it, (channels, side * patch, side * patch))))
+        pixels = torch.stack(pictures_of(crops, lambda it: _pixels(it, (channels, side * patch, side * patch))))
         cut = pixels.unfold(2, patch, patch).unfold(3, patch, patch)  # B C y x P P
         return cut.permute(0, 2, 3, 4, 5, 1).reshape(len(crops), side * side, -1)
     raise InputError(f"the model takes pictures of shape {list(form.shape)}, which nothing here makes")
@@ -122,13 +149,13 @@ def own_pictures(crops: list[Crop], folder: Path | None, accepted: set[str]) -> 
     """
 
     def process(processor: Any) -> Any:
-        pixels = sum(crop.pixels for crop in crops)
+        pixels = sum(math.prod(crop.size) for crop in crops)
         if pixels > _MOST_PIXELS_AT_ONCE:
             raise InputError(
-                f"{crops[0].path.parent}: {len(crops)} pictures of {pixels:,} pixels together, which the model's own "
-                f"processor takes at once; at most {_MOST_PIXELS_AT_ONCE:,}: make the photographs smaller"
+                f"{Path(crops[0].photo.called).parent}: {len(crops)} pictures of {pixels:,} pixels together, which the "
+                f"model's own processor takes at once; at most {_MOST_PIXELS_AT_ONCE:,}: make the photographs smaller"
             )
-        return processor(images=_each(crops, lambda picture: picture), return_tensors="pt")
+        return processor(images=pictures_of(crops), return_tensors="pt")
 
     return _processed("image processor", folder, accepted, process)
 
@@ -181,55 +208,18 @@ def distinct_patches(pixels: Tensor, patch: int | None) -> int | None:
     return len({row.tobytes() for row in flat.numpy()})
 
 
-<<<<<<< HEAD
-def _each(crops: list[Crop], make: Callable[[Any], Any]) -> list[Any]:
+def pictures_of(crops: list[Crop], make: Callable[[Any], Any] = lambda picture: picture) -> list[Any]:
     """What `make` makes of each picture, in their order; of the photographs one is decoded at a time."""
-    places: dict[Path, list[int]] = {}
+    places: dict[Photo, list[int]] = {}
     for place, crop in enumerate(crops):
-        places.setdefault(crop.path, []).append(place)
+        places.setdefault(crop.photo, []).append(place)
     made: list[Any] = [None] * len(crops)
-    for path, wanted in places.items():
-        with _photograph(path) as photo:
-            decoded = photo.convert("RGB")
+    for photo, wanted in places.items():
+        with photo.opened() as opened:
+            decoded = opened.convert("RGB")
         for place in wanted:
             made[place] = make(crops[place].out_of(decoded))
     return made
-
-
-def _size(path: Path) -> tuple[int, int]:
-    """Width and height of a photograph, by its header alone."""
-    with _photograph(path) as photo:
-        width, height = photo.size
-    if width * height > _MOST_PIXELS:
-        raise InputError(f"{path}: {width} x {height} pixels; at most {_MOST_PIXELS:,}: make the photograph smaller")
-    return width, height
-
-
-@contextlib.contextmanager
-def _photograph(path: Path) -> Iterator[Any]:
-    """A photograph, open; whatever its bytes make the library raise is one line."""
-    from PIL import Image
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `_size` refuses from the same number on
-            opened = Image.open(io.BytesIO(read_file(path, _MOST_BYTES)))
-        with opened:
-            yield opened
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(f"{path}: not a photograph that can be opened ({reason_of(error)})") from error
-=======
-def _open_photo(file: Path | io.BytesIO, called: str) -> Any:
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(file) as photo:
-            return photo.convert("RGB")
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise InputError(f"{called}: not a photograph that can be opened ({type(error).__name__})") from error
->>>>>>> p-paper
 
 
 def _pixels(photo: Any, shape: Any) -> Tensor:

@@ -47,7 +47,7 @@ def drive(out: Path, seconds: float, seed: int, *, far: bool) -> None:
     worker.READ_FUNCTIONS = dict.fromkeys(worker.READ_FUNCTIONS, read)
     worker._quieten = lambda: None
     in_process.AGAIN_SECONDS = 0.1
-    in_process.Sharing = lambda *given: sharing.Sharing(*given, lease=LEASE, beat=LEASE / 6)
+    in_process.Sharing = lambda *given, **named: sharing.Sharing(*given, **named, lease=LEASE, beat=LEASE / 6)
     if far:
         claims.own_facts = lambda: {"host": "far"}
     store = ResultStore(str(out))

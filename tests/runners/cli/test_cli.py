@@ -32,6 +32,7 @@ FLAGS = {
     "--tensor-parallel --replicas --tokens --input --taps --seed --dtype --config --model-type --accumulator-gb "
     "--json --debug",
     "doctor": "--address --json --debug",
+    "attach": "--run --json --debug",
     "run": "--model --suite --registry --reads --address --out --resume --fresh --engine --tensor-parallel --replicas "
     "--tokens --input --taps --seed --dtype --config --model-type --accumulator-gb --timeout --max-retries "
     "--checkpoint-interval --autoscale --log-format --json --debug",
@@ -148,6 +149,8 @@ def test_the_flags_are_frozen():
         (["report", "RESULTS", "--plot-format", "gif"], "choose svg, png"),
         (["publish", "RESULTS", "--to", "."], "is there already"),
         (["publish", "RESULTS", "--to", "hf://datasets/x"], "expected hf://datasets/OWNER/NAME"),
+        (["attach", "/no/such/results"], "/no/such/results: no such folder; give a run's --out, or a Ray as http://"),
+        (["attach", "127.0.0.1:1"], "no Ray answers there"),
         (["classify"], "Missing argument"),
         (["classify", TWIN, "--save-direction", "/no/such/v.safetensors"], "no such directory"),
     ],

@@ -10,7 +10,7 @@ from deadbench.runners.doctor import device_checks
 from deadbench.runners.doctor.device_checks import Bench
 from deadbench.runners.doctor.examine import device_lines, node_lines
 from deadbench.runners.doctor.facts import Facts, Gpu
-from deadbench.runners.doctor.rates import Rates
+from deadbench.runners.planning.seconds import Rates
 from deadbench.suite.spectra.solvers import Checked, Lapack
 
 VERSIONS = {"python": "3.11", "ray": "2.60.0", "deadbench": "0.1.0", "torch": "2.13.0", "transformers": "5.19.0"}
@@ -80,7 +80,7 @@ class NoFactor(Lapack):
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch):
     """Rates take a fifth of a second, and are another test's."""
-    monkeypatch.setattr(device_checks, "measured", lambda device: Rates("fake", 1e12, 1e11, 1e9))
+    monkeypatch.setattr(device_checks, "measured", lambda device: Rates("fake", 0.0, 1e12, 1e11, 1e11, 1e9))
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,10 @@ import torch
 
 from deadbench.runners.doctor import examine, rates
 from deadbench.runners.doctor.examine import Examined, Line
-from deadbench.runners.doctor.rates import Rates, keep, measured, projected, stored
+from deadbench.runners.doctor.rates import keep, measured
+from deadbench.runners.planning.seconds import Rates, stored
 
-RATES = Rates("H200", 8e14, 6e13, 2e10)
+RATES = Rates("H200", 15e10, 8e14, 6e13, 6e13, 2e10)
 
 
 @pytest.fixture(autouse=True)
@@ -44,8 +45,8 @@ def test_the_exit_code_is_1_where_a_line_is_wrong(deadbench, monkeypatch, verdic
 
 def test_rates_are_kept_beside_those_of_other_devices(kept):
     assert keep([RATES]) == kept
-    keep([Rates("cpu", 1.0, 2.0, 3.0)])
-    assert stored() == {"H200": RATES, "cpu": Rates("cpu", 1.0, 2.0, 3.0)}
+    keep([Rates("cpu", 0.0, 1.0, 2.0, 2.0, 3.0)])
+    assert stored() == {"H200": RATES, "cpu": Rates("cpu", 0.0, 1.0, 2.0, 2.0, 3.0)}
     kept.write_text("[{}]")
     assert stored() == {}, "what cannot be read is measured again"
 
@@ -54,15 +55,9 @@ def test_rates_are_of_what_was_timed(monkeypatch):
     clock = iter(x * 0.03 for x in range(1000))
     monkeypatch.setattr(rates.time, "perf_counter", lambda: next(clock))
     found = measured(torch.device("cpu"))
-    assert found.float64 == found.bfloat16 > 0
+    assert found.float64 == pytest.approx(found.bfloat16)
+    assert found.float32 == pytest.approx(found.bfloat16)
     assert found.copies == pytest.approx(2**24 / (2 * 512**3 / found.float64))
-
-
-def test_projected_times_are_arithmetic():
-    forward, spectra = projected(RATES, 8e9, 4096, 32)
-    assert forward == pytest.approx(2 * 8e9 * 8 * 4096 / 4e14)
-    grams = 33 * 9 / 8 * 4096**2 * 8 * 4096 / 3e13
-    assert spectra == pytest.approx(grams + 33 * 27 * 4096**3 / 6e12)
 
 
 ON_RAY = """

@@ -1,5 +1,7 @@
 """`ray job submit` and `ray submit` against real clusters with token authentication, and what is sent there."""
 
+import subprocess
+import sys
 import zipfile
 
 import polars as pl
@@ -61,6 +63,12 @@ def test_a_submitted_job_leaves_a_whole_result_set(cluster, tmp_path):
     assert len(ResultStore(str(tmp_path / "out")).finished()) == 3
     assert set(pl.read_parquet(tmp_path / "out" / "spectra" / "*.parquet")["read"]) == {"random", "trained"}
     assert cluster.environment["RAY_AUTH_TOKEN"] not in told
+    attach = [sys.executable, "-m", "deadbench", "attach", cluster.dashboard]
+    environment = cluster.environment | {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": "http://127.0.0.1:1"}
+    followed = subprocess.run(attach, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    assert followed.returncode == 0, followed.stderr
+    assert "3 ok, 0 failed, 0 already there" in followed.stderr, "what the job printed"
+    assert followed.stdout.endswith(" succeeded, exit code 0\n")
 
 
 @pytest.mark.ray

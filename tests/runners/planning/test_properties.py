@@ -39,6 +39,7 @@ def sizes(draw):
         has_plan=draw(st.booleans()),
         rows_per_item=1,
         activation_bytes=draw(st.integers(1, 64)) * 4096 * hidden_size * 4,
+        flop_per_token=2.0 * (num_taps - 1) * block,
     )
 
 
@@ -167,7 +168,7 @@ def test_a_functional_read_that_fits_fits_in_more(request, one, other):
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_properties_meet_both_outcomes(engine):
     """A property over reads that all fit, or none, would say nothing."""
-    size = ModelSize(10**10, 10**8, 3 * 10**8, 10**8, 4096, 33, {"num_attention_heads": 32}, True, 1, 4 * 10**9)
+    size = ModelSize(10**10, 10**8, 3 * 10**8, 10**8, 4096, 33, {"num_attention_heads": 32}, True, 1, 4 * 10**9, 2e10)
     request = size, needs(size, "random", 4, 8192), read_by(engine)
     assert planned(request, 4, 0.02)[0].problem is not None
     assert planned(request, 4, 1.5)[0].problem is None

@@ -14,7 +14,7 @@ from deadbench.suite.errors import InputError
 from deadbench.suite.inputs import hub_files
 from deadbench.suite.inputs.hub_files import DatasetError, why_unreachable
 from deadbench.suite.inputs.hub_pictures import read_hub_pictures
-from deadbench.suite.inputs.signals import photo_crops
+from deadbench.suite.inputs.signals import photo_crops, pictures_of
 from tests.suite.architectures.test_locate import VISION
 from tests.suite.inputs.test_feed import made, rows_of
 
@@ -52,9 +52,9 @@ def hub(tmp_path, monkeypatch):
 
 def test_pictures_come_in_order_of_the_files_and_no_more_than_are_asked_for(hub):
     crops = photo_crops("hf:org/photos::validation", 4, 0)
-    assert [np.asarray(crop)[0, 0, 0] for crop in crops] == list(GREYS[:4])
+    assert [np.asarray(crop)[0, 0, 0] for crop in pictures_of(crops)] == list(GREYS[:4])
     crops = photo_crops("hf:org/photos::validation", 7, 0)
-    assert [np.asarray(crop)[0, 0, 0] for crop in crops[:5]] == list(GREYS), "then crops of them"
+    assert [np.asarray(crop)[0, 0, 0] for crop in pictures_of(crops[:5])] == list(GREYS), "then crops of them"
     assert len(crops) == 7
     ((name, encoded),) = read_hub_pictures("org/bare")
     assert (name, encoded) == ("hf:org/bare, row 0 of train.parquet", png(7))

@@ -69,7 +69,7 @@ def test_a_picture_of_few_bytes_and_many_pixels_is_refused_before_it_is_decoded(
     assert (tmp_path / "bomb.png").stat().st_size < 20_000
     monkeypatch.setattr(Image.Image, "load", lambda *_: pytest.fail("decoded"))
     with pytest.raises(InputError, match=r"bomb.png: 11000 x 10000 pixels; at most 89,478,485"):
-        photo_crops(str(tmp_path), 1, 0)
+        photo_crops(f"image:{tmp_path}", 1, 0)
 
 
 def test_of_several_photographs_one_is_decoded_at_a_time(tmp_path, monkeypatch):
@@ -86,7 +86,7 @@ def test_of_several_photographs_one_is_decoded_at_a_time(tmp_path, monkeypatch):
         return decoded
 
     monkeypatch.setattr(Image.Image, "convert", counted)
-    pixels = plain_pictures(photo_crops(str(tmp_path), 10, 0), torch.empty(1, 3, 8, 8))
+    pixels = plain_pictures(photo_crops(f"image:{tmp_path}", 10, 0), torch.empty(1, 3, 8, 8))
     assert (len(most), max(most)) == (4, 2), "the next one, and the last one until then"
     grey = [round(float(127.5 * (each.mean() + 1))) for each in pixels]
     assert grey == [50 * (number % 4) for number in range(10)], "in the order of the crops"
@@ -96,7 +96,7 @@ def test_pictures_that_are_too_large_together_are_refused(tmp_path, monkeypatch)
     (tmp_path / "preprocessor_config.json").write_text('{"image_processor_type": "ViTImageProcessor"}')
     monkeypatch.setattr(signals, "_MOST_PIXELS_AT_ONCE", 10_000)
     with pytest.raises(InputError, match=r"3 pictures of .* pixels together.* at most 10,000") as caught:
-        own_pictures(photo_crops("", 3, 0), tmp_path, {"pixel_values"})
+        own_pictures(photo_crops("image", 3, 0), tmp_path, {"pixel_values"})
     assert "fails" not in str(caught.value)
 
 
@@ -111,7 +111,7 @@ def test_a_picture_of_whatever_bytes_is_taken_or_refused_in_one_line(tmp_path_fa
         whole[data.draw(st.integers(0, min(len(whole) - 1, 200)))] = data.draw(st.integers(0, 255))
     (folder / "odd.png").write_bytes(whole[: data.draw(st.integers(0, len(whole)))])
     try:
-        made = plain_pictures(photo_crops(str(folder), 2, 0), torch.empty(1, 3, 8, 8))
+        made = plain_pictures(photo_crops(f"image:{folder}", 2, 0), torch.empty(1, 3, 8, 8))
     except InputError as error:
         clean(error)
     else:

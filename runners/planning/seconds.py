@@ -1,0 +1,136 @@
+"""How long a read would take: counted work over a device's rates. No more than arithmetic; nothing is timed here.
+
+Rates are what `deadbench doctor` measured and kept, else those of a data sheet, and who asks is told which.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from deadbench.runners.planning.hardware import Cluster
+from deadbench.suite.checkpoints.download_cache import cache_folder
+
+_PRODUCTS = 0.5  # of the rate of large matrix products, which a forward pass and Gram matrices reach
+_DECOMPOSED = {"gpu": 0.05, "cpu": 0.4}  # of that in float64, which decompositions reach
+_DRAWN = 5e7  # random weights a second, which one process draws on the CPU
+_DISK = 1e9  # bytes a second of a checkpoint
+_ALIKE = 0.1  # of their memory, by which GPUs of one kind differ: 80 GB are 85e9 bytes
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Of one device: its bytes of memory (0: the host), FLOP a second of products, bytes a second to the host."""
+
+    device: str
+    memory: float
+    bfloat16: float
+    float32: float
+    float64: float
+    copies: float
+
+    def text(self) -> str:
+        """In one line."""
+        products = f"{self.bfloat16 / 1e12:.2g} TFLOP/s bfloat16, {self.float32 / 1e12:.2g} float32"
+        return f"{products}, {self.float64 / 1e12:.2g} float64, {self.copies / 1e9:.2g} GB/s to the host"
+
+    def products(self, dtype: str | None) -> float:
+        """FLOP a second of a forward pass in `dtype`."""
+        rate = {"float64": self.float64, "float32": self.float32}.get(str(dtype), self.bfloat16)
+        return _PRODUCTS * rate
+
+    def decompositions(self) -> float:
+        """FLOP a second of decompositions in float64."""
+        return _DECOMPOSED["gpu" if self.memory else "cpu"] * self.float64
+
+
+# Data sheets' dense rates (TFLOP/s of bfloat16 or float16, float32 without TF32, float64), the slower of a size's GPUs.
+_BUILT_IN = tuple(
+    Rates(name, gigabytes * 1e9, bfloat16 * 1e12, float32 * 1e12, float64 * 1e12, copies * 1e9)
+    for name, gigabytes, bfloat16, float32, float64, copies in (
+        ("an H200", 141, 989, 67, 67, 50),
+        ("an A100", 80, 312, 19.5, 19.5, 25),
+        ("an L40S", 48, 362, 91, 1.4, 25),
+        ("an A100", 40, 312, 19.5, 19.5, 25),
+        ("an A10", 24, 125, 31, 0.98, 25),
+        ("a T4", 16, 65, 8.1, 0.25, 12),
+    )
+)
+_BUILT_IN_CPU = Rates("two CPU cores", 0.0, 1e11, 1e11, 5e10, 5e9)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is counted of one read: tokens of all passes, FLOP of a token, taps, width, devices that share it."""
+
+    passed_tokens: float
+    num_tokens: float
+    flop_per_token: float
+    num_taps: int
+    hidden_size: int
+    drawn: float
+    loaded_bytes: float
+    dtype: str | None
+    devices: int
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Of the three steps that rows have, too: `load_seconds`, `forward_seconds`, `spectrum_seconds`."""
+
+    load: float
+    forward: float
+    spectra: float
+
+    @property
+    def total(self) -> float:
+        """One after another."""
+        return self.load + self.forward + self.spectra
+
+    @property
+    def most(self) -> str:
+        """The step that takes longest."""
+        steps = {"load": self.load, "forward": self.forward, "spectra": self.spectra}
+        return max(steps, key=lambda step: steps[step])
+
+
+def projected(work: Work, rates: Rates) -> Seconds:
+    """The seconds of a read.
+
+    Each token's FLOP once a pass; a Gram matrix 9/8 D^2 a token and tap, and of the final norm; three decompositions of
+    9 D^3 of each. Devices share both; weights are drawn, or come from a disk, once.
+    """
+    D, sites = float(work.hidden_size), work.num_taps + 1
+    grams = sites * 9 / 8 * D**2 * work.num_tokens / (_PRODUCTS * rates.float64)
+    decomposed = sites * 27 * D**3 / rates.decompositions()
+    forward = work.flop_per_token * work.passed_tokens / rates.products(work.dtype)
+    load = work.drawn / _DRAWN + work.loaded_bytes / _DISK + (work.loaded_bytes / rates.copies if rates.memory else 0.0)
+    return Seconds(load, forward / work.devices, (grams + decomposed) / work.devices)
+
+
+def rates_file() -> Path:
+    """Where the rates of this user's devices are kept."""
+    return cache_folder().parent / "rates.json"
+
+
+def stored() -> dict[str, Rates]:
+    """Those that were kept, by device; none where there are none that can be read."""
+    try:
+        listed = json.loads(rates_file().read_text(encoding="utf-8"))
+        found = [Rates(each.pop("device"), **{name: float(value) for name, value in each.items()}) for each in listed]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return {}
+    return {each.device: each for each in found if min(each.bfloat16, each.float32, each.float64, each.copies) > 0}
+
+
+def rates_of(cluster: Cluster) -> tuple[Rates, str]:
+    """Rates of the devices of a cluster's largest node, and where they are from, in words.
+
+    Kept ones of a GPU with the same memory; of the CPU only where the cluster is not an assumed one.
+    """
+    node = cluster.largest
+    memory = node.gpu_bytes if node.gpus else 0.0
+    for each in stored().values():
+        if abs(each.memory - memory) <= _ALIKE * memory and not (cluster.assumed and not memory):
+            return each, f"rates of {each.device}, which deadbench doctor measured"
+    known = _BUILT_IN_CPU if not memory else min(_BUILT_IN, key=lambda each: abs(each.memory - memory))
+    return known, f"built-in rates of {known.device}; deadbench doctor measures your own"
