@@ -248,7 +248,8 @@ def test_vllm_which_cannot_mend_names_is_not_given_wrapped_ones(tmp_path, monkey
     monkeypatch.setattr(vllm, "_SPEC", SimpleNamespace(missing=lambda: None))
     name = "model.layers.0._orig_mod.mlp.up_proj.weight"
     weights = StoredWeights(tmp_path, {name: TensorEntry(name, "f", "F32", (4, 4), 0, 64)})
-    job = SimpleNamespace(model=SimpleNamespace(modality="text"), protocol=SimpleNamespace(skip_positions=0))
+    protocol = SimpleNamespace(skip_positions=0)
+    job = SimpleNamespace(model=SimpleNamespace(modality="text"), input=None, protocol=protocol)
     read = vllm.read_vllm(job, None, weights)
     with pytest.raises(ValueError, match=rf"^{tmp_path}: the tensor {name} carries .*; save the model that is wrapped"):
         next(read)
