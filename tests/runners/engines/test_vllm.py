@@ -165,13 +165,21 @@ def test_every_block_is_that_of_the_torch_engine(parity):
 
 
 def marked(mark):
-    """Processes that descend from a command which was given `mark` in its environment."""
-    found = []
+    """Processes that descend from a command which was given `mark` in its environment.
+
+    One that has named itself, as vLLM's do, has written over the environment that others see: it is known by its parent.
+    """
+    found = {}
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
-            if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found
+            if process.environ().get(MARK) == mark:
+                found |= {each.pid: each for each in (process, *process.children(recursive=True))}
+    alive = []
+    for process in found.values():
+        with contextlib.suppress(psutil.Error):
+            if process.status() != psutil.STATUS_ZOMBIE:
+                alive.append(process)
+    return alive
 
 
 def is_rank(process):
