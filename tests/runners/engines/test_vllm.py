@@ -167,7 +167,7 @@ def test_every_block_is_that_of_the_torch_engine(parity):
 def marked(mark):
     """Processes that descend from a command which was given `mark` in its environment.
 
-    One that has named itself, as vLLM's do, has written over the environment that others see: it is known by its parent.
+    One that has named itself, as those of vLLM do, has written over the environment that others see; its parent tells.
     """
     found = {}
     for process in psutil.process_iter():
