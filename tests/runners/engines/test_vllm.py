@@ -229,6 +229,7 @@ def test_two_ranks_through_the_command_line(registry, parity, tmp_path, models):
 
 @needs_vllm
 @pytest.mark.ray
+@pytest.mark.full  # alone: beside other tests the read is over before both of its ranks are seen
 def test_a_rank_of_vllm_that_dies_is_a_failed_row_and_nothing_is_left(registry, tmp_path):
     for attempt in range(3):  # on a busy machine both may come and go between two looks
         tmp_path = tmp_path / str(attempt)
