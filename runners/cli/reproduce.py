@@ -118,10 +118,10 @@ def _stored_options(results: str, run_id: str) -> dict[str, Any]:
         UserError: there is no record of the run, or its command cannot or must not be given again.
     """
     from deadbench.analysis.results import place_of
-    from deadbench.runners.results.store import ResultStore
+    from deadbench.runners.results.reader import ResultReader
 
     where = f"{results}/runs/{run_id}/run.json"
-    text = ResultStore(place_of(results)).read_text(f"runs/{run_id}/run.json")
+    text = ResultReader(place_of(results)).read_text(f"runs/{run_id}/run.json")
     if text is None:
         raise UserError(f"{where}: no such record; rows of deadbench.measure, callbacks and pytest have no command")
     try:

@@ -8,7 +8,9 @@ import numpy as np
 import polars as pl
 import pytest
 
-from tests.conftest import save_tiny
+from tests.conftest import ROOT, save_tiny
+
+STORED = ROOT / "suite" / "data" / "reference"
 
 
 @pytest.fixture(scope="module")
@@ -136,9 +138,11 @@ def test_a_command_of_a_whole_suite_is_given_again_for_one_model(base, tmp_path,
 def test_a_row_that_comes_with_deadbench_is_given_again(tmp_path, monkeypatch, deadbench):
     """Of another machine, whose rounding the kernel's eigenvalue is; what is not rounding is equal."""
     monkeypatch.chdir(tmp_path)
+    before = STORED.stat().st_mtime_ns
     code, out, err = deadbench("reproduce", "reference", "twin-layernorm", "--read", "random", "--json")
     assert code in (0, 1), err
     found = {row["metric"]: (row["stored"], row["now"]) for row in json.loads(out)["reproduce"]}
     assert found["alignment"] == pytest.approx((1.0, 1.0), abs=1e-6)
     assert found["depth"][1] == pytest.approx(found["depth"][0], abs=0.7)
     assert not (tmp_path / "reference").exists()
+    assert STORED.stat().st_mtime_ns == before, "it may be where nobody may write"
