@@ -97,6 +97,8 @@ def watch(
     for line in passed_over:
         say(line)
     where, name = _place_and_name(place)
+    if not follow and os.path.isabs(where) and not os.path.exists(where):
+        raise UserError(f"{shown_place(place)}: no such folder; --follow waits for one that comes")
     watching = Watch(
         where, name, (registry, path), out, _reads(reads), overrides, Settings(address),
         this_machine(most_gpus=1 if address == NO_RAY else None),

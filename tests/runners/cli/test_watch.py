@@ -148,6 +148,7 @@ def test_a_command_gets_each_new_break_and_no_shell(run, stored, deadbench):
         (["run", "--on-break", "'"], '--on-break "\'": No closing quotation'),
         (["run", "--on-break", " "], "--on-break is empty"),
         (["run", "--baseline", "nowhere"], "nowhere"),
+        (["runs/gpt3", "--once"], "runs/gpt3: no such folder; --follow waits for one that comes"),
         (["run", "--gate", "none.yaml"], "none.yaml: no such gate file"),
         (["run", "--report", "none/page.html"], "no such directory"),
     ],
@@ -162,6 +163,7 @@ def test_a_mistake_is_one_line(tmp_path, monkeypatch, deadbench, arguments, mess
 
 def test_a_record_of_something_else_is_refused(tmp_path, monkeypatch, deadbench):
     monkeypatch.chdir(tmp_path)
+    Path("run").mkdir()
     Path("out/watch").mkdir(parents=True)
     Path("out/watch/verdicts.json").write_text("[1]")
     code, _, err = deadbench("watch", "run", "--out", "out", "--once")
