@@ -29,6 +29,7 @@ MEASURES = (
     "deadbench reproduce",
     "deadbench doctor",
     "deadbench attach",
+    "deadbench watch",
     "--bisect",
 )  # takes minutes, and has tests of its own
 
