@@ -90,7 +90,7 @@ def search(model: nn.Module, inputs: Inputs | None = None) -> tuple[FinalNorm, I
         if not stream.numel():  # a decoder that was given nothing to decode
             failure = failure or "the last hidden state is empty"
             continue
-        found = _by_identity(model, calls, stream)
+        found = _by_identity(model, calls, _before_head(model, calls, stream))
         if found is not None:
             return found, given
         if stream.device.type == "meta" or hears(model, candidate, stream):
@@ -130,6 +130,20 @@ def _without_stream(model: nn.Module, calls: list[Call]) -> FinalNorm:
     if not any(_may_be_a_norm(module) and normalises(module, given) for module, given in modules):
         return _nothing("none", f"no module of {name} normalises", model)
     return _nothing("undetermined", f"{name} returns no last hidden state", model)
+
+
+def _before_head(model: nn.Module, calls: list[Call], stream: Tensor) -> Tensor:
+    """What the head was given where the stream is its logits, as of a language model inside one of pictures."""
+    heads = [
+        part.get_output_embeddings()
+        for _, part in model.named_modules()
+        if hasattr(part, "get_output_embeddings") and hasattr(part, "lm_head")
+    ]
+    for call in calls:
+        if call.given is not None and same_storage(call.output, stream):
+            if any(model.get_submodule(call.path) is head for head in heads):
+                return call.given
+    return stream
 
 
 def _by_identity(model: nn.Module, calls: list[Call], stream: Tensor) -> FinalNorm | None:

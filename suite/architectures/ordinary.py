@@ -22,7 +22,7 @@ _WIDTHS = re.compile(
     r"(moe_|encoder_|decoder_)?(hidden_sizes?|intermediate_size|ffn_dim|d_model|d_ff|d_kv|n_embd|n_inner|head_dim)"
     r"|global_head_dim|word_embed_proj_dim|sliding_window|num_labels"
     r"|vocab_size|(encoder_|decoder_)?(num_)?(attention_heads|key_value_heads|kv_heads|heads)|n_head"
-    r"|(original_)?max_position_embeddings|n_positions|n_ctx|max_length|(.*_)?token_ids?"
+    r"|(original_)?max_position_embeddings|n_positions|n_ctx|max_length|(.*_)?token_(ids?|index)"
 )
 _SCALES = re.compile(r"(.*_)?(theta|base|freqs?|mrope_section|eps|epsilon|range|std|seed)")  # of arithmetic
 _NOT_BUILT = {"id2label", "label2id", "quantization_config", "task_specific_params", "auto_map", "generation_config"}

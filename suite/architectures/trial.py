@@ -30,6 +30,7 @@ is_the_trial = False  # in the process of trials, which tries nothing elsewhere
 _CPU_SECONDS = 10
 _MEMORY_BYTES = 5 * 2**28  # that a trial takes beside the libraries, which are 0.6 GB: not 2 GB together
 _SECONDS, _START_SECONDS = 18.0, 180.0  # on the clock: of a trial, and until the process has its libraries
+_STARVED = 10  # times as long on the clock, while it computes: other work has the cores, and its CPU time is limited
 _LOOK_SECONDS = 0.05  # at its memory
 _ASKING = threading.Lock()
 _ANSWERS: dict[str, str | None] = {}  # by the configuration's hash: why not
@@ -143,7 +144,8 @@ class _Trials:
             found += piece
             if _resident(running) > most_bytes:
                 raise _LimitError(f"{_MEMORY_BYTES / 2**30:.3g} GB of memory")
-            if not ready and time.monotonic() > until:
+            late = time.monotonic() - until
+            if not ready and late > (_STARVED - 1) * seconds * _computes(running):
                 raise _LimitError(f"{seconds:.0f} s")
         return found
 
@@ -152,6 +154,13 @@ def _resident(running: "subprocess.Popen[bytes]") -> int:
     with contextlib.suppress(psutil.Error):
         return int(psutil.Process(running.pid).memory_info().rss)
     return 0
+
+
+def _computes(running: "subprocess.Popen[bytes]") -> bool:
+    """Whether the process has work, be there a core for it or not; one that waits for something has none."""
+    with contextlib.suppress(psutil.Error):
+        return psutil.Process(running.pid).status() in (psutil.STATUS_RUNNING, psutil.STATUS_DISK_SLEEP)
+    return False
 
 
 @functools.cache

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from deadbench.analysis.results import scan
 from deadbench.runners.engines.streaming import StreamingEngine
 from deadbench.runners.jobs.build import build_jobs
 from deadbench.runners.jobs.events import Progress, Remark
@@ -195,3 +196,54 @@ def test_kill_9_at_a_random_moment(registry, tmp_path):
     events = list(run_model(saving(registry, "neox", "random", Path(tmp_path / "out")), "run", 1))
     assert any(isinstance(e, Remark) and e.text.startswith("goes on from") for e in events)
     assert bits(rows_of(events)) == expected
+
+
+LARGE = {  # 1.2 GB in float32
+    "model_type": "gpt_neox", "architectures": ["GPTNeoXForCausalLM"], "hidden_size": 1024, "intermediate_size": 4096,
+    "num_hidden_layers": 20, "num_attention_heads": 16, "vocab_size": 50_304,
+}  # fmt: skip
+
+
+@pytest.mark.full
+@pytest.mark.subprocess
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("read", ["random", "trained"])
+def test_kill_9_at_twenty_random_moments_of_a_gigabyte(read, tmp_path):
+    """The command as a user gives it, killed and given again twenty times over."""
+    save_tiny(tmp_path / "large", LARGE)
+    command = [
+        sys.executable, "-W", "ignore", "-m", "deadbench", "run", str(tmp_path / "large"), "--reads", read, "--input",
+        "tokens:random", "--tokens", "3072", "--engine", "streaming", "--address", "none", "--checkpoint-interval", "2",
+        "--dtype", "float32",
+    ]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    began = time.monotonic()
+    subprocess.run([*command, "--out", str(tmp_path / "calm")], cwd=tmp_path, env=environment, check=True)
+    undisturbed = time.monotonic() - began
+    kills, rows, chance = 0, [], random.Random(0)
+    while kills < 20:
+        out = tmp_path / f"killed-{len(rows)}"  # a read that came through between two kills counts too; the next begins
+        process = subprocess.Popen(
+            [*command, "--out", str(out)], cwd=tmp_path, env=environment, start_new_session=True,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        try:
+            assert process.wait(chance.uniform(0, 0.6 * undisturbed)) == 0
+            rows.append(out)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            kills += 1
+    last = tmp_path / f"killed-{len(rows)}"
+    subprocess.run([*command, "--out", str(last)], cwd=tmp_path, env=environment, check=True)
+    expected = stored(tmp_path / "calm")
+    assert expected["reads"][0]["status"] == repr("ok")
+    for out in [*rows, last]:
+        assert stored(out) == expected
+    print(f"{kills} kills over {len(rows) + 1} reads of {undisturbed:.0f} s")
+
+
+def stored(out):
+    of_run = {*OF_TIME, "run_id", "attempt"}
+    rows = {name: scan(str(out), name).collect().to_dicts() for name in ("reads", "spectra", "blocks", "samples")}
+    return bits({name: [{k: v for k, v in row.items() if k not in of_run} for row in rows[name]] for name in rows})

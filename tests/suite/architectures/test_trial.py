@@ -1,8 +1,13 @@
 """What a stranger's configuration may cost: a trial elsewhere first, and no connection."""
 
+import itertools
 import socket
+import subprocess
+import sys
 import threading
+import time
 
+import psutil
 import pytest
 
 from deadbench.suite.architectures import trial
@@ -44,6 +49,21 @@ def test_the_memory_and_the_time_of_a_trial_are_watched(monkeypatch):
         trials._line(Silent, 60.0, 2 * 2**30)
     with pytest.raises(trial._LimitError, match="-1 s"):
         trials._line(Silent, -1.0)
+
+
+@pytest.mark.subprocess
+@pytest.mark.parametrize(("doing", "told"), [("while True: pass", "12 s"), ("import time; time.sleep(60)", "4 s")])
+def test_a_trial_that_other_work_starves_has_longer_and_one_that_waits_has_not(monkeypatch, doing, told):
+    monkeypatch.setattr(trial, "_STARVED", 3)
+    passed = itertools.count()
+    monkeypatch.setattr(trial.time, "monotonic", lambda: float(next(passed)))  # a second a look
+    with subprocess.Popen([sys.executable, "-c", doing], stdout=subprocess.PIPE) as running:
+        while doing.startswith("import") and psutil.Process(running.pid).status() != psutil.STATUS_SLEEPING:
+            time.sleep(0.01)
+        with pytest.raises(trial._LimitError):
+            trial._Trials()._line(running, 4.0)
+        running.kill()
+    assert f"{next(passed) - 2} s" == told
 
 
 def test_an_ordinary_configuration_needs_no_trial(monkeypatch):
