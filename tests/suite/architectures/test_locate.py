@@ -48,6 +48,23 @@ CASES = [
 ]
 
 
+BLIP2 = {
+    "model_type": "blip-2", "image_token_index": 98, "num_query_tokens": 4,
+    "text_config": OPT | {"model_type": "opt", "num_attention_heads": 4},
+    "vision_config": VISION,
+    "qformer_config": TEXT | {"encoder_hidden_size": 32},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_the_head_of_a_language_model_inside_is_passed_by(device):
+    """What comes out last is logits; too large to be tried, the model is on meta, where nothing can be held fixed."""
+    found = find_final_norm(build_model(build_config(BLIP2), device))
+    assert (found.path, found.family, found.placement, found.num_blocks) == (
+        "language_model.model.decoder.final_layer_norm", "layernorm", "pre", 2,
+    ), found.reason  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("model_type", "config", "path", "family", "scale", "shift", "placement"), CASES, ids=[c[0] for c in CASES]
 )
