@@ -28,6 +28,7 @@ from deadbench.suite.architectures.parts import block_list
 from deadbench.suite.inputs.batches import Batch, Inputs
 from deadbench.suite.reads.final_norm import FinalNormRead
 from deadbench.suite.reads.residual import ResidualRead
+from deadbench.suite.spectra.questions import Questions
 from deadbench.suite.spectra.solvers import remarks
 
 _ACCUMULATOR_SHARE = 4  # of the memory that is free, the accumulators of one pass take one part in so many
@@ -152,6 +153,7 @@ class Passes:
 
     def _empty(self) -> tuple[FinalNormRead, ResidualRead]:
         assert self._final.hidden_size is not None
+        self._questions = Questions(self._engine.device)
         stream = ResidualRead(
             self._final.hidden_size,
             self._inputs.num_tokens,
@@ -161,8 +163,10 @@ class Passes:
             self._ranks,
             self._first_row,
             self._read.protocol.tap_stride,
+            self._questions,
         )
-        return FinalNormRead(self._of_rows, self._norm, self._first_row, self._engine.device), stream
+        place = self._first_row, self._engine.device, self._questions
+        return FinalNormRead(self._of_rows, self._norm, *place), stream
 
     def _taps_a_pass(self, stream: ResidualRead) -> int:
         """Through how many taps a pass goes, by all ranks together where they divide those that are read."""
@@ -176,7 +180,13 @@ class Passes:
 
     def _pass(self, measured: FinalNormRead, stream: ResidualRead, position: Position) -> Events:
         """The batches of this pass that are not done."""
-        blocks = Blocks(self._blocks, lambda tap, acts, batch: stream.update(tap, acts, batch.mask_ST))
+
+        def enters(tap: int, acts: torch.Tensor, batch: Batch) -> None:
+            stream.update(tap, acts, batch.mask_ST)
+            if self._engine.tap_by_tap:  # else the batch is asked at its end
+                self._questions.settle()
+
+        blocks = Blocks(self._blocks, enters)
         label, first = self._read.label(), position.first
         done = sum(batch.num_rows for batch in self._batches[: position.batch])
         torch.manual_seed(self._read.seed)  # ViT-MAE and ViLT draw what they look at: every pass sees the same
@@ -256,6 +266,7 @@ class Passes:
             last = traffic.output_BTD if self._final.placement == "post" else traffic.input_BTD
             stream.update(traffic.num_block_calls, last, batch.mask_ST, is_last=True)
             position.num_taps = traffic.num_block_calls + 1
+        self._questions.settle()
 
     def _merge(self, measured: FinalNormRead) -> None:
         """What the other replicas read of the final norm, to the first, in the order of the tokens."""

@@ -27,6 +27,7 @@ from deadbench.suite.reads.tap import TAP_STATE, Tap
 from deadbench.suite.schema import Row
 from deadbench.suite.spectra.arrow_state import StateError, fields, struct
 from deadbench.suite.spectra.directions import UNIT_ROUNDOFF, leading_coordinates
+from deadbench.suite.spectra.questions import AT_ONCE, Questions
 
 SAME_DEAD = 0.9  # containment above which dead directions of two taps are the same
 _FLOORS = {"bfloat16": 8.0, "float16": 8.0, "float32": 32.0, "float64": 32.0}
@@ -92,16 +93,19 @@ class ResidualRead:
         ranks: Ranks | None = None,
         first_row: int = 0,
         stride: int = 1,
+        questions: Questions = AT_ONCE,
     ):
         """Read taps of a model that runs in `dtype` over `num_tokens` tokens; `placement` as in `reads`.
 
         With `ranks`, every rank gives its taps and all end their passes together; each has all the rows then.
         `first_row` is how many rows of each tap come before the first that is given here, to another rank.
         Each `stride`-th tap is read, and the last (0: none); a tap is then compared with the one that was read before.
+        `questions` are asked of each batch, and the caller's to settle when it is through.
         """
         self.hidden_size, self.num_tokens, self.dtype, self.placement = hidden_size, num_tokens, dtype, placement
         self._half_tokens = max(0, num_tokens // 2 - first_row)
         self.device, self.ranks, self.stride = device, ranks or Ranks(), stride
+        self.questions = questions
         self.wanted = range(0)
         self._taps: dict[int, Tap] = {}
         self._last_tap: dict[int, Tap] = {}  # of the pass before: its halves may yet be asked for
@@ -127,11 +131,13 @@ class ResidualRead:
         if not (self.ranks.replicas or self._owner(tap) == self.ranks.rank) or acts.shape[-1] != self.hidden_size:
             return
         rows = token_rows(acts, mask)
+        if not self.questions.at_once:
+            rows = rows.clone()  # models write into their streams, and these rows may be asked for again
         if tap:
-            check_rows(rows, f"after block {tap}")
+            check_rows(rows, f"after block {tap}", self.questions)
         if tap not in self._taps:
             self._taps[tap] = Tap(self.hidden_size, self._half_tokens, self.device)
-        self._taps[tap].update(rows)
+        self._taps[tap].update(rows, self.questions)
 
     def end_pass(self) -> None:
         """Decompose the taps of this pass; their accumulators are given back."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from deadbench.suite.spectra.arrow_state import VECTOR, fields, struct, tensor, vector
 from deadbench.suite.spectra.directions import FLOAT64_EPS
 from deadbench.suite.spectra.qr import Qr
+from deadbench.suite.spectra.questions import AT_ONCE, Questions
 from deadbench.suite.spectra.routes import GRAM_STATE, Lifted, Plain, Whitened, cheapest, restored
 from deadbench.suite.spectra.spectrum import Spectrum
 from deadbench.suite.spectra.triangular import CERTIFIED_RELATIVE_ERROR, GRAM_ERROR
@@ -59,6 +60,7 @@ class CovarianceFactor:
         self.offset_D: Tensor | None = None
         self._by_qr = Qr(hidden_size, self.device)
         self._by_gram: Plain | Lifted | Whitened | None = None  # until that is decided, and until R is whitened by
+        self._offered = False  # rows to it, and its answer is not there yet
 
     @property
     def method(self) -> str:
@@ -70,8 +72,15 @@ class CovarianceFactor:
         """Rows seen."""
         return self._by_qr.count + self._by_qr.num_waiting + (self._by_gram.count if self._by_gram is not None else 0)
 
-    def update(self, acts_ND: Float[Tensor, "N D"], mask_N: Bool[Tensor, " N"] | None = None) -> None:
+    def update(
+        self,
+        acts_ND: Float[Tensor, "N D"],
+        mask_N: Bool[Tensor, " N"] | None = None,
+        questions: Questions = AT_ONCE,
+    ) -> None:
         """Add rows of any float dtype; rows where `mask_N` is False (padding) are left out.
+
+        Where `questions` are not answered at once the rows must stay as they are until these are settled.
 
         Raises:
             ValueError: wrong width, or a value that is not finite.
@@ -81,6 +90,30 @@ class CovarianceFactor:
         rows = (acts_ND if mask_N is None else acts_ND[mask_N]).detach().to(self.device)
         if len(rows) == 0:
             return
+        if questions.at_once:
+            self._add(rows)
+        elif self.offset_D is None or self._by_gram is None or self._offered:
+            questions.after(lambda: self._add(rows))
+        else:
+            self._offer(rows, questions)
+
+    def _offer(self, rows_ND: Tensor, questions: Questions) -> None:
+        """Add rows, if nothing about them is odd, without waiting to hear of it; odd ones are looked at when it is."""
+        gram = self._by_gram
+        assert gram is not None
+        refused = gram.offer(rows_ND.double() - self.offset_D)
+        self._offered = True
+
+        def then(answer: list[float]) -> None:
+            self._offered = False
+            if answer[0]:
+                self._add(rows_ND)
+            else:
+                gram.gram.count += len(rows_ND)
+
+        questions.ask(refused[None], then)
+
+    def _add(self, rows: Tensor) -> None:
         parts = rows.split(_PART_ROWS)
         # Norms are cheap, but may overflow where the row does not.
         fine = all(bool(torch.isfinite(torch.linalg.vector_norm(part, dim=-1)).all()) for part in parts)
