@@ -1,8 +1,8 @@
 """A GPU that there is none of: tensors that say they are on it, computed on the CPU, and every wait for it counted.
 
-A tensor of it is a wrapper around one of the CPU. What reaches the dispatcher is unwrapped, computed and wrapped again; what
-would make the host wait for a real device is counted, with where in the project it was asked; and what a real device
-refuses, operands on two devices, is refused. Nothing of CUDA is there: no kernel, no stream, no rounding of its own.
+A tensor of it is a wrapper around one of the CPU. What reaches the dispatcher is unwrapped, computed and wrapped again;
+what would make the host wait for a real device is counted, with where in the project it was asked; and what a real
+device refuses, operands on two devices, is refused. Nothing of CUDA is there: no kernel, no stream, no rounding.
 """
 
 import contextlib

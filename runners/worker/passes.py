@@ -7,7 +7,6 @@ they saw is merged at the end of a pass. Now and then all is saved, and a read t
 
 import contextlib
 import sys
-import time
 from collections.abc import Generator, Iterable
 from dataclasses import replace
 from typing import Any, cast
@@ -17,7 +16,7 @@ import torch
 from torch import nn
 
 from deadbench.runners.engines.base import Blocks, Engine, ForwardPass, SweepingEngine, Swept
-from deadbench.runners.engines.device import free_bytes
+from deadbench.runners.engines.device import Moment, free_bytes
 from deadbench.runners.engines.registry import ENGINES
 from deadbench.runners.jobs.events import Progress, Remark
 from deadbench.runners.jobs.job import ReadJob
@@ -196,16 +195,16 @@ class Passes:
             if self._sweeps_on:
                 cast(SweepingEngine, self._engine).go_on_from(self._checkpoint.sweep())
         for step in self._engine.passes(self._model, self._module, left, blocks):
-            started = time.perf_counter()
             if isinstance(step, Swept):
                 yield from self._through_a_block(step, measured, stream, position)
                 continue
-            batch, traffic = step
+            started, (batch, traffic) = Moment.on(self._engine.device), step
             with contextlib.nullcontext() if self._ranks.replicas else self._ranks.together():
                 self._take(batch, traffic, measured, stream, position)
             position.batch += 1
-            position.forward_seconds += traffic.seconds
-            position.spectrum_seconds += traffic.tap_seconds + time.perf_counter() - started
+            forward, taps = traffic.seconds()
+            position.forward_seconds += forward
+            position.spectrum_seconds += taps + started.seconds_to(Moment.on(self._engine.device))
             done += batch.num_rows
             several = position.num_taps > position.per_pass
             phase = f"taps {first} to {min(first + position.per_pass, position.num_taps) - 1}" if several else "forward"
@@ -218,11 +217,11 @@ class Passes:
 
     def _end_pass(self, stream: ResidualRead, position: Position) -> Events:
         """Decompose the taps of a pass, with a word after each: the driver would take a long silence for a hang."""
-        started, self._decomposing = time.perf_counter(), True
+        started, self._decomposing = Moment.on(self._engine.device), True
         for _ in stream.ending():
             yield Progress(self._read.label(), "spectrum", self._num_rows, self._num_rows)
         self._decomposing = False
-        position.spectrum_seconds += time.perf_counter() - started
+        position.spectrum_seconds += started.seconds_to(Moment.on(self._engine.device))
         for line in remarks():
             self.remarks.append(line)
             yield Remark(self._read.label(), line)

@@ -51,12 +51,12 @@ class Tap:
             if self.second is not None:
                 self.second.update(rows[head:], questions=questions)
             else:
-                questions.after(lambda: self._begin_second(rows[head:]))
+                questions.after(lambda: self._begin_second(rows[head:], questions))
 
-    def _begin_second(self, rows_ND: Tensor) -> None:
+    def _begin_second(self, rows_ND: Tensor, questions: Questions) -> None:
         if self.second is None:
             self.second = self.first.successor()
-        self.second.update(rows_ND)
+        self.second.update(rows_ND, questions=questions)
 
     def merge(self, other: "Tap") -> None:
         """Add another worker's rows of the same tap: its first half to the first, its second to the second."""

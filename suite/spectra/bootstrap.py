@@ -41,13 +41,13 @@ class SequenceSums:
         self._shift_D = None if shift_D is None else shift_D.float().to(device)
 
     @property
-    def sums_S4(self) -> NDArray[np.float64]:
+    def sums_S4(self) -> NDArray[np.float64]:  # noqa: N802 - S sequences
         """The sums of every sequence."""
         self._bring()
         return self._sums_S4
 
     @sums_S4.setter
-    def sums_S4(self, sums_S4: NDArray[np.float64]) -> None:
+    def sums_S4(self, sums_S4: NDArray[np.float64]) -> None:  # noqa: N802
         self._sums_S4, self._waiting = sums_S4, []
 
     def update(self, acts_ND: Float[Tensor, "N D"], deviation_N: Float[Tensor, " N"], lengths_S: Sequence[int]) -> None:

@@ -91,9 +91,9 @@ class CovarianceFactor:
         if len(rows) == 0:
             return
         if questions.at_once:
-            self._add(rows)
+            self._add(rows, _PART_ROWS)
         elif self.offset_D is None or self._by_gram is None or self._offered:
-            questions.after(lambda: self._add(rows))
+            questions.after(lambda: self._add(rows, len(rows)))
         else:
             self._offer(rows, questions)
 
@@ -101,20 +101,21 @@ class CovarianceFactor:
         """Add rows, if nothing about them is odd, without waiting to hear of it; odd ones are looked at when it is."""
         gram = self._by_gram
         assert gram is not None
+        assert self.offset_D is not None
         refused = gram.offer(rows_ND.double() - self.offset_D)
         self._offered = True
 
         def then(answer: list[float]) -> None:
             self._offered = False
             if answer[0]:
-                self._add(rows_ND)
+                self._add(rows_ND, _PART_ROWS)  # so that fewer are refused
             else:
                 gram.gram.count += len(rows_ND)
 
         questions.ask(refused[None], then)
 
-    def _add(self, rows: Tensor) -> None:
-        parts = rows.split(_PART_ROWS)
+    def _add(self, rows: Tensor, at_once: int) -> None:
+        parts = rows.split(at_once)
         # Norms are cheap, but may overflow where the row does not.
         fine = all(bool(torch.isfinite(torch.linalg.vector_norm(part, dim=-1)).all()) for part in parts)
         if not fine and (unfinite := int((~torch.isfinite(rows).all(-1)).sum())):

@@ -69,7 +69,8 @@ class Gram:
         add_gram(self.upper_DD, rows_ND)
         self.squares += length_N.square().sum()
         self.sum_D += rows_ND.sum(0)
-        return ~taken
+        refused: Tensor = ~taken
+        return refused
 
     def add_gram(self, other: "Gram", shift_D: Float[Tensor, " D"] | None) -> None:
         """Add the rows of another Gram matrix, each with `shift_D` added to it.

@@ -37,7 +37,11 @@ class Questions:
             self._waiting.append((None, lambda numbers: then()))
 
     def settle(self) -> None:
-        """Wait for the device once, if anything was asked."""
+        """Wait for the device once, if anything was asked, and again for what is asked meanwhile."""
+        while self._waiting:
+            self._settle()
+
+    def _settle(self) -> None:
         waiting, self._waiting = self._waiting, []
         asked = [numbers_K for numbers_K, _ in waiting if numbers_K is not None]
         answers = torch.cat(asked).cpu().tolist() if asked else []

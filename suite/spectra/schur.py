@@ -28,7 +28,8 @@ class Regression:
     def __init__(self, hidden_size: int, num_deviations: int, device: torch.device | str = "cpu"):
         """No rows, which will come on `device`."""
         self._shape = (num_deviations + 1, hidden_size + 2)
-        self.sums = torch.zeros(self._shape, dtype=torch.float64, device=device)  # rows: 1, p_1 … p_K; columns: z, own sum, own square
+        # Rows: 1, p_1 … p_K; columns: z, own sum, own square.
+        self.sums = torch.zeros(self._shape, dtype=torch.float64, device=device)
 
     def update(self, rows_ND: Float[Tensor, "N D"], along_NK: Float[Tensor, "N K"]) -> None:
         """Add float64 rows, each with its deviations."""

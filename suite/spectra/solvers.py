@@ -54,7 +54,6 @@ class Lapack:
         solution_DK: Tensor = torch.linalg.solve_triangular(factor_DD, columns_DK, upper=upper)
         return solution_DK
 
-
     def offered(self, lower_DD: Tensor, columns_DK: Tensor) -> tuple[Tensor, Tensor | None]:
         """(`solve` with a lower triangular factor, whether it is right, None: it is); nobody waits for the answer."""
         return self.solve(lower_DD, columns_DK, upper=False), None
