@@ -53,7 +53,7 @@ class Moment:
         """The one after all that the device has been told to do."""
         if device.type == "cpu":
             return cls(time.perf_counter())
-        event = torch.Event(device, enable_timing=True)
+        event = _event(device)
         event.record()
         return cls(_event=event)
 
@@ -67,6 +67,10 @@ class Moment:
             return later._clock - self._clock
         later._event.synchronize()
         return float(self._event.elapsed_time(later._event)) / 1000
+
+
+def _event(device: torch.device) -> Any:
+    return torch.Event(device, enable_timing=True)
 
 
 def pick_device() -> torch.device:

@@ -73,7 +73,7 @@ class StreamMoments:
         Rounding of x leaves `0.18 u^2 mean(E x_i^2)` along any direction; that, eight or thirty-two times over in the
         spread (the stream is a sum of many rounded ones), is the limit.
         """
-        count, along, along_square = self.sums[:3].tolist()
+        count, along, along_square = self.sums[:3].cpu().tolist()
         mean_D = self.sums[3:].chunk(2)[0].cpu().numpy() / count
         variance = float(np.mean(self.mean_square() - mean_D**2))
         if variance <= 0:
