@@ -107,15 +107,17 @@ def test_the_peak_of_a_read_is_its_own(tmp_path, monkeypatch):
         yield
 
     cuda = SimpleNamespace(
+        device_count=lambda: 0,
+        set_per_process_memory_fraction=lambda share: None,
         is_available=lambda: True,
         is_initialized=lambda: True,
         empty_cache=lambda: None,
         reset_peak_memory_stats=lambda: peaks.append(0),
     )
-    monkeypatch.setattr(device, "torch", SimpleNamespace(cuda=cuda, backends=torch.backends))
+    monkeypatch.setattr(device, "torch", SimpleNamespace(**vars(torch) | {"cuda": cuda}))
     monkeypatch.setattr(worker, "READ_FUNCTIONS", dict.fromkeys(worker.READ_FUNCTIONS, read))
     finished = [event for event in worker.run_model(job, "run", 1) if isinstance(event, Finished)]
-    assert [event.row["peak_device_bytes"] for event in finished] == [5, 3]
+    assert [event.row["peak_device_bytes"] for event in finished] == [5, 3], [event.row["error"] for event in finished]
 
 
 @pytest.mark.parametrize(
