@@ -23,7 +23,7 @@ from deadbench.runners.jobs.job import ReadJob
 from deadbench.runners.worker.saved_state import Position, SavedRead
 from deadbench.suite.architectures.kernel_test import OnRows
 from deadbench.suite.architectures.norms import EffectiveNorm, FinalNorm
-from deadbench.suite.architectures.parts import block_list
+from deadbench.suite.architectures.parts import norm_and_blocks
 from deadbench.suite.inputs.batches import Batch, Inputs
 from deadbench.suite.reads.final_norm import FinalNormRead
 from deadbench.suite.reads.residual import ResidualRead
@@ -291,12 +291,6 @@ class Passes:
         self._checkpoint.save(position, measured, stream, sweep, in_step=in_step)
         if self._checkpoint.remark:
             yield Remark(label, self._checkpoint.remark)
-
-
-def norm_and_blocks(model: nn.Module, path: str) -> tuple[nn.Module, list[nn.Module]]:
-    """The final norm at `path`, and the blocks that it ends or follows."""
-    blocks_path, _ = block_list(model, path)
-    return model.get_submodule(path), list(model.get_submodule(blocks_path).children()) if blocks_path else []
 
 
 def accumulator_bytes(read: ReadJob, free: int) -> float:

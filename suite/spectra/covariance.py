@@ -12,12 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from deadbench.suite.spectra.arrow_state import VECTOR, fields, struct, tensor, vector
-from deadbench.suite.spectra.directions import FLOAT64_EPS
 from deadbench.suite.spectra.qr import Qr
 from deadbench.suite.spectra.questions import AT_ONCE, Questions
 from deadbench.suite.spectra.routes import GRAM_STATE, Lifted, Plain, Whitened, cheapest, restored
 from deadbench.suite.spectra.spectrum import Spectrum
-from deadbench.suite.spectra.triangular import CERTIFIED_RELATIVE_ERROR, GRAM_ERROR
+from deadbench.suite.spectra.triangular import resolution_and_floor
 
 COVARIANCE_STATE = pa.schema(
     {
@@ -178,7 +177,7 @@ class CovarianceFactor:
             mean_square_D.cpu().numpy(),
             route.count,
             self.method,
-            *self._errors(float(eigenvalues_D[0])),
+            *resolution_and_floor(float(eigenvalues_D[0]), self._off_centre() if self.method == Plain.method else None),
         )
 
     def eigenvalues(self) -> NDArray[np.float64]:
@@ -299,15 +298,3 @@ class CovarianceFactor:
         return (
             self._by_qr.off_centre if self._by_gram is None else max(self._by_qr.off_centre, self._by_gram.off_centre())
         )
-
-    def _errors(self, largest: float) -> tuple[float, float]:
-        """(resolution, floor): eigenvalues that are all rounding, and those up to which 1e-6 relative is not certified.
-
-        An SVD of R moves every singular value by up to 4 eps sigma_1, and an eigenvalue by twice that relative to
-        sigma; a Gram matrix of rows as they are moves every eigenvalue by 32 eps l_1, or of what they are off centre.
-        """
-        if self.method == Plain.method:
-            largest = max(largest, self._off_centre())
-            return largest * GRAM_ERROR, largest * GRAM_ERROR / CERTIFIED_RELATIVE_ERROR
-        moved = 8 * FLOAT64_EPS
-        return largest * moved**2, largest * (moved / CERTIFIED_RELATIVE_ERROR) ** 2
