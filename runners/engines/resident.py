@@ -116,7 +116,7 @@ class TorchEngine:
         """Run every batch once, yielding what entered and left `norm` in its last call of each pass.
 
         `blocks.on_input` is given what enters each block, in call order, while the pass runs: nothing of it is kept
-        here, and the device is waited for by nobody.
+        here, and nobody waits for the device.
         """
         captured: dict[str, Tensor] = {}
         tapped: list[tuple[Moment, Moment]] = []

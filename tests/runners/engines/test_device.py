@@ -11,7 +11,9 @@ from deadbench.runners.engines import device
 from deadbench.runners.engines.base import BATCH_TOKENS, batches_in_one
 from deadbench.runners.engines.device import Moment, WrongDeviceError, cause_of, check_assigned, free_bytes, settle
 from deadbench.runners.jobs.events import Finished
+from deadbench.runners.worker import forward
 from deadbench.runners.worker import run as worker
+from deadbench.suite.ranks import Ranks
 from tests.fake_gpu import GPU, fake_gpu
 from tests.runners.sleepers import sleeping_jobs
 
@@ -136,6 +138,18 @@ def test_small_models_pass_more_tokens_at_once_where_a_device_has_the_memory(
     on_device, parameters, free, wanted, expected
 ):
     assert BATCH_TOKENS * batches_in_one(on_device, parameters, 2**17, free, wanted) == expected
+
+
+@pytest.mark.parametrize(
+    ("place", "others", "expected"), [(GPU, None, 16384), (GPU, 2, 8192), (torch.device("cpu"), None, 4096)]
+)
+def test_the_batches_of_ranks_are_of_one_size(place, others, expected, monkeypatch):
+    monkeypatch.setattr(forward, "free_bytes", lambda device: 2**36)
+    ranks = Ranks(0, 2, lambda mine: [mine, (None, others)]) if others else Ranks()
+    read = SimpleNamespace(protocol=SimpleNamespace(tap_stride=1))
+    final = SimpleNamespace(hidden_size=2048, num_blocks=16)
+    engine = SimpleNamespace(device=place, ranks=ranks)
+    assert forward._per_batch(engine, read, torch.nn.Linear(2, 2), 10**9, final, 10**6) == expected
 
 
 def test_a_moment_of_a_device_is_waited_for_by_who_asks_for_seconds(monkeypatch):
