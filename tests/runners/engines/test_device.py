@@ -144,7 +144,7 @@ def test_small_models_pass_more_tokens_at_once_where_a_device_has_the_memory(
     ("place", "others", "expected"), [(GPU, None, 16384), (GPU, 2, 8192), (torch.device("cpu"), None, 4096)]
 )
 def test_the_batches_of_ranks_are_of_one_size(place, others, expected, monkeypatch):
-    monkeypatch.setattr(forward, "free_bytes", lambda device: 2**36)
+    monkeypatch.setattr(forward, "free_bytes", lambda device: 2**37)
     ranks = Ranks(0, 2, lambda mine: [mine, (None, others)]) if others else Ranks()
     read = SimpleNamespace(protocol=SimpleNamespace(tap_stride=1))
     final = SimpleNamespace(hidden_size=2048, num_blocks=16)
