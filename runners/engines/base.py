@@ -14,16 +14,45 @@ from deadbench.suite.inputs.batches import Batch
 from deadbench.suite.ranks import Ranks
 
 BATCH_TOKENS = 4096  # a forward pass of this size keeps every core busy and a 1 B model's activations below 2 GB
+_SMALL = 7e9  # parameters of a model whose batches of so many leave a device idle between kernels
+_MOST_BATCHES, _BATCH_SHARE = 4, 8  # in one; of the memory that is free beside the model, it takes one part in so many
+
+
+def batches_in_one(on_device: bool, num_parameters: int, token_bytes: int, free: int, wanted: float) -> int:
+    """How many batches of `BATCH_TOKENS` pass as one: more on a device, where the model is small and memory allows.
+
+    Args:
+        on_device: whether an accelerator runs it.
+        num_parameters: of the model.
+        token_bytes: what one token takes there while it passes.
+        free: bytes beside the model.
+        wanted: tokens that this process passes.
+
+    Example:
+        >>> batches_in_one(True, 10**9, 400_000, 100 * 2**30, 65536), batches_in_one(True, 8 * 10**9, 1, 2**40, 65536)
+        (4, 1)
+    """
+    count = 1
+    while (
+        on_device
+        and num_parameters < _SMALL
+        and count < _MOST_BATCHES
+        and 2 * count * BATCH_TOKENS <= min(wanted, free / _BATCH_SHARE / token_bytes)
+    ):
+        count *= 2
+    return count
 
 
 @dataclass
 class ForwardPass:
-    """The captured (input, output) of one norm in one forward pass; seconds of the model alone and of the taps."""
+    """The captured (input, output) of one norm in one forward pass.
+
+    `seconds()` are (those of the model alone, those of the taps); who asks waits until the device is through.
+    """
 
     input_BTD: Tensor
     output_BTD: Tensor
-    seconds: float
-    tap_seconds: float
+    seconds: Callable[[], tuple[float, float]]
     num_block_calls: int
 
 

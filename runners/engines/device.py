@@ -1,7 +1,9 @@
-"""The device of a process: whether it is the one that was assigned, what is free on it, what its errors mean."""
+"""The device of a process: whether it is the one that was assigned, what is free and when it is where, its errors."""
 
 import gc
 import sys
+import time
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import psutil
@@ -37,6 +39,38 @@ def cause_of(error: BaseException) -> Literal["memory", "device", None]:
     if isinstance(error, WrongDeviceError) or any(word in text for word in _LOST):
         return "device"
     return None
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A moment of what a device does. The CPU's is now; another device comes to it when it does, and nobody waits."""
+
+    _clock: float = 0.0
+    _event: Any = None
+
+    @classmethod
+    def on(cls, device: torch.device) -> "Moment":
+        """The one after all that the device has been told to do."""
+        if device.type == "cpu":
+            return cls(time.perf_counter())
+        event = _event(device)
+        event.record()
+        return cls(_event=event)
+
+    def has_come(self) -> bool:
+        """Whether the device has come to it."""
+        return self._event is None or bool(self._event.query())
+
+    def seconds_to(self, later: "Moment") -> float:
+        """Seconds between two moments of one device; this waits for the later."""
+        if self._event is None:
+            return later._clock - self._clock
+        later._event.synchronize()
+        return float(self._event.elapsed_time(later._event)) / 1000
+
+
+def _event(device: torch.device) -> Any:
+    return torch.Event(device, enable_timing=True)
 
 
 def pick_device() -> torch.device:

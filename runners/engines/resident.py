@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from deadbench.runners.engines.base import Blocks, ForwardPass, Swept, mismatch
+from deadbench.runners.engines.device import Moment
 from deadbench.runners.engines.stored_state import stored_state
 from deadbench.suite.architectures.build import build_model, build_published, published_class
 from deadbench.suite.architectures.resolve import Resolved, resolve_without_weights
@@ -114,24 +116,21 @@ class TorchEngine:
         """Run every batch once, yielding what entered and left `norm` in its last call of each pass.
 
         `blocks.on_input` is given what enters each block, in call order, while the pass runs: nothing of it is kept
-        here. The seconds of a pass are those of the model alone.
+        here, and nobody waits for the device.
         """
         captured: dict[str, Tensor] = {}
-        spent = 0.0
-        calls = 0
+        tapped: list[tuple[Moment, Moment]] = []
         current: Batch | None = None
 
         def before_block(module: nn.Module, args: Any, kwargs: Any) -> None:
-            nonlocal spent, calls
             assert blocks is not None
             assert current is not None
-            started = time.perf_counter()
+            started = Moment.on(self.device)
             stream = args[0] if args else kwargs.get("hidden_states")
             if not isinstance(stream, Tensor):
                 raise ValueError(f"{type(module).__name__} is not called with a stream of hidden states")
-            blocks.on_input(calls, stream.detach(), current)
-            calls += 1
-            spent += time.perf_counter() - started
+            blocks.on_input(len(tapped), stream.detach(), current)
+            tapped.append((started, Moment.on(self.device)))
 
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             captured["input"] = args[0].detach()
@@ -142,13 +141,11 @@ class TorchEngine:
             handles += [m.register_forward_pre_hook(before_block, with_kwargs=True) for m in blocks.modules]
         try:
             for batch in batches:
-                current, calls, spent = batch, 0, 0.0
-                started = time.perf_counter()
+                current, tapped = batch, []
+                started = Moment.on(self.device)
                 self.forward(model, batch)
-                if self.device.type == "cuda":
-                    torch.cuda.synchronize(self.device)
-                seconds = time.perf_counter() - started - spent
-                yield batch, ForwardPass(captured["input"], captured["output"], seconds, spent, calls)
+                seconds = partial(_seconds, (started, Moment.on(self.device)), tapped)
+                yield batch, ForwardPass(captured["input"], captured["output"], seconds, len(tapped))
         finally:
             for handle in handles:
                 handle.remove()
@@ -188,6 +185,12 @@ class PartEngine(TorchEngine):
         if self.resolved is None:
             self.resolved = resolve_without_weights(config)
         return self.resolved
+
+
+def _seconds(whole: tuple[Moment, Moment], tapped: list[tuple[Moment, Moment]]) -> tuple[float, float]:
+    """(of the model alone, of the taps)."""
+    spent = sum((begun.seconds_to(ended) for begun, ended in tapped), 0.0)
+    return whole[0].seconds_to(whole[1]) - spent, spent
 
 
 def _load(folder: Path, dtype: torch.dtype, model_class: Any, placement: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -117,7 +117,7 @@ class StreamingEngine(PartEngine):
             captured["input"] = args[0].detach()
             captured["output"] = (output[0] if isinstance(output, tuple) else output).detach()
 
-        clock = Clock()
+        clock = Clock(self.device)
         runs = [SteppedPass(batch, model, self._on_device(model, batch.model_inputs)) for batch in batches]
         with contextlib.ExitStack() as stack:
             parked = stack.enter_context(Parked(self._parked_budget()))
@@ -156,7 +156,7 @@ class StreamingEngine(PartEngine):
                             max(done + 1, num_blocks),  # one block may be called many times
                             len(runs) - left if left else 0,
                             len(runs),
-                            *clock.so_far(),
+                            *clock.so_far(wait=not left),
                             lambda: _states(runs, parked),
                         )
 
@@ -183,10 +183,7 @@ class StreamingEngine(PartEngine):
 
     def _called(self, call: BlockCall) -> Any:
         """What the block's own forward returns."""
-        result = self._blocks[call.module].forward(*call.args, **call.kwargs)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return result
+        return self._blocks[call.module].forward(*call.args, **call.kwargs)
 
     def _parked_budget(self) -> float:
         if self.parked_bytes is not None:

@@ -1,27 +1,30 @@
 """Where the time of a sweep goes: to the model, or to what is taken from its stream."""
 
 import contextlib
-import time
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from deadbench.runners.engines.base import ForwardPass
+from deadbench.runners.engines.device import Moment
 
 
 class Clock:
     """Seconds in the model and in the taps since they were last told."""
 
-    def __init__(self) -> None:
-        self._seconds = {"model": 0.0, "taps": 0.0}
+    def __init__(self, device: torch.device) -> None:
+        """Of what is done on `device`."""
+        self._device = device
+        self._stretches: list[tuple[str, Moment, Moment]] = []
 
     @contextlib.contextmanager
     def _running(self, what: str) -> Iterator[None]:
-        started = time.perf_counter()
+        started = Moment.on(self._device)
         try:
             yield
         finally:
-            self._seconds[what] += time.perf_counter() - started
+            self._stretches.append((what, started, Moment.on(self._device)))
 
     def model(self) -> contextlib.AbstractContextManager[None]:
         """Inside, the model runs, its weights' coming included."""
@@ -31,12 +34,17 @@ class Clock:
         """Inside, a tap is read."""
         return self._running("taps")
 
-    def so_far(self) -> tuple[float, float]:
-        """Those of the model and those of the taps."""
-        model, taps = self._seconds["model"], self._seconds["taps"]
-        self._seconds = {"model": 0.0, "taps": 0.0}
-        return model, taps
+    def so_far(self, *, wait: bool = True) -> tuple[float, float]:
+        """Those of the model and those of the taps; without `wait` as far as the device has come."""
+        stretches, self._stretches = self._stretches, []
+        seconds = {"model": 0.0, "taps": 0.0}
+        for what, started, ended in stretches:
+            if wait or ended.has_come():
+                seconds[what] += started.seconds_to(ended)
+            else:
+                self._stretches.append((what, started, ended))
+        return seconds["model"], seconds["taps"]
 
     def forward_pass(self, captured: dict[str, Tensor], calls: int) -> ForwardPass:
         """The pass of the batch that has just come out."""
-        return ForwardPass(captured.pop("input"), captured.pop("output"), *self.so_far(), calls)
+        return ForwardPass(captured.pop("input"), captured.pop("output"), self.so_far, calls)

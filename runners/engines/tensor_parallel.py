@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import pyarrow as pa
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from deadbench.runners.engines.base import Blocks, ForwardPass, Swept
 from deadbench.runners.engines.deferred_init import DeferredInit, deferred_model
 from deadbench.runners.engines.device import free_bytes
+from deadbench.runners.engines.exchange import Exchange
 from deadbench.runners.engines.resident import PartEngine, TorchEngine
 from deadbench.suite.architectures.build import build_config
 from deadbench.suite.architectures.parts import divisors, has_plan
@@ -35,7 +35,7 @@ CANARY_TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "float16": 2e-2, "bfloat1
 
 
 def current_ranks() -> Ranks:
-    """The group that this process is in, for exchange of objects."""
+    """The group that this process is in: objects go by gloo, states of accumulators by NCCL where it is there."""
     size = dist.get_world_size()
     objects = dist.new_group(backend="gloo", timeout=PATIENCE)
 
@@ -44,21 +44,16 @@ def current_ranks() -> Ranks:
         dist.all_gather_object(gathered, mine, group=objects)
         return gathered
 
-    def collect(mine: pa.RecordBatch | None, rank: int) -> list[pa.RecordBatch | None]:
-        here = dist.get_rank() == rank
-        collected: list[Any] = [None] * size
-        packed = None if mine is None else _packed(mine)
-        dist.gather_object(packed, collected if here else None, dst=rank, group=objects)
-        return [each and pa.ipc.open_stream(each).read_next_batch() for each in collected] if here else []
-
-    return Ranks(dist.get_rank(), size, gather, collect)
-
-
-def _packed(state: pa.RecordBatch) -> bytes:
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, state.schema) as writer:
-        writer.write_batch(state)
-    return sink.getvalue().to_pybytes()  # type: ignore[no-any-return]
+    nccl = dist.get_backend() == "nccl"
+    device, group = (torch.device("cuda"), None) if nccl else (torch.device("cpu"), objects)
+    exchange = Exchange(
+        dist.get_rank(),
+        gather,
+        lambda piece, rank: dist.send(piece, rank, group=group),
+        lambda piece, rank: dist.recv(piece, rank, group=group),
+        device,
+    )
+    return Ranks(dist.get_rank(), size, gather, exchange.collect)
 
 
 @dataclass

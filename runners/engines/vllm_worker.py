@@ -24,6 +24,7 @@ from deadbench.suite.reads.columns import scale_columns
 from deadbench.suite.reads.final_norm import FinalNormRead
 from deadbench.suite.reads.residual import ResidualRead
 from deadbench.suite.schema import Row, to_table
+from deadbench.suite.spectra.questions import Questions
 
 _REPRODUCED = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 8e-2}  # of the largest value; a wrong input is off by 1
 
@@ -69,6 +70,7 @@ class _HookedRead:
         self.ranks = Ranks(group.rank_in_group, group.world_size, lambda mine: _gather(group, mine))
         self.final, self.replay = final, replay
         assert self.final.hidden_size is not None
+        self.questions = Questions(_device(model))
         self.stream = ResidualRead(
             self.final.hidden_size,
             num_tokens,
@@ -77,6 +79,7 @@ class _HookedRead:
             _device(model),
             self.ranks,
             stride=stride,
+            questions=self.questions,
         )
         self.measured: FinalNormRead | None = None
         self.formula: EffectiveNorm | None = None
@@ -172,6 +175,7 @@ class _HookedRead:
         last = left if self.final.placement == "post" else entered
         self.calls = len(self._taps)
         self.stream.update(self.calls, last, is_last=True)
+        self.questions.settle()
         self.rows += len(left)
 
     def _entered(self, candidates: list[Tensor]) -> Tensor:
@@ -199,7 +203,7 @@ class _HookedRead:
         self.norm, self.formula, self.measured = (
             module,
             formula,
-            FinalNormRead(replay, formula, device=self.stream.device),
+            FinalNormRead(replay, formula, device=self.stream.device, questions=self.questions),
         )
         self._recorded, self._candidates = [], {}
         blocks_path, _ = block_list(self.model, name) if self.stream.stride else (None, 0)

@@ -8,8 +8,8 @@ import time
 import torch
 from torch import nn
 
-from deadbench.runners.engines.base import BATCH_TOKENS, Engine
-from deadbench.runners.engines.device import cause_of, give_back, rounds_to_tf32
+from deadbench.runners.engines.base import BATCH_TOKENS, Engine, batches_in_one
+from deadbench.runners.engines.device import cause_of, free_bytes, give_back, rounds_to_tf32
 from deadbench.runners.engines.registry import make_engine
 from deadbench.runners.jobs.events import Progress, RankMemoryError, Reading, Rows
 from deadbench.runners.jobs.job import ReadJob
@@ -42,6 +42,8 @@ from deadbench.suite.reads.final_norm import FinalNormRead
 from deadbench.suite.reads.residual import TAP_BYTES, ResidualRead
 from deadbench.suite.schema import Row
 from deadbench.suite.spectra.solvers import remarks
+
+_ACTIVATIONS, _REPLAYED = 32, 80  # in D: numbers that a token is meanwhile in a block, bytes at the final norm, float64
 
 
 def read_forward(read: ReadJob, config: Configuration, weights: Weights) -> Reading:
@@ -80,32 +82,34 @@ def read_forward(read: ReadJob, config: Configuration, weights: Weights) -> Read
     wanted = num_tokens(read.protocol.tokens, final.hidden_size)
     runnable = (resolved.skeleton or model).get_submodule(resolved.part)
     yield Progress(read.label(), "input", 0, wanted)
-    batch_tokens, most_taps = BATCH_TOKENS // 2 if read.half_batch else BATCH_TOKENS, None
+    per_batch, most_taps = BATCH_TOKENS // 2, None
+    if not read.half_batch:
+        per_batch = _per_batch(engine, read, part, parameters, final, wanted)
     while True:
-        inputs = make_inputs(read, runnable, weights.folder, wanted, batch_tokens, resolved=resolved)
+        inputs = make_inputs(read, runnable, weights.folder, wanted, per_batch, resolved=resolved)
         check_inputs(inputs, final.hidden_size)
         if engine.tap_by_tap and replicas and len(inputs.batches) < engine.ranks.size:
             raise ValueError(
-                f"{engine.ranks.size} replicas for {len(inputs.batches)} batches of about {batch_tokens} tokens: block "
+                f"{engine.ranks.size} replicas for {len(inputs.batches)} batches of about {per_batch} tokens: block "
                 f"streaming leaves none idle; give --replicas {len(inputs.batches)} at most, or more --tokens"
             )
-        passes = Passes(read, engine, part, final, inputs, norm, name, batch_tokens, most_taps=most_taps)
+        passes = Passes(read, engine, part, final, inputs, norm, name, per_batch, most_taps=most_taps)
         try:
             measured, stream, position = yield from passes.run()
             break
         except (RuntimeError, MemoryError, RankError) as error:
             if cause_of(error) != "memory":
                 raise
-            fewer, sizes = passes.fewer_taps(), _sizes(engine, model, batch_tokens, final.hidden_size)
+            fewer, sizes = passes.fewer_taps(), _sizes(engine, model, per_batch, final.hidden_size)
             # Ranks are in step and one cannot go back alone: the driver begins anew with all of them.
             if engine.ranks.size > 1 and not read.half_batch:
                 raise RankMemoryError(sizes) from error
-            if engine.ranks.size > 1 or (fewer is None and batch_tokens < BATCH_TOKENS):
+            if engine.ranks.size > 1 or (fewer is None and per_batch < BATCH_TOKENS):
                 raise ValueError(sizes) from error
         if fewer is not None:
             most_taps, change = fewer, f"{fewer} taps a pass"
         else:
-            batch_tokens, change = batch_tokens // 2, "half the batch"
+            per_batch, change = per_batch // 2, "half the batch"
         del passes
         give_back()
         yield Progress(read.label(), f"out of memory: again with {change}", 0, inputs.num_tokens)
@@ -164,6 +168,20 @@ def _loaded(
     engine.resolved = engine.resolved or resolved_in(model, config, read.model.modality, read.model.stack)
     _check_determined(engine.resolved.final)
     return model, engine.resolved
+
+
+def _per_batch(
+    engine: Engine, read: ReadJob, model: nn.Module, num_parameters: int, final: FinalNorm, wanted: int
+) -> int:
+    """Tokens of a batch; those of ranks are equal."""
+    assert final.hidden_size is not None
+    itemsize = next(p.element_size() for p in model.parameters() if p.is_floating_point())
+    held = (final.num_blocks or 0) + 1 if read.protocol.tap_stride else 0  # taps' rows, until a batch is through
+    token = final.hidden_size * (itemsize * (_ACTIVATIONS + held) + _REPLAYED)
+    mine = wanted // engine.ranks.size if engine.ranks.replicas else wanted
+    on_device, free = engine.device.type != "cpu", free_bytes(engine.device)
+    shared: list[int] = engine.ranks.share(batches_in_one(on_device, num_parameters, token, free, mine))
+    return BATCH_TOKENS * min(shared)
 
 
 def _check_determined(final: FinalNorm) -> None:

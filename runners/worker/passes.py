@@ -7,7 +7,6 @@ they saw is merged at the end of a pass. Now and then all is saved, and a read t
 
 import contextlib
 import sys
-import time
 from collections.abc import Generator, Iterable
 from dataclasses import replace
 from typing import Any, cast
@@ -17,17 +16,18 @@ import torch
 from torch import nn
 
 from deadbench.runners.engines.base import Blocks, Engine, ForwardPass, SweepingEngine, Swept
-from deadbench.runners.engines.device import free_bytes
+from deadbench.runners.engines.device import Moment, free_bytes
 from deadbench.runners.engines.registry import ENGINES
 from deadbench.runners.jobs.events import Progress, Remark
 from deadbench.runners.jobs.job import ReadJob
 from deadbench.runners.worker.saved_state import Position, SavedRead
 from deadbench.suite.architectures.kernel_test import OnRows
 from deadbench.suite.architectures.norms import EffectiveNorm, FinalNorm
-from deadbench.suite.architectures.parts import block_list
+from deadbench.suite.architectures.parts import norm_and_blocks
 from deadbench.suite.inputs.batches import Batch, Inputs
 from deadbench.suite.reads.final_norm import FinalNormRead
 from deadbench.suite.reads.residual import ResidualRead
+from deadbench.suite.spectra.questions import Questions
 from deadbench.suite.spectra.solvers import remarks
 
 _ACCUMULATOR_SHARE = 4  # of the memory that is free, the accumulators of one pass take one part in so many
@@ -152,6 +152,7 @@ class Passes:
 
     def _empty(self) -> tuple[FinalNormRead, ResidualRead]:
         assert self._final.hidden_size is not None
+        self._questions = Questions(self._engine.device)
         stream = ResidualRead(
             self._final.hidden_size,
             self._inputs.num_tokens,
@@ -161,8 +162,10 @@ class Passes:
             self._ranks,
             self._first_row,
             self._read.protocol.tap_stride,
+            self._questions,
         )
-        return FinalNormRead(self._of_rows, self._norm, self._first_row, self._engine.device), stream
+        place = self._first_row, self._engine.device, self._questions
+        return FinalNormRead(self._of_rows, self._norm, *place), stream
 
     def _taps_a_pass(self, stream: ResidualRead) -> int:
         """Through how many taps a pass goes, by all ranks together where they divide those that are read."""
@@ -176,7 +179,13 @@ class Passes:
 
     def _pass(self, measured: FinalNormRead, stream: ResidualRead, position: Position) -> Events:
         """The batches of this pass that are not done."""
-        blocks = Blocks(self._blocks, lambda tap, acts, batch: stream.update(tap, acts, batch.mask_ST))
+
+        def enters(tap: int, acts: torch.Tensor, batch: Batch) -> None:
+            stream.update(tap, acts, batch.mask_ST)
+            if self._engine.tap_by_tap:  # else the batch is asked at its end
+                self._questions.settle()
+
+        blocks = Blocks(self._blocks, enters)
         label, first = self._read.label(), position.first
         done = sum(batch.num_rows for batch in self._batches[: position.batch])
         torch.manual_seed(self._read.seed)  # ViT-MAE and ViLT draw what they look at: every pass sees the same
@@ -186,16 +195,16 @@ class Passes:
             if self._sweeps_on:
                 cast(SweepingEngine, self._engine).go_on_from(self._checkpoint.sweep())
         for step in self._engine.passes(self._model, self._module, left, blocks):
-            started = time.perf_counter()
             if isinstance(step, Swept):
                 yield from self._through_a_block(step, measured, stream, position)
                 continue
-            batch, traffic = step
+            started, (batch, traffic) = Moment.on(self._engine.device), step
             with contextlib.nullcontext() if self._ranks.replicas else self._ranks.together():
                 self._take(batch, traffic, measured, stream, position)
             position.batch += 1
-            position.forward_seconds += traffic.seconds
-            position.spectrum_seconds += traffic.tap_seconds + time.perf_counter() - started
+            forward, taps = traffic.seconds()
+            position.forward_seconds += forward
+            position.spectrum_seconds += taps + started.seconds_to(Moment.on(self._engine.device))
             done += batch.num_rows
             several = position.num_taps > position.per_pass
             phase = f"taps {first} to {min(first + position.per_pass, position.num_taps) - 1}" if several else "forward"
@@ -208,11 +217,11 @@ class Passes:
 
     def _end_pass(self, stream: ResidualRead, position: Position) -> Events:
         """Decompose the taps of a pass, with a word after each: the driver would take a long silence for a hang."""
-        started, self._decomposing = time.perf_counter(), True
+        started, self._decomposing = Moment.on(self._engine.device), True
         for _ in stream.ending():
             yield Progress(self._read.label(), "spectrum", self._num_rows, self._num_rows)
         self._decomposing = False
-        position.spectrum_seconds += time.perf_counter() - started
+        position.spectrum_seconds += started.seconds_to(Moment.on(self._engine.device))
         for line in remarks():
             self.remarks.append(line)
             yield Remark(self._read.label(), line)
@@ -256,6 +265,7 @@ class Passes:
             last = traffic.output_BTD if self._final.placement == "post" else traffic.input_BTD
             stream.update(traffic.num_block_calls, last, batch.mask_ST, is_last=True)
             position.num_taps = traffic.num_block_calls + 1
+        self._questions.settle()
 
     def _merge(self, measured: FinalNormRead) -> None:
         """What the other replicas read of the final norm, to the first, in the order of the tokens."""
@@ -281,12 +291,6 @@ class Passes:
         self._checkpoint.save(position, measured, stream, sweep, in_step=in_step)
         if self._checkpoint.remark:
             yield Remark(label, self._checkpoint.remark)
-
-
-def norm_and_blocks(model: nn.Module, path: str) -> tuple[nn.Module, list[nn.Module]]:
-    """The final norm at `path`, and the blocks that it ends or follows."""
-    blocks_path, _ = block_list(model, path)
-    return model.get_submodule(path), list(model.get_submodule(blocks_path).children()) if blocks_path else []
 
 
 def accumulator_bytes(read: ReadJob, free: int) -> float:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from deadbench.suite.architectures.stored_names import Naming
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -45,14 +46,23 @@ class EffectiveNorm:
 
     def __call__(self, acts_ND: "Tensor") -> "Tensor":
         """The norm of rows (N, D) in float64 on CPU: `(x - mean)/sqrt(var + eps)` or `x/sqrt(mean(x^2) + eps)`."""
+        return self.of(acts_ND.detach().cpu(), *self.parameters("cpu"))
+
+    def parameters(self, device: "torch.device | str") -> "tuple[Tensor, Tensor | None]":
+        """(scale, shift) in float64 on a device."""
         import torch
 
-        x = acts_ND.detach().cpu().double()
+        shift_D = None if self.shift_D is None else torch.from_numpy(self.shift_D).to(device)
+        return torch.from_numpy(self.scale_D).to(device), shift_D
+
+    def of(self, acts_ND: "Tensor", scale_D: "Tensor", shift_D: "Tensor | None") -> "Tensor":
+        """The norm of rows in float64 where they lie, its `parameters` being there."""
+        x = acts_ND.detach().double()
         if self.family == "layernorm":
             x = x - x.mean(-1, keepdim=True)
         normalised = x / (x.square().mean(-1, keepdim=True) + self.eps).sqrt()
-        scaled = normalised * torch.from_numpy(self.scale_D)
-        return scaled if self.shift_D is None else scaled + torch.from_numpy(self.shift_D)
+        scaled = normalised * scale_D
+        return scaled if shift_D is None else scaled + shift_D
 
 
 @dataclass(frozen=True)

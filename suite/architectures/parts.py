@@ -34,6 +34,12 @@ _TOWERS = {
 }
 
 
+def norm_and_blocks(model: nn.Module, path: str) -> tuple[nn.Module, list[nn.Module]]:
+    """The final norm at `path`, and the blocks that it ends or follows."""
+    blocks_path, _ = block_list(model, path)
+    return model.get_submodule(path), list(model.get_submodule(blocks_path).children()) if blocks_path else []
+
+
 def part_of(model: nn.Module, modality: str, stack: str) -> tuple[str, nn.Module]:
     """The part of `model` that is read, with its path ("" for the whole).
 

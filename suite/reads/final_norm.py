@@ -32,6 +32,7 @@ from deadbench.suite.spectra.directions import (
     zero_scales,
 )
 from deadbench.suite.spectra.projections import ALONG_STATE, ExactProjection, VarianceAlong, inverse_direction
+from deadbench.suite.spectra.questions import AT_ONCE, Questions
 from deadbench.suite.spectra.schur import Regression
 from deadbench.suite.spectra.spectrum import Spectrum
 
@@ -60,12 +61,21 @@ class FinalNormRead:
         module: the final norm as loaded; it is copied for the float32 replay.
         norm: its formula with its real parameters.
         first_row: how many rows of the read come before the first that is given here, to another worker.
-        device: where the covariances are summed and decomposed; the norm is replayed on the CPU wherever that is.
+        device: where all is summed and decomposed; the float32 replay alone is the CPU's wherever that is.
+        questions: asked of each batch, and the caller's to settle when it is through.
     """
 
-    def __init__(self, module: nn.Module, norm: EffectiveNorm, first_row: int = 0, device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        module: nn.Module,
+        norm: EffectiveNorm,
+        first_row: int = 0,
+        device: torch.device | str = "cpu",
+        questions: Questions = AT_ONCE,
+    ):
         D = len(norm.scale_D)
-        self.norm = norm
+        self.norm, self._questions = norm, questions
+        self._parameters = norm.parameters(device)
         self.spectrum = CovarianceFactor(D, device)
         self._early = EarlyVerdict(D, first_row, device)
         self._replay = copy.deepcopy(module).cpu().float()
@@ -73,12 +83,12 @@ class FinalNormRead:
             each._forward_hooks.clear()
         direction_D = inverse_direction(norm.scale_D)
         shift_D = None if norm.shift_D is None else torch.from_numpy(norm.shift_D)
-        self.along_float32 = VarianceAlong(direction_D, shift_D)
-        self.along_float64 = VarianceAlong(direction_D, shift_D, ExactProjection)
-        self.sequences = SequenceSums(shift_D)
-        self.distinct = DistinctRows(D, MIN_DISTINCT * D)
-        self.regression = Regression(D, 3)  # of the deviations in float32, in float64 and as executed
-        self.moments = StreamMoments(D)
+        self.along_float32 = VarianceAlong(direction_D, shift_D, device=device)
+        self.along_float64 = VarianceAlong(direction_D, shift_D, ExactProjection, device)
+        self.sequences = SequenceSums(shift_D, device)
+        self.distinct = DistinctRows(D, MIN_DISTINCT * D, device)
+        self.regression = Regression(D, 3, device)  # of the deviations in float32, in float64 and as executed
+        self.moments = StreamMoments(D, device)
         self.along_executed: VarianceAlong | None = None  # the float32 replay is what a float32 model on CPU executed
 
     def update(self, input_BTD: Tensor, output_BTD: Tensor, mask_BT: Bool[Tensor, "B T"] | None = None) -> None:
@@ -87,31 +97,32 @@ class FinalNormRead:
         Raises:
             ValueError: values that are not finite, rows of zeros, or a replay that disagrees with the norm's formula.
         """
-        x_ND, y_ND = token_rows(input_BTD, mask_BT), token_rows(output_BTD, mask_BT)
-        check_rows(x_ND, "before the final norm")
-        if y_ND.dtype == torch.float32 and y_ND.device.type == "cpu":
+        device = self.spectrum.device
+        x_ND, y_ND = (token_rows(acts, mask_BT).detach().to(device) for acts in (input_BTD, output_BTD))
+        check_rows(x_ND, "before the final norm", self._questions)
+        if y_ND.dtype == torch.float32 and output_BTD.device.type == "cpu":
             replay_ND = y_ND  # the model ran in the standard's own precision: bit for bit the same
             executed_N = None
         else:
             with torch.no_grad():
-                replay_ND = self._replay(x_ND.cpu().float())
+                replay_ND = self._replay(x_ND.cpu().float()).to(device)
             if self.along_executed is None:
                 self.along_executed = self._new_along()
             executed_N = self.along_executed.update(y_ND)
-        self.spectrum.update(replay_ND)
+        self.spectrum.update(replay_ND, questions=self._questions)
         deviation_N = self.along_float32.update(replay_ND)
         self.sequences.update(replay_ND, deviation_N, sequence_lengths(output_BTD, mask_BT))
-        rows = max(1, _CACHED_ELEMENTS // x_ND.shape[1])
+        rows = max(1, _CACHED_ELEMENTS // x_ND.shape[1]) if device.type == "cpu" else max(1, len(x_ND))
         along_N2 = torch.stack([deviation_N, deviation_N if executed_N is None else executed_N], dim=1)
         for x_chunk, replay_chunk, along in zip(
             x_ND.split(rows), replay_ND.split(rows), along_N2.split(rows), strict=True
         ):
-            stream_chunk = x_chunk.detach().cpu().double()
-            exact_chunk = self.norm(stream_chunk)
+            stream_chunk = x_chunk.double()
+            exact_chunk = self.norm.of(stream_chunk, *self._parameters)
             deviation = self.along_float64.update(exact_chunk)
             self.regression.update(exact_chunk, torch.stack([along[:, 0], deviation, along[:, 1]], dim=1))
             self.moments.update(stream_chunk, x_chunk.dtype)
-            self._early.update(replay_chunk, exact_chunk)
+            self._early.update(replay_chunk, exact_chunk, self._questions)
             self.distinct.update(exact_chunk)
 
     def merge(self, other: "FinalNormRead") -> None:
@@ -169,7 +180,7 @@ class FinalNormRead:
             self.along_executed.restore(row["along_executed"])
 
     def _new_along(self) -> VarianceAlong:
-        return VarianceAlong(self.along_float32.direction_D, self.along_float32.shift_D)
+        return VarianceAlong(self.along_float32.direction_D, self.along_float32.shift_D, device=self.spectrum.device)
 
     @property
     def num_tokens(self) -> int:

@@ -8,14 +8,12 @@ hidden size, k dead directions.
 import json
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 from jaxtyping import Bool
-from numpy.typing import NDArray
 from torch import Tensor
 
 from deadbench.suite.ranks import Ranks
@@ -24,9 +22,11 @@ from deadbench.suite.reads.distinct_rows import MIN_DISTINCT
 from deadbench.suite.reads.rows import check_rows, token_rows
 from deadbench.suite.reads.stream_moments import massive_coordinates
 from deadbench.suite.reads.tap import TAP_STATE, Tap
+from deadbench.suite.reads.tap_spectrum import TapSpectrum
 from deadbench.suite.schema import Row
 from deadbench.suite.spectra.arrow_state import StateError, fields, struct
 from deadbench.suite.spectra.directions import UNIT_ROUNDOFF, leading_coordinates
+from deadbench.suite.spectra.questions import AT_ONCE, Questions
 
 SAME_DEAD = 0.9  # containment above which dead directions of two taps are the same
 _FLOORS = {"bfloat16": 8.0, "float16": 8.0, "float32": 32.0, "float64": 32.0}
@@ -34,45 +34,6 @@ STREAM_STATE = pa.schema(
     {"results": pa.string(), "tap": pa.int64(), "of_pass_before": pa.bool_(), "state": pa.struct(TAP_STATE)}
 )
 TAP_BYTES = 40  # in D^2: two halves of at most a Gram matrix, a factor and a whitener each, with room to decompose
-
-
-@dataclass(frozen=True)
-class _TapSpectrum:
-    """What is compared of one tap: small, and it travels between ranks."""
-
-    eigenvalues_D: NDArray[np.float64]
-    bottom_D: NDArray[np.float64]
-    floor: float
-    dead_kD: NDArray[np.float64]
-    rank_limited: bool
-    massive: list[int]
-
-    @property
-    def sigma_min(self) -> float:
-        return float(np.sqrt(self.eigenvalues_D[-1]))
-
-    def plain(self) -> dict[str, Any]:
-        """As JSON holds it, to the last digit."""
-        return {
-            "eigenvalues": self.eigenvalues_D.tolist(),
-            "bottom": self.bottom_D.tolist(),
-            "floor": self.floor,
-            "dead": self.dead_kD.tolist(),
-            "rank_limited": self.rank_limited,
-            "massive": self.massive,
-        }
-
-    @classmethod
-    def from_plain(cls, plain: dict[str, Any]) -> "_TapSpectrum":
-        eigenvalues_D, dead_kD = np.array(plain["eigenvalues"]), np.array(plain["dead"])
-        dead_kD = dead_kD.reshape(-1, len(eigenvalues_D))
-        rest = plain["rank_limited"], plain["massive"]
-        return cls(eigenvalues_D, np.array(plain["bottom"]), plain["floor"], dead_kD, *rest)
-
-    def fell_from(self, before: "_TapSpectrum") -> bool:
-        """Whether the bottom is lower than it was, neither being dead: the halves must then say by how much."""
-        comparable = not (before.rank_limited or len(self.dead_kD) or len(before.dead_kD))
-        return comparable and self.sigma_min < before.sigma_min
 
 
 class ResidualRead:
@@ -92,20 +53,23 @@ class ResidualRead:
         ranks: Ranks | None = None,
         first_row: int = 0,
         stride: int = 1,
+        questions: Questions = AT_ONCE,
     ):
         """Read taps of a model that runs in `dtype` over `num_tokens` tokens; `placement` as in `reads`.
 
         With `ranks`, every rank gives its taps and all end their passes together; each has all the rows then.
         `first_row` is how many rows of each tap come before the first that is given here, to another rank.
         Each `stride`-th tap is read, and the last (0: none); a tap is then compared with the one that was read before.
+        `questions` are asked of each batch, and the caller's to settle when it is through.
         """
         self.hidden_size, self.num_tokens, self.dtype, self.placement = hidden_size, num_tokens, dtype, placement
         self._half_tokens = max(0, num_tokens // 2 - first_row)
         self.device, self.ranks, self.stride = device, ranks or Ranks(), stride
+        self.questions = questions
         self.wanted = range(0)
         self._taps: dict[int, Tap] = {}
         self._last_tap: dict[int, Tap] = {}  # of the pass before: its halves may yet be asked for
-        self._before: tuple[int, _TapSpectrum] | None = None
+        self._before: tuple[int, TapSpectrum] | None = None
         self._blocks: list[Row] = []
         self._spectra: list[Row] = []
 
@@ -127,11 +91,13 @@ class ResidualRead:
         if not (self.ranks.replicas or self._owner(tap) == self.ranks.rank) or acts.shape[-1] != self.hidden_size:
             return
         rows = token_rows(acts, mask)
+        if not self.questions.at_once:
+            rows = rows.clone()  # models write into their streams, and these rows may be asked for again
         if tap:
-            check_rows(rows, f"after block {tap}")
+            check_rows(rows, f"after block {tap}", self.questions)
         if tap not in self._taps:
             self._taps[tap] = Tap(self.hidden_size, self._half_tokens, self.device)
-        self._taps[tap].update(rows)
+        self._taps[tap].update(rows, self.questions)
 
     def end_pass(self) -> None:
         """Decompose the taps of this pass; their accumulators are given back."""
@@ -142,7 +108,7 @@ class ResidualRead:
         """`end_pass`, that stops after each tap to say which it was: a wide one takes a while."""
         if self.ranks.replicas:
             self._merge_replicas()
-        mine: dict[int, _TapSpectrum] = {}
+        mine: dict[int, TapSpectrum] = {}
         for index, tap in self._taps.items():
             mine[index] = self._spectrum(tap)
             yield index
@@ -208,7 +174,7 @@ class ResidualRead:
                 self._blocks, self._spectra = results["blocks"], results["spectra"]
                 if results["before"] is not None:
                     index, plain = results["before"]
-                    self._before = index, _TapSpectrum.from_plain(plain)
+                    self._before = index, TapSpectrum.from_plain(plain)
                 continue
             tap = Tap.from_arrow(row["state"], self.device)
             if tap.first.hidden_size != self.hidden_size:
@@ -229,14 +195,14 @@ class ResidualRead:
         }
         return columns, self._blocks, self._spectra
 
-    def _spectrum(self, tap: Tap) -> _TapSpectrum:
+    def _spectrum(self, tap: Tap) -> TapSpectrum:
         spectrum = tap.finish()
         sigma_D = np.sqrt(spectrum.eigenvalues_D)
         # Rounding of each coordinate, seen along every eigenvector: 0.42 u sqrt(sum w_i^2 E x_i^2).
         floors_D = 0.42 * UNIT_ROUNDOFF[self.dtype] * np.sqrt(spectrum.eigenvectors_DD**2 @ spectrum.mean_square_D)
         resolution = float(np.sqrt(spectrum.resolution))  # what the accumulator itself can tell from zero
         dead_D = sigma_D <= np.maximum(_FLOORS[self.dtype] * floors_D, resolution)
-        return _TapSpectrum(
+        return TapSpectrum(
             spectrum.eigenvalues_D,
             spectrum.eigenvectors_DD[-1].copy(),
             max(float(floors_D[-1]), resolution),
@@ -248,9 +214,9 @@ class ResidualRead:
     def _row(
         self,
         index: int,
-        now: _TapSpectrum,
+        now: TapSpectrum,
         ahead: int | None,
-        known: dict[int, _TapSpectrum],
+        known: dict[int, TapSpectrum],
         halves: dict[int, tuple[float, float]],
     ) -> Row:
         sigma_D = np.sqrt(now.eigenvalues_D)
@@ -283,7 +249,7 @@ class ResidualRead:
         }
 
     def _state(
-        self, now: _TapSpectrum, before: _TapSpectrum, ratios: tuple[float, float] | None, limit: float | None
+        self, now: TapSpectrum, before: TapSpectrum, ratios: tuple[float, float] | None, limit: float | None
     ) -> str:
         """preserved, collapsed, preserved-dead or revived, from one tap to the next."""
         if len(now.dead_kD):
@@ -304,7 +270,7 @@ def _ratios(now: tuple[float, float] | None, before: tuple[float, float] | None)
     return first, second
 
 
-def _same_dead(now: _TapSpectrum, before: _TapSpectrum) -> bool:
+def _same_dead(now: TapSpectrum, before: TapSpectrum) -> bool:
     """Whether every direction dead now was dead before: smallest singular value of `U_before U_now^T`."""
     if len(now.dead_kD) > len(before.dead_kD):
         return False

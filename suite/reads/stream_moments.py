@@ -36,16 +36,16 @@ def massive_coordinates(mean_square_D: NDArray[np.float64]) -> list[int]:
 class StreamMoments:
     """Sums over rows: n, sum x_i, sum x_i^2 of each coordinate; sum and sum of squares of `x . 1/sqrt(D)`."""
 
-    def __init__(self, hidden_size: int):
-        """No rows."""
+    def __init__(self, hidden_size: int, device: torch.device | str = "cpu"):
+        """No rows, which will come on `device`."""
         self.roundoff = 0.0  # of the coarsest dtype that rows came in
-        self.sums = torch.zeros(2 * hidden_size + 3, dtype=torch.float64)
+        self.sums = torch.zeros(2 * hidden_size + 3, dtype=torch.float64, device=device)
 
     def update(self, rows_ND: Float[Tensor, "N D"], dtype: torch.dtype) -> None:
         """Add float64 rows that were computed in `dtype`."""
         self.roundoff = max(self.roundoff, torch.finfo(dtype).eps / 2)
         sum_N = rows_ND.sum(1) / rows_ND.shape[1] ** 0.5
-        along = torch.stack([torch.tensor(len(rows_ND), dtype=torch.float64), sum_N.sum(), sum_N.square().sum()])
+        along = torch.stack([torch.full_like(sum_N[0], len(rows_ND)), sum_N.sum(), sum_N.square().sum()])
         self.sums += torch.cat([along, rows_ND.sum(0), torch.linalg.vector_norm(rows_ND, dim=0).square()])
 
     def merge(self, other: "StreamMoments") -> None:
@@ -60,11 +60,11 @@ class StreamMoments:
     def restore(self, state: pa.StructScalar) -> None:
         """Take what `to_arrow` packed in the place of one's own."""
         row = fields(state, STREAM_MOMENTS_STATE)
-        self.roundoff, self.sums = row["roundoff"].as_py(), tensor(row["sums"], len(self.sums))
+        self.roundoff, self.sums = row["roundoff"].as_py(), tensor(row["sums"], len(self.sums), device=self.sums.device)
 
     def mean_square(self) -> NDArray[np.float64]:
         """E x_i^2 of each coordinate."""
-        squares_D: NDArray[np.float64] = (self.sums[3:] / self.sums[0]).chunk(2)[1].numpy()
+        squares_D: NDArray[np.float64] = (self.sums[3:] / self.sums[0]).chunk(2)[1].cpu().numpy()
         return squares_D
 
     def mean_share(self) -> tuple[float | None, bool | None]:
@@ -73,8 +73,8 @@ class StreamMoments:
         Rounding of x leaves `0.18 u^2 mean(E x_i^2)` along any direction; that, eight or thirty-two times over in the
         spread (the stream is a sum of many rounded ones), is the limit.
         """
-        count, along, along_square = self.sums[:3].tolist()
-        mean_D = self.sums[3:].chunk(2)[0].numpy() / count
+        count, along, along_square = self.sums[:3].cpu().tolist()
+        mean_D = self.sums[3:].chunk(2)[0].cpu().numpy() / count
         variance = float(np.mean(self.mean_square() - mean_D**2))
         if variance <= 0:
             return None, None

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from deadbench.suite.spectra.arrow_state import VECTOR, fields, struct, tensor, vector
 from deadbench.suite.spectra.covariance import COVARIANCE_STATE, CovarianceFactor
+from deadbench.suite.spectra.questions import AT_ONCE, Questions
 from deadbench.suite.spectra.spectrum import Spectrum
 
 TAP_STATE = pa.schema(
@@ -36,18 +37,26 @@ class Tap:
         generator = torch.Generator().manual_seed(0)
         self._probe_D = torch.randn(hidden_size, generator=generator, dtype=torch.float64).to(device)
 
-    def update(self, acts_ND: Float[Tensor, "N D"]) -> None:
-        """Add rows, in the order of the tokens."""
+    def update(self, acts_ND: Float[Tensor, "N D"], questions: Questions = AT_ONCE) -> None:
+        """Add rows, in the order of the tokens; they must stay as they are until `questions` are settled."""
         rows = acts_ND.to(self.first.device, torch.float64)
         self._marks.append(rows @ self._probe_D)
         head = max(0, min(len(rows), self._half_tokens - self._seen))
         self._seen += len(rows)
+        if not questions.at_once:
+            rows = acts_ND  # what waits takes the room that it had
         if head:
-            self.first.update(rows[:head])
+            self.first.update(rows[:head], questions=questions)
         if head < len(rows):
-            if self.second is None:
-                self.second = self.first.successor()
-            self.second.update(rows[head:])
+            if self.second is not None:
+                self.second.update(rows[head:], questions=questions)
+            else:
+                questions.after(lambda: self._begin_second(rows[head:], questions))
+
+    def _begin_second(self, rows_ND: Tensor, questions: Questions) -> None:
+        if self.second is None:
+            self.second = self.first.successor()
+        self.second.update(rows_ND, questions=questions)
 
     def merge(self, other: "Tap") -> None:
         """Add another worker's rows of the same tap: its first half to the first, its second to the second."""

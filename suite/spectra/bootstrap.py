@@ -34,19 +34,34 @@ class SequenceSums:
     is taken as known. State: the four sums of every sequence; parts are joined by appending.
     """
 
-    def __init__(self, shift_D: Float[Tensor, " D"] | None):
-        self.sums_S4 = np.zeros((0, 4))
-        self._shift_D = None if shift_D is None else shift_D.float()
+    def __init__(self, shift_D: Float[Tensor, " D"] | None, device: torch.device | str = "cpu"):
+        """Of rows on `device`."""
+        self._sums_S4 = np.zeros((0, 4))
+        self._waiting: list[Tensor] = []  # on a device, which nobody waits for
+        self._shift_D = None if shift_D is None else shift_D.float().to(device)
+
+    @property
+    def sums_S4(self) -> NDArray[np.float64]:  # noqa: N802 - S sequences
+        """The sums of every sequence."""
+        self._bring()
+        return self._sums_S4
+
+    @sums_S4.setter
+    def sums_S4(self, sums_S4: NDArray[np.float64]) -> None:  # noqa: N802
+        self._sums_S4, self._waiting = sums_S4, []
 
     def update(self, acts_ND: Float[Tensor, "N D"], deviation_N: Float[Tensor, " N"], lengths_S: Sequence[int]) -> None:
         """Add rows of whole sequences, of `lengths_S` rows each, with their deviations along v."""
         shifted_ND = acts_ND if self._shift_D is None else acts_ND - self._shift_D
         square_N = torch.linalg.vector_norm(shifted_ND, dim=-1).double().square()
         each_N4 = torch.stack([torch.ones_like(deviation_N), deviation_N, deviation_N.square(), square_N], dim=1)
-        self._append(np.array([part.sum(0).tolist() for part in each_N4.split(list(lengths_S)) if len(part)]))
+        self._waiting.append(torch.stack([part.sum(0) for part in each_N4.split(list(lengths_S)) if len(part)]))
+        if each_N4.device.type == "cpu":
+            self._bring()
 
     def merge(self, other: "SequenceSums") -> None:
         """Add another worker's sequences."""
+        self._bring()
         self._append(other.sums_S4)
 
     def finish(self, trace: float) -> StandardErrors:
@@ -66,11 +81,18 @@ class SequenceSums:
         log_lambda_R, log_trace_R = np.log10(lambda_R), np.log10(trace_R)
         return StandardErrors(_spread(log_lambda_R), _spread(log_trace_R - log_lambda_R))
 
+    def _bring(self) -> None:
+        """What waits on the device, in one copy; pooled batch by batch, as where nothing waits."""
+        waiting, self._waiting = self._waiting, []
+        if waiting:
+            for part_S4 in torch.cat(waiting).cpu().split([len(each) for each in waiting]):
+                self._append(part_S4.numpy())
+
     def _append(self, sums_S4: NDArray[np.float64]) -> None:
-        self.sums_S4 = np.concatenate([self.sums_S4, sums_S4.reshape(-1, 4)])
-        while len(self.sums_S4) > 2 * _MOST_SEQUENCES:
-            even = self.sums_S4[: len(self.sums_S4) // 2 * 2].reshape(-1, 2, 4).sum(1)
-            self.sums_S4 = np.concatenate([even, self.sums_S4[len(even) * 2 :]])
+        self._sums_S4 = np.concatenate([self._sums_S4, sums_S4.reshape(-1, 4)])
+        while len(self._sums_S4) > 2 * _MOST_SEQUENCES:
+            even = self._sums_S4[: len(self._sums_S4) // 2 * 2].reshape(-1, 2, 4).sum(1)
+            self._sums_S4 = np.concatenate([even, self._sums_S4[len(even) * 2 :]])
 
 
 def sequence_lengths(acts: Tensor, mask_BT: Tensor | None) -> list[int]:

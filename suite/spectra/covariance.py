@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from deadbench.suite.spectra.arrow_state import VECTOR, fields, struct, tensor, vector
-from deadbench.suite.spectra.directions import FLOAT64_EPS
 from deadbench.suite.spectra.qr import Qr
+from deadbench.suite.spectra.questions import AT_ONCE, Questions
 from deadbench.suite.spectra.routes import GRAM_STATE, Lifted, Plain, Whitened, cheapest, restored
 from deadbench.suite.spectra.spectrum import Spectrum
-from deadbench.suite.spectra.triangular import CERTIFIED_RELATIVE_ERROR, GRAM_ERROR
+from deadbench.suite.spectra.triangular import resolution_and_floor
 
 COVARIANCE_STATE = pa.schema(
     {
@@ -59,6 +59,7 @@ class CovarianceFactor:
         self.offset_D: Tensor | None = None
         self._by_qr = Qr(hidden_size, self.device)
         self._by_gram: Plain | Lifted | Whitened | None = None  # until that is decided, and until R is whitened by
+        self._offered = False  # rows to it, and its answer is not there yet
 
     @property
     def method(self) -> str:
@@ -70,8 +71,15 @@ class CovarianceFactor:
         """Rows seen."""
         return self._by_qr.count + self._by_qr.num_waiting + (self._by_gram.count if self._by_gram is not None else 0)
 
-    def update(self, acts_ND: Float[Tensor, "N D"], mask_N: Bool[Tensor, " N"] | None = None) -> None:
+    def update(
+        self,
+        acts_ND: Float[Tensor, "N D"],
+        mask_N: Bool[Tensor, " N"] | None = None,
+        questions: Questions = AT_ONCE,
+    ) -> None:
         """Add rows of any float dtype; rows where `mask_N` is False (padding) are left out.
+
+        Where `questions` are not answered at once the rows must stay as they are until these are settled.
 
         Raises:
             ValueError: wrong width, or a value that is not finite.
@@ -81,7 +89,32 @@ class CovarianceFactor:
         rows = (acts_ND if mask_N is None else acts_ND[mask_N]).detach().to(self.device)
         if len(rows) == 0:
             return
-        parts = rows.split(_PART_ROWS)
+        if questions.at_once:
+            self._add(rows, _PART_ROWS)
+        elif self.offset_D is None or self._by_gram is None or self._offered:
+            questions.after(lambda: self._add(rows, len(rows)))
+        else:
+            self._offer(rows, questions)
+
+    def _offer(self, rows_ND: Tensor, questions: Questions) -> None:
+        """Add rows, if nothing about them is odd, without waiting to hear of it; odd ones are looked at when it is."""
+        gram = self._by_gram
+        assert gram is not None
+        assert self.offset_D is not None
+        refused = gram.offer(rows_ND.double() - self.offset_D)
+        self._offered = True
+
+        def then(answer: list[float]) -> None:
+            self._offered = False
+            if answer[0]:
+                self._add(rows_ND, _PART_ROWS)  # so that fewer are refused
+            else:
+                gram.gram.count += len(rows_ND)
+
+        questions.ask(refused[None], then)
+
+    def _add(self, rows: Tensor, at_once: int) -> None:
+        parts = rows.split(at_once)
         # Norms are cheap, but may overflow where the row does not.
         fine = all(bool(torch.isfinite(torch.linalg.vector_norm(part, dim=-1)).all()) for part in parts)
         if not fine and (unfinite := int((~torch.isfinite(rows).all(-1)).sum())):
@@ -144,7 +177,7 @@ class CovarianceFactor:
             mean_square_D.cpu().numpy(),
             route.count,
             self.method,
-            *self._errors(float(eigenvalues_D[0])),
+            *resolution_and_floor(float(eigenvalues_D[0]), self._off_centre() if self.method == Plain.method else None),
         )
 
     def eigenvalues(self) -> NDArray[np.float64]:
@@ -265,15 +298,3 @@ class CovarianceFactor:
         return (
             self._by_qr.off_centre if self._by_gram is None else max(self._by_qr.off_centre, self._by_gram.off_centre())
         )
-
-    def _errors(self, largest: float) -> tuple[float, float]:
-        """(resolution, floor): eigenvalues that are all rounding, and those up to which 1e-6 relative is not certified.
-
-        An SVD of R moves every singular value by up to 4 eps sigma_1, and an eigenvalue by twice that relative to
-        sigma; a Gram matrix of rows as they are moves every eigenvalue by 32 eps l_1, or of what they are off centre.
-        """
-        if self.method == Plain.method:
-            largest = max(largest, self._off_centre())
-            return largest * GRAM_ERROR, largest * GRAM_ERROR / CERTIFIED_RELATIVE_ERROR
-        moved = 8 * FLOAT64_EPS
-        return largest * moved**2, largest * (moved / CERTIFIED_RELATIVE_ERROR) ** 2

@@ -7,7 +7,7 @@ the routes' to choose. Shapes: N tokens, D hidden size, K dead directions.
 import copy
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from deadbench.suite.spectra.solvers import add_gram, check_gram, solvers
@@ -55,6 +55,22 @@ class Gram:
         self.sum_D += rows_ND.sum(0)
         self.count += len(rows_ND)
         return True
+
+    def offer(self, rows_ND: Float[Tensor, "N D"], fine: Bool[Tensor, ""] | None = None) -> Bool[Tensor, ""]:
+        """`add` that does not wait for the device: whether it refused. Where it did not, `count` is yet to be raised.
+
+        Refused rows, also those that are not finite or not `fine`, are added as zeros.
+        """
+        length_N = torch.linalg.vector_norm(rows_ND, dim=-1)
+        taken = length_N.max().square() <= _GATE * self.typical_square
+        if fine is not None:
+            taken = taken & fine
+        rows_ND, length_N = torch.where(taken, rows_ND, 0.0), torch.where(taken, length_N, 0.0)
+        add_gram(self.upper_DD, rows_ND)
+        self.squares += length_N.square().sum()
+        self.sum_D += rows_ND.sum(0)
+        refused: Tensor = ~taken
+        return refused
 
     def add_gram(self, other: "Gram", shift_D: Float[Tensor, " D"] | None) -> None:
         """Add the rows of another Gram matrix, each with `shift_D` added to it.

@@ -66,23 +66,28 @@ class ExactProjection:
     one size for all i in a norm with scale 1/w. Slices of b bits with 2b + log2 D <= 53 make `slice . slice` exact.
     """
 
-    def __init__(self, direction_D: DoubleDouble, shift_D: Float[Tensor, " D"] | None):
-        self.shift_D = shift_D if shift_D is not None and bool(torch.any(shift_D != 0)) else None
+    def __init__(
+        self,
+        direction_D: DoubleDouble,
+        shift_D: Float[Tensor, " D"] | None,
+        device: torch.device | str = "cpu",
+    ):
+        self.shift_D = shift_D.to(device) if shift_D is not None and bool(torch.any(shift_D != 0)) else None
         D = len(direction_D.hi)
         _, exponent_D = torch.frexp(direction_D.hi)
-        self._power_D = torch.ldexp(torch.ones(D, dtype=torch.float64), exponent_D)
+        power_D = torch.ldexp(torch.ones(D, dtype=torch.float64), exponent_D)
         self._bits = (53 - max(1, math.ceil(math.log2(D)))) // 2
-        hi, lo = direction_D.hi / self._power_D, direction_D.lo / self._power_D
-        self._whole_D = hi
+        hi, lo = direction_D.hi / power_D, direction_D.lo / power_D
+        self._power_D, self._whole_D = power_D.to(device), hi.to(device)
         first = _round_to(hi, 2.0**-self._bits)
         second = _round_to(hi - first, 2.0 ** (-2 * self._bits))
         rest = (hi - first - second) + lo
         third = _round_to(rest, 2.0 ** (-3 * self._bits))
-        self._slices_D4 = torch.stack([first, second, third, rest - third], dim=1)
+        self._slices_D4 = torch.stack([first, second, third, rest - third], dim=1).to(device)
 
     def __call__(self, acts_ND: Float[Tensor, "N D"]) -> Float[Tensor, " N"]:
         """The projection of every row, rounded to float64 once."""
-        rows = max(1, _CHUNK_ELEMENTS // acts_ND.shape[1])
+        rows = max(1, _CHUNK_ELEMENTS // acts_ND.shape[1]) if acts_ND.device.type == "cpu" else len(acts_ND)
         return torch.cat([self._project(chunk) for chunk in acts_ND.split(rows)])
 
     def _project(self, acts_ND: Tensor) -> Tensor:
@@ -93,7 +98,9 @@ class ExactProjection:
             difference = two_sum(acts_ND, -self.shift_D)
             scaled = difference.hi * self._power_D
             lost_N = (difference.lo * self._power_D) @ self._whole_D
-        unit = 2.0 ** (math.frexp(float(scaled.abs().max()))[1] - self._bits)
+        largest = scaled.abs().max()
+        # The power of two above it, that a device tells nobody; dividing by the significand is exact.
+        unit = torch.where(largest > 0, largest / torch.frexp(largest).mantissa, 1.0) * 2.0**-self._bits
         first = _round_to(scaled, unit)
         rest = scaled.sub_(first)
         second = _round_to(rest, unit * 2.0**-self._bits)
@@ -109,12 +116,17 @@ class ExactProjection:
 class PlainProjection:
     """`w . (acts - shift)` in plain float64: enough for activations that carry float32 rounding or more."""
 
-    def __init__(self, direction_D: DoubleDouble, shift_D: Float[Tensor, " D"] | None):
-        self._direction_D, self._shift_D = direction_D.hi, shift_D
+    def __init__(
+        self,
+        direction_D: DoubleDouble,
+        shift_D: Float[Tensor, " D"] | None,
+        device: torch.device | str = "cpu",
+    ):
+        self._direction_D, self._shift_D = direction_D.hi.to(device), None if shift_D is None else shift_D.to(device)
 
     def __call__(self, acts_ND: Float[Tensor, "N D"]) -> Float[Tensor, " N"]:
         """The projection of every row."""
-        acts = acts_ND.detach().cpu().double()
+        acts = acts_ND.detach().double()
         return (acts if self._shift_D is None else acts - self._shift_D) @ self._direction_D
 
 
@@ -126,26 +138,40 @@ class VarianceAlong:
     """
 
     def __init__(
-        self, direction_D: DoubleDouble, shift_D: Float[Tensor, " D"] | None, projection: type = PlainProjection
+        self,
+        direction_D: DoubleDouble,
+        shift_D: Float[Tensor, " D"] | None,
+        projection: type = PlainProjection,
+        device: torch.device | str = "cpu",
     ):
-        self.direction_D, self.shift_D = direction_D, shift_D
-        self._project = projection(direction_D, shift_D)
+        """Of rows on `device`; direction and shift are given on the CPU."""
+        self.direction_D, self.shift_D, self._device = direction_D, shift_D, device
+        self._project = projection(direction_D, shift_D, device)
         self._squared_norm = float(direction_D.hi.square().sum())
-        self.count, self.total, self.total_of_squares = 0, 0.0, 0.0
+        self.count = 0
+        self._sums_2 = torch.zeros(2, dtype=torch.float64, device=device)  # of d and of d^2
+
+    @property
+    def total(self) -> float:
+        """Sum of the deviations."""
+        return float(self._sums_2[0])
+
+    @property
+    def total_of_squares(self) -> float:
+        """Sum of their squares."""
+        return float(self._sums_2[1])
 
     def update(self, acts_ND: Float[Tensor, "N D"]) -> Float[Tensor, " N"]:
         """Add rows; returns their deviations, `w . (acts - shift)`."""
         deviation_N: Tensor = self._project(acts_ND)
         self.count += len(deviation_N)
-        self.total += float(deviation_N.sum())
-        self.total_of_squares += float(deviation_N.square().sum())
+        self._sums_2 += torch.stack([deviation_N.sum(), deviation_N.square().sum()])
         return deviation_N
 
     def merge(self, other: "VarianceAlong") -> None:
         """Add what another accumulator of the same direction saw."""
         self.count += other.count
-        self.total += other.total
-        self.total_of_squares += other.total_of_squares
+        self._sums_2 += other._sums_2
 
     def to_arrow(self) -> pa.RecordBatch:
         """The sums as one Arrow row; the direction is not among them."""
@@ -153,8 +179,8 @@ class VarianceAlong:
 
     def restore(self, state: pa.StructScalar) -> None:
         """Take the sums that `to_arrow` packed in the place of one's own."""
-        for name, value in fields(state, ALONG_STATE).items():
-            setattr(self, name, value.as_py())
+        self.count, *sums = (value.as_py() for value in fields(state, ALONG_STATE).values())
+        self._sums_2 = torch.tensor(sums, dtype=torch.float64).to(self._device)
 
     def finish(self) -> float:
         """Variance along the *unit* direction."""
@@ -162,7 +188,7 @@ class VarianceAlong:
         return max(self.total_of_squares / self.count - mean**2, 0.0) / self._squared_norm
 
 
-def _round_to(values: Tensor, unit: float) -> Tensor:
+def _round_to(values: Tensor, unit: Tensor | float) -> Tensor:
     """The nearest multiple of `unit`, a power of two, for |values| < 2^51 unit."""
     magic = 1.5 * 2.0**52 * unit
     return (values + magic) - magic

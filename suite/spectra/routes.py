@@ -11,7 +11,7 @@ from typing import Self
 
 import pyarrow as pa
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from deadbench.suite.spectra.arrow_state import VECTOR, fields, struct, tensor, triangle, upper, vector
@@ -76,6 +76,10 @@ class Plain(_Squared):
         """Add rows; False, with nothing added, where one is too long."""
         return self.gram.add(rows_ND)
 
+    def offer(self, rows_ND: Float[Tensor, "N D"]) -> Bool[Tensor, ""]:
+        """`take` that does not wait for the device: whether it refused; the count is yet to be raised."""
+        return self.gram.offer(rows_ND)
+
     def adds_to(self, other: _Squared) -> bool:
         """Whether the other's rows are in the same coordinates."""
         return isinstance(other, Plain)
@@ -125,6 +129,10 @@ class Lifted(_Squared):
     def take(self, rows_ND: Float[Tensor, "N D"]) -> bool:
         """Add rows; False, with nothing added, where one is too long."""
         return self.gram.add(self._stretched(rows_ND, 1 / self.size_K - 1))
+
+    def offer(self, rows_ND: Float[Tensor, "N D"]) -> Bool[Tensor, ""]:
+        """As `Plain.offer`."""
+        return self.gram.offer(self._stretched(rows_ND, 1 / self.size_K - 1))
 
     def adds_to(self, other: _Squared) -> bool:
         """Whether the other's rows are in the same coordinates."""
@@ -179,6 +187,12 @@ class Whitened(_Squared):
     def take(self, rows_ND: Float[Tensor, "N D"]) -> bool:
         """Add rows; False, with nothing added, where R has not foreseen one: `max |w|^2 > 1e4 D`."""
         return self.gram.add(self._whitened(rows_ND.T).T)
+
+    def offer(self, rows_ND: Float[Tensor, "N D"]) -> Bool[Tensor, ""]:
+        """As `Plain.offer`; refused is also what the device solved wrongly."""
+        columns_DN = rows_ND.T
+        white_DN, right = solvers(columns_DN).offered(self.whitener_DD.T, columns_DN)
+        return self.gram.offer(white_DN.T, right)
 
     def join(self, qr: Qr) -> "Whitened | None":
         """Put the rows, at least one, into R; the route for more, or None: it is to be whitened anew.

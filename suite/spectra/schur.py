@@ -25,10 +25,11 @@ class Regression:
     float64 p is 1e-16 and no factor of C resolves it beside rows of size one, but the sum of p z does. Parts add.
     """
 
-    def __init__(self, hidden_size: int, num_deviations: int):
-        """No rows."""
+    def __init__(self, hidden_size: int, num_deviations: int, device: torch.device | str = "cpu"):
+        """No rows, which will come on `device`."""
         self._shape = (num_deviations + 1, hidden_size + 2)
-        self.sums = torch.zeros(self._shape, dtype=torch.float64)  # rows: 1, p_1 … p_K; columns: z, own sum, own square
+        # Rows: 1, p_1 … p_K; columns: z, own sum, own square.
+        self.sums = torch.zeros(self._shape, dtype=torch.float64, device=device)
 
     def update(self, rows_ND: Float[Tensor, "N D"], along_NK: Float[Tensor, "N K"]) -> None:
         """Add float64 rows, each with its deviations."""
@@ -48,7 +49,7 @@ class Regression:
 
     def restore(self, scalar: pa.Scalar) -> None:
         """Take what `to_arrow` packed in the place of one's own."""
-        self.sums = tensor(scalar, *self._shape)
+        self.sums = tensor(scalar, *self._shape, device=self.sums.device)
 
     def finish(self, spectrum: Spectrum, direction_D: NDArray) -> list[float | None]:  # type: ignore[type-arg]
         """`1 - S/lambda_v` of each deviation, by the covariance of the rows and the unit direction v.
@@ -64,13 +65,14 @@ class Regression:
 
         Null where nothing varies along v, and where a second direction is as dead as C can tell.
         """
-        count = float(self.sums[0, -2])
+        sums = self.sums.cpu()
+        count = float(sums[0, -2])
         if spectrum.eigenvalues_D[-2] <= spectrum.resolution:
-            return [None] * (len(self.sums) - 1)
+            return [None] * (len(sums) - 1)
         v_D = torch.from_numpy(direction_D)
-        total_K, square_K = self.sums[1:, -2] / count, self.sums[1:, -1] / count
+        total_K, square_K = sums[1:, -2] / count, sums[1:, -1] / count
         variance_K = square_K - total_K.square()
-        c_KD = self.sums[1:, :-2] / count - torch.outer(total_K, self.sums[0, :-2] / count)
+        c_KD = sums[1:, :-2] / count - torch.outer(total_K, sums[0, :-2] / count)
         c_KD = c_KD - torch.outer(c_KD @ v_D, v_D)
         vectors_DD = torch.from_numpy(spectrum.eigenvectors_DD)
         values_D, q_D, a_KD = torch.from_numpy(spectrum.eigenvalues_D), vectors_DD @ v_D, c_KD @ vectors_DD.T

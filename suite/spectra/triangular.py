@@ -16,6 +16,20 @@ GRAM_ERROR = 32 * FLOAT64_EPS  # |error of an eigenvalue| <= this * l_1, when ro
 _FEW = 16  # bottom directions that are cheaper one subspace at a time than with the whole
 
 
+def resolution_and_floor(largest: float, off_centre: float | None) -> tuple[float, float]:
+    """(resolution, floor): eigenvalues that are all rounding, and those up to which 1e-6 relative is not certified.
+
+    An SVD of R moves every singular value by up to 4 eps sigma_1, and an eigenvalue by twice that relative to sigma;
+    a Gram matrix of rows as they are moves every eigenvalue by 32 eps l_1, or of what they are `off_centre` (None: no
+    such matrix).
+    """
+    if off_centre is not None:
+        largest = max(largest, off_centre)
+        return largest * GRAM_ERROR, largest * GRAM_ERROR / CERTIFIED_RELATIVE_ERROR
+    moved = 8 * FLOAT64_EPS
+    return largest * moved**2, largest * (moved / CERTIFIED_RELATIVE_ERROR) ** 2
+
+
 def decompose(factor_DD: Float[Tensor, "D D"]) -> tuple[Float[Tensor, " D"], Float[Tensor, "D D"]]:
     """(squared singular values, descending; right singular vectors as rows) of an upper triangular R.
 

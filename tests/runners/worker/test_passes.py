@@ -79,7 +79,7 @@ class StackEngine:
                 if block in blocks.modules:
                     blocks.on_input(call, x_BTD, batch)
                 x_BTD = block(x_BTD)
-            yield batch, ForwardPass(x_BTD, norm(x_BTD), 1.0, 0.5, len(blocks.modules))
+            yield batch, ForwardPass(x_BTD, norm(x_BTD), lambda: (1.0, 0.5), len(blocks.modules))
 
 
 @pytest.fixture(autouse=True)
