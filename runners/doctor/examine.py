@@ -1,13 +1,12 @@
 """The doctor's round: each node's facts, then its devices and a read; every check a line, whatever the others say."""
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from deadbench.runners.doctor.device_checks import DEVICE_CHECKS, Bench
-from deadbench.runners.doctor.facts import Facts, facts
-from deadbench.runners.doctor.node_checks import NODE_CHECKS, NotHereError, UnwellError
+from deadbench.runners.doctor.facts import facts
+from deadbench.runners.doctor.lines import Line, line_of, node_lines
 from deadbench.runners.doctor.rates import keep
 from deadbench.runners.doctor.read_checks import twin
 from deadbench.runners.planning.seconds import Rates, Work, projected
@@ -17,17 +16,6 @@ _TASK_SECONDS = 300.0
 # (name, parameters, hidden size, blocks): what times are projected for.
 _SIZES = (("8B", 8e9, 4096, 32), ("70B", 70e9, 8192, 80))
 _NOT_COVERED = "a group of ranks, vLLM started, and peaks against the plan are not tried"
-
-
-@dataclass(frozen=True)
-class Line:
-    """One check on one node: whether it is well (None: it says nothing there), what was found, and how long it took."""
-
-    node: str
-    check: str
-    verdict: Literal["ok", "wrong", "skipped"]
-    told: str
-    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -80,31 +68,10 @@ def examine_process(
     return Examined(tuple(lines), bench.rates)
 
 
-def node_lines(found: Facts, here: dict[str, str | None]) -> Iterator[Line]:
-    """A line for each of `NODE_CHECKS`, `here` being the driver's versions."""
-    for name, check in NODE_CHECKS.items():
-        yield line_of(found.node, name, lambda check=check: check(found, here))  # type: ignore[misc]
-
-
 def device_lines(node: str, bench: Bench) -> Iterator[Line]:
     """A line for each of `DEVICE_CHECKS`."""
     for name, check in DEVICE_CHECKS.items():
         yield line_of(node, name, lambda check=check: check(bench))  # type: ignore[misc]
-
-
-def line_of(node: str, name: str, check: Callable[[], str]) -> Line:
-    """What a check says; an error that it did not foresee is one of its findings."""
-    started = time.perf_counter()
-    verdict: Literal["ok", "wrong", "skipped"] = "ok"
-    try:
-        told = check()
-    except NotHereError as error:
-        verdict, told = "skipped", str(error)
-    except UnwellError as error:
-        verdict, told = "wrong", str(error)
-    except Exception as error:
-        verdict, told = "wrong", one_line(error)
-    return Line(node, name, verdict, told, time.perf_counter() - started)
 
 
 def _over_ray(address: str) -> Iterator[Examined]:

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from deadbench.runners.doctor import examine, rates
-from deadbench.runners.doctor.examine import Examined, Line
+from deadbench.runners.doctor.examine import Examined
+from deadbench.runners.doctor.lines import Line
 from deadbench.runners.doctor.rates import keep, measured
 from deadbench.runners.planning.seconds import Rates, stored
+from tests.conftest import TWINS
 
 RATES = Rates("H200", 15e10, 8e14, 6e13, 6e13, 2e10)
 
@@ -72,6 +74,10 @@ try:
     ray.get(ray.remote(num_gpus=1)(pick_device).remote())
 except Exception as error:
     print("an actor", "failed", str(error).strip().splitlines()[-1], sep="|")
+import sys
+from deadbench.runners.cli.main import main
+sys.argv = ["deadbench", "run", sys.argv[1], "--reads", "trained", "--address", "local", "--out", sys.argv[2]]
+main()
 """
 
 
@@ -80,10 +86,15 @@ except Exception as error:
 @pytest.mark.subprocess
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and Ray is right")
 def test_a_gpu_that_ray_has_and_torch_has_not_is_found_and_not_computed_without(tmp_path):
-    done = subprocess.run([sys.executable, "-c", ON_RAY], capture_output=True, text=True, timeout=200, check=True)
+    out = tmp_path / "results"
+    command = [sys.executable, "-c", ON_RAY, TWINS / "layernorm" / "step4096", out]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     told = {line.split("|")[0]: line.split("|")[1:] for line in done.stdout.splitlines()}
     assert told["gpus"][0] == "wrong"
     assert told["gpus"][1].startswith("1 GPUs were given and torch has 0")
     assert told["eigh"][0] == told["network"][0] == "ok"
     assert "Ray gave this process 1 GPUs and torch has 0" in told["an actor"][1]
     assert [check for check, (verdict, *_) in told.items() if verdict == "wrong"][:1] == ["gpus"]
+    assert done.returncode == 2, done.stderr
+    assert ": gpus: 1 GPUs were given and torch has 0" in done.stderr.strip().splitlines()[-1], done.stderr
+    assert not [*out.glob("reads/*.parquet")], "no model was begun"
