@@ -20,17 +20,16 @@ def check_gpu_nodes() -> tuple[list[str], list[str]]:
     A task on each looks at the GPUs that are free there: this process opens none.
     """
     import ray
-    from ray._private.state import available_resources_per_node  # no public call tells it by node
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     living = [node for node in ray.nodes() if node["Alive"]]
     with_gpus = [node for node in living if int(node["Resources"].get("GPU", 0))]
-    free = available_resources_per_node() if with_gpus else {}
+    free = free_gpus() if with_gpus else {}
     asked: list[tuple[str, Any]] = []
     fatal: list[str] = []
     doubtful: list[str] = []
     for node in with_gpus:
-        host, gpus = node["NodeManagerHostname"], int(free.get(node["NodeID"], {}).get("GPU", 0))
+        host, gpus = node["NodeManagerHostname"], free.get(node["NodeID"], 0)
         if not gpus:
             doubtful.append(f"{host}: its GPUs are all in use, so they were not looked at")
             continue
@@ -53,6 +52,13 @@ def check_gpu_nodes() -> tuple[list[str], list[str]]:
             fatal += wrong
             doubtful += unlike
     return fatal, doubtful
+
+
+def free_gpus() -> dict[str, int]:
+    """Whole GPUs that nobody has taken, of each node by Ray's id."""
+    from ray._private.state import available_resources_per_node  # no public call tells it by node
+
+    return {node: int(left.get("GPU", 0)) for node, left in available_resources_per_node().items()}
 
 
 def check_own_gpus() -> list[str]:

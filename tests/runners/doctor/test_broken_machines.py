@@ -8,9 +8,9 @@ from torch import Tensor
 
 from deadbench.runners.doctor import device_checks
 from deadbench.runners.doctor.device_checks import Bench
-from deadbench.runners.doctor.examine import device_lines
 from deadbench.runners.doctor.facts import Facts, Gpu
 from deadbench.runners.doctor.lines import node_lines
+from deadbench.runners.doctor.one_process import device_lines
 from deadbench.runners.planning.seconds import Rates
 from deadbench.suite.spectra.solvers import Checked, Lapack
 

@@ -7,9 +7,9 @@ import sys
 import pytest
 import torch
 
-from deadbench.runners.doctor import examine, rates
-from deadbench.runners.doctor.examine import Examined
+from deadbench.runners.doctor import examine, one_process, rates
 from deadbench.runners.doctor.lines import Line
+from deadbench.runners.doctor.one_process import Examined
 from deadbench.runners.doctor.rates import keep, measured
 from deadbench.runners.planning.seconds import Rates, stored
 from tests.conftest import TWINS
@@ -24,7 +24,9 @@ def kept(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_this_machine_is_well_and_every_step_ran(deadbench, kept):
+@pytest.mark.subprocess
+def test_this_machine_is_well_and_every_step_ran(deadbench, kept, monkeypatch):
+    monkeypatch.setattr(one_process, "vllm_start", lambda gpus: "started by another test")
     code, out, _ = deadbench("doctor", "--json")
     found = json.loads(out)
     wrong = [line for line in found["lines"] if line["verdict"] == "wrong"]
@@ -32,7 +34,11 @@ def test_this_machine_is_well_and_every_step_ran(deadbench, kept):
     lines = {line["check"]: line for line in found["lines"]}
     assert {"versions", "memory", "eigh", "cholesky", "qr", "triangular solve", "rates", "twin"} <= {*lines}
     assert lines["twin"]["told"].endswith("by torch and streaming")
-    assert lines["ranks and vLLM"]["verdict"] == "skipped", "what is not tried is said"
+    if not torch.cuda.is_available():
+        assert lines["reduce"]["told"].startswith("2 ranks here sum at ")
+        assert lines["tensor parallel"]["told"].endswith("by 2 ranks")
+        assert lines["killed rank"]["verdict"] == "ok"
+    assert lines["plan"]["verdict"] == "skipped", "what is not tried is said"
     assert list(stored()) == ["cpu"]
 
 
