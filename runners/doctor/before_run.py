@@ -11,6 +11,7 @@ from deadbench.suite.errors import message, one_line
 # Versions were compared when the cluster was joined; threads are an actor's, and vLLM not every run's.
 _CHECKS = ("gpus", "gpu memory", "memory", "shared memory", "disk", "network")
 _FATAL = "gpus"  # every read there would fail, or run on another's GPU
+_SETTLED_SECONDS = 2.0
 _SECONDS = 30.0  # of all nodes together; most of it the import of torch
 
 
@@ -55,10 +56,18 @@ def check_gpu_nodes() -> tuple[list[str], list[str]]:
 
 
 def free_gpus() -> dict[str, int]:
-    """Whole GPUs that nobody has taken, of each node by Ray's id."""
+    """Whole GPUs that nobody has taken, of each node by Ray's id; what a task has just given back, Ray tells later."""
+    import ray
     from ray._private.state import available_resources_per_node  # no public call tells it by node
 
-    return {node: int(left.get("GPU", 0)) for node, left in available_resources_per_node().items()}
+    has = {node["NodeID"]: int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]}
+    until = time.monotonic() + _SETTLED_SECONDS
+    while True:
+        left = available_resources_per_node()
+        free = {node: int(left.get(node, {}).get("GPU", 0)) for node in has}
+        if free == has or time.monotonic() >= until:
+            return free
+        time.sleep(0.1)
 
 
 def check_own_gpus() -> list[str]:

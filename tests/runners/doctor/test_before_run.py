@@ -41,8 +41,10 @@ def nodes(monkeypatch):
          "Resources": {"CPU": 16.0} | ({"GPU": float(all_)} if all_ else {})}
         for at, (name, (all_, _)) in enumerate(gpus.items())
     ])  # fmt: skip
+    told.free = iter([{}])  # what Ray tells at first
     free = {name * 10: {"GPU": float(left)} for name, (_, left) in gpus.items()}
-    monkeypatch.setattr("ray._private.state.available_resources_per_node", lambda: free)
+    monkeypatch.setattr("ray._private.state.available_resources_per_node", lambda: next(told.free, free))
+    monkeypatch.setattr(before_run, "_SETTLED_SECONDS", 0.05)
     monkeypatch.setattr(
         "ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy", lambda node, soft: node[: len(node) // 10]
     )
