@@ -62,12 +62,12 @@ def facts(num_nodes: int = 1, num_gpus: int | None = None, address: str | None =
     import torch
 
     from deadbench.runners.cluster.node_versions import installed_versions
-    from deadbench.runners.engines.device import assigned_gpus
+    from deadbench.runners.engines.device import assigned_gpus, usable_gpus
 
     seen = gpus_of_driver()
     assigned = assigned_gpus()
     found = []
-    for index in range(torch.cuda.device_count()):
+    for index in range(usable_gpus()):
         free, total = torch.cuda.mem_get_info(index)
         found.append(Gpu(torch.cuda.get_device_name(index), total, free))
     version, lacks = _vllm()
