@@ -11,7 +11,7 @@ import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
 import torch
@@ -135,21 +135,30 @@ class Group:
         """
         if self._fell:
             raise NotHereError("the ranks did not come so far")
-        self._fell, said, until = True, [], time.monotonic() + _ANSWER_SECONDS
-        for rank, pipe in enumerate(self.pipes[:ranks]):
-            if not pipe.poll(max(0.0, until - time.monotonic())):
-                raise UnwellError(f"rank {rank} of {self.size} said nothing for {_ANSWER_SECONDS:g} s")
-            try:
-                error, value = pipe.recv()
-            except EOFError as ended:
-                self.processes[rank].join()
-                code = self.processes[rank].exitcode
-                raise UnwellError(f"rank {rank} of {self.size} died (exit code {code})") from ended
-            if error is not None:
-                raise UnwellError(f"rank {rank} of {self.size}: {error}")
-            said.append(value)
+        self._fell, until = True, time.monotonic() + _ANSWER_SECONDS
+        said: dict[int, Any] = {}
+        waiting = {pipe: rank for rank, pipe in enumerate(self.pipes[:ranks])}
+        while waiting:
+            ready = wait(list(waiting), max(0.0, until - time.monotonic()))
+            if not ready:
+                silent = min(waiting.values())
+                raise UnwellError(f"rank {silent} of {self.size} said nothing for {_ANSWER_SECONDS:g} s")
+            for pipe in ready:  # whoever fails is told, while others wait for it
+                rank = waiting.pop(pipe)  # type: ignore[call-overload]
+                said[rank] = self._received(rank)
         self._fell = False
-        return said
+        return [said[rank] for rank in range(ranks)]
+
+    def _received(self, rank: int) -> Any:
+        try:
+            error, value = self.pipes[rank].recv()
+        except EOFError as ended:
+            self.processes[rank].join()
+            code = self.processes[rank].exitcode
+            raise UnwellError(f"rank {rank} of {self.size} died (exit code {code})") from ended
+        if error is not None:
+            raise UnwellError(f"rank {rank} of {self.size}: {error}")
+        return value
 
     def reduce(self) -> str:
         """Sums over all ranks have the same bits on each."""

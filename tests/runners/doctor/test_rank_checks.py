@@ -81,6 +81,10 @@ def test_a_rank_that_fails_dies_or_hangs_is_wrong_in_the_line_where_it_did(group
     assert set(verdicts[verdicts.index("wrong") + 1 :]) == {"skipped"}, "what comes after it is not tried"
 
 
+def test_the_rank_that_failed_is_told_and_not_the_one_that_waits_for_it(group):
+    assert lines(group([], [("out of memory", None)]))["reduce"] == ("wrong", "rank 1 of 2: out of memory")
+
+
 def test_a_shared_model_that_reads_otherwise_is_wrong(group):
     other = [WELL[0], (None, TWIN | {"alignment": 0.5}), WELL[2]]
     verdict, told = lines(group(other, WELL))["tensor parallel"]
