@@ -18,6 +18,7 @@ class Ranks:
 
     Attributes:
         rank: this process, of `size`.
+        stages: groups of `size` processes, each with a part of the blocks: what is given goes to those of all stages.
         gather: gives every rank the list of what each gave.
         collect: `(mine, rank)`: gives that rank the list of the states that each gave, and the others an empty list.
         divided: "taps": all see the whole stream, and rank r reads the taps r, r + size, r + 2 size, …; "tokens": each
@@ -29,6 +30,12 @@ class Ranks:
     gather: Callable[[Any], list[Any]] = lambda mine: [mine]
     collect: Callable[[pa.RecordBatch | None, int], list[pa.RecordBatch | None]] = lambda mine, rank: [mine]
     divided: Literal["taps", "tokens"] = "taps"
+    stages: int = 1
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is no other process."""
+        return self.size * self.stages == 1
 
     @property
     def replicas(self) -> bool:
@@ -43,7 +50,7 @@ class Ranks:
         except RankError:
             raise  # told already
         except Exception as error:
-            if self.size == 1:
+            if self.alone:
                 raise
             text = f"{error}" if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             self.gather((text, None))
@@ -56,7 +63,7 @@ class Ranks:
         Raises:
             RankError: another rank has failed instead.
         """
-        if self.size == 1:
+        if self.alone:
             return [mine]
         given = self.gather((None, mine))
         told = [text for text, _ in given if text is not None]

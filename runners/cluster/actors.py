@@ -14,7 +14,7 @@ import psutil
 
 from deadbench.runners.cluster.faults import Death
 from deadbench.runners.cluster.network import use_interface_of
-from deadbench.runners.cluster.nodes import Nodes, processes
+from deadbench.runners.cluster.nodes import Nodes, in_stages, processes
 from deadbench.runners.cluster.processes import Ended, end_processes, mark_process
 from deadbench.runners.cluster.schedule import Piece, Place
 from deadbench.runners.jobs.events import Event, Progress
@@ -64,7 +64,7 @@ class Group:
 def start(job: ModelJob, nodes: Nodes, place: Place, run_id: str, attempt: int) -> Group:
     """Start the actors of one model at `place`."""
     devices = nodes.devices(job)
-    job = job.over(1 if job.replicas > 1 else devices)
+    job = job.over(1 if job.replicas > 1 else devices, len(place) if in_stages(job) else 1)
     ranks = processes(job, devices)
     token = uuid.uuid4().hex
     placement, options = _options(nodes, place, ranks)
@@ -89,6 +89,8 @@ def _options(nodes: Nodes, place: Place, ranks: int) -> tuple[Any, list[dict[str
     from ray.util.placement_group import placement_group
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+    if ranks == 1 and len(place) > 1:
+        return _in_stages(nodes, place)
     if ranks == 1:
         (piece,) = place
         where = NodeAffinitySchedulingStrategy(piece.node, soft=False)
@@ -105,6 +107,24 @@ def _options(nodes: Nodes, place: Place, ranks: int) -> tuple[Any, list[dict[str
     )
     strategies = [PlacementGroupSchedulingStrategy(group, rank) for rank in range(ranks)]
     return group, [part | {"scheduling_strategy": each} for part, each in zip(parts, strategies, strict=True)]
+
+
+def _in_stages(nodes: Nodes, place: Place) -> tuple[Any, list[dict[str, Any]]]:
+    """As `_options`, of one actor without GPUs, whose engine starts its own workers: each takes a bundle of one GPU."""
+    from ray.util.placement_group import placement_group
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    gpus = [(piece, _resources(nodes, piece, len(piece.devices))) for piece in place for _ in piece.devices]
+    cpus = [part["num_cpus"] for _, part in gpus]
+    own = cpus[0] // 2 or cpus[0] / 2  # of those that go with the first GPU; whole where Ray wants it
+    cpus[0] -= own
+    bundles = [{"CPU": own}, *({"CPU": each, "GPU": 1} for each in cpus)]
+    homes = [place[0].node, *(piece.node for piece, _ in gpus)]
+    group = placement_group(
+        bundles, strategy="PACK", bundle_label_selector=[{"ray.io/node-id": node} for node in homes]
+    )
+    where = PlacementGroupSchedulingStrategy(group, 0, placement_group_capture_child_tasks=True)
+    return group, [{"num_cpus": own, "scheduling_strategy": where}]
 
 
 def _resources(nodes: Nodes, piece: Piece, parts: int) -> dict[str, Any]:

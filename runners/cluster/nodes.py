@@ -123,11 +123,13 @@ class Nodes:
             return 1
         tensor_parallel = job.tensor_parallel or (job.gpus if self.has_gpus else 1)
         devices = job.replicas if job.replicas > 1 else tensor_parallel
-        one_node = spec is not None and spec.tensor_parallel == "one node"
-        room = self.largest if one_node else max(self.total, self.largest)
+        room = max(self.total, self.largest)
         if self.has_gpus and devices > room:
-            where = " on one node; the largest has" if one_node else "; the cluster has"
-            raise PlacementError(f"{job.model_id}: needs {devices} GPUs{where} {room}")
+            raise PlacementError(f"{job.model_id}: needs {devices} GPUs; the cluster has {room}")
+        if self.has_gpus and in_stages(job) and devices > self.largest and devices % self.largest:
+            raise PlacementError(
+                f"{job.model_id}: needs {devices} GPUs, and over nodes {job.engine} takes all {self.largest} of each"
+            )
         return devices
 
     def demand(self, job: ModelJob, avoid: frozenset[str] = frozenset()) -> Demand:
@@ -147,7 +149,8 @@ class Nodes:
             share = job.gpu_share if count == 1 else count
             host = min((node.host_bytes for node in self._planned if node.devices), default=math.inf)
             sizes = min(job.device_bytes, max(self._gpu_bytes.values(), default=math.inf)), min(job.host_bytes, host)
-            demand = Demand(share, self.cpus_a_gpu * share, seconds, ganged, avoid, *sizes)
+            even = in_stages(job) and count > self.largest
+            demand = Demand(share, self.cpus_a_gpu * share, seconds, ganged or even, avoid, *sizes, even)
         if not can_ever(demand, self._planned):
             what = f"{demand.devices:g} {'GPUs' if self.has_gpus else 'CPUs'} and {demand.cpus:g} CPUs"
             largest = max(self._planned, key=lambda node: (node.devices, node.cpus), default=None)
@@ -172,6 +175,11 @@ class Nodes:
             whole, rest = divmod(demand.devices, max(1, self.largest))
             bundles += [{"GPU": float(self.largest)}] * int(whole) + ([{"GPU": float(rest)}] if rest else [])
         request_resources(bundles=bundles)
+
+
+def in_stages(job: ModelJob) -> bool:
+    """Whether an engine shares the model by processes of its own: one of ours asks for the devices of all."""
+    return job.replicas == 1 and job.engine is not None and ENGINES[job.engine].tensor_parallel == "stages"
 
 
 def processes(job: ModelJob, devices: int) -> int:

@@ -25,7 +25,7 @@ class Demand:
 
     `devices`: a whole number, a share of one, or 0; `cpus` beside them; `seconds` estimated; `ganged`: several
     processes that need a placement group; `avoid`: nodes on which it died; `device_bytes` of each device and
-    `host_bytes` of its nodes together, as far as they are known.
+    `host_bytes` of its nodes together, as far as they are known; `even`: over several nodes all give as many devices.
     """
 
     devices: float
@@ -35,6 +35,7 @@ class Demand:
     avoid: frozenset[str] = frozenset()
     device_bytes: float = 0.0
     host_bytes: float = 0.0
+    even: bool = False
 
 
 @dataclass(frozen=True)
@@ -212,10 +213,10 @@ def _on_node(demand: Demand, free: Free, node: Node) -> Place | None:
 
 
 def _over_nodes(demand: Demand, free: Free, nodes: Sequence[Node]) -> Place | None:
-    """Whole nodes, the last one in part."""
-    pieces, left = [], int(demand.devices)
+    """Whole nodes, the last one in part; where they are to be even, those of the largest's size."""
+    pieces, left, largest = [], int(demand.devices), max((node.devices for node in nodes), default=0)
     for node in sorted(nodes, key=lambda node: -node.devices):
-        count = min(left, node.devices)
+        count = 0 if demand.even and node.devices < largest else min(left, node.devices)
         cpus, host_bytes = demand.cpus * count / demand.devices, demand.host_bytes * count / demand.devices
         whole = [index for index, share in enumerate(free.devices[node.id]) if share >= _WHOLE]
         enough = free.cpus[node.id] + 1e-9 >= cpus and free.host_bytes[node.id] >= host_bytes

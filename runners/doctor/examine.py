@@ -1,41 +1,16 @@
-"""The doctor's round: each node's facts, then its devices and a read; every check a line, whatever the others say."""
+"""The doctor's round: each node's facts, then its devices, reads and ranks; every check a line, whatever others say."""
 
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterator
 
-from deadbench.runners.doctor.device_checks import DEVICE_CHECKS, Bench
-from deadbench.runners.doctor.facts import Facts, facts
-from deadbench.runners.doctor.node_checks import NODE_CHECKS, NotHereError, UnwellError
+from deadbench.runners.doctor.lines import Line
+from deadbench.runners.doctor.one_process import examine_process
+from deadbench.runners.doctor.over_ray import examine_nodes
 from deadbench.runners.doctor.rates import keep
-from deadbench.runners.doctor.read_checks import twin
-from deadbench.runners.planning.seconds import Rates, Work, projected
-from deadbench.suite.errors import message, one_line
+from deadbench.runners.planning.seconds import Work, projected
 
-_TASK_SECONDS = 300.0
 # (name, parameters, hidden size, blocks): what times are projected for.
 _SIZES = (("8B", 8e9, 4096, 32), ("70B", 70e9, 8192, 80))
-_NOT_COVERED = "a group of ranks, vLLM started, and peaks against the plan are not tried"
-
-
-@dataclass(frozen=True)
-class Line:
-    """One check on one node: whether it is well (None: it says nothing there), what was found, and how long it took."""
-
-    node: str
-    check: str
-    verdict: Literal["ok", "wrong", "skipped"]
-    told: str
-    seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class Examined:
-    """What one process found of its node: lines, and the rates of its device."""
-
-    lines: tuple[Line, ...]
-    rates: Rates | None
+_NOT_COVERED = "peaks against the plan are not tried"
 
 
 def examine_here(address: str | None = None) -> Iterator[Line]:
@@ -44,7 +19,7 @@ def examine_here(address: str | None = None) -> Iterator[Line]:
     Raises:
         ValueError: nobody answers at `address`.
     """
-    found = [examine_process()] if address is None else _over_ray(address)
+    found = [examine_process()] if address is None else examine_nodes(address)
     rates = []
     for each in found:
         yield from each.lines
@@ -61,87 +36,4 @@ def examine_here(address: str | None = None) -> Iterator[Line]:
             yield Line("all", f"projected {name}", "ok", told)
     if rates:
         yield Line("all", "rates kept", "ok", str(keep(rates)))
-    yield Line("all", "ranks and vLLM", "skipped", _NOT_COVERED)
-
-
-def examine_process(
-    num_nodes: int = 1,
-    num_gpus: int | None = None,
-    address: str | None = None,
-    here: dict[str, str | None] | None = None,
-) -> Examined:
-    """All checks of the node and the device of this process; `here`: the driver's versions, if it is another's."""
-    import torch
-
-    found = facts(num_nodes, num_gpus, address)
-    lines = [*node_lines(found, found.versions if here is None else here)]
-    bench = Bench(torch.device("cuda" if found.gpus else "cpu"))
-    lines += [*device_lines(found.node, bench), line_of(found.node, "twin", twin)]
-    return Examined(tuple(lines), bench.rates)
-
-
-def node_lines(found: Facts, here: dict[str, str | None]) -> Iterator[Line]:
-    """A line for each of `NODE_CHECKS`, `here` being the driver's versions."""
-    for name, check in NODE_CHECKS.items():
-        yield line_of(found.node, name, lambda check=check: check(found, here))  # type: ignore[misc]
-
-
-def device_lines(node: str, bench: Bench) -> Iterator[Line]:
-    """A line for each of `DEVICE_CHECKS`."""
-    for name, check in DEVICE_CHECKS.items():
-        yield line_of(node, name, lambda check=check: check(bench))  # type: ignore[misc]
-
-
-def line_of(node: str, name: str, check: Callable[[], str]) -> Line:
-    """What a check says; an error that it did not foresee is one of its findings."""
-    started = time.perf_counter()
-    verdict: Literal["ok", "wrong", "skipped"] = "ok"
-    try:
-        told = check()
-    except NotHereError as error:
-        verdict, told = "skipped", str(error)
-    except UnwellError as error:
-        verdict, told = "wrong", str(error)
-    except Exception as error:
-        verdict, told = "wrong", one_line(error)
-    return Line(node, name, verdict, told, time.perf_counter() - started)
-
-
-def _over_ray(address: str) -> Iterator[Examined]:
-    """Each node by one task, which has one GPU of it where there are any, and the CPUs of a model's actor."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    from deadbench.runners.cluster.joining import connect
-    from deadbench.runners.cluster.node_versions import installed_versions
-    from deadbench.runners.cluster.nodes import Nodes
-
-    connection = connect(address)
-    try:
-        nodes = Nodes(1)
-        living = {node["NodeID"]: node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0)}
-        asked: dict[str, Any] = {}
-        for each in nodes.alive():
-            if each.id not in living:
-                continue  # a head that runs nothing
-            gpus = each.devices if nodes.has_gpus else 0
-            options = nodes.options(each.id, min(1, each.devices), nodes.cpus_a_gpu if gpus else 1.0)
-            where = NodeAffinitySchedulingStrategy(each.id, soft=False)
-            task = ray.remote(max_retries=0, max_calls=1, scheduling_strategy=where, **options)(examine_process)
-            ip = living[each.id]["NodeManagerAddress"]
-            asked[each.id] = task.remote(len(living), gpus, ip, installed_versions())
-        for node, reference in asked.items():
-            host = living[node]["NodeManagerHostname"]
-            try:
-                yield ray.get(reference, timeout=_TASK_SECONDS)
-            except ray.exceptions.RayTaskError as error:
-                yield Examined(
-                    (Line(host, "reached", "wrong", f"cannot run deadbench ({message(error.cause)})"),), None
-                )
-            except ray.exceptions.GetTimeoutError:
-                told = f"no room for a task within {_TASK_SECONDS:g} s; others use the node, or it hangs"
-                yield Examined((Line(host, "reached", "wrong", told),), None)
-            except ray.exceptions.RayError as error:
-                yield Examined((Line(host, "reached", "wrong", one_line(error, 300)),), None)
-    finally:
-        connection.leave()
+    yield Line("all", "plan", "skipped", _NOT_COVERED)

@@ -62,12 +62,12 @@ def facts(num_nodes: int = 1, num_gpus: int | None = None, address: str | None =
     import torch
 
     from deadbench.runners.cluster.node_versions import installed_versions
-    from deadbench.runners.engines.device import assigned_gpus
+    from deadbench.runners.engines.device import assigned_gpus, usable_gpus
 
-    seen = len([each for each in Path("/dev").glob("nvidia*") if each.name.removeprefix("nvidia").isdigit()])
+    seen = gpus_of_driver()
     assigned = assigned_gpus()
     found = []
-    for index in range(torch.cuda.device_count()):
+    for index in range(usable_gpus()):
         free, total = torch.cuda.mem_get_info(index)
         found.append(Gpu(torch.cuda.get_device_name(index), total, free))
     version, lacks = _vllm()
@@ -91,6 +91,13 @@ def facts(num_nodes: int = 1, num_gpus: int | None = None, address: str | None =
         version,
         lacks,
     )
+
+
+def gpus_of_driver() -> int:
+    """How many GPUs NVIDIA's driver shows this process; CUDA_VISIBLE_DEVICES may leave it fewer, or none."""
+    seen = sum(each.name.removeprefix("nvidia").isdigit() for each in Path("/dev").glob("nvidia*"))
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return seen if shown is None else min(seen, sum(each.strip() not in ("", "-1") for each in shown.split(",")))
 
 
 def gloo_address(address: str) -> str | None:

@@ -14,6 +14,7 @@ from deadbench.runners.cluster.head import HeadWatch, LostClusterError
 from deadbench.runners.cluster.joining import JoinError, connect
 from deadbench.runners.cluster.node_versions import check_versions
 from deadbench.runners.cluster.nodes import PlacementError
+from deadbench.runners.doctor.before_run import check_gpu_nodes
 from deadbench.runners.driver.books import Summary
 from deadbench.runners.driver.loop import Run, Settings
 from deadbench.runners.driver.outbox import UnwritableError
@@ -44,7 +45,8 @@ def execute(jobs: list[ModelJob], store: ResultStore, settings: Settings, report
     """Run all `jobs`; returns when every read is one row.
 
     Raises:
-        DriverError: Ray cannot be started, no node can hold a model, or a node runs other versions.
+        DriverError: Ray cannot be started, no node can hold a model, or a node runs other versions or has GPUs that
+            torch has not.
         StoppedError: the cluster is lost, or results cannot be written; what was written is kept.
         KeyboardInterrupt: after Ctrl-C or SIGTERM, with every actor stopped and what finished kept.
     """
@@ -69,6 +71,12 @@ def _execute(jobs: list[ModelJob], store: ResultStore, settings: Settings, repor
                 raise DriverError("; ".join(refused) + "; install the same versions on every node")
             for difference in doubtful:
                 reporter.say(f"{difference}; numbers may differ")
+        if any(read.engine for job in jobs for read in job.reads):
+            fatal, harmful = check_gpu_nodes()
+            if fatal:
+                raise DriverError("; ".join(fatal))
+            for line in harmful:
+                reporter.say(f"{line}; `deadbench doctor` says more")
         with (
             HeadWatch() as head,
             Sharing(store, jobs, run_id, reporter.say, settings.patience, at=reporter.at) as sharing,

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from typing import Any
 
+from deadbench.runners.doctor.before_run import check_own_gpus
 from deadbench.runners.driver.books import Books, Summary
 from deadbench.runners.driver.driver import StoppedError, execute
 from deadbench.runners.driver.loop import Settings
@@ -60,6 +61,9 @@ def execute_in_process(
     failure: BaseException | None = None
     with _quiet(), interruptible():
         try:
+            if any(read.engine for job in jobs for read in job.reads):
+                for line in check_own_gpus():
+                    reporter.say(f"{line}; `deadbench doctor` says more")
             with sharing:
                 _run_all(jobs, sharing, books, record, reporter, settings.timeout)
             outcome = "finished"

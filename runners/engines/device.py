@@ -91,9 +91,14 @@ def assigned_gpus() -> int | None:
     return len(ray.get_runtime_context().get_accelerator_ids().get("GPU", ()))
 
 
+def usable_gpus() -> int:
+    """How many GPUs this process can compute on; torch's own count is NVML's, which an old driver answers too."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
 def check_assigned(assigned: int | None) -> None:
     """Raise WrongDeviceError where Ray gave this process GPUs, and torch has others than those."""
-    found = torch.cuda.device_count()
+    found = usable_gpus()
     if not assigned or found == assigned:
         return
     built = torch.version.cuda or torch.version.hip

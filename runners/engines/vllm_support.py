@@ -34,7 +34,13 @@ def why_vllm_cannot(raw_config: dict[str, Any]) -> str | None:
         name = vllm_architecture(raw_config)
     except ValueError as error:
         return str(error)
-    return _ask_apart(json.dumps(raw_config | {"architectures": [name]}, sort_keys=True))
+    return _ask_apart(json.dumps(raw_config | {"architectures": [name]}, sort_keys=True))[0]
+
+
+def why_not_over_nodes(raw_config: dict[str, Any]) -> str | None:
+    """Why the installed vLLM does not run the architecture in stages, in one line; None if it does."""
+    described = raw_config | {"architectures": [vllm_architecture(raw_config)]}
+    return _ask_apart(json.dumps(described, sort_keys=True))[1]
 
 
 def vllm_architecture(raw_config: dict[str, Any]) -> str:
@@ -59,12 +65,13 @@ def vllm_architecture(raw_config: dict[str, Any]) -> str:
 
 
 @cache
-def _ask_apart(config_json: str) -> str | None:
+def _ask_apart(config_json: str) -> tuple[str | None, str | None]:
+    """(why vLLM does not run it, why not in stages)."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as apart:
         return apart.submit(_ask, config_json).result()
 
 
-def _ask(config_json: str) -> str | None:
+def _ask(config_json: str) -> tuple[str | None, str | None]:
     os.environ.update(ENVIRONMENT)
     from vllm.config import ModelConfig
 
@@ -72,10 +79,12 @@ def _ask(config_json: str) -> str | None:
     with Scratch() as folder:
         (folder / "config.json").write_text(config_json, encoding="utf-8")
         try:
-            ModelConfig(model=str(folder), skip_tokenizer_init=True, hf_overrides={"architectures": names})
+            model = ModelConfig(model=str(folder), skip_tokenizer_init=True, hf_overrides={"architectures": names})
+            if not model.registry.is_pp_supported_model(names, model):
+                return None, f"vLLM runs {names[0]} on one node alone; give at most its GPUs, or --engine torch"
         except Exception as error:
-            return refusal(error)
-    return None
+            return refusal(error), refusal(error)
+    return None, None
 
 
 def refusal(error: Exception) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import torch
 from torch import Tensor, nn
-from vllm.distributed.parallel_state import get_tp_group
+from vllm.distributed.parallel_state import get_pp_group, get_tp_group, get_world_group
 from vllm.forward_context import get_forward_context
 
 import deadbench.runners.engines.vllm_random_weights  # noqa: F401 - registers its loader, in every worker
@@ -65,9 +65,12 @@ class _HookedRead:
     """One read of one model, by hooks, in one worker."""
 
     def __init__(self, model: nn.Module, final: FinalNorm, replay: nn.Module, num_tokens: int, dtype: str, stride: int):
-        group = get_tp_group()
+        group, stage, world = get_tp_group(), get_pp_group(), get_world_group()
         self.model, self.num_tokens, self.dtype = model, num_tokens, dtype
-        self.ranks = Ranks(group.rank_in_group, group.world_size, lambda mine: _gather(group, mine))
+        # The ranks of a stage have the same blocks, and share their taps; what is told goes to all.
+        gather = lambda mine: _gather(world, mine)  # noqa: E731
+        self.ranks = Ranks(group.rank_in_group, group.world_size, gather, stages=stage.world_size)
+        self.last_stage = stage.is_last_rank
         self.final, self.replay = final, replay
         assert self.final.hidden_size is not None
         self.questions = Questions(_device(model))
@@ -85,22 +88,25 @@ class _HookedRead:
         self.formula: EffectiveNorm | None = None
         self.norm: nn.Module | None = None
         self.summed = False
-        self.detail = ""
-        self.first_pass, self.rows, self.calls, self.error = True, 0, 0, ""
-        self._taps: list[nn.Module] = []
+        self.detail = self.hooked = ""
+        self.first_pass, self.rows, self.error = True, 0, ""
+        self.num_blocks = 0
+        self._blocks_path: str | None = None
         self._candidates: dict[str, list[Tensor]] = {}
         self._recorded: list[tuple[str, Any, Any]] = []
         self.handles = [model.register_forward_hook(self._guarded(self._after_model), with_kwargs=True)]
         width = self.final.hidden_size
-        for name, module in model.named_modules():
+        for name, module in model.named_modules() if self.last_stage else ():
             if any(True for _ in module.children()) or all(p.shape != (width,) for p in module.parameters()):
                 continue
             self.handles.append(module.register_forward_pre_hook(self._keep_input(name), with_kwargs=True))
             self.handles.append(module.register_forward_hook(self._keep_output(name), with_kwargs=True))
 
     def start(self, first: int, count: int) -> None:
+        if not self.detail:
+            self._hook_blocks()
         self.stream.wanted = range(first, first + count)
-        self.first_pass, self.rows, self.calls, self.error = first == 0, 0, 0, ""
+        self.first_pass, self.rows, self.error = first == 0, 0, ""
 
     def end(self) -> dict[str, Any]:
         try:
@@ -114,13 +120,13 @@ class _HookedRead:
             self.stream.end_pass()
         except Exception as error:
             return {"error": f"{error}"}
-        return {"taps": self.calls + 1, "detail": self.detail}
+        return {"taps": self.num_blocks + 1, "detail": self.detail}
 
     def finish(self) -> list[bytes]:
         for handle in self.handles:
             handle.remove()
         if self.ranks.rank or self.measured is None:
-            return []
+            return []  # another stage has the final norm, or another rank tells
         columns, final_spectrum = self.measured.finish()
         stream_columns, blocks, spectra = self.stream.finish()
         rows: dict[str, list[Row]] = {
@@ -160,11 +166,15 @@ class _HookedRead:
         return self._guarded(hook)
 
     def _after_model(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        num_rows = _num_rows()
+        if not self.last_stage:
+            self.questions.settle()
+            self.rows += num_rows or 0
+            return
         top = _first(output)
         if self.norm is None:
             self._find_norm(top)
             return
-        num_rows = _num_rows()
         name, _, normed = self._recorded[-1]
         entered = _flat(self._entered(self._candidates[name]))[:num_rows]
         left = _flat(normed)[:num_rows]
@@ -173,8 +183,7 @@ class _HookedRead:
             # The standard is the replay by transformers' module; vLLM's own kernel is the model as executed.
             self.measured.update(entered, left.double() if left.dtype == torch.float32 else left)
         last = left if self.final.placement == "post" else entered
-        self.calls = len(self._taps)
-        self.stream.update(self.calls, last, is_last=True)
+        self.stream.update(self.num_blocks, last, is_last=True)
         self.questions.settle()
         self.rows += len(left)
 
@@ -206,14 +215,26 @@ class _HookedRead:
             FinalNormRead(replay, formula, device=self.stream.device, questions=self.questions),
         )
         self._recorded, self._candidates = [], {}
-        blocks_path, _ = block_list(self.model, name) if self.stream.stride else (None, 0)
-        self._taps = list(self.model.get_submodule(blocks_path).children()) if blocks_path else []
-        for tap, block in enumerate(self._taps):
-            hook = self._guarded(self._before_block(tap))
-            self.handles.append(block.register_forward_pre_hook(hook, with_kwargs=True))
+        self._blocks_path, _ = block_list(self.model, name) if self.stream.stride else (None, 0)
+        self.hooked = f"{type(self.model).__name__}; hooked {name} ({type(module).__name__})"
+
+    def _hook_blocks(self) -> None:
+        """Hook those of this stage, where the last stage, which has the norm, says that they are."""
+        told = (self._blocks_path, self.summed, self.hooked) if self.norm is not None else None
+        found = [each for each in self.ranks.share(told) if each is not None]
+        if not found:
+            return  # why, `error` says
+        blocks_path, self.summed, hooked = found[-1]
+        blocks = list(self.model.get_submodule(blocks_path).children()) if blocks_path else []
+        self.num_blocks = len(blocks)  # with those that are on other stages
+        for tap, block in enumerate(blocks):
+            if any(True for _ in block.parameters()):
+                hook = self._guarded(self._before_block(tap))
+                self.handles.append(block.register_forward_pre_hook(hook, with_kwargs=True))
+        stages = f" in {self.ranks.stages} stages" if self.ranks.stages > 1 else ""
         self.detail = (
-            f"{type(self.model).__name__}; hooked {name} ({type(module).__name__}) and {len(self._taps)} blocks, "
-            f"stream {'h + r' if self.summed else 'h'}; replayed by transformers' {type(replay).__name__}"
+            f"{hooked} and {self.num_blocks} blocks{stages}, stream {'h + r' if self.summed else 'h'}; "
+            f"replayed by transformers' {type(self.replay).__name__}"
         )
 
     def _before_block(self, tap: int) -> Any:

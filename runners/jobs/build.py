@@ -189,7 +189,7 @@ def _wished(model: Model, base: Path, assumed: bool, overrides: Overrides) -> st
 
 
 def _check_divides(model: Model, tensor_parallel: int, base: Path, overrides: Overrides) -> None:
-    """Raise JobError where so many devices cannot share the heads of `model`; what cannot be opened fails later."""
+    """Raise JobError where so many ranks cannot share the heads of `model`; what cannot be opened fails later."""
     try:
         needed = not model.config and tensor_parallel > 1
         opened = overrides.opened(model.source, model.main_checkpoint(), base) if needed else None
@@ -216,7 +216,8 @@ def _model_job(asked: _Asked, series: bool) -> ModelJob:
         except InputError as error:
             raise JobError(f"{model.id}: {error}") from error
         tensor_parallel = overrides.tensor_parallel or (model.gpus if overrides.replicas == 1 else 1)
-        _check_divides(model, tensor_parallel, asked.base, overrides)
+        if ENGINES[_engine(asked)].tensor_parallel != "stages":  # which copies KV heads, and depends on the nodes
+            _check_divides(model, tensor_parallel, asked.base, overrides)
     unfit = why_unfit(model, asked.input, overrides, asked.base) if runs_model else None
     engine = _engine(asked)
     revisions, unlisted = revisions_of(model, asked.base) if series else ([model.revision], None)

@@ -87,6 +87,7 @@ class ReadJob:
     error: str | None = None
     accumulator_gb: float | None = None
     tensor_parallel: int = 1  # devices that share the model; the driver sets it
+    stages: int = 1  # nodes that those devices are on, where each has its part of the blocks; the driver sets it
     half_batch: bool = False  # after an attempt that ran out of memory
     replicas: int = 1  # processes that run the whole model, each on a part of the tokens
     stands_for: str | None = None  # the protocol's own input, which cannot be had and which `input` replaces
@@ -167,9 +168,10 @@ class ModelJob:
         ordered = sorted(self.reads, key=lambda read: not READ_SPECS[read.read].divides)
         return next((read.engine for read in ordered if read.engine), None)
 
-    def over(self, tensor_parallel: int) -> "ModelJob":
-        """The job with its reads told how many devices share the model."""
-        return replace(self, reads=tuple(replace(read, tensor_parallel=tensor_parallel) for read in self.reads))
+    def over(self, tensor_parallel: int, stages: int = 1) -> "ModelJob":
+        """The job with its reads told how many devices share the model, and on how many nodes they are stages of it."""
+        reads = (replace(read, tensor_parallel=tensor_parallel, stages=stages) for read in self.reads)
+        return replace(self, reads=tuple(reads))
 
     def checkpointed(self, interval: float, location: str) -> "ModelJob":
         """The job with its reads told how often to save where they are, and in which result set."""

@@ -118,7 +118,9 @@ def _may_have_gpus() -> bool:
 def _gpu_bytes() -> list[int]:
     import torch
 
-    return [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
+    from deadbench.runners.engines.device import usable_gpus
+
+    return [torch.cuda.get_device_properties(i).total_memory for i in range(usable_gpus())]
 
 
 def ray_cluster(address: str) -> Cluster:

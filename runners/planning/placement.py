@@ -114,9 +114,14 @@ def _sharded(
     one = need.sharded(tensor_parallel)
     at_once = tensor_parallel * _taps_at_once(read, need, room.device - one)
     across = room.on_gpu and tensor_parallel > room.node.gpus
+    stages = tensor_parallel // room.node.gpus if across and ENGINES[str(row.engine)].tensor_parallel == "stages" else 1
     counts = ", ".join(f"{count} {_COUNTED[name]}" for name, count in size.divisors.items() if name in _COUNTED)
     peak = one if room.on_gpu else tensor_parallel * (one + PROCESS_BYTES) - PROCESS_BYTES
-    note = f"tensor parallel{' across nodes' if across else ''}: {tensor_parallel} divides {counts or 'its heads'}"
+    note = (
+        f"{stages} stages, each on a node whose {room.node.gpus} GPUs share its blocks: {room.node.gpus} divides "
+        if stages > 1
+        else f"tensor parallel{' across nodes' if across else ''}: {tensor_parallel} divides "
+    ) + (counts or "its heads")
     return replace(
         row,
         gpus=tensor_parallel if room.on_gpu else 0,
@@ -208,7 +213,7 @@ def _peak(value: float, host: float, on_gpu: bool) -> dict[str, Any]:
 def _shared_otherwise(size: ModelSize, need: Needs, cluster: Cluster) -> str | None:
     """The engine that would share over several GPUs what transformers has no plan for, if there is one."""
     for name, spec in ENGINES.items():
-        found = shared_by(size, need, cluster, spec, None) if spec.tensor_parallel == "one node" else None
+        found = shared_by(size, need, cluster, spec, None) if spec.tensor_parallel == "stages" else None
         if isinstance(found, int):
             return f"--engine {name} shares it over {found} GPUs"
     return None

@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from functools import cache
 from typing import Any
 
+from deadbench.runners.engines.registry import ENGINES
 from deadbench.runners.jobs.job import ModelJob, ReadJob, Unreached
 from deadbench.runners.jobs.resolved import Configuration, dtype_name, num_tokens
 from deadbench.runners.planning.hardware import Cluster, Room
@@ -82,6 +83,8 @@ def _placed(
     else:
         found = fit(row, size, need, read, cluster, tensor_parallel)
         found = found if read.replicas == 1 else replicated(found, read.replicas, cluster)
+        if found.problem is None and 0 < cluster.largest.gpus < (found.tensor_parallel or 1):
+            problem = problem or ENGINES[str(found.engine)].why_not_over_nodes(_described(read)[0])
         if found.problem is None:
             taken = _seconds(found, size, need, read, cluster)
             found = replace(found, seconds=taken.total, most=taken.most)

@@ -89,7 +89,8 @@ def read_vllm(read: ReadJob, config: Configuration, weights: Weights) -> Reading
         _run(llm, prompts[:1])
         least = min(llm.collective_rpc("deadbench_free"))  # as the workers see it: this process looks at no GPU
         budget = accumulator_bytes(read, least) / (1 if device.type == "cuda" else read.tensor_parallel)
-        per_pass = max(1, stride) * read.tensor_parallel * ResidualRead.taps_within(budget, final.hidden_size)
+        sharing = read.tensor_parallel // read.stages  # a block's taps; they may all be of one stage
+        per_pass = max(1, stride) * sharing * ResidualRead.taps_within(budget, final.hidden_size)
         first, num_taps, detail = 0, 1, ""
         forward = spectrum = 0.0
         while first < num_taps:
@@ -99,7 +100,7 @@ def read_vllm(read: ReadJob, config: Configuration, weights: Weights) -> Reading
             _run(llm, prompts)
             forward += time.perf_counter() - started
             started = time.perf_counter()
-            told = json.loads(llm.collective_rpc("deadbench_end_pass")[0])
+            told = json.loads(llm.collective_rpc("deadbench_end_pass")[-1])
             spectrum += time.perf_counter() - started
             if "error" in told:
                 raise ValueError(told["error"])
@@ -107,7 +108,8 @@ def read_vllm(read: ReadJob, config: Configuration, weights: Weights) -> Reading
             first += per_pass
         yield Progress(read.label(), "spectrum", inputs.num_tokens, inputs.num_tokens)
         started = time.perf_counter()
-        tables = [pa.ipc.open_stream(part).read_all() for part in llm.collective_rpc("deadbench_finish")[0]]
+        packed = next(filter(None, llm.collective_rpc("deadbench_finish")))  # of the stage that has the norm
+        tables = [pa.ipc.open_stream(part).read_all() for part in packed]
         spectrum += time.perf_counter() - started
     reads, spectra, blocks, samples = (_rows(table) for table in tables)
     row |= reads[0] | {
@@ -139,15 +141,16 @@ def _loaded(read: ReadJob, raw_config: dict[str, Any], weights: Weights, dtype: 
         if isinstance(weights, StoredWeights):
             source: dict[str, Any] = {"model": str(weights.folder), "load_format": "safetensors"}
         else:
-            extra = {"seed": weights.seed}
+            extra = {"seed": weights.seed, "config": raw_config}  # the folder is on this node alone
             source = {"model": str(empty), "load_format": RANDOM_FORMAT, "model_loader_extra_config": extra}
         try:
             llm = vllm.LLM(
                 **source,
                 hf_overrides={"architectures": raw_config["architectures"]},
                 dtype=dtype,
-                tensor_parallel_size=read.tensor_parallel,
-                distributed_executor_backend="mp" if read.tensor_parallel > 1 else None,
+                tensor_parallel_size=read.tensor_parallel // read.stages,
+                pipeline_parallel_size=read.stages,
+                distributed_executor_backend="ray" if read.stages > 1 else "mp" if read.tensor_parallel > 1 else None,
                 worker_extension_cls=_SPEC.path.replace(":", "."),
                 enforce_eager=True,
                 enable_prefix_caching=False,

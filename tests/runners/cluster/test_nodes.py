@@ -1,15 +1,16 @@
 """What the driver makes of the nodes that Ray tells of: devices, refusals, others' use, versions."""
 
+import importlib
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import ray
 
-from deadbench.runners.cluster import nodes
+from deadbench.runners.cluster import actors, nodes
 from deadbench.runners.cluster.head import HeadWatch, LostClusterError
 from deadbench.runners.cluster.node_versions import differences
-from deadbench.runners.cluster.nodes import Nodes, PlacementError
+from deadbench.runners.cluster.nodes import Nodes, PlacementError, processes
 from deadbench.runners.cluster.schedule import Piece, decide
 from tests.runners.sleepers import sized, sleeping_jobs
 
@@ -72,12 +73,55 @@ def test_without_gpus_a_node_is_cut_into_slots(told, job):
 
 
 def test_what_no_node_can_hold_is_refused(told, job):
-    with pytest.raises(PlacementError, match="m000: needs 16 GPUs on one node; the largest has 8"):
+    with pytest.raises(PlacementError, match="m000: needs 16 GPUs; the cluster has 12"):
         Nodes(1).demand(sized(job, 16))
+    with pytest.raises(PlacementError, match="m000: needs 12 GPUs, and over nodes vllm takes all 8 of each"):
+        Nodes(1).demand(sized(job, 12))
     ranks = replace(job, tensor_parallel=13)
     with pytest.raises(PlacementError, match="m000: needs 13 GPUs; the cluster has 12"):
         Nodes(1).demand(ranks)
     assert Nodes(1, assumed_gpus=16).demand(sized(job, 16)).devices == 16, "an autoscaler may add such a node"
+
+
+def test_stages_are_on_nodes_that_give_as_many_gpus(told, job):
+    told[:] = [node("a", CPU=16.0, GPU=8.0), node("b", CPU=16.0, GPU=4.0), node("c", CPU=16.0, GPU=4.0)]
+    with pytest.raises(PlacementError, match="m000: needs 16 GPUs"):
+        Nodes(1).demand(sized(job, 16))  # 8, 4 and 4 are as many, and no two stages
+    told.append(node("d", CPU=16.0, GPU=8.0))
+    seen = Nodes(1)
+    demand = seen.demand(sized(job, 16))
+    assert (demand.even, demand.ganged) == (True, True)
+    ((_, place),) = decide([demand], seen.usable(), [])
+    assert [(piece.node, len(piece.devices)) for piece in place] == [("a", 8), ("d", 8)]
+    busy = [node for node in seen.usable() if node.id != "d"]
+    assert decide([demand], busy, []) == [], "it waits for the other large one"
+    assert not seen.demand(sized(job, 8)).even
+
+
+def test_an_engine_over_nodes_is_one_actor_without_gpus_and_a_bundle_for_each_gpu(told, job, monkeypatch):
+    told[:] = [node("a", CPU=8.0, GPU=2.0), node("b", CPU=8.0, GPU=2.0)]
+    asked = {}
+
+    def group(bundles, **options):
+        asked.update(options, bundles=bundles)
+        return "group"
+
+    monkeypatch.setattr(importlib.import_module("ray.util.placement_group"), "placement_group", group)
+    monkeypatch.setattr(
+        "ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy", lambda *given, **more: (given, more)
+    )
+    seen = Nodes(1)
+    demand = seen.demand(sized(job, 4))
+    ((_, place),) = decide([demand], seen.usable(), [])
+    made, (options,) = actors._options(seen, place, processes(sized(job, 4), 4))
+    assert made == "group"
+    assert options == {
+        "num_cpus": 1,
+        "scheduling_strategy": (("group", 0), {"placement_group_capture_child_tasks": True}),
+    }
+    assert asked["bundles"] == [{"CPU": 1}, {"CPU": 2, "GPU": 1}, *[{"CPU": 3, "GPU": 1}] * 3]
+    homes = [each["ray.io/node-id"] for each in asked["bundle_label_selector"]]
+    assert homes == ["a", "a", "a", "b", "b"], "the actor is beside the first stage"
 
 
 def test_an_autoscaler_is_asked_for_all_at_once(told, job, monkeypatch):

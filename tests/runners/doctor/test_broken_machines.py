@@ -1,4 +1,4 @@
-"""Ten broken machines, made up: each is wrong in the right line, and in no other."""
+"""Broken machines, made up: each is wrong in the right line, and in no other."""
 
 from dataclasses import replace
 
@@ -8,8 +8,9 @@ from torch import Tensor
 
 from deadbench.runners.doctor import device_checks
 from deadbench.runners.doctor.device_checks import Bench
-from deadbench.runners.doctor.examine import device_lines, node_lines
 from deadbench.runners.doctor.facts import Facts, Gpu
+from deadbench.runners.doctor.lines import node_lines
+from deadbench.runners.doctor.one_process import device_lines
 from deadbench.runners.planning.seconds import Rates
 from deadbench.suite.spectra.solvers import Checked, Lapack
 
@@ -21,6 +22,9 @@ WELL = Facts(
 )  # fmt: skip
 BROKEN = {
     "an old driver": ({"gpus": (), "driver": "470.1"}, "gpus", "driver 470.1 is too old for that"),
+    "fewer GPUs than were given": (
+        {"given": 8, "gpus": WELL.gpus * 7}, "gpus", "8 GPUs were given and torch has 7 (torch 2.13.0, built for 13.0)",
+    ),
     "no /dev/shm": ({"shared": None}, "shared memory", "mount it"),
     "another version": ({"versions": VERSIONS | {"torch": "2.12.0"}}, "versions", "n1 has torch 2.12.0 (here 2.13.0)"),
     "a hostname that resolves to loopback": (
@@ -35,6 +39,9 @@ BROKEN = {
     "half a vLLM": ({"vllm_lacks": "vllm.forward_context"}, "vllm", "lacks vllm.forward_context"),
     "an old vLLM": ({"vllm": "0.10.1"}, "vllm", "vLLM 0.10.1 is not 0.32.x"),
     "a GPU in use": ({"gpus": (Gpu("H200", int(141e9), int(20e9)),)}, "gpu memory", "20 of 141 GB free"),
+    "a process that was left on the last GPU": (
+        {"given": 8, "gpus": (*WELL.gpus * 7, Gpu("H200", int(141e9), int(2e9)))}, "gpu memory", "1 GPUs are in use",
+    ),
 }  # fmt: skip
 
 

@@ -7,10 +7,12 @@ import sys
 import pytest
 import torch
 
-from deadbench.runners.doctor import examine, rates
-from deadbench.runners.doctor.examine import Examined, Line
+from deadbench.runners.doctor import examine, one_process, rates
+from deadbench.runners.doctor.lines import Line
+from deadbench.runners.doctor.one_process import Examined
 from deadbench.runners.doctor.rates import keep, measured
 from deadbench.runners.planning.seconds import Rates, stored
+from tests.conftest import TWINS
 
 RATES = Rates("H200", 15e10, 8e14, 6e13, 6e13, 2e10)
 
@@ -22,7 +24,9 @@ def kept(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_this_machine_is_well_and_every_step_ran(deadbench, kept):
+@pytest.mark.subprocess
+def test_this_machine_is_well_and_every_step_ran(deadbench, kept, monkeypatch):
+    monkeypatch.setattr(one_process, "vllm_start", lambda gpus: "started by another test")
     code, out, _ = deadbench("doctor", "--json")
     found = json.loads(out)
     wrong = [line for line in found["lines"] if line["verdict"] == "wrong"]
@@ -30,7 +34,11 @@ def test_this_machine_is_well_and_every_step_ran(deadbench, kept):
     lines = {line["check"]: line for line in found["lines"]}
     assert {"versions", "memory", "eigh", "cholesky", "qr", "triangular solve", "rates", "twin"} <= {*lines}
     assert lines["twin"]["told"].endswith("by torch and streaming")
-    assert lines["ranks and vLLM"]["verdict"] == "skipped", "what is not tried is said"
+    if not torch.cuda.is_available():
+        assert lines["reduce"]["told"].startswith("2 ranks here sum at ")
+        assert lines["tensor parallel"]["told"].endswith("by 2 ranks")
+        assert lines["killed rank"]["verdict"] == "ok"
+    assert lines["plan"]["verdict"] == "skipped", "what is not tried is said"
     assert list(stored()) == ["cpu"]
 
 
@@ -72,6 +80,10 @@ try:
     ray.get(ray.remote(num_gpus=1)(pick_device).remote())
 except Exception as error:
     print("an actor", "failed", str(error).strip().splitlines()[-1], sep="|")
+import sys
+from deadbench.runners.cli.main import main
+sys.argv = ["deadbench", "run", sys.argv[1], "--reads", "trained", "--address", "local", "--out", sys.argv[2]]
+main()
 """
 
 
@@ -80,10 +92,15 @@ except Exception as error:
 @pytest.mark.subprocess
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and Ray is right")
 def test_a_gpu_that_ray_has_and_torch_has_not_is_found_and_not_computed_without(tmp_path):
-    done = subprocess.run([sys.executable, "-c", ON_RAY], capture_output=True, text=True, timeout=200, check=True)
+    out = tmp_path / "results"
+    command = [sys.executable, "-c", ON_RAY, TWINS / "layernorm" / "step4096", out]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     told = {line.split("|")[0]: line.split("|")[1:] for line in done.stdout.splitlines()}
     assert told["gpus"][0] == "wrong"
     assert told["gpus"][1].startswith("1 GPUs were given and torch has 0")
     assert told["eigh"][0] == told["network"][0] == "ok"
     assert "Ray gave this process 1 GPUs and torch has 0" in told["an actor"][1]
     assert [check for check, (verdict, *_) in told.items() if verdict == "wrong"][:1] == ["gpus"]
+    assert done.returncode == 2, done.stderr
+    assert ": gpus: 1 GPUs were given and torch has 0" in done.stderr.strip().splitlines()[-1], done.stderr
+    assert not [*out.glob("reads/*.parquet")], "no model was begun"

@@ -28,10 +28,13 @@ class Context:
         self.attn_metadata = None
 
 
-def pretend_vllm(monkeypatch, group: object = None) -> Context:
-    """Have `import vllm...` give fakes, in a tensor-parallel group of `group` (alone: None), until the test ends."""
+def pretend_vllm(monkeypatch, group: object = None, stage: object = None) -> Context:
+    """Have `import vllm...` give fakes, in a tensor-parallel group of `group` (alone: None), until the test ends.
+
+    `stage`: the pipeline's group, where there is one.
+    """
     context, loaders = Context(), {}
-    alone = SimpleNamespace(rank_in_group=0, world_size=1, cpu_group=None)
+    alone = SimpleNamespace(rank_in_group=0, world_size=1, cpu_group=None, is_last_rank=True)
 
     def register_model_loader(name):
         return lambda loader: loaders.setdefault(name, loader)
@@ -39,7 +42,11 @@ def pretend_vllm(monkeypatch, group: object = None) -> Context:
     contents = {
         "vllm": {},
         "vllm.distributed": {},
-        "vllm.distributed.parallel_state": {"get_tp_group": lambda: group or alone},
+        "vllm.distributed.parallel_state": {
+            "get_tp_group": lambda: group or alone,
+            "get_pp_group": lambda: stage or alone,
+            "get_world_group": lambda: group or alone,
+        },
         "vllm.forward_context": {"get_forward_context": lambda: context},
         "vllm.model_executor": {},
         "vllm.model_executor.model_loader": {"register_model_loader": register_model_loader, "loaders": loaders},

@@ -27,7 +27,7 @@ from tests.runners.sleepers import sleeping_jobs
     ],
 )
 def test_gpus_that_torch_does_not_have_are_one_line_and_not_the_cpu(monkeypatch, assigned, found, cuda, told):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: found)
+    monkeypatch.setattr(device, "usable_gpus", lambda: found)
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(device, "assigned_gpus", lambda: assigned)
     with pytest.raises(WrongDeviceError, match=told) as raised:
@@ -37,8 +37,15 @@ def test_gpus_that_torch_does_not_have_are_one_line_and_not_the_cpu(monkeypatch,
 
 @pytest.mark.parametrize(("assigned", "found"), [(None, 0), (None, 8), (0, 0), (1, 1), (8, 8)])
 def test_those_that_were_assigned_are_taken(monkeypatch, assigned, found):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: found)
+    monkeypatch.setattr(device, "usable_gpus", lambda: found)
     check_assigned(assigned)
+
+
+def test_gpus_of_a_driver_that_is_too_old_are_none(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)  # NVML's, which needs no CUDA
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(WrongDeviceError, match="Ray gave this process 8 GPUs and torch has 0"):
+        check_assigned(8)
 
 
 def test_outside_rays_workers_nothing_was_assigned():

@@ -1,8 +1,10 @@
 """What runs inside vLLM's workers, without vLLM: models of its kind, its forward context, its tensor-parallel group."""
 
+import copy
 import importlib
 import json
 import pickle
+import queue
 import threading
 from types import SimpleNamespace
 
@@ -311,6 +313,78 @@ def test_one_rank_that_fails_fails_them_all(monkeypatch, sought):
     assert told == [{"error": f"vLLM ran {TOKENS} rows for {TOKENS + 1} tokens"}] * 2
 
 
+class Missing(nn.Identity):
+    """As vLLM's PPMissingLayer, in the place of what is on another stage."""
+
+
+def stages_of(model, at):
+    """A model cut before block `at` as vLLM cuts it: the first stage embeds, the second has the norm."""
+
+    class Stage(nn.Module):
+        def __init__(self, first):
+            super().__init__()
+            kept = range(at) if first else range(at, BLOCKS)
+            self.embed = model.embed if first else Missing()
+            self.layers = nn.ModuleList(b if n in kept else Missing() for n, b in enumerate(model.layers))
+            self.norm, self.first = Missing() if first else model.norm, first
+
+        def forward(self, given):
+            h, r = (self.embed(given), None) if self.first else given
+            for block in self.layers:
+                if not isinstance(block, Missing):
+                    h, r = block(None, h, r) if model.split else (block(None, h), None)
+            if self.first:
+                return {"hidden_states": h, "residual": r}
+            return (self.norm(h, r)[0] if model.split else self.norm(h)) + 0.0
+
+    return Stage(True), Stage(False)
+
+
+@pytest.mark.parametrize(("split", "per_pass"), [(True, BLOCKS + 1), (True, 2), (False, BLOCKS + 1)])
+def test_each_stage_has_its_blocks_and_the_last_the_norm(monkeypatch, sought, split, per_pass):
+    mine, between, told = threading.local(), queue.Queue(), []
+    alone = SimpleNamespace(rank_in_group=0, world_size=1, cpu_group=None)
+
+    class Pipeline:
+        world_size = 2
+        is_last_rank = property(lambda self: mine.ranks.rank == 1)
+
+    context = pretend_vllm(monkeypatch, alone, Pipeline())
+    worker = importlib.import_module("deadbench.runners.engines.vllm_worker")
+    monkeypatch.setattr(worker, "_gather", lambda group, value: mine.ranks.gather(value))
+    whole = Model(split)
+    stages = stages_of(copy.deepcopy(whole), 2)
+    whole.run(PASSES)
+
+    class Running:
+        """One stage as its worker runs it: what the one before gives comes over the link."""
+
+        def __init__(self, stage):
+            self.stage, self.seen = stage, []
+
+        def __call__(self, ids):
+            if self.stage.first:
+                given = self.stage(ids)
+                between.put((given["hidden_states"], given["residual"]))
+            else:
+                self.stage(between.get(timeout=30))
+
+        run = Model.run
+
+    def work(ranks):
+        mine.ranks = ranks
+        stage = stages[ranks.rank]
+        told.append((ranks.rank, *read(reader_of(stage, sought), Running(stage), context, per_pass=per_pass)))
+
+    context.tokens(TOKENS // PASSES)
+    in_ranks(2, work, "taps")
+    (_, first, nothing), (_, last, tables) = sorted(told, key=lambda each: each[0])
+    assert first == last
+    assert f"hooked norm (Norm) and {BLOCKS} blocks in 2 stages, stream {'h + r' if split else 'h'};" in last["detail"]
+    assert nothing == {}
+    assert_rows(tables, expected_rows(whole, sought))
+
+
 def test_random_weights_are_those_of_the_torch_engine(monkeypatch):
     pretend_vllm(monkeypatch)
     loading = importlib.import_module("deadbench.runners.engines.vllm_random_weights")
@@ -325,15 +399,14 @@ def test_random_weights_are_those_of_the_torch_engine(monkeypatch):
     assert "lm_head.weight" not in tied
 
 
-def test_the_loader_of_random_weights_is_registered_in_every_worker(context, tmp_path):
+def test_the_loader_of_random_weights_is_registered_in_every_worker(context):
     importlib.import_module("deadbench.runners.engines.vllm_worker")
     from vllm.model_executor.model_loader import loaders
 
     from deadbench.runners.engines.vllm_random_weights import RANDOM_FORMAT
 
-    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     loader = loaders[RANDOM_FORMAT]()
-    loader.load_config = SimpleNamespace(model_loader_extra_config={"seed": 7})
+    loader.load_config = SimpleNamespace(model_loader_extra_config={"seed": 7, "config": LLAMA})
     loaded, dtypes = {}, []
 
     def load_weights(weights):
@@ -342,7 +415,7 @@ def test_the_loader_of_random_weights_is_registered_in_every_worker(context, tmp
 
     torch.set_default_dtype(torch.bfloat16)  # as vLLM does around a load
     try:
-        loader.load_weights(SimpleNamespace(load_weights=load_weights), SimpleNamespace(model=str(tmp_path)))
+        loader.load_weights(SimpleNamespace(load_weights=load_weights), SimpleNamespace(model="of another node"))
         assert torch.get_default_dtype() == torch.bfloat16
     finally:
         torch.set_default_dtype(torch.float32)

@@ -16,7 +16,7 @@ from deadbench.runners.jobs.job import JobError, Overrides, read_step
 from deadbench.runners.jobs.opening import unreachable
 from deadbench.suite.errors import CheckpointError
 from deadbench.suite.registry.loading import load_registry
-from tests.conftest import ROOT, save_tiny
+from tests.conftest import ROOT, TINY_NEOX, save_tiny
 from tests.runners.many_checkpoints import serving
 
 PATH = ROOT / "models.yaml"
@@ -246,6 +246,20 @@ def test_jobs_are_made_without_torch_and_transformers():
 print([name for name in ("torch", "transformers", "ray") if name in sys.modules])"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_vllm_gives_each_gpu_a_copy_of_kv_heads_that_are_too_few_and_ranks_do_not(tmp_path):
+    config = {"model_type": "llama", "num_attention_heads": 8, "num_key_value_heads": 2, "hidden_size": 64}
+    config = TINY_NEOX | config | {"architectures": ["LlamaForCausalLM"], "num_hidden_layers": 1}
+    folder = save_tiny(tmp_path / "m", config)
+
+    def asked(engine):
+        overrides = Overrides(input="tokens:random", tensor_parallel=8, engine=engine)
+        return build_jobs(REGISTRY, PATH, [str(folder)], None, ["random"], overrides, assumed=True)
+
+    assert asked("vllm")[0].tensor_parallel == 8
+    with pytest.raises(JobError, match="8 devices do not divide its 2 key/value heads; choose one of 1, 2"):
+        asked("torch")
 
 
 @pytest.mark.parametrize("engine", ["streaming", "vllm"])

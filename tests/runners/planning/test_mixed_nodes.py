@@ -14,8 +14,9 @@ HEAD_ID, BIG_ID = "aa" * 28, "bb" * 28
 ONE = Machine(1, 80e9, 500e9)
 
 
-def degree(nodes, engine="torch", asked=None, heads=32, kv_heads=8, needed=20e9):
-    size = SimpleNamespace(has_plan=True, divisors={"num_attention_heads": heads, "num_key_value_heads": kv_heads})
+def degree(nodes, engine="torch", asked=None, heads=32, kv_heads=8, needed=20e9, blocks=32):
+    divisors = {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
+    size = SimpleNamespace(has_plan=True, divisors=divisors, num_taps=blocks + 1)
     need = SimpleNamespace(sharded=lambda degree: needed if degree > 1 else 1e12)
     return shared_by(size, need, Cluster(tuple(nodes), "made"), ENGINES[engine], asked)
 
@@ -39,6 +40,26 @@ def test_vllm_gives_each_gpu_a_copy_where_kv_heads_are_fewer():
         == "--tensor-parallel 8 does not divide 3 (num_key_value_heads)"
     )
     assert "does not divide 4 (num_key_value_heads)" in degree([LARGE], "torch", asked=8, kv_heads=4)
+
+
+def test_over_nodes_vllm_takes_whole_ones_whose_gpus_must_divide_the_heads(monkeypatch):
+    assert degree([LARGE] * 3, "vllm", asked=24) == 24, "three stages; 8, and not 24, divide 32 heads"
+    assert degree([LARGE] * 2, "vllm", asked=16, kv_heads=3, heads=48) == (
+        "--tensor-parallel 16: 8 on each node does not divide 3 (num_key_value_heads)"
+    )
+    assert degree([LARGE] * 2, "vllm", asked=12) == (
+        "--tensor-parallel 12: over several nodes each gives all of its 8 GPUs; give 8"
+    )
+    assert degree([LARGE] * 4, "vllm", asked=32, blocks=3) == "--tensor-parallel 32: 3 blocks are no 4 stages; give 24"
+    assert degree([LARGE, SMALL], "vllm", asked=16) == "--tensor-parallel 16: the cluster has 8 GPUs"
+    assert degree([LARGE, SMALL], "vllm", asked=8) == 8
+    assert "does not divide 32" in degree([LARGE] * 3, "torch", asked=24), "ranks share every block"
+
+
+def test_a_model_that_one_node_does_not_hold_is_put_on_as_few_as_hold_it():
+    size = SimpleNamespace(has_plan=False, divisors={"num_attention_heads": 64}, num_taps=81)
+    need = SimpleNamespace(sharded=lambda degree: 1.2e12 / degree)
+    assert shared_by(size, need, Cluster((LARGE,) * 4, "made"), ENGINES["vllm"], None) == 24
 
 
 @pytest.fixture

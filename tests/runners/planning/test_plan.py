@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from deadbench.runners.engines.registry import EngineSpec
 from deadbench.runners.jobs.build import build_jobs
 from deadbench.runners.jobs.job import Overrides
 from deadbench.runners.planning.assign import place_jobs
@@ -191,6 +192,24 @@ def test_vllm_is_planned_where_it_is_not_installed(registry, monkeypatch):
     assert "do not fit" in one_row(registry, "command-r", "1x24GB", engine="vllm").problem
 
 
+def test_over_nodes_vllm_has_a_stage_on_each_unless_it_has_none_of_the_architecture(registry, monkeypatch):
+    monkeypatch.setattr("deadbench.runners.engines.registry.find_spec", lambda package: None)
+    row = one_row(registry, "command-r", "2x2x48GB", 4, engine="vllm")
+    assert (row.engine, row.gpus, row.tensor_parallel, row.problem) == ("vllm", 4, 4, None)
+    assert row.note.startswith("2 stages, each on a node whose 2 GPUs share its blocks: 2 divides 64 heads")
+    assert one_row(registry, "command-r", "2x2x48GB", 3, engine="vllm").problem == (
+        "--tensor-parallel 3: over several nodes each gives all of its 2 GPUs; give 2"
+    )
+    asked = []
+    monkeypatch.setattr(
+        EngineSpec, "why_not_over_nodes", lambda self, config: asked.append(config) or "on one node alone"
+    )
+    assert one_row(registry, "command-r", "2x2x48GB", 4, engine="vllm").problem == "on one node alone"
+    assert asked[0]["model_type"] == "cohere"
+    assert one_row(registry, "command-r", "4x80GB", 4, engine="vllm").problem is None
+    assert len(asked) == 1, "one node needs no stages"
+
+
 def test_without_transformers_plan_the_way_over_several_gpus_is_vllm(tmp_path):
     bloom = {"model_type": "bloom", "architectures": ["BloomForCausalLM"], "hidden_size": 4096, "n_layer": 30,
              "n_head": 32, "vocab_size": 250880}  # fmt: skip
@@ -307,6 +326,7 @@ MEASURED = """
 import json, sys, transformers, warnings
 from pathlib import Path
 from deadbench.runners.jobs.job import Overrides
+from deadbench.runners.engines.registry import EngineSpec
 from deadbench.runners.jobs.build import build_jobs
 from deadbench.runners.jobs.events import peak_host_bytes
 from deadbench.runners.planning.plan import place

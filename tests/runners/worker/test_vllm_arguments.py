@@ -27,8 +27,8 @@ def arguments(monkeypatch):
     sys.modules["vllm"].LLM = make
     assert isinstance(sys.modules["vllm"], ModuleType)
 
-    def ask():
-        read = SimpleNamespace(tensor_parallel=2, seed=0)
+    def ask(tensor_parallel=2, stages=1):
+        read = SimpleNamespace(tensor_parallel=tensor_parallel, stages=stages, seed=0)
         with ours._loaded(read, dict(CONFIG), RandomWeights(0, Path()), "bfloat16", 512):
             return given
 
@@ -43,6 +43,18 @@ def test_the_cache_is_of_two_steps_and_the_rest_is_the_accumulators(arguments, m
     assert given["max_num_batched_tokens"] * 2 * a_token <= given["kv_cache_memory_bytes"] < 2e9
     assert given["gpu_memory_utilization"] <= 0.5
     assert given["tensor_parallel_size"] == 2
+
+
+@pytest.mark.parametrize(
+    ("asked", "tensor_parallel", "stages", "backend"),
+    [((1, 1), 1, 1, None), ((8, 1), 8, 1, "mp"), ((16, 2), 8, 2, "ray"), ((4, 4), 1, 4, "ray")],
+)
+def test_over_nodes_each_has_a_stage_that_its_gpus_share(arguments, asked, tensor_parallel, stages, backend):
+    given = arguments(*asked)
+    assert (given["tensor_parallel_size"], given["pipeline_parallel_size"]) == (tensor_parallel, stages)
+    assert given["distributed_executor_backend"] == backend
+    extra = given["model_loader_extra_config"]
+    assert extra["config"]["architectures"] == ["LlamaForCausalLM"], "the folder with config.json is on one node alone"
 
 
 def test_without_gpus_vllm_has_its_own_variable_for_that(arguments):
