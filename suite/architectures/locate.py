@@ -140,9 +140,9 @@ def _before_head(model: nn.Module, calls: list[Call], stream: Tensor) -> Tensor:
         if hasattr(part, "get_output_embeddings") and hasattr(part, "lm_head")
     ]
     for call in calls:
-        if call.given is not None and same_storage(call.output, stream):
-            if any(model.get_submodule(call.path) is head for head in heads):
-                return call.given
+        is_head = any(model.get_submodule(call.path) is head for head in heads)
+        if is_head and call.given is not None and same_storage(call.output, stream):
+            return call.given
     return stream
 
 
