@@ -18,7 +18,10 @@ from deadbench.suite.errors import CheckpointError
 
 SAFETENSORS = FORMATS[0]
 SINGLE_FILE, INDEX_FILE = str(SAFETENSORS.file), str(SAFETENSORS.index)
-_NO_WEIGHTS = ("adapter_", "training_args", "optimizer", "scheduler", "rng_state")  # beside them, with their endings
+_NO_WEIGHTS = (  # beside them, with their endings
+    "adapter_", "training_args", "optimizer", "scheduler", "rng_state", "random_states", "scaler", "sampler",
+    "dl_state_dict",
+)  # fmt: skip
 NAMED_BY = "transformers_weights"  # the key of config.json that names another file, or another index
 _CONCURRENT = 8
 

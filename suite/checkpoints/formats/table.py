@@ -43,7 +43,7 @@ class Format:
         return self.file is not None and files.has(self.file)
 
 
-_SAFETENSORS, _TORCH = (".safetensors",), (".bin", ".pt", ".pth", ".ckpt")
+_SAFETENSORS, _TORCH = (".safetensors",), (".bin", ".pt", ".pth", ".pth.tar", ".ckpt")
 FORMATS = (
     Format("safetensors", read_header, "model.safetensors", "model.safetensors.index.json", _SAFETENSORS),
     Format("torch", read_torch_file, "pytorch_model.bin", "pytorch_model.bin.index.json", _TORCH, TORCH_MAGIC),

@@ -101,6 +101,16 @@ def test_what_is_packed_is_what_it_stands_for(matrices, tmp_path):
         assert without(found[read], expected[read]) == without(expected[read])
 
 
+def test_other_names_in_safetensors(saved, tmp_path):
+    state, expected = saved(writers.LLAMA)
+    path = writers.lens(tmp_path, state, writers.LLAMA)
+    save_file({name: tensor.contiguous() for name, tensor in torch.load(path).items()}, tmp_path / "model.safetensors")
+    path.unlink()
+    found = rows(tmp_path, READS)
+    assert found["trained"][0]["source_format"] == "safetensors"
+    assert without(found["trained"], expected["trained"]) == without(expected["trained"])
+
+
 @pytest.mark.parametrize("config", [writers.GPT2, writers.LLAMA], ids=["gpt2", "llama"])
 def test_folded_norms_have_scales_of_one(config, saved, tmp_path):
     """What TransformerLens loads without options: norms folded into maps, which leaves none of their tensors."""

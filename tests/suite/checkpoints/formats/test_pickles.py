@@ -4,9 +4,12 @@ import argparse
 import collections
 import contextlib
 import datetime
+import pathlib
 import pickle
 import pickletools
+import types
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -68,6 +71,28 @@ def test_a_namespace_and_devices_are_plain():
     assert found["dtype"].name == "BF16"
 
 
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_what_training_scripts_keep_beside_weights_is_passed_over(protocol):
+    """Hyper-parameters of Lightning, schedules, histories, dates, paths, numbers and random states."""
+    by_default = collections.defaultdict(list, loss=[0.5])
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], 0.1)
+    value = {
+        "schedule": torch.optim.lr_scheduler.MultiStepLR(optimizer, [3, 3, 5]).state_dict()["milestones"],
+        "history": by_default,
+        "last": collections.deque([1, 2, 3], maxlen=2),
+        "step": 7,
+    }
+    further = {
+        "when": [datetime.datetime(2020, 1, 2), datetime.timedelta(3)],
+        "settings": [types.SimpleNamespace(lr=0.1), pathlib.PurePosixPath("a/b"), int, torch.__version__],
+        "numpy": [np.float64(0.5), np.random.get_state()],
+    }
+    found = read(pickle.dumps(value | further, protocol), TORCH_NAMES)
+    assert {key: found[key] for key in value} == {**value, "last": [2, 3]}
+    lightning = pytest.importorskip("lightning.pytorch.utilities.parsing")
+    assert read(pickle.dumps(lightning.AttributeDict(lr=0.1), protocol)) == {"lr": 0.1}
+
+
 class Evil:
     def __init__(self, function, *args):
         self.call = (function, args)
@@ -84,7 +109,7 @@ class Evil:
         (Evil(eval, "open('left-behind', 'w')"), "builtins.eval"),
         (Evil(getattr, "x", "upper"), "getattr"),
         (datetime.date(2020, 1, 1), "datetime.date"),
-        (collections.Counter("a"), "collections.Counter"),
+        (collections.ChainMap({}), "collections.ChainMap"),
         (torch.nn.Linear(1, 1), "torch.nn.modules.linear.Linear"),
         ({"a": [torch.load]}, "torch.serialization.load"),  # only named, and never called
     ],

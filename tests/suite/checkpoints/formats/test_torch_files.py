@@ -127,6 +127,13 @@ def test_sharded_with_an_index_and_a_file_beside_them():
     assert weight_files(lone).shards == ("model.pt",)
 
 
+def test_what_trainers_save_beside_the_weights_is_none_of_them():
+    beside = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state_0.pth", "random_states_0.pt", "sampler.bin")
+    files = MemoryFiles()
+    files.files = {name: saved({}) for name in beside} | {"weights.pt": saved({"a": torch.ones(2)})}
+    assert weight_files(files).shards == ("weights.pt",)
+
+
 @pytest.mark.parametrize(("name", "of"), [("w.bin", "torch"), ("w.safetensors", "torch"), ("w.pt", "torch")])
 def test_a_file_is_what_its_first_bytes_say(name, of):
     for options in ({}, OLD):
