@@ -65,7 +65,7 @@ def weight_files(files: Files, named: object = None) -> WeightFiles:
     for each in FORMATS:
         found = sorted(n for n in names if n.endswith(each.suffixes) and not n.startswith(_NO_WEIGHTS))
         if len(found) == 1 or (found and _is_one_split(found)):
-            return WeightFiles(tuple(found), format=each)
+            return WeightFiles((found[0],), format=each)
         if found:
             raise no_weights(files, found)
     raise no_weights(files, ())

@@ -115,6 +115,7 @@ _CLASSES = (
     "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler", "deepspeed.runtime.zero.config.ZeroStageEnum",
     "deepspeed.utils.tensor_fragment.fragment_address", "types.SimpleNamespace", "datetime.datetime",
     "datetime.timedelta", "datetime.timezone", "torch.torch_version.TorchVersion", "typing.Any",
+    "_io.BytesIO",  # in which Transformer Engine keeps what scales its maps in FP8
     *(f"pathlib.{name}" for name in ("PosixPath", "WindowsPath", "_local.PosixPath", "PurePosixPath")),
     *(f"omegaconf.{kind}" for kind in (
         "dictconfig.DictConfig", "listconfig.ListConfig", "base.ContainerMetadata", "base.Metadata", "nodes.AnyNode",

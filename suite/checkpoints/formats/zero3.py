@@ -48,7 +48,8 @@ def read_zero3(files: Files, name: str) -> Contents:
         for called, shape in frozen.items():
             entries[called] = _entry(name, called, shape, [functools.partial(each.run, called) for each in held])
     whole, buffers = told.get("module"), told.get("buffer_names")
-    for called in buffers if isinstance(buffers, list) and isinstance(whole, dict) else ():
+    whole = whole if isinstance(whole, dict) else {}
+    for called in buffers if isinstance(buffers, list) else ():
         if isinstance(tensor := whole.get(called), StoredTensor):
             check_name(name, called)
             piece = place(tensor)

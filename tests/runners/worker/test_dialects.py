@@ -13,6 +13,8 @@ from deadbench.runners.jobs.build import build_jobs
 from deadbench.runners.jobs.events import Finished
 from deadbench.runners.jobs.job import Overrides
 from deadbench.runners.worker.run import run_model
+from deadbench.suite.checkpoints.checkpoint import Checkpoint
+from deadbench.suite.checkpoints.tensors import read_raw
 from deadbench.suite.reads.classify import classify
 from deadbench.suite.registry.loading import load_registry
 from tests.conftest import ROOT, save_tiny
@@ -153,6 +155,20 @@ def test_ranks_that_are_not_all_there(saved, tmp_path):
     shutil.rmtree(tmp_path / "iter_0000300" / "mp_rank_01")
     assert "files of 1 tensor-parallel" in refusal(tmp_path)
     assert classify(str(tmp_path))[0]["scale_harmonic"] == expected["parameters"][0]["scale_harmonic"]
+
+
+def test_a_text_tower_that_has_a_path_of_its_own(saved, tmp_path):
+    """open_clip's CustomTextCLIP."""
+    state, _ = saved(writers.CLIP)
+    path = writers.open_clip(tmp_path, state, writers.CLIP) / "open_clip_pytorch_model.bin"
+    made = torch.load(path)
+    torch.save(
+        {name if "visual" in name or name == "logit_scale" else f"text.{name}": made[name] for name in made}, path
+    )
+    entries = Checkpoint(str(tmp_path)).headers()
+    assert entries.keys() == state.keys()
+    name = "text_model.encoder.layers.1.self_attn.k_proj.weight"
+    assert np.array_equal(read_raw(Checkpoint(str(tmp_path)), entries[name]).view("f4"), state[name].numpy())
 
 
 @pytest.mark.parametrize("tower", ["vision_cfg", "text_cfg"])

@@ -101,6 +101,12 @@ def test_values_that_are_to_be_conjugated_are_refused():
         tensors_of(saved({"w": torch.randn(3, dtype=torch.complex64).conj()}))
 
 
+def test_an_optimizer_whose_state_is_flat_is_no_part_of_the_model():
+    value = {"optimizer.state.exp_avg.norm.weight": torch.zeros(2), "norm.weight": torch.ones(2)}
+    (entry,) = read_torch_file(MemoryFiles(w__pt=saved(value)), "w.pt").entries
+    assert entry.name == "norm.weight"
+
+
 def test_nested_state_dicts_have_their_path_as_name():
     value = {"model": {"language_model": {"encoder": {"final_layernorm.weight": torch.ones(3)}, "note": "x"}}}
     (entry,) = read_torch_file(MemoryFiles(w__pt=saved(value)), "w.pt").entries

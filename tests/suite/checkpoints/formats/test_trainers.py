@@ -1,6 +1,7 @@
 """Folders as training frameworks leave them: the same weights as safetensors, or what is missing in one line."""
 
 import argparse
+import io
 import shutil
 
 import numpy as np
@@ -163,11 +164,14 @@ def test_megatrons_own_folder_and_the_last_stage_of_a_pipeline(tmp_path):
         below = tmp_path / "iter_0000300" / f"mp_rank_00_{stage:03d}"
         below.mkdir(parents=True)
         model = {"decoder.final_layernorm.weight": gamma} if stage else {"embedding.weight": torch.ones(3, 16)}
+        model["decoder.layers.0.mlp.linear_fc1._extra_state"] = io.BytesIO(b"of FP8")
         torch.save({"model": model, "args": args, "iteration": 300}, below / "model_optim_rng.pt")
     result, _ = classify(str(tmp_path))
     assert result["error"] is None
     assert (result["family"], result["source_format"], result["source_step"]) == ("rmsnorm", "megatron", 300)
     assert result["scale_harmonic"] == pytest.approx(16 / float((1 / gamma.double() ** 2).sum()), rel=1e-12)
+    torch.save({"model": model, "args": args, "of": torch.nn.Linear}, below / "model_optim_rng.pt")
+    assert "names torch.nn.modules.linear.Linear" in classify(str(tmp_path))[0]["error"]  # no word of a config.json
 
 
 @pytest.mark.parametrize(
