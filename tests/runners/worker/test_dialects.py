@@ -187,6 +187,28 @@ def test_timm_without_timm_is_a_row_that_says_how_to_get_it(tmp_path):
         assert "pip install timm" in refusal(tmp_path)
 
 
+@pytest.mark.subprocess
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_timm_by_its_own_name(pool, tmp_path):
+    """What timm itself saves for the Hub: the norm of its tables, by the width of one of its own test models."""
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("test_vit", num_classes=7, global_pool=pool)
+    norm = model.fc_norm if pool == "avg" else model.norm
+    torch.nn.init.uniform_(norm.weight, 0.4, 1.8)
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    told = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(told | {"architecture": "vit_tiny_patch16_224"}))
+    by_table = classify(str(tmp_path))[0]  # which has that architecture
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    found = rows(tmp_path, READS, input="image", tokens=512)
+    expected = 64 / float((1 / norm.weight.detach().double() ** 2).sum())
+    assert by_table["scale_harmonic"] == pytest.approx(expected, rel=1e-12)
+    assert (by_table["family"], by_table["eps"]) == ("layernorm", 1e-6)
+    if pool == "token":
+        assert found["trained"][0]["scale_harmonic"] == found["parameters"][0]["scale_harmonic"]
+        assert found["parameters"][0]["scale_harmonic"] == pytest.approx(expected, rel=1e-12)
+
+
 def test_a_model_that_deepspeed_holds_in_parts(saved, tmp_path):
     state, _ = saved(writers.NEOX)
     (tmp_path / "config.json").write_text(json.dumps(writers.NEOX))
