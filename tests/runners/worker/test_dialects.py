@@ -130,6 +130,22 @@ def test_folded_norms_have_scales_of_one(config, saved, tmp_path):
     assert found["trained"][0]["scale_harmonic"] == found["parameters"][0]["scale_harmonic"] == 1.0
 
 
+@pytest.mark.parametrize("config", [writers.GPT2, writers.LLAMA, writers.NEOX], ids=["gpt2", "llama", "neox"])
+def test_centred_weights_are_said_to_be(config, saved, tmp_path):
+    """TransformerLens's center_writing_weights, with which an RMSNorm's own kernel is `gamma^-1` too."""
+    path = writers.lens(tmp_path, saved(config)[0], config)
+    assert not any("centred" in line for line in classify(str(path))[0]["evidence"])
+    made = torch.load(path)
+    for name, tensor in made.items():
+        if name.endswith(("W_E", "W_pos", "W_O", "W_out", "b_O", "b_out")):
+            made[name] = tensor - tensor.mean(-1, keepdim=True)
+    torch.save(made, path)
+    said = "gamma^-1 may be a kernel" if config is writers.LLAMA else "which no LayerNorm sees"
+    assert any("centred" in line and said in line for line in classify(str(path))[0]["evidence"])
+    torch.save(made | {"blocks.0.attn.W_O": made["blocks.0.attn.W_O"] + 1}, path)
+    assert not any("centred" in line for line in classify(str(path))[0]["evidence"])
+
+
 def test_what_cannot_be_translated_is_a_row_that_says_so(saved, tmp_path):
     state, _ = saved(writers.LLAMA)
     path = writers.lens(tmp_path, state, writers.LLAMA)
