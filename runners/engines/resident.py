@@ -6,6 +6,7 @@ Shapes: B sequences or images, T positions, D hidden size.
 import inspect
 import re
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,13 +22,13 @@ from deadbench.runners.engines.stored_state import stored_state
 from deadbench.suite.architectures.build import build_model, build_published, published_class
 from deadbench.suite.architectures.resolve import Resolved, resolve_without_weights
 from deadbench.suite.architectures.stored_names import unwrapped, unwrapping, wrapped
+from deadbench.suite.architectures.stored_tensors import whole_models
 from deadbench.suite.errors import CheckpointError, reason_of
 from deadbench.suite.inputs.batches import Batch
 from deadbench.suite.ranks import Ranks
 
 # What takes the place of masked patches and of masked stretches of sound, and where it is part of the outputs.
 _MASKED_WITH = ("mask_token", "masked_spec_embed", "mask_emb")
-_SCRIPTS_PREFIXES = ("base_model.model.", "model.", "module.", "net.", "backbone.")
 _MASKING_IS_THE_TASK = ("vit_mae", "videomae", "hiera", "seggpt")
 
 
@@ -91,8 +92,8 @@ class TorchEngine:
         mended = unwrapping() if wrapped(report["unexpected_keys"]) else {}
         if mended:
             model, report = _load(folder, dtype, model_class, placement | {"key_mapping": mended})
-        if prefix := _common_prefix(report):
-            mended |= {f"^{re.escape(prefix)}": ""}
+        if root := _root(model, report, folder):
+            mended |= {f"^{re.escape(root)}": ""}
             model, report = _load(folder, dtype, model_class, placement | {"key_mapping": mended})
         if tied := _stored_as_head(model, report):
             model, report = _load(folder, dtype, model_class, placement | {"key_mapping": mended | tied})
@@ -218,15 +219,26 @@ def _load(folder: Path, dtype: torch.dtype, model_class: Any, placement: dict[st
         raise CheckpointError(f"{folder}: cannot be loaded ({reason_of(error)})") from error
 
 
-def _common_prefix(report: dict[str, Any]) -> str | None:
-    """What a training script's own module has put before every name, of which the model then finds none."""
-    missing, unexpected = report["missing_keys"], [unwrapped(name) for name in report["unexpected_keys"]]
-    for prefix in _SCRIPTS_PREFIXES:
-        if missing and unexpected and all(name.startswith(prefix) for name in unexpected):
-            sought = min(missing)
-            if any(f".{name.removeprefix(prefix)}".endswith(f".{sought}") for name in unexpected):
-                return prefix
-    return None
+def _root(model: Any, report: dict[str, Any], folder: Path) -> str:
+    """Below which path a checkpoint has the model, of which most is not found otherwise; empty where there is none.
+
+    A training script's own module, an optimizer or an average beside the model, leave such paths.
+
+    Raises:
+        CheckpointError: below several.
+    """
+    missing, base = set(report["missing_keys"]), f"{model.base_model_prefix}."
+    found: Counter[str] = Counter()
+    for name in report["unexpected_keys"] if missing else ():
+        parts = unwrapped(name).split(".")
+        found.update(".".join(parts[:cut]) + "." for cut in range(1, len(parts)) if ".".join(parts[cut:]) in missing)
+    most = (root for root, count in found.items() if 2 * count > len(model.state_dict()))
+    roots = whole_models({root.removesuffix(base).removesuffix(".") for root in most} - {""})
+    if len(roots) > 1:
+        raise CheckpointError(
+            f"{folder}: holds {len(roots)} models, below {', '.join(sorted(roots)[:4])}; save the one meant by itself"
+        )
+    return f"{roots[0]}." if roots else ""
 
 
 def _only_in_training(name: str, model: Any) -> bool:

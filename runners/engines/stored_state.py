@@ -28,13 +28,13 @@ _DTYPES = {
 
 
 def stored_state(folder: Path) -> Mapping[str, Slice] | None:
-    """The tensors of a folder by name; None where they are safetensors, which transformers opens itself.
+    """The tensors of a folder by name; None where transformers opens them itself: safetensors under its own names.
 
     Raises:
         CheckpointError: no weights, or what `Checkpoint.contents` refuses.
     """
     checkpoint = open_prepared(folder)
-    if checkpoint.weights().format is SAFETENSORS:
+    if checkpoint.weights().format is SAFETENSORS and checkpoint.translation().dialect is None:
         return None
     entries = checkpoint.headers()
     state: dict[str, Slice] = {name: StoredSlice(checkpoint, entry) for name, entry in entries.items()}

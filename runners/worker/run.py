@@ -101,12 +101,13 @@ def _read_parameters(read: ReadJob) -> Reading:
 def _dissected(config: "Configuration", checkpoint: "Checkpoint", result: "ParametersRead") -> "Anatomy":
     """The architecture taken apart, and the checkpoint found to be of it; with torch, which takes seconds to import."""
     from deadbench.runners.jobs.resolved import published
+    from deadbench.suite.architectures.build import bare_model
     from deadbench.suite.architectures.unexpected_tensors import refuse_unexpected
     from deadbench.suite.reads.norms_table import published_anatomy
 
     _quieten()
     empty = published(config)
-    refuse_unexpected(empty.base_model, config.raw, result.entries, checkpoint.source)
+    refuse_unexpected(bare_model(empty), config.raw, result.entries, checkpoint.source)
     return published_anatomy(config.raw, result, empty)
 
 
@@ -141,6 +142,7 @@ def _read_random(read: ReadJob) -> Reading:
 def _read_trained(read: ReadJob) -> Reading:
     from deadbench.runners.jobs.resolved import Configuration, published
     from deadbench.runners.worker.request import StoredWeights
+    from deadbench.suite.architectures.build import bare_model
     from deadbench.suite.architectures.unexpected_tensors import refuse_unexpected
 
     checkpoint = read.opened(read.revision)
@@ -149,7 +151,7 @@ def _read_trained(read: ReadJob) -> Reading:
     entries = checkpoint.headers()  # refuses broken files before anything is loaded
     weights = checkpoint.weights().format
     refuse_without_pass(checkpoint, read.engine)
-    left_out = refuse_unexpected(published(config).base_model, config.raw, entries, checkpoint.source)
+    left_out = refuse_unexpected(bare_model(published(config)), config.raw, entries, checkpoint.source)
     with checkpoint.local_copy() as folder:
         rows = yield from _model_reader(read)(read, config, StoredWeights(folder, entries, weights.name))
     row = rows["reads"][0]

@@ -47,6 +47,12 @@ def build_config(config: Mapping[str, Any]) -> Any:
         raise ArchitectureError(f"transformers refuses the configuration: {reason_of(error)}") from error
 
 
+def bare_model(published: Any) -> Any:
+    """The bare model in a published one; that itself where it holds another library's module in its place."""
+    body = published.base_model
+    return body if hasattr(body, "base_model_prefix") else published
+
+
 def build_model(config: Any, device: str = "cpu") -> nn.Module:
     """The bare model (`AutoModel`) of `config` in float32, randomly initialised by transformers; on `meta`, empty.
 

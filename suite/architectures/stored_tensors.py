@@ -6,7 +6,7 @@ copy beside what it replaces, draft heads behind the last block. A norm of the w
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 
 from deadbench.suite.architectures.stored_names import Naming, renamed, unwrapped
@@ -20,6 +20,15 @@ _INSIDE_A_BLOCK = re.compile(r"\.\d+(?:\.|$)")  # though nn.Sequential may hold 
 _MOST = 0.5  # of the tensors, shared by the roots that hold one of the name
 
 _Places = dict[str, list[tuple[str, TensorEntry]]]  # name below a root: the root, "" for none, and the tensor
+
+
+def whole_models(roots: Iterable[str]) -> list[str]:
+    """Which of the paths that a model's tensors lie below may hold the one meant: those that scripts give it, else all.
+
+    A model inside another's block, a draft head as a rule, is none of them.
+    """
+    outside = [root for root in roots if not _INSIDE_A_BLOCK.search(root)]
+    return [root for root in outside if _HOLDERS.fullmatch(root)] or outside
 
 
 class StoredTensors:

@@ -254,6 +254,8 @@ class Checkpoint:
         except UnreachableError:
             raise
         except CheckpointError as error:
+            if self._weights is not None and self._weights.format.records and not self._file:
+                raise CheckpointError(f"{self.source}: {str(error).removeprefix(f'{self.source}: ')}") from error
             raise (error if self._file else no_config(self)) from error
         recorded = recorded or other_config(self, self.source)
         if recorded is None and self._local and self._file is None:  # trainers leave it a folder above

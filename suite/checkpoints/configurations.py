@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from deadbench.suite.checkpoints.dialects.timm import MODEL_TYPE, is_timm
+from deadbench.suite.checkpoints.dialects.timm import as_wrapped, is_timm
 from deadbench.suite.checkpoints.strict_json import MAX_JSON_BYTES, parse_object, shown
 from deadbench.suite.errors import CheckpointError
 from deadbench.suite.plain_text import plain
@@ -43,8 +43,9 @@ def checked(config: Mapping[str, Any], called: str, model_type: str | None = Non
     _check_counts(config, called)
     plain = {key: _plain_floats(value) for key, value in config.items()}
     if not isinstance(plain.get("model_type"), str):
-        own = MODEL_TYPE if is_timm(plain) else None
-        told = model_type or own or _type_of(plain.get("architectures"))
+        if not model_type and is_timm(plain):
+            return as_wrapped(plain)
+        told = model_type or _type_of(plain.get("architectures"))
         plain |= {"model_type": told} if told else {}
     return plain
 

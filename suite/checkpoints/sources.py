@@ -8,7 +8,7 @@ from deadbench.suite.secrets import shown_place
 from deadbench.suite.storage import is_url
 
 _HUB = "hf://"
-_FILES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".gguf")  # a SOURCE that is one file
+_FILES = (".safetensors", ".pt", ".pth", ".pth.tar", ".bin", ".ckpt", ".gguf")  # a SOURCE that is one file
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?$")
 
 

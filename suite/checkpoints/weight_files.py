@@ -18,7 +18,10 @@ from deadbench.suite.errors import CheckpointError
 
 SAFETENSORS = FORMATS[0]
 SINGLE_FILE, INDEX_FILE = str(SAFETENSORS.file), str(SAFETENSORS.index)
-_NO_WEIGHTS = ("adapter_", "training_args", "optimizer", "scheduler", "rng_state")  # beside them, with their endings
+_NO_WEIGHTS = (  # beside them, with their endings
+    "adapter_", "training_args", "optimizer", "scheduler", "rng_state", "random_states", "scaler", "sampler",
+    "dl_state_dict",
+)  # fmt: skip
 NAMED_BY = "transformers_weights"  # the key of config.json that names another file, or another index
 _CONCURRENT = 8
 
@@ -62,7 +65,7 @@ def weight_files(files: Files, named: object = None) -> WeightFiles:
     for each in FORMATS:
         found = sorted(n for n in names if n.endswith(each.suffixes) and not n.startswith(_NO_WEIGHTS))
         if len(found) == 1 or (found and _is_one_split(found)):
-            return WeightFiles(tuple(found), format=each)
+            return WeightFiles((found[0],), format=each)
         if found:
             raise no_weights(files, found)
     raise no_weights(files, ())

@@ -19,10 +19,11 @@ from deadbench.suite.architectures.stored_tensors import StoredTensors
 from deadbench.suite.atlas.lookup import lookup
 from deadbench.suite.checkpoints.checkpoint import Checkpoint
 from deadbench.suite.checkpoints.dialects import timm
+from deadbench.suite.checkpoints.dialects.transformer_lens import TRANSFORMER_LENS
 from deadbench.suite.checkpoints.quantised import described
 from deadbench.suite.checkpoints.tensors import DTYPE_NAMES, StoredNorm, TensorEntry, read_vector
 from deadbench.suite.errors import ArchitectureError, CheckpointError, RemoteCodeError
-from deadbench.suite.reads.centred_stream import CENTRED, writes_centred
+from deadbench.suite.reads.centred_stream import CENTRED, CENTRED_WRITERS, writes_centred
 from deadbench.suite.reads.columns import architecture_columns, scale_columns
 from deadbench.suite.schema import Row
 from deadbench.suite.spectra.directions import inverse_scale_direction
@@ -86,7 +87,9 @@ def read_parameters(checkpoint: Checkpoint, verify: bool = False) -> ParametersR
     refused = False
     try:
         final = _resolve(raw_config, verify)
-        if told and told.name and final.path:
+        if told and told.module and final.path is None and (known := _as_told(told, entries)):
+            return _read_final(checkpoint, known, entries)  # of what is pooled, which transformers' wrapper leaves out
+        if told and told.name and final.path and not told.module:
             names = (Renaming(f"^{re.escape(told.name)}\\.", f"{final.path}."),)
             final = replace(final, naming=final.naming.further(names))
             if told.family and told.family != final.family:
@@ -161,13 +164,14 @@ def _read_final(checkpoint: Checkpoint, final: FinalNorm, entries: dict[str, Ten
                 f"the configuration says {final.hidden_size}"
             )
     norm = effective_norm(behaviour, weight_D, shift_D, final.hidden_size)
-    centred = writes_centred(checkpoint, entries, final.hidden_size) if final.family == "rmsnorm" else None
+    lens, rms = translation.dialect == TRANSFORMER_LENS, final.family == "rmsnorm"
+    centred = writes_centred(checkpoint, entries, final.hidden_size) if lens or rms else None
     evidence = [
         *final.evidence,
         *(f"tensor {e.stored_name} of shape {list(e.shape)}, {e.dtype}" for _, e in wanted if e),
     ]
     if centred:
-        evidence.append(CENTRED)
+        evidence.append(CENTRED if rms else CENTRED_WRITERS)
     if packed := described(checkpoint.config()):
         evidence.append(f"weights quantised ({packed}); the norm is read as it is stored")
     return ParametersRead(
@@ -178,7 +182,7 @@ def _read_final(checkpoint: Checkpoint, final: FinalNorm, entries: dict[str, Ten
         None,
         evidence,
         entries,
-        stream_centred=centred,
+        stream_centred=centred if rms else None,
     )
 
 

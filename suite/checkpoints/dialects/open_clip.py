@@ -25,7 +25,11 @@ _OUTSIDE = {
     "visual.ln_post.bias": "vision_model.post_layernorm.bias",
 }
 _TURNED = {"text_projection": "text_projection.weight", "visual.proj": "visual_projection.weight"}
-_TOWERS = {"transformer.resblocks.": "text_model", "visual.transformer.resblocks.": "vision_model"}
+_TEXT = ("", "text.")  # before the text tower's names, the latter of a `CustomTextCLIP`
+_TOWERS = {
+    **{f"{begin}transformer.resblocks.": "text_model" for begin in _TEXT},
+    "visual.transformer.resblocks.": "vision_model",
+}
 _PARTS = {
     "ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.out_proj": "self_attn.out_proj", "mlp.c_fc": "mlp.fc1",
     "mlp.c_proj": "mlp.fc2",
@@ -35,14 +39,15 @@ _PARTS = {
 def is_open_clip(tensors: Tensors) -> bool:
     """Whether both towers are there under open_clip's names."""
     seen = any(f"visual.{name}" in tensors for name in ("ln_post.weight", "conv1.weight"))
-    return seen and "ln_final.weight" in tensors
+    return seen and any(f"{begin}ln_final.weight" in tensors for begin in _TEXT)
 
 
 def as_clip(tensors: Tensors, config: Mapping[str, Any]) -> None:
     """The tensors as transformers' CLIP has them."""
     tensors.leave_out(r"(^|\.)attn_mask$")
-    tensors.rename(_OUTSIDE)
-    tensors.turn(_TURNED)
+    for begin in _TEXT:
+        tensors.rename({begin + stored: name for stored, name in _OUTSIDE.items()})
+        tensors.turn({begin + stored: name for stored, name in _TURNED.items()})
     for begin, tower in _TOWERS.items():
         for block in tensors.blocks(begin):
             layer = f"{tower}.encoder.layers.{block}."

@@ -39,7 +39,7 @@ DIALECTS = (
         dict.fromkeys(_LLAMAS, litgpt.as_llama) | {"gpt_neox": litgpt.as_neox, "phi": litgpt.as_phi},
     ),
     Dialect(
-        "TransformerLens",
+        transformer_lens.TRANSFORMER_LENS,
         transformer_lens.is_transformer_lens,
         {
             "gpt2": transformer_lens.as_gpt2,
@@ -105,7 +105,7 @@ def translate(contents: Contents, config: Callable[[], Mapping[str, Any]]) -> Tr
     dialect = next((each for each in DIALECTS if each.name == told or (told is None and each.is_it(tensors))), None)
     if dialect is None:
         return Translation(contents.entries, unfit=contents.unfit)
-    folded = dialect.name == "TransformerLens" and transformer_lens.is_folded(tensors)
+    folded = dialect.name == transformer_lens.TRANSFORMER_LENS and transformer_lens.is_folded(tensors)
     of = config()
     model_type = of.get("model_type")
     into = dialect.into.get(str(model_type))

@@ -26,6 +26,16 @@ def is_timm(config: Mapping[str, Any]) -> bool:
     return "model_type" not in config and isinstance(config.get("architecture"), str) and own
 
 
+def as_wrapped(config: Mapping[str, Any]) -> dict[str, Any]:
+    """timm's configuration as transformers' wrapper takes it, which gives the number of classes itself."""
+    classes = config.get("num_classes")
+    told = dict(config) | {"model_type": MODEL_TYPE, "architectures": ["TimmWrapperForImageClassification"]}
+    told |= {"num_labels": classes} if type(classes) is int else {}
+    if isinstance(args := told.get("model_args"), dict):
+        told["model_args"] = {key: value for key, value in args.items() if key != "num_classes"}
+    return told
+
+
 def stored_norm(config: Mapping[str, Any], entries: Iterable[TensorEntry]) -> StoredNorm | None:
     """What timm's tables tell of the final norm; None where the architecture is in none of them."""
     architecture = str(config.get("architecture"))

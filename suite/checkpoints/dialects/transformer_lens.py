@@ -10,6 +10,7 @@ import numpy as np
 
 from deadbench.suite.checkpoints.dialects.tensors import Tensors, Values
 
+TRANSFORMER_LENS = "TransformerLens"  # the dialect
 _BUFFERS = r"\.attn\.(mask|IGNORE|rotary_sin|rotary_cos)$"
 _GPT2 = {
     "blocks.{}.mlp.W_in": "transformer.h.{}.mlp.c_fc.weight",

@@ -37,7 +37,6 @@ _NAMES: Mapping[str, Any] = dict(TORCH_NAMES) | {
         record("torch.distributed._shard.sharded_tensor.metadata.TensorProperties"),
         record("torch.distributed._shard.sharded_tensor.metadata.MEM_FORMAT_ENCODING"),
         record("megatron.core.dist_checkpointing.strategies.torch.MCoreMetadata"),
-        *(record(f"pathlib.{name}") for name in ("PosixPath", "WindowsPath", "_local.PosixPath", "PurePosixPath")),
         Constructor("torch.serialization._get_layout", str),
     )
 }  # fmt: skip

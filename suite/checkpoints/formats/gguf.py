@@ -28,6 +28,7 @@ from deadbench.suite.errors import CheckpointError
 MAGIC = b"GGUF"
 _MAX_HEADER_BYTES, _MAX_KEYS, _MAX_TENSORS, _MAX_ITEMS, _MAX_TEXT = 256_000_000, 100_000, 1_000_000, 10_000_000, 2**24
 _WINDOW = 2**18
+_MAX_PARTS = 1000
 _NUMBERS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _FLOAT, _STRING, _ARRAY = 6, 8, 9
 # By type: its name, how many values a block has, and its bytes.
@@ -43,11 +44,47 @@ _TYPES = {
 
 
 def read_gguf(files: Files, name: str) -> Contents:
-    """The tensors of a GGUF, and the configuration that its metadata are.
+    """The tensors of a GGUF and of all parts that it was split into, and the configuration that its metadata are.
 
     Raises:
-        CheckpointError: a header that is cut off, contradicts itself, or is of another version; one line.
+        CheckpointError: a header that is cut off, contradicts itself, or is of another version; a part that is no
+            first one; one line.
     """
+    facts, entries = _read_header(files, name)
+    for part in _further_parts(facts, name):
+        further, held = _read_header(files, part)
+        if further.get("split.no", 0) == 0:
+            raise CheckpointError(f"{part}: not the part that its name says; copy the parts of one model")
+        entries += held
+    _check_names(name, entries)
+    norm, config = norm_of(facts, {entry.name for entry in entries}), config_of(facts, entries)
+    return Contents(
+        [_as_values(entry, adds_one(config)) for entry in entries], None, config, norm=norm, unfit=unfit(facts)
+    )
+
+
+def _further_parts(facts: dict[str, Any], name: str) -> list[str]:
+    """The other files of one that was split, whose first part has the metadata."""
+    count, number = facts.get("split.count", 1), facts.get("split.no", 0)
+    if not isinstance(count, int) or not isinstance(number, int) or not 0 <= number < max(count, 1) <= _MAX_PARTS:
+        raise CheckpointError(f"{name}: part {shown(number)} of {shown(count)}; corrupt")
+    if count <= 1:
+        return []
+    begin = name.removesuffix(ending) if name.endswith(ending := f"-00001-of-{count:05d}.gguf") else None
+    if number or begin is None:
+        raise CheckpointError(
+            f"{name}: part {number + 1} of {count}; give the first, named as …{ending}, with the others beside it"
+        )
+    return [f"{begin}-{part:05d}-of-{count:05d}.gguf" for part in range(2, count + 1)]
+
+
+def _check_names(name: str, entries: list[TensorEntry]) -> None:
+    if len({entry.name for entry in entries}) != len(entries):
+        raise CheckpointError(f"{name}: two tensors have one name; corrupt or hostile")
+
+
+def _read_header(files: Files, name: str) -> tuple[dict[str, Any], list[TensorEntry]]:
+    """The metadata of one file, and its tensors."""
     cursor = _Cursor(files, name)
     try:
         if cursor.take(4) != MAGIC:
@@ -68,15 +105,11 @@ def read_gguf(files: Files, name: str) -> Contents:
         raise CheckpointError(f"{name}: an alignment of {shown(alignment)}; corrupt")
     start = -(-cursor.position // alignment) * alignment
     entries = [_entry(name, *each, start, files.size(name)) for each in told]
-    if len({entry.name for entry in entries}) != len(entries):
-        raise CheckpointError(f"{name}: two tensors have one name; corrupt or hostile")
+    _check_names(name, entries)
     for before, after in itertools.pairwise(sorted(entries, key=lambda each: (each.start, each.end))):
         if after.start < before.end:
             raise CheckpointError(f"{name}: {shown(before.name)} and {shown(after.name)} overlap; corrupt header")
-    norm, config = norm_of(facts, {entry.name for entry in entries}), config_of(facts, entries)
-    return Contents(
-        [_as_values(entry, adds_one(config)) for entry in entries], None, config, norm=norm, unfit=unfit(facts)
-    )
+    return facts, entries
 
 
 class _Cursor:

@@ -11,6 +11,7 @@ from deadbench.suite.checkpoints.formats.pickled_names import MAX_TEXT, Construc
 from deadbench.suite.checkpoints.strict_json import shown
 
 MAX_OPCODES = 20_000_000  # 128 000 pieces of a checkpoint of torch.distributed take 8 million
+_MAX_TAKEN = 4_000_000  # items that calls take in, each of which may be taken again: of those pieces 1 million
 _MAX_MARKS = 200
 _MAX_LONG_BYTES = 16
 _BININT2, _SET_ITEMS, _BUILD = b"Mub"
@@ -246,8 +247,8 @@ class Machine:
 
     def _spend(self, count: int) -> None:
         self._spent += count
-        if self._spent > MAX_OPCODES:
-            raise RefusedError(f"takes more than {MAX_OPCODES:,} steps")
+        if self._spent > _MAX_TAKEN:
+            raise RefusedError(f"takes more than {_MAX_TAKEN:,} items into its calls")
 
     def _call(self) -> None:
         args, made = self._stack.pop(), self._stack.pop()

@@ -73,10 +73,20 @@ def plain_key(key: Any) -> Any:
 
 def _ordered_dict(*args: Any) -> dict[Any, Any]:
     found: dict[Any, Any] = {}
-    for pair in args[0] if args else ():
+    first = args[0] if args else ()
+    for pair in first.items() if type(first) is dict else first:
         key, value = pair
         found[plain_key(key)] = value
     return found
+
+
+def _default_dict(factory: Any = None, *args: Any) -> dict[Any, Any]:
+    """A dict without what it would make of itself."""
+    return _ordered_dict(*args)
+
+
+def _queue(*args: Any) -> list[Any]:
+    return list(args[0]) if args and isinstance(args[0], (list, tuple)) else []
 
 
 def _members(*args: Any) -> set[Any]:
@@ -103,12 +113,30 @@ _CLASSES = (
     "megatron.model.enums.ModelType", "megatron.core.transformer.enums.AttnBackend",
     "megatron.model.enums.PositionEmbeddingType", "deepspeed.runtime.fp16.loss_scaler.LossScaler",
     "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler", "deepspeed.runtime.zero.config.ZeroStageEnum",
-    "deepspeed.utils.tensor_fragment.fragment_address",
+    "deepspeed.utils.tensor_fragment.fragment_address", "types.SimpleNamespace", "datetime.datetime",
+    "datetime.timedelta", "datetime.timezone", "torch.torch_version.TorchVersion", "typing.Any",
+    "_io.BytesIO",  # in which Transformer Engine keeps what scales its maps in FP8
+    *(f"pathlib.{name}" for name in ("PosixPath", "WindowsPath", "_local.PosixPath", "PurePosixPath")),
+    *(f"omegaconf.{kind}" for kind in (
+        "dictconfig.DictConfig", "listconfig.ListConfig", "base.ContainerMetadata", "base.Metadata", "nodes.AnyNode",
+        "nodes.StringNode", "nodes.IntegerNode", "nodes.FloatNode", "nodes.BooleanNode", "nodes.EnumNode",
+        "nodes.PathNode", "nodes.BytesNode",
+    )),
 )  # fmt: skip
+# Dicts with attributes of their own, and types that are named beside them.
+_DICTS = (
+    "collections.OrderedDict", "collections.Counter", "easydict.EasyDict", "addict.addict.Dict",
+    "yacs.config.CfgNode",
+    *(f"{module}.utilities.parsing.AttributeDict" for module in ("lightning.pytorch", "pytorch_lightning")),
+    *(f"{module}.utilities.data.AttributeDict" for module in ("lightning.fabric", "lightning_fabric")),
+)  # fmt: skip
+_TYPES = ("int", "long", "float", "bool", "str", "unicode", "list", "tuple")
 CONSTRUCTORS: Mapping[str, Any] = {
     each.name: each
     for each in (
-        Constructor("collections.OrderedDict", _ordered_dict),
+        *(Constructor(name, _ordered_dict) for name in _DICTS),
+        Constructor("collections.defaultdict", _default_dict),
+        Constructor("collections.deque", _queue),
         *(
             Constructor(f"{module}.{name}", make)
             for module in ("builtins", "__builtin__")  # the latter in protocol 2, which keeps Python 2's names
@@ -117,6 +145,7 @@ CONSTRUCTORS: Mapping[str, Any] = {
                 ("bytearray", _byte_array), ("bytes", _byte_array),
             )
         ),
+        *(record(f"{module}.{name}") for module in ("builtins", "__builtin__") for name in _TYPES),
         Constructor("_codecs.encode", _encoded),
         record("argparse.Namespace"),
         *map(record, _CLASSES),

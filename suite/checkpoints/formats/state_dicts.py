@@ -81,7 +81,7 @@ def named_tensors(value: Any, file: str) -> Iterator[tuple[str, Any]]:
         if depth > _MAX_DEPTH or seen > _MAX_VALUES:
             raise CheckpointError(f"{file}: dicts {depth} deep, {seen:,} values; no state dict is like that")
         for key, below in reversed(each.items()):
-            if depth == 0 and key in _BESIDE:
+            if depth == 0 and str(key).partition(".")[0] in _BESIDE:
                 continue
             if isinstance(below, (*_TENSORS, dict)):
                 if not isinstance(key, (str, int)):

@@ -28,6 +28,7 @@ class Format:
         suffixes: of files under other names.
         magic: how a file begins, whatever it is called.
         scattered: the file that is opened says in which others the values lie.
+        records: its files say what the architecture is.
     """
 
     name: str
@@ -37,24 +38,25 @@ class Format:
     suffixes: tuple[str, ...] = ()
     magic: tuple[bytes, ...] = ()
     scattered: bool = False
+    records: bool = False
 
     def is_there(self, files: Files) -> bool:
         """Whether a folder has the file of the format's own name."""
         return self.file is not None and files.has(self.file)
 
 
-_SAFETENSORS, _TORCH = (".safetensors",), (".bin", ".pt", ".pth", ".ckpt")
+_SAFETENSORS, _TORCH = (".safetensors",), (".bin", ".pt", ".pth", ".pth.tar", ".ckpt")
 FORMATS = (
     Format("safetensors", read_header, "model.safetensors", "model.safetensors.index.json", _SAFETENSORS),
     Format("torch", read_torch_file, "pytorch_model.bin", "pytorch_model.bin.index.json", _TORCH, TORCH_MAGIC),
     Format("torch.distributed.checkpoint", read_dcp, ".metadata", scattered=True),
-    Format("gguf", read_gguf, suffixes=(".gguf",), magic=(MAGIC,)),
+    Format("gguf", read_gguf, suffixes=(".gguf",), magic=(MAGIC,), scattered=True, records=True),
 )
 # Of training frameworks, whose folders `trainers_files` knows.
 FRAMEWORKS = (
     Format("deepspeed", read_deepspeed),
     Format("deepspeed-zero3", read_zero3, scattered=True),
-    Format("megatron", read_megatron, scattered=True),
+    Format("megatron", read_megatron, scattered=True, records=True),
     Format("gpt-neox", read_layer, scattered=True),
 )
 WEIGHT_ENDINGS = (*(suffix for each in FORMATS for suffix in each.suffixes), ".distcp", *OTHER_LIBRARIES)

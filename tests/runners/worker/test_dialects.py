@@ -13,6 +13,8 @@ from deadbench.runners.jobs.build import build_jobs
 from deadbench.runners.jobs.events import Finished
 from deadbench.runners.jobs.job import Overrides
 from deadbench.runners.worker.run import run_model
+from deadbench.suite.checkpoints.checkpoint import Checkpoint
+from deadbench.suite.checkpoints.tensors import read_raw
 from deadbench.suite.reads.classify import classify
 from deadbench.suite.registry.loading import load_registry
 from tests.conftest import ROOT, save_tiny
@@ -101,6 +103,16 @@ def test_what_is_packed_is_what_it_stands_for(matrices, tmp_path):
         assert without(found[read], expected[read]) == without(expected[read])
 
 
+def test_other_names_in_safetensors(saved, tmp_path):
+    state, expected = saved(writers.LLAMA)
+    path = writers.lens(tmp_path, state, writers.LLAMA)
+    save_file({name: tensor.contiguous() for name, tensor in torch.load(path).items()}, tmp_path / "model.safetensors")
+    path.unlink()
+    found = rows(tmp_path, READS)
+    assert found["trained"][0]["source_format"] == "safetensors"
+    assert without(found["trained"], expected["trained"]) == without(expected["trained"])
+
+
 @pytest.mark.parametrize("config", [writers.GPT2, writers.LLAMA], ids=["gpt2", "llama"])
 def test_folded_norms_have_scales_of_one(config, saved, tmp_path):
     """What TransformerLens loads without options: norms folded into maps, which leaves none of their tensors."""
@@ -116,6 +128,22 @@ def test_folded_norms_have_scales_of_one(config, saved, tmp_path):
     assert np.allclose(direction_D, 0.25)
     found = rows(path, READS)
     assert found["trained"][0]["scale_harmonic"] == found["parameters"][0]["scale_harmonic"] == 1.0
+
+
+@pytest.mark.parametrize("config", [writers.GPT2, writers.LLAMA, writers.NEOX], ids=["gpt2", "llama", "neox"])
+def test_centred_weights_are_said_to_be(config, saved, tmp_path):
+    """TransformerLens's center_writing_weights, with which an RMSNorm's own kernel is `gamma^-1` too."""
+    path = writers.lens(tmp_path, saved(config)[0], config)
+    assert not any("centred" in line for line in classify(str(path))[0]["evidence"])
+    made = torch.load(path)
+    for name, tensor in made.items():
+        if name.endswith(("W_E", "W_pos", "W_O", "W_out", "b_O", "b_out")):
+            made[name] = tensor - tensor.mean(-1, keepdim=True)
+    torch.save(made, path)
+    said = "gamma^-1 may be a kernel" if config is writers.LLAMA else "which no LayerNorm sees"
+    assert any("centred" in line and said in line for line in classify(str(path))[0]["evidence"])
+    torch.save(made | {"blocks.0.attn.W_O": made["blocks.0.attn.W_O"] + 1}, path)
+    assert not any("centred" in line for line in classify(str(path))[0]["evidence"])
 
 
 def test_what_cannot_be_translated_is_a_row_that_says_so(saved, tmp_path):
@@ -145,6 +173,20 @@ def test_ranks_that_are_not_all_there(saved, tmp_path):
     assert classify(str(tmp_path))[0]["scale_harmonic"] == expected["parameters"][0]["scale_harmonic"]
 
 
+def test_a_text_tower_that_has_a_path_of_its_own(saved, tmp_path):
+    """open_clip's CustomTextCLIP."""
+    state, _ = saved(writers.CLIP)
+    path = writers.open_clip(tmp_path, state, writers.CLIP) / "open_clip_pytorch_model.bin"
+    made = torch.load(path)
+    torch.save(
+        {name if "visual" in name or name == "logit_scale" else f"text.{name}": made[name] for name in made}, path
+    )
+    entries = Checkpoint(str(tmp_path)).headers()
+    assert entries.keys() == state.keys()
+    name = "text_model.encoder.layers.1.self_attn.k_proj.weight"
+    assert np.array_equal(read_raw(Checkpoint(str(tmp_path)), entries[name]).view("f4"), state[name].numpy())
+
+
 @pytest.mark.parametrize("tower", ["vision_cfg", "text_cfg"])
 def test_a_tower_that_is_not_open_clips_own(tower, saved, tmp_path):
     state, _ = saved(writers.CLIP)
@@ -159,6 +201,28 @@ def test_timm_without_timm_is_a_row_that_says_how_to_get_it(tmp_path):
     timm_folder(tmp_path, "norm")
     if importlib.util.find_spec("timm") is None:
         assert "pip install timm" in refusal(tmp_path)
+
+
+@pytest.mark.subprocess
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_timm_by_its_own_name(pool, tmp_path):
+    """What timm itself saves for the Hub: the norm of its tables, by the width of one of its own test models."""
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("test_vit", num_classes=7, global_pool=pool)
+    norm = model.fc_norm if pool == "avg" else model.norm
+    torch.nn.init.uniform_(norm.weight, 0.4, 1.8)
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    told = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(told | {"architecture": "vit_tiny_patch16_224"}))
+    by_table = classify(str(tmp_path))[0]  # which has that architecture
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    found = rows(tmp_path, READS, input="image", tokens=512)
+    expected = 64 / float((1 / norm.weight.detach().double() ** 2).sum())
+    assert by_table["scale_harmonic"] == pytest.approx(expected, rel=1e-12)
+    assert (by_table["family"], by_table["eps"]) == ("layernorm", 1e-6)
+    if pool == "token":
+        assert found["trained"][0]["scale_harmonic"] == found["parameters"][0]["scale_harmonic"]
+        assert found["parameters"][0]["scale_harmonic"] == pytest.approx(expected, rel=1e-12)
 
 
 def test_a_model_that_deepspeed_holds_in_parts(saved, tmp_path):

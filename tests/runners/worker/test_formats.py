@@ -8,10 +8,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+from deadbench.runners.engines.resident import TorchEngine
 from deadbench.runners.jobs.build import build_jobs
 from deadbench.runners.jobs.events import Finished
 from deadbench.runners.jobs.job import Overrides
 from deadbench.runners.worker.run import run_model
+from deadbench.suite.checkpoints.checkpoint import Checkpoint
+from deadbench.suite.errors import CheckpointError
 from deadbench.suite.registry.loading import load_registry
 from tests.conftest import ROOT, save_tiny
 from tests.suite.checkpoints.formats.sharded import save_sharded
@@ -80,6 +83,20 @@ def as_script(folder, state):
     return folder / "last.ckpt"
 
 
+def as_average(folder, state):
+    """An average and a loss beside the model."""
+    average = {f"ema_model.{name}": tensor * 1.5 for name, tensor in state.items()}
+    wrapped = {f"model._orig_mod.{name}": tensor for name, tensor in state.items()}
+    torch.save({"state_dict": {**average, "loss.weight": torch.ones(7), **wrapped}}, folder / "last.pth.tar")
+    return folder / "last.pth.tar"
+
+
+def as_application(folder, state):
+    """torch's Stateful application: model and optimizer below one key."""
+    optimizer = {f"app.optim.state.{name}.exp_avg": torch.zeros_like(tensor) for name, tensor in state.items()}
+    return save_sharded(folder, {f"app.model.{name}": t for name, t in state.items()} | optimizer, (2,), None)
+
+
 def as_one_file(folder, state):
     shutil.copy(folder.parent / "safetensors" / "model.safetensors", folder / "some.safetensors")
     shutil.copy(folder.parent / "safetensors" / "model.safetensors", folder / "other.safetensors")
@@ -90,12 +107,17 @@ def as_distributed(folder, state):
     return save_sharded(folder, state, (3, 2), "model", [(("step",), 42)])
 
 
-FORMATS = {as_one_file: "safetensors", as_distributed: "torch.distributed.checkpoint"}
+DISTRIBUTED = "torch.distributed.checkpoint"
+FORMATS = {as_one_file: "safetensors", as_distributed: DISTRIBUTED, as_application: DISTRIBUTED}
 
 
 @pytest.mark.parametrize(
-    "form", [as_distributed, as_bin, as_old, as_shards, as_training_checkpoint, as_script, as_one_file]
-)
+    "form",
+    [
+        as_distributed, as_bin, as_old, as_shards, as_training_checkpoint, as_script, as_average, as_application,
+        as_one_file,
+    ],
+)  # fmt: skip
 def test_rows_are_those_of_safetensors_to_the_bit(form, tiny, expected):
     folder, state = tiny
     there = folder.parent / form.__name__
@@ -110,6 +132,18 @@ def test_rows_are_those_of_safetensors_to_the_bit(form, tiny, expected):
         step = 42 if form in (as_training_checkpoint, as_distributed) else None
         assert row["source_step"] == row["checkpoint_step"] == step
     assert set(found) == set(expected)
+
+
+def test_which_of_two_models_is_meant_is_asked(tiny, tmp_path):
+    folder, state = tiny
+    shutil.copy(folder / "config.json", tmp_path)
+    torch.save({f"{of}.{name}": t for of in ("policy", "critic") for name, t in state.items()}, tmp_path / "w.pt")
+    engine = TorchEngine(torch.device("cpu"))
+    with (
+        Checkpoint(str(tmp_path / "w.pt")).local_copy() as local,
+        pytest.raises(CheckpointError, match="holds 2 models, below critic, policy; save"),
+    ):
+        engine.load_trained(local, torch.float32)
 
 
 def test_an_adapter_is_the_merged_model(tiny, tmp_path):

@@ -116,3 +116,14 @@ def test_recorded_counts_are_checked(tmp_path):
     torch.save({"model": {"a": torch.ones(1)}, "model_args": args}, tmp_path / "ckpt.pt")
     with pytest.raises(CheckpointError, match="no model has more"):
         Checkpoint(str(tmp_path / "ckpt.pt")).config()
+
+
+def test_timms_number_of_classes_is_given_once():
+    """timm writes it among the arguments of the model too, where transformers' wrapper gives its own."""
+    told = {"architecture": "vit_tiny_patch16_224", "num_classes": 7, "num_features": 192}
+    told["model_args"] = {"num_classes": 7, "img_size": [224, 224]}
+    found = checked(told, "config.json")
+    assert (found["model_type"], found["num_labels"], found["num_classes"]) == ("timm_wrapper", 7, 7)
+    assert found["model_args"] == {"img_size": [224, 224]}
+    assert found["architectures"] == ["TimmWrapperForImageClassification"]
+    assert checked(told, "config.json", "vit")["model_type"] == "vit"

@@ -38,7 +38,7 @@ def told(source):
             "an adapter alone (adapter_config.json), without its base org/base; merge it",
         ),
         ({"adapter_config__json": "[]", "config__json": CONFIG}, "an adapter alone (adapter_config.json)"),
-        ({"model__gguf": "GGUF"}, "no config.json"),
+        ({"model__gguf": "GGUF"}, "model.gguf: the header is cut off"),
         (
             {"config__json": CONFIG, "shard__distcp": "x"},
             "shards of torch.distributed.checkpoint (shard.distcp) without the .metadata",

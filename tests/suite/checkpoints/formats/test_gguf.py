@@ -5,6 +5,7 @@ import struct
 import numpy as np
 import pytest
 
+from deadbench.suite.checkpoints.adapters import open_prepared
 from deadbench.suite.checkpoints.checkpoint import Checkpoint
 from deadbench.suite.checkpoints.formats.gguf import read_gguf
 from deadbench.suite.checkpoints.tensors import read_raw, read_vector
@@ -18,6 +19,9 @@ from tests.suite.checkpoints.servers import misbehaving
 
 RMS, LAYER = "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"
 D = 8
+
+
+LLAMA = {"model_type": "llama", "hidden_size": D, "num_hidden_layers": 2}
 
 
 def scales(seed=0):
@@ -101,16 +105,41 @@ def test_tensors_of_every_float_type_and_alignment():
         assert np.array_equal(read_vector(files, found["c"]), expected.astype(float))
 
 
-def test_parts_of_one_file(tmp_path):
-    whole = llama_like("llama", D, 2, RMS, {"split.count": 2})
-    (tmp_path / "m-00001-of-00002.gguf").write_bytes(gguf(whole, {"token_embd.weight": np.ones((32, D))}))
-    (tmp_path / "m-00002-of-00002.gguf").write_bytes(gguf({"split.no": 1}, {"output_norm.weight": scales()}))
-    result, _ = classify(str(tmp_path))
-    assert (result["error"], result["family"]) == (None, "rmsnorm")
-    (tmp_path / "m-00001-of-00002.gguf").unlink()
-    (tmp_path / "other.gguf").write_bytes(model("llama", RMS))
-    config = {"model_type": "llama", "hidden_size": D, "num_hidden_layers": 2}
-    assert "2 gguf files and no" in classify(str(tmp_path), config=config)[0]["error"]
+@pytest.mark.parametrize("source", ["the folder", "its first file"])
+def test_parts_of_one_file(source, tmp_path):
+    """The first part has all metadata and may have no tensor; the scales of gemma are stored as their sums with one."""
+    whole = llama_like("gemma", D, 2, RMS, {"split.count": 3, "split.no": 0})
+    parts = [{}, {"token_embd.weight": np.ones((32, D)), "output.weight": np.ones((32, D))}]
+    parts.append({"output_norm.weight": scales() + 1})
+    for number, tensors in enumerate(parts):
+        facts = whole if number == 0 else {"split.count": 3, "split.no": number}
+        (tmp_path / f"m-0000{number + 1}-of-00003.gguf").write_bytes(gguf(facts, tensors))
+    path = tmp_path if source == "the folder" else tmp_path / "m-00001-of-00003.gguf"
+    checkpoint = Checkpoint(str(path))
+    assert read_parameters(checkpoint).norm.scale_D == pytest.approx(scales().astype(float) + 1, abs=1e-6)
+    assert checkpoint.config()["vocab_size"] == 32
+    assert checkpoint.config()["tie_word_embeddings"] is False
+    assert checkpoint.bytes_total() == sum(file.stat().st_size for file in tmp_path.iterdir())
+    with checkpoint.local_copy() as local:
+        assert read_parameters(open_prepared(local)).columns()["scale_harmonic"] > 0
+
+
+def test_parts_that_are_not_all_there(tmp_path):
+    whole = llama_like("llama", D, 2, RMS, {"split.count": 2, "split.no": 0})
+    first, second = (tmp_path / f"m-0000{number}-of-00002.gguf" for number in (1, 2))
+    first.write_bytes(gguf(whole, {"token_embd.weight": np.ones((32, D))}))
+    assert "m-00002-of-00002.gguf" in classify(str(first))[0]["error"]
+    second.write_bytes(gguf({"split.count": 2, "split.no": 1}, {"output_norm.weight": scales()}))
+    assert classify(str(first))[0]["error"] is None
+    assert "part 2 of 2; give the first" in classify(str(second))[0]["error"]
+    renamed = first.rename(tmp_path / "whole.gguf")
+    assert "named as …-00001-of-00002.gguf" in classify(str(renamed))[0]["error"]
+    assert "2 gguf files and no" in classify(str(tmp_path), config=LLAMA)[0]["error"]
+    second.write_bytes(gguf({}, {"output_norm.weight": scales()}))
+    renamed.rename(first)
+    assert "not the part that its name says" in classify(str(first))[0]["error"]
+    first.write_bytes(gguf(whole | {"split.count": 100_000}, {}))
+    assert "part 0 of 100000; corrupt" in classify(str(first))[0]["error"]
 
 
 def test_over_a_web_server_the_tensors_are_not_fetched(tmp_path):

@@ -4,9 +4,12 @@ import argparse
 import collections
 import contextlib
 import datetime
+import pathlib
 import pickle
 import pickletools
+import types
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -68,6 +71,28 @@ def test_a_namespace_and_devices_are_plain():
     assert found["dtype"].name == "BF16"
 
 
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_what_training_scripts_keep_beside_weights_is_passed_over(protocol):
+    """Hyper-parameters of Lightning, schedules, histories, dates, paths, numbers and random states."""
+    by_default = collections.defaultdict(list, loss=[0.5])
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], 0.1)
+    value = {
+        "schedule": torch.optim.lr_scheduler.MultiStepLR(optimizer, [3, 3, 5]).state_dict()["milestones"],
+        "history": by_default,
+        "last": collections.deque([1, 2, 3], maxlen=2),
+        "step": 7,
+    }
+    further = {
+        "when": [datetime.datetime(2020, 1, 2), datetime.timedelta(3)],
+        "settings": [types.SimpleNamespace(lr=0.1), pathlib.PurePosixPath("a/b"), int, torch.__version__],
+        "numpy": [np.float64(0.5), np.random.get_state()],
+    }
+    found = read(pickle.dumps(value | further, protocol), TORCH_NAMES)
+    assert {key: found[key] for key in value} == {**value, "last": [2, 3]}
+    lightning = pytest.importorskip("lightning.pytorch.utilities.parsing")
+    assert read(pickle.dumps(lightning.AttributeDict(lr=0.1), protocol)) == {"lr": 0.1}
+
+
 class Evil:
     def __init__(self, function, *args):
         self.call = (function, args)
@@ -84,7 +109,7 @@ class Evil:
         (Evil(eval, "open('left-behind', 'w')"), "builtins.eval"),
         (Evil(getattr, "x", "upper"), "getattr"),
         (datetime.date(2020, 1, 1), "datetime.date"),
-        (collections.Counter("a"), "collections.Counter"),
+        (collections.ChainMap({}), "collections.ChainMap"),
         (torch.nn.Linear(1, 1), "torch.nn.modules.linear.Linear"),
         ({"a": [torch.load]}, "torch.serialization.load"),  # only named, and never called
     ],
@@ -133,7 +158,22 @@ BOMBS = {
     "a name without end": (P + b"c" + b"a" * 99_999, "corrupt"),
     "an escape in a name": (P + b"ca\n\x1b[2J\n.", r"names 'a.\\x1b"),
     "a set of a set's length, again and again": (
-        P + b"c__builtin__\nset\nq\x00(" + b"N" * 1000 + b"tq\x01" + b"h\x00h\x01\x85R0" * 3_000 + b"N.", "steps",
+        P + b"c__builtin__\nset\nq\x00(" + b"N" * 1000 + b"tq\x01" + b"h\x00h\x01\x85R0" * 5_000 + b"N.",
+        "more than 4,000,000 items",
+    ),
+    "copyreg": (P + b"ccopyreg\n_reconstructor\n(cbuiltins\ndict\ncbuiltins\ndict\n}tR.", "names copyreg._recons"),
+    "keywords of a class": (b"\x80\x04cbuiltins\ndict\n)}\x92.", "the opcode 0x92"),
+    "an instance of protocol 0": (P + b"(ios\nsystem\n.", "the opcode 0x69"),
+    "an object of protocol 1": (P + b"(cbuiltins\ndict\no.", "the opcode 0x6f"),
+    "a longer extension": (P + b"\x84\x01\x00\x00\x00.", "the opcode 0x84"),
+    "the way from a known name": (
+        b"\x80\x04X\x08\x00\x00\x00builtinsX\x0e\x00\x00\x00dict.__class__\x93.", "names builtins.dict.__class__",
+    ),
+    "a function to make values by": (P + b"ccollections\ndefaultdict\ncbuiltins\neval\n\x85R.", "names builtins.eval"),
+    "attributes of a constructor": (P + ORDERED + b"}b.", "sets attributes of a Constructor"),
+    "values of each other": (
+        P + b"".join(b"](" + (b"h" + bytes([i - 1])) * 2 + b"eq" + bytes([i]) if i else b"]q\x00" for i in range(200))
+        + b"0" * 199 + b".", None,
     ),
     "an encoding": (P + b"c_codecs\nencode\nX\x01\x00\x00\x00aX\x03\x00\x00\x00hex\x86R.", "_codecs.encode"),
     "a byte array of a size": (P + b"c__builtin__\nbytearray\nJ\xff\xff\xff\x7f\x85R.", "bytearray with 2147483647"),

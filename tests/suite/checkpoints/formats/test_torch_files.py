@@ -101,6 +101,12 @@ def test_values_that_are_to_be_conjugated_are_refused():
         tensors_of(saved({"w": torch.randn(3, dtype=torch.complex64).conj()}))
 
 
+def test_an_optimizer_whose_state_is_flat_is_no_part_of_the_model():
+    value = {"optimizer.state.exp_avg.norm.weight": torch.zeros(2), "norm.weight": torch.ones(2)}
+    (entry,) = read_torch_file(MemoryFiles(w__pt=saved(value)), "w.pt").entries
+    assert entry.name == "norm.weight"
+
+
 def test_nested_state_dicts_have_their_path_as_name():
     value = {"model": {"language_model": {"encoder": {"final_layernorm.weight": torch.ones(3)}, "note": "x"}}}
     (entry,) = read_torch_file(MemoryFiles(w__pt=saved(value)), "w.pt").entries
@@ -125,6 +131,13 @@ def test_sharded_with_an_index_and_a_file_beside_them():
     assert list(read_headers(files)) == ["a"]
     lone = MemoryFiles(model__pt=saved({"a": torch.ones(1)}), training_args__bin=b"")
     assert weight_files(lone).shards == ("model.pt",)
+
+
+def test_what_trainers_save_beside_the_weights_is_none_of_them():
+    beside = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state_0.pth", "random_states_0.pt", "sampler.bin")
+    files = MemoryFiles()
+    files.files = {name: saved({}) for name in beside} | {"weights.pt": saved({"a": torch.ones(2)})}
+    assert weight_files(files).shards == ("weights.pt",)
 
 
 @pytest.mark.parametrize(("name", "of"), [("w.bin", "torch"), ("w.safetensors", "torch"), ("w.pt", "torch")])

@@ -1,14 +1,17 @@
 """Folders as training frameworks leave them: the same weights as safetensors, or what is missing in one line."""
 
 import argparse
+import io
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from deadbench.runners.engines.resident import TorchEngine
 from deadbench.suite.checkpoints.checkpoint import Checkpoint
+from deadbench.suite.checkpoints.tensors import read_floats
 from deadbench.suite.reads.classify import classify
 from tests.conftest import save_tiny
 from tests.suite.checkpoints.formats.sharded import save_sharded
@@ -50,6 +53,40 @@ def deepspeed_zero3(folder, state, ranks=3):
         torch.save({"module": {}, "param_shapes": shapes, "global_steps": 40}, below / f"{start}_model_states.pt")
         optimizer = {"zero_stage": 3, "partition_count": ranks, "fp32_flat_groups": runs}
         torch.save({"optimizer_state_dict": optimizer}, below / f"{start}_optim_states.pt")
+
+
+def deepspeed_zero3_in_part(folder, state, ranks=3):
+    """A model of which the second block alone is trained, behind a buffer, with a tensor that another one shares."""
+    below = folder / "global_step40"
+    below.mkdir()
+    (folder / "latest").write_text("global_step40")
+    alias, *names = state
+    shared = state[alias]
+    trained = {name: state[name] for name in names if ".layers.1." in name}
+    frozen = {name: state[name].bfloat16().float() for name in names if name not in trained}
+
+    def run(tensor, rank):
+        each = -(-tensor.numel() // ranks)
+        padded = torch.nn.functional.pad(tensor.flatten(), (0, each * ranks - tensor.numel()))
+        return padded[rank * each : (rank + 1) * each].clone()
+
+    for rank in range(ranks):
+        start = f"zero_pp_rank_{rank}_mp_rank_00"
+        told = {
+            "param_shapes": [{name: tensor.shape for name, tensor in trained.items()}],
+            "frozen_param_shapes": {name: tensor.shape for name, tensor in frozen.items()}
+            | {"source": state[alias].shape},
+            "frozen_param_fragments": {name: run(tensor, rank) for name, tensor in frozen.items()}
+            | {"source": run(state[alias], rank)},
+            "shared_params": {alias: "source"},
+            "module": {"running_mean": torch.arange(3.0), names[0]: torch.empty(0)},
+            "buffer_names": ["running_mean"],
+        }
+        torch.save(told, below / f"{start}_model_states.pt")
+        groups = [torch.cat([run(tensor, rank) for tensor in trained.values()])]
+        optimizer = {"zero_stage": 3, "partition_count": ranks, "fp32_flat_groups": groups}
+        torch.save({"optimizer_state_dict": optimizer}, below / f"bf16_{start}_optim_states.pt")
+    return frozen | trained | {alias: shared}
 
 
 def gpt_neox(folder, state):
@@ -103,6 +140,22 @@ def test_the_weights_are_those_of_safetensors(form, where, tiny, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_zero3_of_a_model_that_is_trained_in_part(tiny, tmp_path):
+    """What `zero_to_fp32.py` gathers too: frozen parameters, buffers, and what two modules share."""
+    expected = deepspeed_zero3_in_part(tmp_path, tiny[1])
+    shutil.copy(tiny[0] / "config.json", tmp_path)
+    checkpoint = Checkpoint(str(tmp_path))
+    found = {name: read_floats(checkpoint, entry) for name, entry in checkpoint.headers().items()}
+    assert found.pop("running_mean").tolist() == [0.0, 1.0, 2.0]
+    assert found.keys() == expected.keys() | {"source"}
+    assert all(np.array_equal(found[name], expected[name].double().numpy()) for name in expected)
+    last = tmp_path / "global_step40" / "zero_pp_rank_2_mp_rank_00_model_states.pt"
+    told = torch.load(last)
+    del told["frozen_param_fragments"]["source"]
+    torch.save(told, last)
+    assert "of source; copy the files of all ranks" in classify(str(tmp_path))[0]["error"]
+
+
 def test_megatrons_own_folder_and_the_last_stage_of_a_pipeline(tmp_path):
     gamma = torch.rand(16) + 0.5
     args = argparse.Namespace(num_layers=2, hidden_size=16, normalization="RMSNorm", norm_epsilon=1e-6)
@@ -111,11 +164,14 @@ def test_megatrons_own_folder_and_the_last_stage_of_a_pipeline(tmp_path):
         below = tmp_path / "iter_0000300" / f"mp_rank_00_{stage:03d}"
         below.mkdir(parents=True)
         model = {"decoder.final_layernorm.weight": gamma} if stage else {"embedding.weight": torch.ones(3, 16)}
+        model["decoder.layers.0.mlp.linear_fc1._extra_state"] = io.BytesIO(b"of FP8")
         torch.save({"model": model, "args": args, "iteration": 300}, below / "model_optim_rng.pt")
     result, _ = classify(str(tmp_path))
     assert result["error"] is None
     assert (result["family"], result["source_format"], result["source_step"]) == ("rmsnorm", "megatron", 300)
     assert result["scale_harmonic"] == pytest.approx(16 / float((1 / gamma.double() ** 2).sum()), rel=1e-12)
+    torch.save({"model": model, "args": args, "of": torch.nn.Linear}, below / "model_optim_rng.pt")
+    assert "names torch.nn.modules.linear.Linear" in classify(str(tmp_path))[0]["error"]  # no word of a config.json
 
 
 @pytest.mark.parametrize(
