@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deadbench.suite.architectures.no_network import nothing_fetched
 from deadbench.suite.errors import InputError, reason_of
 from deadbench.suite.inputs.hub_pictures import read_hub_pictures
 from deadbench.suite.inputs.specs import photo_files
@@ -191,7 +192,8 @@ def _processed(
         return None
     loader = getattr(transformers, _LOADERS[kind])
     try:
-        made = make(loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
+        with nothing_fetched():
+            made = make(loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
     except InputError:
         raise
     except Exception as error:

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from deadbench.suite.architectures.no_network import nothing_fetched
 from deadbench.suite.errors import InputError, reason_of
 from deadbench.suite.inputs.batches import Batch, Inputs
 from deadbench.suite.inputs.early_checks import check_vocabulary, open_ids
@@ -140,7 +141,8 @@ def load_tokenizer(spec: str, folder: Path | None) -> Any:
             f"{f' in {folder}' if folder else ''}; give --input tokens:random or tokens:FILE.npy"
         )
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with nothing_fetched():
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise InputError(f"the tokenizer in {folder} cannot be loaded ({reason_of(error)})") from error
 
