@@ -29,7 +29,7 @@ from deadbench.suite.inputs.early_checks import check_vocabulary, open_ids
 from deadbench.suite.inputs.hub_text import read_hub_text
 from deadbench.suite.inputs.specs import TOKENIZER_FILES, text_path
 
-_CHARACTERS_PER_PIECE = 100_000
+_CHARACTERS_PER_PIECE, _LONGEST_LINE = 100_000, 1_000_000
 
 
 def token_batches(
@@ -176,8 +176,14 @@ def _pieces(spec: str) -> Iterator[str]:
         return
     with text_path(rest).open(encoding="utf-8", errors="strict") as file:
         try:
-            while piece := file.readlines(_CHARACTERS_PER_PIECE):
-                yield "".join(piece)
+            piece = ""
+            while line := file.readline(_LONGEST_LINE):  # one without an end is not held
+                piece += line
+                if len(piece) > _CHARACTERS_PER_PIECE:
+                    yield piece
+                    piece = ""
+            if piece:
+                yield piece
         except UnicodeDecodeError as error:
             raise InputError(f"{rest}: not UTF-8 text ({error.reason} at byte {error.start})") from error
 
