@@ -48,8 +48,10 @@ def open_checkpoint(
     checkpoint = Checkpoint(source, revision, base, place, config, model_type)
     if _is_adapter(checkpoint):
         return AdaptedCheckpoint(checkpoint, _base_of(checkpoint, base, config, model_type))
-    if _has_adapter_too(checkpoint):
-        checkpoint.remark = f"{checkpoint.source}: the weights without the adapter that lies beside them"
+    with contextlib.suppress(CheckpointError):  # which reading it will say
+        beside = checkpoint.lists and ADAPTER_FILE in checkpoint.names() and set(_WEIGHTS) & set(checkpoint.names())
+        if beside:
+            checkpoint.remark = f"{checkpoint.source}: the weights without the adapter that lies beside them"
     return checkpoint
 
 
@@ -251,14 +253,6 @@ def _is_adapter(checkpoint: Checkpoint) -> bool:
         return checkpoint.has(ADAPTER_FILE) and not has_weights(checkpoint)
     except CheckpointError:
         return False  # which reading it will say
-
-
-def _has_adapter_too(checkpoint: Checkpoint) -> bool:
-    """Whether an adapter lies beside whole weights, as far as a listing tells; beside one file that is meant, none."""
-    with contextlib.suppress(CheckpointError):
-        names = checkpoint.names() if checkpoint.lists else []
-        return ADAPTER_FILE in names and any(each in names for each in _WEIGHTS)
-    return False
 
 
 def _settings(adapter: Checkpoint) -> dict[str, Any]:
