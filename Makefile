@@ -15,7 +15,7 @@ NEEDS_CPU_BUILD := $(shell [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi
 # Ray's workers and the tests' processes are Pythons of their own: without bytecode each would compile all of deadbench anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: run test test-fast check coverage bench docs dist vllm clean
+.PHONY: run test test-fast check coverage bench docs dist lock vllm clean
 
 run: $(VENV)/installed
 	$(BIN)/deadbench run --suite quick --out $(OUT)
@@ -55,6 +55,16 @@ docs: $(VENV)/installed
 dist: $(VENV)/installed
 	rm -rf dist
 	$(BIN)/hatchling build -d dist
+
+# What a release needs at the tested versions, each file by its hash: `pip install --require-hashes -r` takes nothing else.
+# What only torch's CUDA build needs is apart; uv (pip install uv) asks the index for the hashes of all files of a version.
+LOCKED := --generate-hashes --python-version 3.11 --python-platform x86_64-manylinux_2_28 --default-index https://pypi.org/simple
+lock:
+	uv pip compile --quiet pyproject.toml -c constraints.txt $(LOCKED) --no-annotate --no-header -o requirements.lock
+	echo '-r requirements.lock' >requirements-cuda.lock
+	awk '/^[a-z]/ { cuda = /^(cuda|nvidia|triton)/ } cuda' requirements.lock >>requirements-cuda.lock
+	awk '/^[a-z]/ { cuda = /^(cuda|nvidia|triton)/ } !cuda' requirements.lock >requirements.lock.new
+	mv requirements.lock.new requirements.lock
 
 # vLLM without GPUs, for its engine's tests; on a machine with GPUs: pip install 'deadbench[vllm]'.
 vllm: $(VENV)/vllm

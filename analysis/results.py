@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from deadbench.suite.errors import message
-from deadbench.suite.schema import KEY, MAX_ROWS, SCHEMA_VERSION, TABLES, arrow_schema
+from deadbench.suite.schema import KEY, SCHEMA_VERSION, TABLES, arrow_schema, too_many_rows
 from deadbench.suite.secrets import shown_place
 from deadbench.suite.storage import is_hidden, is_local, open_place, refusal
 
@@ -61,8 +61,11 @@ def _scan_one(location: str, table: str) -> pl.LazyFrame:
         # Through fsspec, which has the credentials; polars would open a URI with a client of its own.
         with _Explained(location):
             sources = list(filesystem.cat(files).values())
-    for path, source in zip(files, sources, strict=True):
-        _check_file(location, path, source, table)
+    rows = {
+        _name(path): _check_file(location, path, source, table) for path, source in zip(files, sources, strict=True)
+    }
+    if why := too_many_rows(table, rows):
+        raise ResultsError(f"{shown_place(location)}: {why}")
     # Neither the brackets nor the `key=value` of a folder's name mean anything here.
     found = pl.scan_parquet(
         sources,
@@ -146,19 +149,19 @@ def _parquet_files(filesystem: Any, folder: str) -> list[str]:
     return sorted(name for name in names if not is_hidden(name))
 
 
-def _check_file(location: str, path: str, source: str | bytes, table: str) -> None:
-    """Refuse a file that is torn, a stranger's, or newer than this version."""
-    where = f"{shown_place(location)}: {table}/{path.rsplit('/', 1)[-1]}"
+def _name(path: str) -> str:
+    return path.rsplit("/", 1)[-1]
+
+
+def _check_file(location: str, path: str, source: str | bytes, table: str) -> int:
+    """The number of a file's rows; one that is torn, a stranger's, or newer than this version is refused."""
+    where = f"{shown_place(location)}: {table}/{_name(path)}"
     try:
         footer = pq.read_metadata(io.BytesIO(source) if isinstance(source, bytes) else source)
         schema = footer.schema.to_arrow_schema()
     except (pa.ArrowException, OSError) as error:
         reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else "torn, or not parquet"
         raise ResultsError(f"{where} cannot be read as parquet ({reason}); move it away") from error
-    if footer.num_rows > MAX_ROWS:
-        raise ResultsError(
-            f"{where} has {footer.num_rows:,} rows, more than {MAX_ROWS:,}; no run writes so many: move it away"
-        )
     version = (schema.metadata or {}).get(b"schema_version", b"").decode(errors="replace")
     if not version.isdecimal():
         raise ResultsError(f"{where} is not a deadbench result (no schema_version); move it away")
@@ -172,6 +175,7 @@ def _check_file(location: str, path: str, source: str | bytes, table: str) -> No
         expected = ours.field(field.name).type if field.name in ours.names else field.type
         if field.type != expected:
             raise ResultsError(f"{where}: column {field.name!r} is {field.type}, expected {expected}; move it away")
+    return int(footer.num_rows)
 
 
 @cache

@@ -27,6 +27,10 @@ class RemoteCodeError(ArchitectureError):
     """A configuration that needs code from the checkpoint, which is never run."""
 
 
+class ElsewhereError(ArchitectureError):
+    """A stranger's file that names something outside the checkpoint, which would have to be fetched."""
+
+
 class InputError(ValueError):
     """An input that cannot be had or does not fit the model; one line."""
 

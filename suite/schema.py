@@ -9,10 +9,22 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-MAX_ROWS = (
-    10_000_000  # of a file of results; rows that are all alike take no room, and a file of kilobytes has any number
-)
+# Of a table of one result set, in all its files: rows that are all alike take no room, and a file of kilobytes has any
+# number of them. A row of `reads` is a read, and wide.
+MAX_ROWS, MAX_READS = 10_000_000, 500_000
 SCHEMA_VERSION = 1
+
+
+def too_many_rows(table: str, rows: Mapping[str, int]) -> str | None:
+    """Why a table with so many rows in its files, by their names, is no run's, in one line; None where it may be."""
+    total, most = sum(rows.values()), MAX_READS if table == "reads" else MAX_ROWS
+    if total <= most:
+        return None
+    name = max(rows, key=lambda each: rows[each])
+    return (
+        f"{table} has {total:,} rows, {rows[name]:,} of them in {name}, more than {most:,}; no run writes so many: "
+        "move it away"
+    )
 
 
 class Column(NamedTuple):

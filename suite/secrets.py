@@ -107,6 +107,8 @@ def _shown_link(link: str) -> str:
         told, at, place = rest.rpartition("@")
         _remember(told)
         _remember(told.partition(":")[2])
+        for piece in re.split(r"[/?#@:]", told.partition(":")[2]):  # as a library takes it that ends the host there
+            _remember(piece)
         # What is behind the only @ is the place where a password, begun in front of it, may have any letters.
         is_password = at and "@" not in told and ":" in re.split(r"[/?#]", told, maxsplit=1)[0]
         kept = (_host_and_path(scheme, place) if is_password else None) or "***"
@@ -169,10 +171,12 @@ def _remember_parts(rest: str) -> None:
     before, _, fragment = rest.partition("#")
     query = before.partition("?")[2]
     pairs = [pair.partition("=") for pair in query.split("&")]
+    of_path = [part.partition("=") for part in re.split("[/;]", before.partition("?")[0])]
     for piece in (user, query, fragment, *(value for _, _, value in pairs)):
         if ":" in piece or len(piece) >= _CERTAIN:
             _remember(piece)
-    for piece in (user.partition(":")[2], *(v for name, _, v in pairs if _SECRET_SETTING.fullmatch(f"{name}="))):
+    told = (value for name, _, value in (*pairs, *of_path) if _SECRET_SETTING.fullmatch(f"{name}="))
+    for piece in (user.partition(":")[2], *told):
         _remember(piece)
 
 

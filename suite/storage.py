@@ -22,6 +22,7 @@ from deadbench.suite.errors import message
 # The extra that brings the library for a protocol.
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "abfs": "azure", "abfss": "azure", "az": "azure"}
 
+_PIECE_BYTES = 2**22
 # File systems that lie in another place, which follows behind `::`.
 _WITHIN = {"blockcache", "cached", "dir", "filecache", "libarchive", "reference", "simplecache", "tar", "zip"}
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")  # one letter is a drive
@@ -83,13 +84,26 @@ def read_file(path: Path, most_bytes: int) -> bytes:
     Raises:
         OSError: it cannot be opened, is a folder, a pipe, a socket or a device, or has more than `most_bytes`.
     """
+    return b"".join(file_pieces(path, most_bytes))
+
+
+def file_pieces(path: Path, most_bytes: int) -> Iterator[bytes]:
+    """The same in pieces, of which none need be held; what is too large is refused before the first where it says so.
+
+    Raises:
+        OSError: as `read_file` does.
+    """
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        told = os.fstat(file.fileno())
+        if not stat.S_ISREG(told.st_mode):
             raise OSError("not a regular file")
-        data = file.read(most_bytes + 1)
-    if len(data) > most_bytes:
+        left = most_bytes - (told.st_size if told.st_size > most_bytes else 0)
+        while left >= 0 and (piece := file.read(min(_PIECE_BYTES, left + 1))):  # some say nothing of their size
+            left -= len(piece)
+            if left >= 0:
+                yield piece
+    if left < 0:
         raise OSError(f"more than {most_bytes:,} bytes")
-    return data
 
 
 def renames(fs: Any) -> bool:

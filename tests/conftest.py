@@ -135,15 +135,18 @@ def ray_session(tmp_path_factory):
     """One local Ray for every test that needs it: starting one takes seconds."""
     import ray
 
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        object_store_memory=100 * 2**20,
-        _system_config={"metrics_report_interval_ms": 1000},  # 10 s, which a test would wait for
-    )
+    from deadbench.runners.cluster.joining import on_loopback
+
+    with on_loopback():
+        ray.init(
+            address="local",
+            num_cpus=2,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            object_store_memory=100 * 2**20,
+            _system_config={"metrics_report_interval_ms": 1000},  # 10 s, which a test would wait for
+        )
     yield ray
     ray.shutdown()
 

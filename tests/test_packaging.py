@@ -229,6 +229,24 @@ def test_every_requirement_has_its_tested_version():
     assert {_normal(re.match(r"[\w-]+", line)[0]) for line in asked} <= pinned
 
 
+def test_the_lock_has_every_requirement_at_its_tested_version_and_by_its_hashes():
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    tested = {_normal(name): version for name, _, version in (line.partition("==") for line in lines if "==" in line)}
+    locked, cuda = (
+        (ROOT / name).read_text(encoding="utf-8") for name in ("requirements.lock", "requirements-cuda.lock")
+    )
+    pins = {_normal(name): version for name, version in re.findall(r"^([\w.-]+)==([\w.]+)", locked, re.MULTILINE)}
+    assert {name: tested.get(name) for name in pins} == pins, "make lock"
+    assert {_normal(re.match(r"[\w-]+", line)[0]) for line in PROJECT["dependencies"]} <= pins.keys()
+    assert cuda.startswith("-r requirements.lock\n")
+    assert tested.keys().isdisjoint(re.findall(r"^([\w.-]+)==", cuda, re.MULTILINE))
+    for text in (locked, cuda.partition("\n")[2]):
+        entries = re.split(r"\n(?=\w)", text.strip())
+        assert entries
+        for entry in entries:
+            assert re.fullmatch(r"[\w.-]+==[\w.]+( ;[^\\]*)?( \\\n    --hash=sha256:[0-9a-f]{64})+", entry), entry[:80]
+
+
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 
 

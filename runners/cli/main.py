@@ -65,6 +65,8 @@ def main() -> None:
     """Entry point of the console script: one line for an error, a traceback only with --debug."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its warnings say nothing that our answers do not
     print_anywhere()
+    if "--debug" not in sys.argv:
+        sys.unraisablehook = lambda unraisable: None  # a library's object that was never whole, as it goes
     try:
         code = app(standalone_mode=False)  # Typer turns Ctrl-C into this exit code
         if code == EXIT_INTERRUPTED:
@@ -88,6 +90,6 @@ def _explain(error: BaseException) -> int:
         text = message(error, MAX_LINE)
         if not isinstance(error, (UserError, ValueError)):
             text = plain(f"{type(error).__name__}: {text}", MAX_LINE)
-    print(f"deadbench: {text}", file=sys.stderr)
+    print(plain(f"deadbench: {text}", MAX_LINE), file=sys.stderr)
     expected = isinstance(error, (TyperException, UserError, ValueError))
     return EXIT_USAGE if expected else EXIT_FALSE

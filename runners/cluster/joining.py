@@ -12,7 +12,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
@@ -81,15 +81,46 @@ def connect(address: str | None, say: Callable[[str], None] = lambda line: None)
         options["_temp_dir"] = str(scratch.path / "ray")  # which Ray opens to all, within what is closed
     if not target.startswith("ray://"):  # there the server makes the job
         options["job_config"] = _job_config()
-    watch = contextlib.nullcontext() if scratch is None else watched(scratch.path / "ray")
+    alone = scratch is not None or _is_on_loopback(target)
+    place = on_loopback() if alone else contextlib.nullcontext()
+    watch = watched(scratch.path / "ray") if scratch is not None else contextlib.nullcontext()
     try:
-        with watch:
+        with place, watch:
             ray.init(address=target, logging_level="ERROR", log_to_driver=False, **options)
     except Exception as error:
         if scratch is not None:
             scratch.close()
         raise JoinError(f"Ray at {target!r} cannot be joined ({one_line(error, 300)})") from error
     return Connection(scratch)
+
+
+@contextlib.contextmanager
+def on_loopback() -> Iterator[None]:
+    """All of a Ray that is started within listens on the loopback address alone, which no other machine reaches.
+
+    On Linux Ray takes the machine's own address, even where it is given a loopback one, and listens on all interfaces
+    then; but not where it is told, by a variable that is named for macOS and Windows, that no cluster is to be made.
+    """
+    from ray._private import ray_constants
+
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = before and ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR in os.environ
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def _is_on_loopback(target: str) -> bool:
+    """Whether the Ray to be joined answers at a loopback address alone: Ray would look for it at the machine's own."""
+    from ray._private import services
+
+    host, _, port = (_latest() if target == "auto" else target).rpartition(":")
+    if host not in ("127.0.0.1", "localhost", "[::1]") or not port.isdecimal():
+        return False
+    with contextlib.suppress(OSError), socket.create_connection((services.get_node_ip_address(), int(port)), timeout=2):
+        return False
+    return True
 
 
 def _close_token() -> None:

@@ -20,6 +20,7 @@ from deadbench.runners.engines.base import Blocks, ForwardPass, Swept, mismatch
 from deadbench.runners.engines.device import Moment
 from deadbench.runners.engines.stored_state import stored_state
 from deadbench.suite.architectures.build import build_model, build_published, published_class
+from deadbench.suite.architectures.no_network import nothing_fetched
 from deadbench.suite.architectures.resolve import Resolved, resolve_without_weights
 from deadbench.suite.architectures.stored_names import unwrapped, unwrapping, wrapped
 from deadbench.suite.architectures.stored_tensors import whole_models
@@ -202,17 +203,19 @@ def _load(folder: Path, dtype: torch.dtype, model_class: Any, placement: dict[st
         what: Any = {"pretrained_model_name_or_path": folder, "local_files_only": True, "use_safetensors": True}
         loader = model_class or transformers.AutoModel
         if (state := stored_state(folder)) is not None:
-            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            with nothing_fetched():
+                config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             what = {"pretrained_model_name_or_path": None, "config": config, "state_dict": state}
             loader = model_class or type(build_model(config, "meta"))
-        return loader.from_pretrained(  # type: ignore[no-any-return]
-            **what,
-            dtype=dtype,
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are named by who asked
-            **placement,
-        )
+        with nothing_fetched():
+            return loader.from_pretrained(  # type: ignore[no-any-return]
+                **what,
+                dtype=dtype,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are named by who asked
+                **placement,
+            )
     except CheckpointError:
         raise
     except Exception as error:

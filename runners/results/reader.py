@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from deadbench.suite.schema import KEY
+from deadbench.suite.schema import KEY, too_many_rows
 from deadbench.suite.secrets import shown_place
 from deadbench.suite.storage import is_hidden, is_local, open_place, refusal
 
@@ -35,6 +35,7 @@ class ResultReader:
         except Exception as error:
             raise StoreError(f"{self._named}: {refusal(error)}") from error
         self._local = is_local(self._fs)
+        self._rows: dict[str, dict[str, int]] = {}  # of each table's files that were looked into, how many they have
         self._passed: set[str] = set()  # files of `reads` whose rows were asked for, or were there when this run began
 
     def place(self) -> tuple[Any, str]:
@@ -46,8 +47,7 @@ class ResultReader:
         columns = [*KEY, "source_fingerprint", "status"]
         identities = set()
         for path, source in self._sources("reads"):
-            with self._readable(path):
-                rows = pq.read_table(source, columns=columns, partitioning=None).to_pylist()
+            rows = self._read(path, source, columns)
             identities |= {tuple(row[name] for name in columns[:-1]) for row in rows if row["status"] == "ok"}
         return identities
 
@@ -70,9 +70,24 @@ class ResultReader:
         columns = [*KEY, "source_fingerprint", "run_id", "status", "error", "depth", "finished_at"]
         rows = []
         for path, source in self._opened("reads", paths):
-            with self._readable(path):
-                rows += pq.read_table(source, columns=columns, partitioning=None).to_pylist()
+            rows += self._read(path, source, columns)
         return rows
+
+    def _read(self, path: str, source: Any, columns: list[str]) -> list[dict[str, Any]]:
+        """Rows of a file of `reads`, which may have come a moment ago and be anybody's."""
+        with self._readable(path):
+            self._count("reads", path, pq.read_metadata(source).num_rows)
+            if not self._local:
+                source.seek(0)
+            return pq.read_table(source, columns=columns, partitioning=None).to_pylist()  # type: ignore[no-any-return]
+
+    def _count(self, table: str, path: str, num_rows: int) -> None:
+        """Raise StoreError where a table has more rows than any run writes, with those of this file."""
+        rows = self._rows.setdefault(table, {})
+        rows[path] = num_rows
+        if why := too_many_rows(table, rows):
+            del rows[path]  # it may be moved away
+            raise StoreError(f"{self._named}: {why}")
 
     def read_text(self, path: str) -> str | None:
         """A document that `write_text` stored; None where there is none.

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from deadbench.runners.results.reader import ResultReader, StoreError
-from deadbench.suite.schema import MAX_ROWS, SCHEMA_VERSION, TABLES
+from deadbench.suite.schema import SCHEMA_VERSION, TABLES
 from deadbench.suite.storage import refusal, renames, write_whole
 
 __all__ = ["ResultStore", "StoreError"]
@@ -104,11 +104,7 @@ class ResultStore(ResultReader):
                 with self._readable(path):
                     footer = pq.read_metadata(source)
                 metadata = footer.metadata or {}
-                if footer.num_rows > MAX_ROWS:
-                    raise StoreError(
-                        f"{self._named}: {path} has {footer.num_rows:,} rows, more than {MAX_ROWS:,}; no run "
-                        "writes so many: move it away"
-                    )
+                self._count(table, path, footer.num_rows)
                 version = metadata.get(b"schema_version", b"").decode()
                 if not version.isdigit():
                     raise StoreError(f"{self._named}: {path} is not a deadbench result; choose another folder")

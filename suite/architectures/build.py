@@ -10,7 +10,7 @@ from torch import nn
 from deadbench.suite.architectures.no_network import nothing_fetched
 from deadbench.suite.architectures.objectives import stated_architectures
 from deadbench.suite.architectures.trial import check
-from deadbench.suite.errors import ArchitectureError, RemoteCodeError, reason_of
+from deadbench.suite.errors import ArchitectureError, ElsewhereError, RemoteCodeError, reason_of
 
 SMALL_MODEL = 500_000_000  # parameters: 2 GB in float32, a few seconds to draw
 
@@ -43,6 +43,8 @@ def build_config(config: Mapping[str, Any]) -> Any:
     try:
         with nothing_fetched():
             return transformers.AutoConfig.for_model(model_type, **known)
+    except ElsewhereError:
+        raise
     except Exception as error:
         raise ArchitectureError(f"transformers refuses the configuration: {reason_of(error)}") from error
 
@@ -69,6 +71,8 @@ def build_model(config: Any, device: str = "cpu") -> nn.Module:
             model: nn.Module = transformers.AutoModel.from_config(
                 config, dtype=torch.float32, experts_implementation="eager"
             )
+    except ElsewhereError:
+        raise
     except Exception as error:
         if published_class(config) is not None:
             return build_published(config, device)
@@ -98,6 +102,8 @@ def build_published(config: Any, device: str = "cpu") -> nn.Module:
     try:
         with nothing_fetched(), torch.device(device):
             model: nn.Module = published._from_config(config, dtype=torch.float32, experts_implementation="eager")
+    except ElsewhereError:
+        raise
     except Exception as error:
         raise ArchitectureError(f"transformers cannot build {published.__name__}: {reason_of(error)}") from error
     return model.eval()

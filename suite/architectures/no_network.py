@@ -1,4 +1,4 @@
-"""While a stranger's configuration is built, nothing is fetched: what it names elsewhere is not what is measured."""
+"""While something of a stranger's is built, nothing is fetched: what it names elsewhere is not what is measured."""
 
 import contextlib
 import functools
@@ -6,6 +6,9 @@ import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
+
+from deadbench.suite.errors import ElsewhereError
+from deadbench.suite.plain_text import plain
 
 _EVENTS = {"socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "urllib.Request"}
 _HERE = threading.local()
@@ -16,7 +19,7 @@ def nothing_fetched() -> Iterator[None]:
     """Refuse this thread every connection; others go on with theirs.
 
     Raises:
-        PermissionError: inside, where something asks for one.
+        ElsewhereError: inside, where something asks for one; no error of the system, which libraries try again after.
     """
     _install()
     before = getattr(_HERE, "refuses", False)
@@ -35,4 +38,8 @@ def _install() -> None:
 
 def _heard(event: str, arguments: tuple[Any, ...]) -> None:
     if event in _EVENTS and getattr(_HERE, "refuses", False):
-        raise PermissionError("the configuration names something elsewhere, and nothing is fetched for it")
+        where = next((each for each in arguments if isinstance(each, str)), "an address")
+        raise ElsewhereError(
+            f"something outside the checkpoint is named in its files, to be fetched from {plain(where)}; nothing is: "
+            "write into them what is there"
+        )

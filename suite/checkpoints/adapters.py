@@ -48,6 +48,10 @@ def open_checkpoint(
     checkpoint = Checkpoint(source, revision, base, place, config, model_type)
     if _is_adapter(checkpoint):
         return AdaptedCheckpoint(checkpoint, _base_of(checkpoint, base, config, model_type))
+    with contextlib.suppress(CheckpointError):  # which reading it will say
+        beside = checkpoint.lists and ADAPTER_FILE in checkpoint.names() and set(_WEIGHTS) & set(checkpoint.names())
+        if beside:
+            checkpoint.remark = f"{checkpoint.source}: the weights without the adapter that lies beside them"
     return checkpoint
 
 

@@ -15,6 +15,10 @@ from deadbench.suite.storage import read_file, refusal
 _COUNTS = re.compile(r"^(n_layers?|num_.*layers|.*_layers|depths?|num_labels|(n|num)_.*experts)$")
 _MAX_COUNT = 100_000
 _MAX_DEPTH = 40  # of objects in objects; the deepest published one has seven
+# What has transformers and timm take code or values from elsewhere: a kernel's repository, a model's, a file.
+_HOW_COMPUTED = re.compile(r"_?(attn|experts)_implementation")
+_TIMM_NAMES, _TIMM_SCHEME = ("architecture", "backbone"), re.compile(r"[\w-]+:")
+_TIMM_ARGUMENTS = ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained", "cache_dir")
 _MAX_VALUES = 200_000  # the labels of 21 000 classes, both ways, are a fifth
 
 
@@ -35,12 +39,13 @@ def checked(config: Mapping[str, Any], called: str, model_type: str | None = Non
     """A configuration as it is read: plain floats, and a `model_type` where its `architectures` or the user tell it.
 
     Raises:
-        CheckpointError: counts, or so many values, that no model has.
+        CheckpointError: counts, or so many values, that no model has; code or values from elsewhere.
     """
     _check_depth(config, called)
     if _num_values(config) > _MAX_VALUES:
         raise CheckpointError(f"{called}: more than {_MAX_VALUES:,} values; no model's configuration has so many")
     _check_counts(config, called)
+    _check_elsewhere(config, called)
     plain = {key: _plain_floats(value) for key, value in config.items()}
     if not isinstance(plain.get("model_type"), str):
         if not model_type and is_timm(plain):
@@ -93,6 +98,28 @@ def _check_counts(config: Mapping[str, Any], called: str) -> None:
             _check_counts(value, called)
         elif _COUNTS.match(key) and any(isinstance(v, (int, float)) and v > _MAX_COUNT for v in values):
             raise CheckpointError(f"{called}: {plain(key)} is {shown(value)}; no model has more than {_MAX_COUNT}")
+
+
+def _check_elsewhere(config: Any, called: str) -> None:
+    """Refuse what names code, or values that are not the checkpoint's; who builds it fetches nothing besides."""
+    if isinstance(config, list):
+        for each in config:
+            _check_elsewhere(each, called)
+    if not isinstance(config, Mapping):
+        return
+    for key, value in config.items():
+        if _HOW_COMPUTED.fullmatch(key) and "/" in str(value):
+            raise CheckpointError(
+                f"{called}: {key} is {shown(value)}, code from elsewhere, which is never run; take the key out"
+            )
+        if key in _TIMM_NAMES and isinstance(value, str) and _TIMM_SCHEME.match(value):
+            raise CheckpointError(
+                f"{called}: {key} is {shown(value)}, which lies elsewhere; write the name of timm's architecture"
+            )
+        told = [name for name in _TIMM_ARGUMENTS if name in value] if key == "model_args" and value else []
+        if told:
+            raise CheckpointError(f"{called}: {key} has {told[0]}, which takes values from elsewhere; take it out")
+        _check_elsewhere(value, called)
 
 
 def _plain_floats(value: Any) -> Any:

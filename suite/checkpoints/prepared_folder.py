@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deadbench.suite.checkpoints.formats.table import WEIGHT_ENDINGS
+from deadbench.suite.checkpoints.no_weights import ADAPTER_FILE
 from deadbench.suite.checkpoints.weight_files import INDEX_FILE, NAMED_BY, SAFETENSORS, WeightFiles
 from deadbench.suite.scratch import Scratch
 
@@ -21,7 +22,8 @@ def as_transformers_expects(
     """`folder`, or where other programs could take other weights in it, a folder of links in which they cannot.
 
     vLLM opens all safetensors that an index does not exclude, whether or not transformers opens the index, and neither
-    it nor accelerate's offloading follows shards into subfolders. What goes wrong meanwhile is told of `folder`.
+    it nor accelerate's offloading follows shards into subfolders. transformers puts an adapter that lies beside the
+    weights on them, where PEFT is installed. What goes wrong meanwhile is told of `folder`.
 
     Args:
         folder: where the files are.
@@ -36,12 +38,14 @@ def as_transformers_expects(
     usual = weights.index == of.index if weights.index else weights.shards == (of.file,)
     if of is SAFETENSORS:
         usual = usual and (weights.index is not None or not indexed) and there == sorted(weights.shards)
+    complete = complete and not (folder / ADAPTER_FILE).exists()
     if complete and usual and (of is SAFETENSORS or not (there or indexed)):
         yield folder
         return
     with Scratch() as view:
         for path in folder.iterdir():
-            if path.is_file() and not path.name.endswith(_WEIGHTS) and path.name != "config.json":
+            told_anew = ("config.json", ADAPTER_FILE)
+            if path.is_file() and not path.name.endswith(_WEIGHTS) and path.name not in told_anew:
                 os.symlink(path.absolute(), view / path.name)
         flat = {shard: shard.replace("/", "--") for shard in weights.shards}
         if of is not SAFETENSORS:  # which readers of our own open, by the names that they know

@@ -19,15 +19,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deadbench.suite.architectures.no_network import nothing_fetched
 from deadbench.suite.errors import InputError, reason_of
 from deadbench.suite.inputs.hub_pictures import read_hub_pictures
-from deadbench.suite.inputs.specs import photo_files
+from deadbench.suite.inputs.specs import MOST_PHOTO_BYTES, photo_files
 from deadbench.suite.storage import read_file
 
 _PROCESSOR_FILE = "preprocessor_config.json"
 _LOADERS = {"image processor": "AutoImageProcessor", "feature extractor": "AutoFeatureExtractor"}
 # Of a photograph: as from where Pillow warns of a bomb, which a file of some kilobytes can be; and of its file.
-_MOST_PIXELS, _MOST_BYTES = 89_478_485, 256_000_000
+_MOST_PIXELS = 89_478_485
 _MOST_PIXELS_AT_ONCE = 400_000_000  # 1.6 GB
 _SECONDS = 10.0  # of sound an item; extractors with a fixed length cut or fill it
 
@@ -45,7 +46,7 @@ class Photo:
         from PIL import Image
 
         try:
-            encoded = read_file(Path(self.called), _MOST_BYTES) if self.encoded is None else self.encoded
+            encoded = read_file(Path(self.called), MOST_PHOTO_BYTES) if self.encoded is None else self.encoded
             with warnings.catch_warnings():
                 warnings.simplefilter(
                     "ignore", Image.DecompressionBombWarning
@@ -191,7 +192,8 @@ def _processed(
         return None
     loader = getattr(transformers, _LOADERS[kind])
     try:
-        made = make(loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
+        with nothing_fetched():
+            made = make(loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
     except InputError:
         raise
     except Exception as error:

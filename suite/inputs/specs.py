@@ -7,9 +7,10 @@ import hashlib
 import re
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from deadbench.suite.errors import InputError
-from deadbench.suite.storage import is_hidden
+from deadbench.suite.storage import file_pieces, is_hidden, refusal
 
 # What a kind of input may be read as; a Hub dataset as what the model reads.
 MODALITIES = {"text": ("text",), "tokens": ("text",), "hf": ("text", "image"), "image": ("image",), "audio": ("audio",)}
@@ -21,6 +22,8 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 _DATASET = re.compile(r"[\w.-]+/[\w.-]+")
 _CAPTION_CHARACTERS = 10_000  # the beginning of a longer one is read
+MOST_PHOTO_BYTES = 256_000_000
+_MOST_BYTES = 2**33  # of text and of token ids: two thousand million tokens
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
@@ -52,20 +55,33 @@ def check_spec(spec: str, modality: str) -> None:
 
 
 def content_hash(spec: str) -> str:
-    """What `spec` stands for, by content: two files of one name are two inputs."""
+    """What `spec` stands for, by content: two files of one name are two inputs.
+
+    Raises:
+        InputError: a file that cannot be read, is none, or is larger than what a read takes.
+    """
     kind, _, rest = spec.partition(":")
     digest = hashlib.sha256(kind.encode())
     if (kind == "tokens" and rest == "random") or kind in ("hf", "audio"):
         digest.update(rest.encode())
     elif kind == "image":
         for photo in photo_files(rest):
-            digest.update(photo.read_bytes())
+            _add(digest, spec, photo, MOST_PHOTO_BYTES)
     elif kind in MIXED:
         for photo, caption in zip(photo_files(rest), captions(rest), strict=True):
-            digest.update(photo.read_bytes() + caption.encode())
+            _add(digest, spec, photo, MOST_PHOTO_BYTES)
+            digest.update(caption.encode())
     else:
-        digest.update(text_path(rest).read_bytes() if kind == "text" else Path(rest).read_bytes())
+        _add(digest, spec, text_path(rest) if kind == "text" else Path(rest), _MOST_BYTES)
     return digest.hexdigest()[:16]
+
+
+def _add(digest: Any, spec: str, path: Path, most_bytes: int) -> None:
+    try:
+        for piece in file_pieces(path, most_bytes):
+            digest.update(piece)
+    except OSError as error:
+        raise InputError(f"input {spec!r}: {path} cannot be read ({refusal(error)})") from error
 
 
 def photo_files(folder: str) -> list[Path]:

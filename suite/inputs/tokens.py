@@ -22,13 +22,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from deadbench.suite.architectures.no_network import nothing_fetched
 from deadbench.suite.errors import InputError, reason_of
 from deadbench.suite.inputs.batches import Batch, Inputs
 from deadbench.suite.inputs.early_checks import check_vocabulary, open_ids
 from deadbench.suite.inputs.hub_text import read_hub_text
 from deadbench.suite.inputs.specs import TOKENIZER_FILES, text_path
 
-_CHARACTERS_PER_PIECE = 100_000
+_CHARACTERS_PER_PIECE, _LONGEST_LINE = 100_000, 1_000_000
 
 
 def token_batches(
@@ -140,7 +141,8 @@ def load_tokenizer(spec: str, folder: Path | None) -> Any:
             f"{f' in {folder}' if folder else ''}; give --input tokens:random or tokens:FILE.npy"
         )
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with nothing_fetched():
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise InputError(f"the tokenizer in {folder} cannot be loaded ({reason_of(error)})") from error
 
@@ -174,8 +176,14 @@ def _pieces(spec: str) -> Iterator[str]:
         return
     with text_path(rest).open(encoding="utf-8", errors="strict") as file:
         try:
-            while piece := file.readlines(_CHARACTERS_PER_PIECE):
-                yield "".join(piece)
+            piece = ""
+            while line := file.readline(_LONGEST_LINE):  # one without an end is not held
+                piece += line
+                if len(piece) > _CHARACTERS_PER_PIECE:
+                    yield piece
+                    piece = ""
+            if piece:
+                yield piece
         except UnicodeDecodeError as error:
             raise InputError(f"{rest}: not UTF-8 text ({error.reason} at byte {error.start})") from error
 

@@ -1,3 +1,6 @@
+import shutil
+from pathlib import Path
+
 import fsspec
 import polars as pl
 import pyarrow as pa
@@ -7,6 +10,7 @@ import pytest
 from deadbench.analysis.pages.report import provenance
 from deadbench.analysis.results import ResultsError, collected, latest, scan
 from deadbench.analysis.trackers.curves import series
+from deadbench.runners.results.reader import ResultReader
 from deadbench.runners.results.store import ResultStore, StoreError
 from deadbench.suite.schema import arrow_schema, to_table
 
@@ -160,9 +164,25 @@ def test_a_time_past_the_calendar_is_none(result_set, read, tmp_path, instant):
 
 def test_a_file_of_more_rows_than_any_run_writes_is_refused_by_its_footer(result_set, read, monkeypatch):
     location = result_set([read("a")])
-    monkeypatch.setattr("deadbench.analysis.results.MAX_ROWS", 0)
-    monkeypatch.setattr("deadbench.runners.results.store.MAX_ROWS", 0)
-    with pytest.raises(ResultsError, match="reads/0000.parquet has 1 rows, more than 0"):
+    store = ResultStore(location)
+    monkeypatch.setattr("deadbench.suite.schema.MAX_READS", 0)
+    with pytest.raises(ResultsError, match=r"reads has 1 rows, 1 of them in 0000\.parquet, more than 0; no run"):
         scan(location)
-    with pytest.raises(StoreError, match=r"0000.parquet has 1 rows, more than 0"):
-        ResultStore(location)
+    for opens in (lambda: ResultStore(location), store.finished, ResultReader(location).come):
+        with pytest.raises(StoreError, match=r"reads has 1 rows, 1 of them in .*0000\.parquet, more than 0; no run"):
+            opens()
+
+
+def test_rows_of_all_files_count_and_a_file_that_comes_during_a_run_is_not_held(result_set, read, monkeypatch):
+    location = result_set([read("a"), read("b")])
+    store, path = ResultStore(location), Path(location) / "reads" / "0000.parquet"
+    monkeypatch.setattr("deadbench.suite.schema.MAX_READS", 3)
+    assert store.come() == []
+    shutil.copy(path, path.with_name("0002.parquet"))
+    assert len(store.come()) == 1
+    shutil.copy(path, path.with_name("0003.parquet"))
+    monkeypatch.setattr(pq, "read_table", lambda *_, **__: pytest.fail("it was read"))
+    with pytest.raises(StoreError, match=r"reads has 4 rows, 1 of them in .*more than 3"):
+        store.come()
+    path.with_name("0003.parquet").unlink()
+    assert store.come() == []

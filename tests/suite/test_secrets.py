@@ -78,6 +78,22 @@ def test_a_secret_of_a_place_is_known_wherever_a_library_quotes_it(secret, aroun
     assert "Z1234567" not in scrubbed(around.format(repr(secret)))
 
 
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ("ftp://user:Aq7xPartOne#Bz9yPartTwo@host:99999/d", "Port could not be cast to integer value as 'Aq7xPartOne'"),
+        ("ftp://user:Aq7xPartOne/Bz9yPartTwo@host/d", "no such host: Bz9yPartTwo"),
+        ("zip://x.zip::http://host/auth=Aq7xPartOne\tBz9yPartTwo/m", "unsupported: Aq7xPartOne Bz9yPartTwo"),
+    ],
+)
+def test_a_part_of_a_secret_that_a_library_took_for_something_else_is_known(place, words):
+    shown_place(place)
+    assert "Part" not in scrubbed(words).replace("Port", "")
+    assert scrubbed("of the path: http://host/model=pythia-160m-deduped-v0/m").endswith(
+        "/model=pythia-160m-deduped-v0/m"
+    )
+
+
 def test_a_key_of_the_environment_is_no_part_of_what_a_store_s_client_says(monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wJalrXUtnFEMI/K7MDENG")
     assert scrubbed("SignatureDoesNotMatch: wJalrXUtnFEMI/K7MDENG of x") == "SignatureDoesNotMatch: *** of x"

@@ -303,6 +303,13 @@ def test_a_newer_result_set_is_refused_everywhere(deadbench, results, tmp_path):
         assert "newer deadbench" in err
 
 
+def test_a_line_of_error_is_no_longer_than_its_limit_with_all_that_stands_before_it(deadbench):
+    code, _, err = deadbench("leaderboard", "/".join(["x" * 100] * 9))
+    assert code == 2
+    assert err.startswith("deadbench: ")
+    assert len(err.rstrip("\n")) == 300
+
+
 def test_debug_shows_the_traceback(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["deadbench", "leaderboard", "/no/such", "--debug"])
     with pytest.raises(ValueError, match="/no/such"):

@@ -2,6 +2,7 @@
 
 import contextlib
 import socket
+from ipaddress import ip_address
 
 import psutil
 
@@ -20,8 +21,7 @@ def listening():
     for process in (me, *me.children(recursive=True)):
         for each in process.net_connections("inet"):
             if each.status == psutil.CONN_LISTEN:
-                host = "127.0.0.1" if each.laddr.ip in ("::", "0.0.0.0") else each.laddr.ip
-                yield process.name(), (host, each.laddr.port)
+                yield process.name(), (each.laddr.ip.removeprefix("::ffff:"), each.laddr.port)  # IPv4 in IPv6
 
 
 def over_http(place):
@@ -46,6 +46,13 @@ def over_grpc(place):
                 yield "answered"
 
 
+def test_all_that_listens_is_on_the_loopback_address(ray_session):
+    ray_session.get(ray_session.remote(lambda: None).remote())
+    places = [(process, ip_address(place[0])) for process, place in listening()]
+    assert {process for process, _ in places} >= {"gcs_server", "raylet", "ray::DashboardAgent", "ray::RuntimeEnvAgent"}
+    assert [(process, place) for process, place in places if not place.is_loopback] == []
+
+
 def test_nothing_but_metrics_answers_without_the_token(ray_session):
     ray_session.get(ray_session.remote(lambda: None).remote())
     told, refused = [], 0
@@ -63,13 +70,20 @@ def test_nothing_but_metrics_answers_without_the_token(ray_session):
 
 
 def test_a_local_run_has_no_metrics_for_all_to_read(monkeypatch):
+    from ray._private import ray_constants
+
     asked = {}
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr("ray.is_initialized", lambda: False)
-    monkeypatch.setattr("ray.init", lambda **options: asked.update(options))
+    monkeypatch.setattr("ray.init", lambda **options: asked.update(options, cluster=ray_constants.ENABLE_RAY_CLUSTER))
+    monkeypatch.delenv(ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, raising=False)
     monkeypatch.setattr("ray.shutdown", lambda: None)
     monkeypatch.setattr(joining, "_close_token", lambda: None)
     monkeypatch.setattr(joining, "watched", lambda folder: contextlib.nullcontext())
     joining.connect("local").leave()
     assert asked["_system_config"] == {"enable_metrics_collection": False}
     assert asked["include_dashboard"] is False
+    assert asked["cluster"] is False, "on loopback"
+    monkeypatch.setenv(ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, "1")
+    joining.connect("local").leave()
+    assert asked["cluster"] is ray_constants.ENABLE_RAY_CLUSTER is True

@@ -1,6 +1,7 @@
 """What a stranger's configuration may cost: a trial elsewhere first, and no connection."""
 
 import itertools
+import json
 import socket
 import subprocess
 import sys
@@ -13,7 +14,8 @@ import pytest
 from deadbench.suite.architectures import trial
 from deadbench.suite.architectures.build import build_config
 from deadbench.suite.architectures.no_network import nothing_fetched
-from deadbench.suite.errors import ArchitectureError
+from deadbench.suite.errors import ArchitectureError, ElsewhereError, InputError
+from deadbench.suite.inputs.signals import own_pictures, photo_crops
 
 NARROW = {"model_type": "gpt2", "n_embd": 4, "n_head": 1, "vocab_size": 8, "n_positions": 4}
 
@@ -75,7 +77,7 @@ def test_nothing_is_fetched_for_a_configuration_and_other_threads_go_on():
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = server.getsockname()
         with nothing_fetched():
-            with pytest.raises(PermissionError, match="nothing is fetched"):
+            with pytest.raises(ElsewhereError, match=r"to be fetched from 127\.0\.0\.1; nothing is"):
                 socket.create_connection(address)
             connected = []
             other = threading.Thread(target=lambda: connected.append(socket.create_connection(address)))
@@ -85,9 +87,58 @@ def test_nothing_is_fetched_for_a_configuration_and_other_threads_go_on():
         socket.create_connection(address).close()
 
 
-def test_a_backbone_of_another_repository_is_refused(monkeypatch):
+ELSEWHERE = "nobody/nothing"
+SMALL_BERT = {"model_type": "bert", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+LLAVA = {"text_config": SMALL_BERT, "vision_config": {"model_type": "clip_vision_model", "num_hidden_layers": 1}}
+BOTH = {"_name_or_path": ELSEWHERE, "name_or_path": ELSEWHERE, "transformers_weights": f"{ELSEWHERE}/x.safetensors"}
+REFUSED = [
+    {"model_type": "detr", "backbone": ELSEWHERE, "use_timm_backbone": False, "use_pretrained_backbone": True},
+    {"model_type": "mask2former", "backbone": ELSEWHERE, "use_pretrained_backbone": True},
+    {"model_type": "edgetam"},  # whose default names one
+]
+BUILT = [
+    NARROW | BOTH,
+    {"model_type": "llava", **{part: its | BOTH for part, its in LLAVA.items()}},
+    {"model_type": "encoder-decoder", "encoder": SMALL_BERT | BOTH, "decoder": SMALL_BERT | BOTH},
+    {"model_type": "timm_backbone", "backbone": "resnet18", "use_pretrained_backbone": True},
+]
+_LEFT: list[str] = []
+
+
+def _heard(event, arguments):
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "urllib.Request"):
+        _LEFT.append(f"{event} {arguments}")
+
+
+@pytest.fixture
+def left(monkeypatch):
+    """What has left the process, past what refuses it: a hook of a later date hears only what passed the earlier."""
     from huggingface_hub import constants
 
+    with nothing_fetched():
+        pass
+    sys.addaudithook(_heard)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    with pytest.raises(ArchitectureError, match="transformers refuses the configuration"):
-        build_config({"model_type": "detr", "backbone": "microsoft/resnet-50", "use_timm_backbone": False})
+    _LEFT.clear()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        socket.create_connection(server.getsockname()).close()
+    assert len(_LEFT) >= 1, "the hook hears"
+    _LEFT.clear()
+    return _LEFT
+
+
+def test_what_a_configuration_names_elsewhere_is_refused_or_left_alone(left):
+    for config in REFUSED:
+        with pytest.raises(ArchitectureError, match=r"to be fetched from huggingface\.co; nothing is"):
+            build_config(config)
+    for config in BUILT:
+        assert build_config(config).model_type == config["model_type"]
+    assert left == []
+
+
+def test_a_picture_processor_that_names_another_repository_is_refused(left, tmp_path):
+    told = {"image_processor_type": "OneFormerImageProcessor", "repo_path": ELSEWHERE, "class_info_file": "x.json"}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(told))
+    with pytest.raises(InputError, match=r"to be fetched from huggingface\.co"):
+        own_pictures(photo_crops("image", 1, 0), tmp_path, {"pixel_values"})
+    assert left == []

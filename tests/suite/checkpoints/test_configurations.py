@@ -45,6 +45,29 @@ def test_what_names_no_architecture_stays_without(architectures):
     assert checked({"model_type": "bert"}, "c", "opt")["model_type"] == "bert"
 
 
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"attn_implementation": "nobody/kernel"},
+        {"text_config": {"_attn_implementation": {"": "nobody/kernel@main:f"}}},
+        {"layers": [{"experts_implementation": "nobody/kernel"}]},
+        {"backbone": "hf_hub:nobody/nothing"},
+        {"architecture": "local-dir:/etc"},
+        {"model_args": {"checkpoint_path": "other.pth"}},
+        {"backbone_config": {"model_args": {"pretrained_cfg_overlay": {"file": "other.pth"}}}},
+    ],
+)
+def test_code_and_values_from_elsewhere_are_refused_in_one_line(told):
+    with pytest.raises(CheckpointError, match="^c: .*(take the key out|timm's architecture|take it out)$"):
+        checked({"model_type": "bert"} | told, "c")
+
+
+def test_what_only_looks_as_if_it_named_another_place_stays():
+    timms = {"architecture": "vit_base", "pretrained_cfg": {"url": "http://a/b"}, "model_args": {"img_size": 64}}
+    told = {"attn_implementation": "sdpa", "_attn_implementation_autoset": True, "_name_or_path": "org/name"}
+    assert checked({"model_type": "bert"} | timms | told, "c") == {"model_type": "bert"} | timms | told
+
+
 def test_a_configuration_from_elsewhere_and_a_model_type(tiny, tmp_path):
     expected, _ = classify(str(tiny))
     alone = tmp_path / "weights.safetensors"

@@ -13,6 +13,7 @@ from transformers import AutoModel
 from deadbench.runners.engines.resident import TorchEngine
 from deadbench.runners.engines.streaming import StreamingEngine
 from deadbench.runners.results.directions_file import export_directions
+from deadbench.suite.checkpoints.adapters import open_checkpoint
 from deadbench.suite.checkpoints.checkpoint import Checkpoint
 from deadbench.suite.checkpoints.weight_files import INDEX_FILE, SINGLE_FILE
 from deadbench.suite.errors import CheckpointError
@@ -135,6 +136,37 @@ def test_a_file_that_the_configuration_names_comes_first(named, tensors, tmp_pat
     for wrong, message in (("../m/model.safetensors", "outside the checkpoint"), ("x.safetensors", "is missing")):
         (folder / "config.json").write_text(json.dumps(content | {"transformers_weights": wrong}))
         assert message in classify(str(folder))[0]["error"]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("ending", [".safetensors", ".bin"])
+def test_an_adapter_beside_whole_weights_is_put_on_them_by_no_read(ending, tensors, tmp_path):
+    peft = pytest.importorskip("peft")
+    folder = lay_out(tmp_path / "m", tensors, ("single",))
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32)
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(target_modules=["query_key_value"], modules_to_save=["final_layer_norm"])
+    )
+    adapted.save_pretrained(folder, safe_serialization=ending == ".safetensors")
+    assert (folder / f"adapter_model{ending}").exists()
+    assert set(read_everywhere(folder, tmp_path / "out.safetensors").values()) == {SCALES["single"]}
+    with open_checkpoint(str(folder)).local_copy() as local:
+        loaded = TorchEngine(torch.device("cpu")).load_trained(local, torch.float32)
+    assert not [name for name, _ in loaded.named_parameters() if "lora" in name]
+    assert "without the adapter that lies beside them" in str(open_checkpoint(str(folder)).remark)
+    assert open_checkpoint(str(folder / SINGLE_FILE)).remark is None
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_a_configuration_names_elsewhere_is_not_loaded(tensors, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    folder = lay_out(tmp_path / "m", tensors, ("single",))
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | {"attn_implementation": "nobody/kernel"}))
+    assert classify(str(folder))[0]["error"].endswith("code from elsewhere, which is never run; take the key out")
+    (folder / "config.json").write_text(json.dumps({"model_type": "edgetam"}))  # whose default names a repository
+    with pytest.raises(CheckpointError, match=r"to be fetched from huggingface\.co; nothing is"):
+        TorchEngine(torch.device("cpu")).load_trained(folder, torch.float32)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -1,5 +1,8 @@
 """Inputs: exactly what was asked for, padding marked, nothing silently replaced."""
 
+import hashlib
+import os
+import tracemalloc
 from importlib import resources
 from pathlib import Path
 
@@ -14,7 +17,7 @@ from deadbench.suite.errors import InputError
 from deadbench.suite.inputs.batches import check_count
 from deadbench.suite.inputs.hub_text import DatasetError, read_hub_text
 from deadbench.suite.inputs.specs import check_spec, content_hash
-from deadbench.suite.inputs.tokens import token_batches
+from deadbench.suite.inputs.tokens import _pieces, token_batches
 from tests.conftest import TWINS
 
 TWIN = TWINS / "layernorm" / "step0"
@@ -174,6 +177,45 @@ def test_content_counts_not_names(tmp_path):
     a.write_text("two")
     assert content_hash(f"text:{a}") != before
     assert content_hash("text") != content_hash("image") != content_hash("tokens:random")
+
+
+def test_the_hash_of_a_file_is_that_of_its_bytes_and_none_of_it_is_held(tmp_path):
+    path = tmp_path / "ids.npy"
+    path.write_bytes(bytes(range(256)) * 40_000)  # more than two pieces
+    whole = hashlib.sha256(b"tokens" + path.read_bytes()).hexdigest()[:16]
+    tracemalloc.start()
+    try:
+        assert content_hash(f"tokens:{path}") == whole
+        assert tracemalloc.get_traced_memory()[1] < 9_000_000  # of 10 240 000 bytes
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("kind", ["tokens", "text"])
+def test_files_of_no_end_are_one_line(kind, tmp_path):
+    sparse, fifo = tmp_path / "sparse", tmp_path / "fifo"
+    with sparse.open("wb") as file:
+        file.truncate(50_000_000_000)
+    os.mkfifo(fifo)
+    for path, message in (
+        (sparse, "more than 8,589,934,592 bytes"),
+        (fifo, "not a regular file"),
+        (Path("/dev/zero"), "not a regular file"),
+        (Path("/proc/self/mem"), "Input/output error"),
+        (tmp_path, "Is a directory"),
+    ):
+        with pytest.raises(InputError, match=rf"^input '{kind}:{path}': {path} cannot be read \({message}\)$"):
+            content_hash(f"{kind}:{path}")
+
+
+def test_a_line_without_an_end_is_cut_and_lines_of_any_length_stay_what_they_were(tmp_path):
+    path, lines = tmp_path / "a.txt", ["x" * length + "\n" for length in (99_990, 8, 1, 250_000, 5, 60_000, 50_000)]
+    path.write_text("".join(lines))
+    with path.open() as file:
+        whole = ["".join(piece) for piece in iter(lambda: file.readlines(100_000), [])]
+    assert list(_pieces(f"text:{path}")) == whole
+    path.write_text("y" * 2_500_000)
+    assert [len(piece) for piece in _pieces(f"text:{path}")] == [1_000_000, 1_000_000, 500_000]
 
 
 def hub(tmp_path: Path) -> DirFileSystem:
