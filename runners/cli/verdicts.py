@@ -49,6 +49,11 @@ class Verdict:
     opened: list[str] = field(default_factory=list)
     error: str | None = None
 
+    @classmethod
+    def stored(cls, document: dict[str, Any]) -> "Verdict":
+        """Of what `dataclasses.asdict` made of one."""
+        return cls(**document | {"comparisons": [Comparison(**each) for each in document["comparisons"]]})
+
     def news(self, before: "Verdict | None") -> bool:
         """Whether something broke that was not told at the checkpoint `before`."""
         told = {(c.against, b["read"], b["metric"]) for c in before.comparisons for b in c.broken} if before else set()

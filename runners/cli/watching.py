@@ -137,10 +137,11 @@ class Watch:
         if not left.reads and self._earlier.get(arrival.name) == key:
             return  # it was told of before
         verdict = verdict_of(self.out, self.name, arrival.name, self.reads, self.gate, self.baseline)
-        before = self.verdicts[-1] if self.verdicts else None
+        judged = (each for each in reversed(self._documents.values()) if each["comparisons"])  # by whatever process
+        before = next(judged, None)
         self.verdicts.append(verdict)
         self.told(verdict)
-        if verdict.status == "broken" and verdict.news(before):
+        if verdict.status == "broken" and verdict.news(None if before is None else Verdict.stored(before)):
             self._run_command(verdict)
         self._earlier[arrival.name] = key
         self._documents[arrival.name] = asdict(verdict)
@@ -231,7 +232,7 @@ class Watch:
         try:
             stored = json.loads(text)
             mine = stored["models"].get(self.name, {})
-            self._documents = {name: each["verdict"] for name, each in mine.items()}
+            self._documents = {name: asdict(Verdict.stored(each["verdict"])) for name, each in mine.items()}
             self._others = {name: each for name, each in stored["models"].items() if name != self.name}
             return {name: str(each["of"]) for name, each in mine.items()}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -77,15 +78,20 @@ def test_once_reads_what_is_new_and_fails_on_a_break(run, stored, deadbench):
 
 
 @pytest.mark.slow
+@pytest.mark.subprocess
 def test_a_baseline_and_a_gate_of_ones_own(run, stored, deadbench):
     Path("gate.yaml").write_text("metrics:\n  num_zero_scales: {worse: higher}\n")
     arrive(stored / "faulty", 30)
     arrive(stored / "faulty", 40)
     deadbench("run", str(stored / "sound"), "--reads", "parameters", "--address", "none", "--out", "base")
     arguments = ("--gate", "gate.yaml", "--baseline", "base", "--out", "out", "--once", "--json", "--report", "p.html")
-    code, out, _ = deadbench("watch", "run", *arguments)
+    alert = shlex.join([sys.executable, "-c", "import sys; open('told', 'a').write(sys.stdin.read() + '\\n')"])
+    code, out, _ = deadbench("watch", "run", *arguments, "--on-break", alert)
     verdicts = json.loads(out)["watch"]
     assert code == 1
+    arrive(stored / "faulty", 50)  # still beyond the baseline, and no news to whoever was told yesterday
+    assert deadbench("watch", "run", *arguments, "--on-break", alert)[0] == 1
+    assert [json.loads(line)["revision"] for line in Path("told").read_text().splitlines()] == ["checkpoint-30"]
     told = [[(c["against"], [b["metric"] for b in c["broken"]]) for c in each["comparisons"]] for each in verdicts]
     zero = ["num_zero_scales"]
     assert told == [
