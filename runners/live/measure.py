@@ -57,8 +57,7 @@ def measure(
         sites: Sites | None = None
         held: list[Batch] = []
         if batches is not None:
-            with ranks.together():
-                sites, held = hold(root, batches, *told, max_tokens)
+            sites, held = hold(root, batches, *told, max_tokens, ranks)
         for read in wanted:
             started_at = datetime.now(UTC)
             if read == "parameters":

@@ -20,7 +20,7 @@ from deadbench.runners.jobs.resolved import num_tokens
 from deadbench.runners.worker.forward import finished
 from deadbench.runners.worker.passes import Passes
 from deadbench.suite.architectures.kernel_test import live_norm
-from deadbench.suite.architectures.live import Sites, accepted, call, look_into
+from deadbench.suite.architectures.live import Sites, accepted, call, check_taken, look_into
 from deadbench.suite.errors import InputError
 from deadbench.suite.inputs.batches import Batch, Inputs, check_count
 from deadbench.suite.ranks import Ranks
@@ -110,8 +110,12 @@ def hold(
     final_norm: str | nn.Module | None,
     blocks: str | nn.Module | Sequence[nn.Module] | None,
     most: int | str,
+    ranks: Ranks,
 ) -> tuple[Sites, list[Batch]]:
     """Where the module is read, found on the first batch, and batches until they give `most` rows, or all.
+
+    Of several ranks none runs the module before all have a batch that it can be called with: where parameters are
+    divided, one that ran it alone would wait for ever.
 
     Raises:
         InputError: no batch, or one that no module is called with.
@@ -120,19 +124,22 @@ def hold(
     device = device_of(model)
     alone = isinstance(batches, Tensor | Mapping)
     given = (named_arguments(batch, device) for batch in ([batches] if alone else batches))
-    first = next(given, None)
-    if first is None:
-        raise InputError(f"there is no batch; give an iterable of {_KINDS}")
-    sites, output = look_into(model, first, final_norm, blocks)
-    D = output.shape[1 if sites.final.behaviour.axes_after else -1]
-    rows_of = _RowCounter(first, output.numel() // D, _mask_of(sites.part))
-    held, rows, enough = [], 0, num_tokens(most, D)
-    for arguments in _chained(first, given):
-        batch = rows_of(arguments)
-        held.append(batch)
-        rows += batch.num_rows
-        if rows >= enough:
-            break
+    with ranks.together():
+        first = next(given, None)
+        if first is None:
+            raise InputError(f"there is no batch; give an iterable of {_KINDS}")
+        check_taken(model, first)
+    with ranks.together():
+        sites, output = look_into(model, first, final_norm, blocks)
+        D = output.shape[1 if sites.final.behaviour.axes_after else -1]
+        rows_of = _RowCounter(first, output.numel() // D, _mask_of(sites.part))
+        held, rows, enough = [], 0, num_tokens(most, D)
+        for arguments in _chained(first, given):
+            batch = rows_of(arguments)
+            held.append(batch)
+            rows += batch.num_rows
+            if rows >= enough:
+                break
     return sites, held
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deadbench.suite.architectures.kernel_test import plain_copy, probe
+from deadbench.suite.architectures.kernel_test import plain_copy, plain_type, probe
 from deadbench.suite.architectures.locate import found_in, width_and_rows
 from deadbench.suite.architectures.norms import FinalNorm, NormBehaviour
 from deadbench.suite.architectures.parts import block_list
@@ -89,12 +89,9 @@ def look_into(
     Raises:
         ArchitectureError: there is no such module, or no final norm that can be told; it says what to give.
     """
-    part = part_read(model)
-    alone = part is not model and not is_sharded(model)
-    called = part if alone else model
+    part, called = part_read(model), _called(model)
     seen = _Seen(called, part)
     inputs = Given(accepted(called, batch))
-    _check_taken(called, inputs)
     paths = {path: module for path, module in part.named_modules() if path}
     if final_norm is None:
         final = found_in(seen, inputs)
@@ -127,6 +124,11 @@ def look_into(
     return Sites(called, part, final, norm, plain_copy(norm), listed), output
 
 
+def _called(model: nn.Module) -> nn.Module:
+    """The part that is read where that can be called alone, else the whole."""
+    return model if is_sharded(model) else part_read(model)
+
+
 def accepted(called: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     """What of `batch` the module takes; a cache is not asked for."""
     parameters = inspect.signature(called.forward).parameters
@@ -146,16 +148,17 @@ def _places_and_names(arguments: Mapping[str, Any]) -> tuple[list[Any], dict[str
     return places, {name: value for name, value in arguments.items() if not name.isdigit()}
 
 
-def _check_taken(called: nn.Module, arguments: Mapping[str, Any]) -> None:
-    """Raise InputError where the module cannot be called so, whatever the values are."""
-    places, named = _places_and_names(arguments)
+def check_taken(model: nn.Module, batch: Mapping[str, Any]) -> None:
+    """Raise InputError where `model` cannot be called with `batch`, whatever the values are; nothing is run."""
+    called = _called(model)
+    places, named = _places_and_names(accepted(called, batch))
     signature = inspect.signature(called.forward)
     try:
         signature.bind(*places, **named)
     except TypeError as error:
         took = ", ".join(str(parameter) for parameter in signature.parameters.values())
         raise InputError(
-            f"{type(called).__name__} cannot be called with a batch of {len(places)} places and the names "
+            f"{plain_type(called).__name__} cannot be called with a batch of {len(places)} places and the names "
             f"{', '.join(named) or 'none'} ({error}); it takes ({took}): give batches of these alone"
         ) from error
 
