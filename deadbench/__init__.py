@@ -65,11 +65,12 @@ def measure(
     """The reads of a model that lives in this process, as `deadbench run` makes them of a checkpoint; without Ray.
 
     `batches` is an iterable of what the model takes: tensors, dictionaries or tuples; positions where an
-    `attention_mask` is 0 do not count. Without batches the parameters alone are read, and nothing is run. The final
-    norm and the blocks are found by what flows through the model, or told: a path (`final_norm="ln_f", blocks="h"`) or
-    the modules. Compiled, under autocast or with gradient checkpointing the model runs uncompiled and without
-    gradients; under DistributedDataParallel and fully_shard every rank calls this with its own batches, and the first
-    has the rows. Modes, gradients, hooks, buffers and all random numbers are left as they were found.
+    `attention_mask` (of an encoder-decoder `decoder_attention_mask`) is 0 do not count. Without batches the
+    parameters alone are read, and nothing is run. The final norm and the blocks are found by what flows through the
+    model, or told: a path (`final_norm="ln_f", blocks="h"`) or the modules. Compiled, under autocast or with gradient
+    checkpointing the model runs uncompiled and without gradients; under DistributedDataParallel and fully_shard every
+    rank calls this with its own batches, and the first has the rows. Modes, gradients, hooks, buffers and all random
+    numbers are left as they were found.
 
     `reads` are `parameters`, `trained` or both; `taps="none"` leaves the blocks out; at most `max_tokens` rows are read
     (a number, or a multiple of the width), and `accumulator_gb` is the memory for the blocks' statistics.

@@ -110,7 +110,12 @@ def linear_axis(values: Iterable[float | None], least: float = 0.5) -> dict[str,
     return {
         "scale": alt.Scale(domain=[bottom, high + margin], nice=True, zero=False),
         "axis": alt.Axis(
-            format="~g", tickCount=5, tickMinStep=1 if counts else 0, labelOverlap=True, labelSeparation=6
+            # Not `format`, which an axis cuts to the digits of its steps: 20, 40 would be 2e+1, 4e+1.
+            labelExpr="format(datum.value, '~g')",
+            tickCount=5,
+            tickMinStep=1 if counts else 0,
+            labelOverlap=True,
+            labelSeparation=6,
         ),
     }
 

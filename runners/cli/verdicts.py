@@ -39,6 +39,7 @@ class Verdict:
         status: passed, broken, cannot tell, failed (nothing of it could be read) or first (there is no other).
         opened: the learned and collapsed directions that the checkpoint before did not have, by site and coordinates.
         error: of a read that failed.
+        deleted: it failed because the checkpoint is gone, which is no fault of the training's.
     """
 
     model: str
@@ -48,11 +49,17 @@ class Verdict:
     comparisons: list[Comparison] = field(default_factory=list)
     opened: list[str] = field(default_factory=list)
     error: str | None = None
+    deleted: bool = False
 
-    def news(self, before: "Verdict | None") -> bool:
-        """Whether something broke that was not told at the checkpoint `before`."""
-        told = {(c.against, b["read"], b["metric"]) for c in before.comparisons for b in c.broken} if before else set()
-        return any((c.against, b["read"], b["metric"]) not in told for c in self.comparisons for b in c.broken)
+    @classmethod
+    def stored(cls, document: dict[str, Any]) -> "Verdict":
+        """Of what `dataclasses.asdict` made of one."""
+        return cls(**document | {"comparisons": [Comparison(**each) for each in document["comparisons"]]})
+
+    def alarms(self) -> set[tuple[str, str, str | None]]:
+        """What is wrong with it, to be told where it is new: checks that broke, and that it cannot be read."""
+        broke = {(side.against, row["read"], row["metric"]) for side in self.comparisons for row in side.broken}
+        return broke | ({("", "failed", None)} if self.error is not None and not self.deleted else set())
 
     def line(self) -> str:
         """For people: `checkpoint-60: broken against checkpoint-50: num_zero_scales 0 -> 1; opened ln_f: 5`."""
@@ -75,25 +82,36 @@ def _change(row: dict[str, Any]) -> str:
 
 
 def verdict_of(
-    out: str, model: str, revision: str, reads: list[str], gate: Gate | None, baseline: tuple[str, Side] | None
+    out: str,
+    model: str,
+    revision: str,
+    reads: list[str],
+    gate: Gate | None,
+    baseline: tuple[str, Side] | None,
+    *,
+    deleted: bool = False,
 ) -> Verdict:
     """The verdict on a checkpoint that is in the result set at `out`, by `gate` (None: the default).
 
-    Without a gate of the user's, a direction that opened since the checkpoint before is a break too.
+    Without a gate of the user's, a direction that opened since the checkpoint before is a break too. The one before is
+    the last that has all reads that this one has; what one lacks that was `deleted` while it was read breaks nothing.
 
     Raises:
         GateError: the gate judges nothing here.
         ResultsError: the baseline was read under another protocol, or has nothing that could be compared.
     """
-    rules = gate or DEFAULT
+    rules = (gate or DEFAULT).model_copy(update={"missing": "ignore"} if deleted else {})
     table = scan(out).filter(pl.col("model") == model, pl.col("read").is_in(reads))
-    rows = collected(latest(table).select("revision", "checkpoint_step", "status", "error"))
+    rows = collected(latest(table).select("revision", "checkpoint_step", "status", "read", "error"))
     ours = rows.filter(revision=revision)
     step, errors = next(iter(ours["checkpoint_step"].drop_nulls()), None), ours["error"].drop_nulls().to_list()
     error = errors[0] if errors else None
-    known = {r: s for r, s, status, _ in rows.iter_rows() if status == "ok" and r is not None}
+    read_of: dict[str, set[str]] = {}
+    for name, read in rows.filter(pl.col("revision").is_not_null(), status="ok").select("revision", "read").iter_rows():
+        read_of.setdefault(name, set()).add(read)
+    known = {name: s for name, s in rows.select("revision", "checkpoint_step").iter_rows() if name in read_of}
     if revision not in known:
-        return Verdict(model, revision, step, "failed", error=error)
+        return Verdict(model, revision, step, "failed", error=error, deleted=deleted)
     order = sorted(known, key=lambda name: (known[name] is None, known[name] or 0, natural(name)))
     until = order[: order.index(revision) + 1]
     samples = scan(out, "samples").filter(pl.col("model") == model)
@@ -101,8 +119,10 @@ def verdict_of(
     mine = Side(table.filter(here), samples.filter(here), table.filter(pl.col("revision").is_in(until)))
     sides, opened = [], []
     if len(until) > 1:
-        before = pl.col("revision") == until[-2]
-        sides.append((until[-2], Side(table.filter(before), samples.filter(before), table)))
+        alike = [name for name in until[:-1] if read_of[revision] <= read_of[name]]
+        previous = (alike or until[:-1])[-1]
+        before = pl.col("revision") == previous
+        sides.append((previous, Side(table.filter(before), samples.filter(before), table)))
         opened = _opened(out, model, mine.until, revision)
     if baseline is not None and (fitting := _fitting(baseline[1], model, revision, reads)) is not None:
         sides.append((baseline[0], fitting))
@@ -115,7 +135,7 @@ def verdict_of(
     status = "first" if not comparisons else CANNOT_TELL if unclear else "passed"
     if any(each.broken for each in comparisons) or (unclear and rules.cannot_tell == "fail"):
         status = "broken"
-    return Verdict(model, revision, step, status, comparisons, opened, error)
+    return Verdict(model, revision, step, status, comparisons, opened, error, deleted)
 
 
 def _compared(name: str, left: Side, right: Side, gate: Gate) -> Comparison:

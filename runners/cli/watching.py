@@ -136,17 +136,32 @@ class Watch:
         self._done.add(arrival.name)
         if not left.reads and self._earlier.get(arrival.name) == key:
             return  # it was told of before
-        verdict = verdict_of(self.out, self.name, arrival.name, self.reads, self.gate, self.baseline)
-        before = self.verdicts[-1] if self.verdicts else None
+        asked = self.out, self.name, arrival.name, self.reads, self.gate, self.baseline
+        verdict = verdict_of(*asked)
+        if verdict.error is not None and self._is_gone(arrival.name):
+            verdict = verdict_of(*asked, deleted=True)
+        news = verdict.alarms() - self._told_alarms()
         self.verdicts.append(verdict)
         self.told(verdict)
-        if verdict.status == "broken" and verdict.news(before):
+        if news:
             self._run_command(verdict)
         self._earlier[arrival.name] = key
         self._documents[arrival.name] = asdict(verdict)
         self._keep()
         if time.monotonic() - self._page_written > _PAGE_SECONDS:
             self._write_page(live=True)
+
+    def _is_gone(self, name: str) -> bool:
+        try:
+            return not self._arrivals.has(name)
+        except CheckpointError:  # of a bucket that does not answer nothing is known
+            return False
+
+    def _told_alarms(self) -> set[tuple[str, str, str | None]]:
+        """What was wrong with the last checkpoint, and with the last that could be judged, by whatever process."""
+        known = [Verdict.stored(each) for each in self._documents.values()]
+        judged = [each for each in known if each.comparisons]
+        return set().union(*(each.alarms() for each in (*known[-1:], *judged[-1:])))
 
     def _job(self, arrival: Arrival) -> ModelJob:
         """The reads of one checkpoint, as `deadbench run` would make them of the folder."""
@@ -231,7 +246,7 @@ class Watch:
         try:
             stored = json.loads(text)
             mine = stored["models"].get(self.name, {})
-            self._documents = {name: each["verdict"] for name, each in mine.items()}
+            self._documents = {name: asdict(Verdict.stored(each["verdict"])) for name, each in mine.items()}
             self._others = {name: each for name, each in stored["models"].items() if name != self.name}
             return {name: str(each["of"]) for name, each in mine.items()}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -128,17 +128,20 @@ class TorchEngine:
             assert blocks is not None
             assert current is not None
             started = Moment.on(self.device)
-            stream = args[0] if args else kwargs.get("hidden_states")
-            if not isinstance(stream, Tensor):
+            stream = _first_given(args, kwargs)
+            if stream is None:
                 raise ValueError(f"{type(module).__name__} is not called with a stream of hidden states")
             blocks.on_input(len(tapped), stream.detach(), current)
             tapped.append((started, Moment.on(self.device)))
 
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            captured["input"] = args[0].detach()
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            given = _first_given(args, kwargs)
+            if given is None:
+                raise ValueError(f"{type(module).__name__}, the final norm, is not called with a tensor")
+            captured["input"] = given.detach()
             captured["output"] = (output[0] if isinstance(output, tuple) else output).detach()
 
-        handles = [norm.register_forward_hook(hook)]
+        handles = [norm.register_forward_hook(hook, with_kwargs=True)]
         if blocks is not None:
             handles += [m.register_forward_pre_hook(before_block, with_kwargs=True) for m in blocks.modules]
         try:
@@ -187,6 +190,14 @@ class PartEngine(TorchEngine):
         if self.resolved is None:
             self.resolved = resolve_without_weights(config)
         return self.resolved
+
+
+def _first_given(args: Any, kwargs: Any) -> Tensor | None:
+    """What a module normalises or adds to: the first place, or by name `hidden_states`, or the first real tensor."""
+    told = args[0] if args else kwargs.get("hidden_states")
+    if isinstance(told, Tensor):
+        return told
+    return next((each for each in kwargs.values() if isinstance(each, Tensor) and each.is_floating_point()), None)
 
 
 def _seconds(whole: tuple[Moment, Moment], tapped: list[tuple[Moment, Moment]]) -> tuple[float, float]:

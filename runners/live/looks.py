@@ -99,7 +99,8 @@ class Looks:
         """What the looks came to, in one line on stderr."""
         share = self.share()
         if self.num_looks and share is not None:
-            took = f"{self.num_looks} looks in {self.seconds:.2f} s, {100 * share:.2g} % of the training's time"
+            cost = f"{100 * share:.2g}" if share < 1 else f"{100 * share:.0f}"
+            took = f"{self.num_looks} looks in {self.seconds:.2f} s, {cost} % of the training's time"
             print(f"deadbench: {took}; results in {self._out}", file=sys.stderr, flush=True)
 
     def warn(self, text: str) -> None:

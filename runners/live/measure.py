@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from deadbench.runners.engines.registry import DEFAULT
 from deadbench.runners.jobs.events import Rows, new_run_id, to_tables
@@ -24,6 +24,7 @@ from deadbench.suite.errors import InputError
 from deadbench.suite.inputs.batches import Batch
 from deadbench.suite.ranks import Ranks
 from deadbench.suite.registry.entries import Model, Protocol
+from deadbench.suite.tracing.flow import tensors_of
 
 MOST = "64D"  # rows that are read of an input that has more
 
@@ -56,8 +57,7 @@ def measure(
         sites: Sites | None = None
         held: list[Batch] = []
         if batches is not None:
-            with ranks.together():
-                sites, held = hold(root, batches, *told, max_tokens)
+            sites, held = hold(root, batches, *told, max_tokens, ranks)
         for read in wanted:
             started_at = datetime.now(UTC)
             if read == "parameters":
@@ -84,9 +84,7 @@ def live_job(
     """A read of `model` as a job, which gives its rows their key; nothing `held` is nothing that was fed yet."""
     root = inner(model)
     runs = read == "trained"
-    lengths = [
-        t.shape[1] for batch in held for t in batch.model_inputs.values() if isinstance(t, Tensor) and t.ndim > 1
-    ]
+    lengths = [t.shape[1] for batch in held for t in tensors_of(batch.model_inputs).values() if t.ndim > 1]
     total = sum(batch.num_rows for batch in held)
     protocol = Protocol.model_construct(tokens=total or 1, sequence_length=max(lengths, default=1))
     content = _content(held) if runs else ""
@@ -111,10 +109,9 @@ def _content(held: Sequence[Batch]) -> str:
     """A hash of what is fed; of each rank its own part."""
     digest = hashlib.sha256()
     for batch in held:
-        for name, value in sorted(batch.model_inputs.items()):
-            if isinstance(value, Tensor):
-                digest.update(name.encode())
-                digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        for name, value in sorted(tensors_of(batch.model_inputs).items()):
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -43,7 +43,7 @@ def read_factory(read: ReadJob) -> Reading:
                 "or return (module, batches)"
             )
         if batches is not None:
-            sites, held = hold(root, batches, None, None, _MOST)
+            sites, held = hold(root, batches, None, None, _MOST, Ranks())
         if read.read == "parameters":
             rows = own_parameters(root, sites, None, None)
             rows["reads"][0]["input"] = None  # it told where the norm is, and no number

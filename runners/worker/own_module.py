@@ -3,6 +3,7 @@
 Of ranks that train together each gives its own part of the tokens, and the first has the rows.
 """
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,13 +20,14 @@ from deadbench.runners.jobs.resolved import num_tokens
 from deadbench.runners.worker.forward import finished
 from deadbench.runners.worker.passes import Passes
 from deadbench.suite.architectures.kernel_test import live_norm
-from deadbench.suite.architectures.live import Sites, accepted, call, look_into
+from deadbench.suite.architectures.live import Sites, accepted, call, check_taken, look_into
 from deadbench.suite.errors import InputError
 from deadbench.suite.inputs.batches import Batch, Inputs, check_count
 from deadbench.suite.ranks import Ranks
 from deadbench.suite.reads.columns import architecture_columns
+from deadbench.suite.tracing.flow import mapped, tensors_of
 
-_MASK = "attention_mask"
+_MASK, _DECODER_MASK = "attention_mask", "decoder_attention_mask"
 _KINDS = "a tensor, a dictionary or a tuple of what the module takes"
 
 
@@ -99,7 +101,7 @@ def named_arguments(batch: Any, device: torch.device) -> dict[str, Any]:
         named = {str(place): value for place, value in enumerate(batch)}
     else:
         raise InputError(f"a batch is a {type(batch).__name__}; give {_KINDS}")
-    return {n: v.to(device) if isinstance(v, Tensor) else v for n, v in named.items() if v is not None}
+    return mapped(named, lambda name, tensor: tensor.to(device))  # type: ignore[no-any-return]
 
 
 def hold(
@@ -108,28 +110,36 @@ def hold(
     final_norm: str | nn.Module | None,
     blocks: str | nn.Module | Sequence[nn.Module] | None,
     most: int | str,
+    ranks: Ranks,
 ) -> tuple[Sites, list[Batch]]:
     """Where the module is read, found on the first batch, and batches until they give `most` rows, or all.
+
+    Of several ranks none runs the module before all have a batch that it can be called with: where parameters are
+    divided, one that ran it alone would wait for ever.
 
     Raises:
         InputError: no batch, or one that no module is called with.
         ArchitectureError: no final norm that can be told.
     """
     device = device_of(model)
-    given = (named_arguments(batch, device) for batch in ([batches] if isinstance(batches, Tensor) else batches))
-    first = next(given, None)
-    if first is None:
-        raise InputError(f"there is no batch; give an iterable of {_KINDS}")
-    sites, output = look_into(model, first, final_norm, blocks)
-    D = output.shape[1 if sites.final.behaviour.axes_after else -1]
-    rows_of = _RowCounter(first, output.numel() // D)
-    held, rows, enough = [], 0, num_tokens(most, D)
-    for arguments in _chained(first, given):
-        batch = rows_of(arguments)
-        held.append(batch)
-        rows += batch.num_rows
-        if rows >= enough:
-            break
+    alone = isinstance(batches, Tensor | Mapping)
+    given = (named_arguments(batch, device) for batch in ([batches] if alone else batches))
+    with ranks.together():
+        first = next(given, None)
+        if first is None:
+            raise InputError(f"there is no batch; give an iterable of {_KINDS}")
+        check_taken(model, first)
+    with ranks.together():
+        sites, output = look_into(model, first, final_norm, blocks)
+        D = output.shape[1 if sites.final.behaviour.axes_after else -1]
+        rows_of = _RowCounter(first, output.numel() // D, _mask_of(sites.part))
+        held, rows, enough = [], 0, num_tokens(most, D)
+        for arguments in _chained(first, given):
+            batch = rows_of(arguments)
+            held.append(batch)
+            rows += batch.num_rows
+            if rows >= enough:
+                break
     return sites, held
 
 
@@ -177,34 +187,51 @@ def without_blocks(sites: Sites) -> Sites:
     return replace(sites, blocks=[])
 
 
+def _mask_of(part: nn.Module) -> str:
+    """By which name a batch says what of the final norm's rows is padding: of an encoder-decoder, the decoder's."""
+    two = getattr(getattr(part, "config", None), "is_encoder_decoder", False)
+    return _DECODER_MASK if two and _DECODER_MASK in inspect.signature(part.forward).parameters else _MASK
+
+
 class _RowCounter:
     """How many rows of the final norm's output a batch gives, by what the first one gave."""
 
-    def __init__(self, first: Mapping[str, Any], rows: int):
-        tensors = {name: value for name, value in first.items() if isinstance(value, Tensor) and value.ndim}
+    def __init__(self, first: Mapping[str, Any], rows: int, mask: str):
+        tensors = {name: tensor for name, tensor in tensors_of(first).items() if tensor.ndim}
         if not tensors:
             raise InputError(f"a batch holds no tensor; give {_KINDS}")
-        tokens = (n for n, t in tensors.items() if t.numel() == rows and t.ndim == 2 and n != _MASK)
-        self._tokens = next(tokens, None)
+        self._mask = mask
+        fitting = [name for name, t in tensors.items() if t.numel() == rows and t.ndim == 2]
+        fitting.sort(key=self._is_mask)  # a mask tells the shape of what comes as embeddings
+        self._tokens = next(iter(fitting), None)
         self._main = self._tokens or next(iter(tensors))
         self._per_item, rest = divmod(rows, tensors[self._main].shape[0])
         if rest:
             raise InputError(f"{rows} rows came of a batch of {tensors[self._main].shape[0]}: rows of items differ")
 
     def __call__(self, arguments: dict[str, Any]) -> Batch:
-        main = arguments[self._main]
-        mask = arguments.get(_MASK)
-        if self._tokens is None:
-            return Batch(arguments, rows=self._per_item * main.shape[0])
-        padded = isinstance(mask, Tensor) and mask.shape == main.shape and not bool(mask.bool().all())
-        return Batch(arguments, mask.bool().cpu() if padded else None, None if padded else main.numel())  # type: ignore[union-attr]
+        tensors = tensors_of(arguments)
+        main = tensors[self._main]
+        mask = next((t for name, t in tensors.items() if self._is_mask(name) and t.ndim == 2 and not t.all()), None)
+        if mask is None:
+            return Batch(arguments, rows=self._per_item * main.shape[0] if self._tokens is None else main.numel())
+        if self._tokens is None or mask.shape != main.shape:
+            raise InputError(
+                f"{self._mask} of {tuple(mask.shape)} leaves positions out, and which of the final norm's rows these "
+                "are cannot be told; give batches without padding"
+            )
+        return Batch(arguments, mask.bool().cpu())
+
+    def _is_mask(self, name: str) -> bool:
+        return name.rpartition(".")[2] == self._mask
 
 
 def _distinct(batches: list[Batch]) -> set[int] | None:
     """The token ids that count; None where there are none."""
     found: set[int] = set()
     for batch in batches:
-        ids = next((v for n, v in batch.model_inputs.items() if n in ("input_ids", "0")), None)
+        given = tensors_of(batch.model_inputs)
+        ids = next((given[name] for name in ("input_ids", "0") if name in given), None)
         if ids is None or ids.is_floating_point():
             return None
         ids = ids if batch.mask_ST is None else ids[batch.mask_ST.to(ids.device)]

@@ -132,6 +132,9 @@ def _probe(module: nn.Module, D: int, axes_after: int) -> NormBehaviour:
     run_module = OnRows(module, axes_after) if axes_after else module
     shifts = [n for n in vectors if any(word in n for word in _SHIFT_NAMES)]
     scales = [n for n in vectors if n not in shifts]
+    if len(scales) == 2 and not shifts and all(len(p) == D for p in vectors.values()):
+        shifts = [n for n in scales if _is_added(run_module, vectors, n)]  # offset, b: what no name tells
+        scales = [n for n in scales if n not in shifts]
     if len(scales) > 1 or len(shifts) > 1:
         return NormBehaviour("other", evidence=(f"owns {len(scales)} scales and {len(shifts)} shifts",))
     if any(len(p) != D for p in vectors.values()):
@@ -163,6 +166,10 @@ def _probe(module: nn.Module, D: int, axes_after: int) -> NormBehaviour:
     centred = _close(run(x + 3.0, unit), normalised)
     family = "layernorm" if centred else "rmsnorm"
     eps = _fit_eps(run, x, unit, centred)
+    if 0 < eps <= torch.finfo(torch.float64).eps * 2:  # it is the dtype's own (torch.nn.RMSNorm's default): float32's
+        module.float()
+        eps = _fit_eps(run, x.float(), unit, centred)
+        module.double()
     eps = _as_written(module, eps)
 
     gain_D = weight_D + (1.0 if scale == "1+weight" else 0.0) if scale_name else torch.ones(D, dtype=torch.float64)
@@ -179,6 +186,17 @@ def _probe(module: nn.Module, D: int, axes_after: int) -> NormBehaviour:
         (f"module behaviour: f(x + c) is {shift_text}, effective scale is {scale}",),
         axes_after,
     )
+
+
+def _is_added(run_module: nn.Module, vectors: dict[str, nn.Parameter], name: str) -> bool:
+    """Whether the output grows by this vector, the other at zero."""
+    x = torch.randn(4, len(vectors[name]), generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    outputs = []
+    for value in (0.0, 1.0):
+        for each in vectors:
+            vectors[each].fill_(value if each == name else 0.0)
+        outputs.append(run_module(x))
+    return _close(outputs[1] - outputs[0], torch.ones_like(x))
 
 
 def _fit_eps(run: object, x: Tensor, unit: float, centred: bool) -> float:

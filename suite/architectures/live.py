@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deadbench.suite.architectures.kernel_test import plain_copy, probe
+from deadbench.suite.architectures.kernel_test import plain_copy, plain_type, probe
 from deadbench.suite.architectures.locate import found_in, width_and_rows
 from deadbench.suite.architectures.norms import FinalNorm, NormBehaviour
 from deadbench.suite.architectures.parts import block_list
 from deadbench.suite.architectures.stored_names import unwrapped
-from deadbench.suite.errors import ArchitectureError
-from deadbench.suite.tracing.flow import Given
+from deadbench.suite.errors import ArchitectureError, InputError
+from deadbench.suite.tracing.flow import Given, stream_of
 
 _SHARDED = "FSDPModule"  # of torch.distributed.fsdp: named, since importing it takes seconds
 
@@ -89,9 +89,7 @@ def look_into(
     Raises:
         ArchitectureError: there is no such module, or no final norm that can be told; it says what to give.
     """
-    part = part_read(model)
-    alone = part is not model and not is_sharded(model)
-    called = part if alone else model
+    part, called = part_read(model), _called(model)
     seen = _Seen(called, part)
     inputs = Given(accepted(called, batch))
     paths = {path: module for path, module in part.named_modules() if path}
@@ -126,6 +124,11 @@ def look_into(
     return Sites(called, part, final, norm, plain_copy(norm), listed), output
 
 
+def _called(model: nn.Module) -> nn.Module:
+    """The part that is read where that can be called alone, else the whole."""
+    return model if is_sharded(model) else part_read(model)
+
+
 def accepted(called: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     """What of `batch` the module takes; a cache is not asked for."""
     parameters = inspect.signature(called.forward).parameters
@@ -136,8 +139,28 @@ def accepted(called: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
 
 def call(module: nn.Module, arguments: Mapping[str, Any]) -> Any:
     """`module` called with `arguments`, of which a name of digits is a place."""
+    places, named = _places_and_names(arguments)
+    return module(*places, **named)
+
+
+def _places_and_names(arguments: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
     places = [arguments[name] for name in sorted((n for n in arguments if n.isdigit()), key=int)]
-    return module(*places, **{name: value for name, value in arguments.items() if not name.isdigit()})
+    return places, {name: value for name, value in arguments.items() if not name.isdigit()}
+
+
+def check_taken(model: nn.Module, batch: Mapping[str, Any]) -> None:
+    """Raise InputError where `model` cannot be called with `batch`, whatever the values are; nothing is run."""
+    called = _called(model)
+    places, named = _places_and_names(accepted(called, batch))
+    signature = inspect.signature(called.forward)
+    try:
+        signature.bind(*places, **named)
+    except TypeError as error:
+        took = ", ".join(str(parameter) for parameter in signature.parameters.values())
+        raise InputError(
+            f"{plain_type(called).__name__} cannot be called with a batch of {len(places)} places and the names "
+            f"{', '.join(named) or 'none'} ({error}); it takes ({took}): give batches of these alone"
+        ) from error
 
 
 class _Seen:
@@ -153,10 +176,19 @@ class _Seen:
             call(self._called, arguments)
         finally:
             handle.remove()
-        return outputs[-1]
+        return _told_apart(outputs[-1])
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._part, name)
+
+
+def _told_apart(output: Any) -> Any:
+    """What a module returns; of several, without a word which is its stream, the first that has rows."""
+    several = list(output.values()) if isinstance(output, Mapping) else output
+    if not isinstance(several, list | tuple) or (isinstance(output, Mapping) and stream_of(output) is not None):
+        return output
+    streams = (each for each in several if isinstance(each, Tensor) and each.is_floating_point() and each.ndim > 1)
+    return next(streams, output)
 
 
 def _output_of(seen: _Seen, norm: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
@@ -212,9 +244,18 @@ def _is_wrapper(model: nn.Module) -> bool:
 
 @contextmanager
 def eagerly() -> Iterator[None]:
-    """Inside, compiled modules run as they are written, and nothing is compiled for what is watched."""
-    if "torch._dynamo" not in sys.modules:
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield
+    """Inside, compiled modules and torch's encoder layers run as they are written, and nothing is compiled.
+
+    Without gradients torch runs its own encoder layers as one operation each, which calls no module inside, and drops
+    what is padded on the way.
+    """
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        if "torch._dynamo" not in sys.modules:
+            yield
+            return
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)

@@ -112,7 +112,7 @@ def found_in(model: Any, inputs: Inputs) -> FinalNorm:
     with torch.no_grad(), recorded_calls(model) as calls:
         stream = stream_of(model(**inputs))
     if stream is None or not stream.is_floating_point() or not stream.numel():
-        return _nothing("undetermined", f"{type(model).__name__} returns no tensor", model)
+        return _nothing("undetermined", "it returns no tensor", model)
     found = _by_identity(model, calls, stream)
     if found is not None:
         return found

@@ -185,6 +185,14 @@ class Arrivals:
         order = in_training_order({name: steps[name] for name in series})
         return [self._arrival(name, steps[name]) for name in order if name not in known]
 
+    def has(self, name: str) -> bool:
+        """Whether a checkpoint is still there.
+
+        Raises:
+            CheckpointError: the place cannot be listed.
+        """
+        return name in self._names()
+
     def _names(self) -> list[str]:
         if self._hub:
             return list_revisions(self._place)

@@ -9,6 +9,7 @@ token's id. Where there is no processor, pictures are the plain ones of `suite/i
 folder (a random read), captions are seeded random ids, and the description says so. Shapes: S sequences, T positions.
 """
 
+import copy
 import inspect
 import itertools
 from collections.abc import Iterator, Mapping
@@ -32,7 +33,9 @@ from deadbench.suite.tracing.meta_passes import attempts
 from deadbench.suite.tracing.minimal_inputs import placed
 
 _MADE_UP = 48  # tokens of a caption that is made up
+_MOST_PARTS = 6  # into which a picture of the tower's own size is cut, itself counted
 _AROUND = (("boi_token_id", "vision_start_token_id"), ("eoi_token_id", "vision_end_token_id"))
+_WORDS = ("language_model", "text_model")
 _MARKS = ("mm_token_type_ids", "token_type_ids")  # one where a picture is
 
 
@@ -152,13 +155,8 @@ def _plain_form(part: nn.Module) -> dict[str, Tensor]:
     Raises:
         InputError: it takes none.
     """
-    config: Any = part.config
-    offers, accepted = Offers(getattr(config, "vision_config", config), torch.device("cpu")), _accepted(part)
-    grid = {"image_grid_thw": offers("grid_thw")[0]} if "image_grid_thw" in accepted else {}
     failure = "it takes no pixel_values"
-    likely = offers("pixel_values") if "pixel_values" in accepted else []
-    for pixels in [each for each in likely if each.ndim == 2] if grid else likely:  # a grid is of patches in a row
-        form = {"pixel_values": pixels[:, :1] if pixels.ndim == 5 else pixels} | grid
+    for form in _likely_forms(part):
         try:
             _places(part, form)
         except InputError as error:
@@ -166,6 +164,27 @@ def _plain_form(part: nn.Module) -> dict[str, Tensor]:
             continue
         return form
     raise InputError(f"{type(part).__name__} takes pictures in no form that is known here ({failure[:200]})")
+
+
+def _likely_forms(part: nn.Module) -> Iterator[dict[str, Tensor]]:
+    config: Any = part.config
+    offers, accepted = Offers(getattr(config, "vision_config", config), torch.device("cpu")), _accepted(part)
+    likely = offers("pixel_values") if "pixel_values" in accepted else []
+    if "image_grid_thw" in accepted:  # a grid is of the patches of all pictures in a row
+        grid = offers("grid_thw")[0]
+        yield from ({"pixel_values": pixels, "image_grid_thw": grid} for pixels in likely if pixels.ndim == 2)
+    elif "image_position_ids" in accepted:  # (x, y) of each patch of a picture
+        places = offers("pixel_position_ids")[0].flip(-1)
+        fitting = (pixels for pixels in likely if pixels.ndim == 3 and pixels.shape[1] == places.shape[1])
+        yield from ({"pixel_values": pixels, "image_position_ids": places} for pixels in fitting)
+    else:
+        yield from ({"pixel_values": pixels[:, :1] if pixels.ndim == 5 else pixels} for pixels in likely)
+    if "image_sizes" in accepted:  # a picture, or itself and its parts, as many as its size asks for
+        for pixels in (each for each in likely if each.ndim == 4):
+            size = torch.tensor([pixels.shape[-2:]])
+            yield {"pixel_values": pixels, "image_sizes": size}
+            for count in range(2, _MOST_PARTS + 1):
+                yield {"pixel_values": pixels[:, None].repeat(1, count, 1, 1, 1), "image_sizes": size}
 
 
 def _plain(crop: Any, form: Mapping[str, Tensor], part: nn.Module) -> dict[str, Tensor]:
@@ -203,7 +222,21 @@ def _places(part: nn.Module, pictures: Mapping[str, Tensor]) -> int:
         config: Any = part.config
         merged: int = config.vision_config.spatial_merge_size**2  # patches in a place
         return int(pictures["image_grid_thw"].prod(-1).sum()) // merged
+    if next(part.parameters()).is_meta:  # a tower that reads values: of the picture's size and places, not of its own
+        return _places(_tower_alone(part), pictures)
     raise InputError(f"{type(part).__name__} makes nothing of the picture: {reason_of(failure)}") from failure
+
+
+def _tower_alone(part: nn.Module) -> nn.Module:
+    """A part on the meta device as one on the CPU, with any values, and without what makes words of its states."""
+    tower = copy.deepcopy(part)
+    for name in _WORDS:
+        if hasattr(tower, name):
+            setattr(tower, name, nn.Identity())
+    tower = tower.to_empty(device="cpu")  # of which no page is written, and so none is taken
+    for buffer in tower.buffers():
+        buffer.zero_()
+    return tower
 
 
 def _random_ids(part: nn.Module, seed: int, place: int) -> list[int]:

@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,8 +149,29 @@ class Given(dict[str, Any]):
 
     def others(self) -> dict[str, Any]:
         """The same values from the last position to the first; masks stay."""
-        turned = {n: v.flip(-1) for n, v in self.items() if isinstance(v, Tensor) and v.ndim and "mask" not in n}
-        return self | turned
+        turned: dict[str, Any] = mapped(self, lambda n, v: v.flip(-1) if v.ndim and "mask" not in n else v)
+        return turned
+
+
+def mapped(value: Any, change: Callable[[str, Tensor], Tensor], name: str = "") -> Any:
+    """`value` with each tensor in it, in its dictionaries, lists and tuples too, changed; `change` is told their names.
+
+    Example: `mapped(batch, lambda name, tensor: tensor.to(device))`
+    """
+    if isinstance(value, Tensor):
+        return change(name, value)
+    if isinstance(value, Mapping):
+        return {key: mapped(each, change, f"{name}.{key}".removeprefix(".")) for key, each in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(mapped(each, change, f"{name}.{place}") for place, each in enumerate(value))
+    return value
+
+
+def tensors_of(arguments: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Every tensor of a batch by its name: of one in a dictionary that is an argument `batch.input_ids`."""
+    found: dict[str, Tensor] = {}
+    mapped(arguments, found.setdefault)
+    return found
 
 
 def other_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,8 @@
+import re
+
+import altair as alt
 import pytest
+import vl_convert
 
 from deadbench.analysis.colours import TONES
 from deadbench.analysis.leaderboard import FAMILIES
@@ -35,6 +39,15 @@ def test_depths_are_shown_at_their_own_size():
     low, high = linear_axis([13.0, 13.0 + 1e-9])["scale"].domain
     assert high - low == pytest.approx(0.5), "rounding is drawn as a level"
     assert linear_axis([0.0, 3.0])["scale"].domain[0] == 0, "what is never negative has no negative axis"
+
+
+def test_round_tens_are_written_out():
+    degrees = [0.0, 20.0, 40.0, 60.0, 75.5]
+    plot = alt.Chart(alt.Data(values=[{"y": y} for y in degrees])).mark_point().encode(
+        y=alt.Y("y:Q", **linear_axis(degrees))
+    )  # fmt: skip
+    drawn = vl_convert.vegalite_to_svg(plot.to_dict())
+    assert re.findall(r">(\d[^<]*)</text>", drawn) == ["0", "20", "40", "60", "80"]
 
 
 def test_a_model_is_a_tone_of_its_family_and_has_a_colour_of_its_own():

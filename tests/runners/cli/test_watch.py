@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.conftest import ROOT, save_tiny
 
@@ -77,15 +79,20 @@ def test_once_reads_what_is_new_and_fails_on_a_break(run, stored, deadbench):
 
 
 @pytest.mark.slow
+@pytest.mark.subprocess
 def test_a_baseline_and_a_gate_of_ones_own(run, stored, deadbench):
     Path("gate.yaml").write_text("metrics:\n  num_zero_scales: {worse: higher}\n")
     arrive(stored / "faulty", 30)
     arrive(stored / "faulty", 40)
     deadbench("run", str(stored / "sound"), "--reads", "parameters", "--address", "none", "--out", "base")
     arguments = ("--gate", "gate.yaml", "--baseline", "base", "--out", "out", "--once", "--json", "--report", "p.html")
-    code, out, _ = deadbench("watch", "run", *arguments)
+    alert = shlex.join([sys.executable, "-c", "import sys; open('told', 'a').write(sys.stdin.read() + '\\n')"])
+    code, out, _ = deadbench("watch", "run", *arguments, "--on-break", alert)
     verdicts = json.loads(out)["watch"]
     assert code == 1
+    arrive(stored / "faulty", 50)  # still beyond the baseline, and no news to whoever was told yesterday
+    assert deadbench("watch", "run", *arguments, "--on-break", alert)[0] == 1
+    assert [json.loads(line)["revision"] for line in Path("told").read_text().splitlines()] == ["checkpoint-30"]
     told = [[(c["against"], [b["metric"] for b in c["broken"]]) for c in each["comparisons"]] for each in verdicts]
     zero = ["num_zero_scales"]
     assert told == [
@@ -137,6 +144,39 @@ def test_a_command_gets_each_new_break_and_no_shell(run, stored, deadbench):
     code, _, err = deadbench("watch", "run", "--out", "other", "--once", "--on-break", "/no/such/program")
     assert code == 1
     assert "--on-break /no/such/program: cannot be run" in err
+
+
+@pytest.mark.slow
+@pytest.mark.subprocess
+def test_a_training_that_diverged_is_told_once_and_one_checkpoint_that_went_is_not(run, stored, deadbench, monkeypatch):
+    """What is there and cannot be read is a break; the reads of one that went are compared with those before it."""
+    from deadbench.runners.worker import run as worker
+
+    whole = worker.READ_FUNCTIONS["trained"]
+
+    def deleting(read, *rest):
+        if read.revision == "checkpoint-20":
+            shutil.rmtree("run/checkpoint-20")
+        return whole(read, *rest)
+
+    monkeypatch.setitem(worker.READ_FUNCTIONS, "trained", deleting)
+    arrive(stored / "sound", 30)
+    for step in (40, 50):
+        arrive(stored / "faulty", step)
+        path = Path(f"run/checkpoint-{step}/model.safetensors")
+        diverged = {name: values * float("nan") for name, values in load_file(path).items()}
+        save_file(diverged, path, metadata={"format": "pt"})
+    alert = shlex.join([sys.executable, "-c", "import sys; open('told', 'a').write(sys.stdin.read() + '\\n')"])
+    arguments = ("--reads", "parameters,trained", "--input", "tokens:random", "--tokens", "64", "--taps", "none")
+    code, out, _ = deadbench("watch", "run", "--out", "out", "--once", "--json", "--on-break", alert, *arguments)
+    assert code == 1
+    first, went, third, *diverged = json.loads(out)["watch"]
+    assert (first["status"], went["status"], went["deleted"]) == ("first", "passed", True)
+    assert "no such directory" in went["error"]
+    assert (third["status"], third["comparisons"][0]["against"]) == ("passed", "checkpoint-10")
+    assert [(each["status"], each["deleted"]) for each in diverged] == [("failed", False)] * 2
+    (told,) = map(json.loads, Path("told").read_text().splitlines())
+    assert (told["revision"], told["status"]) == ("checkpoint-40", "failed")
 
 
 @pytest.mark.parametrize(

@@ -34,10 +34,16 @@ def main(rank: int, meeting: str, out: str, kind: str) -> None:
     reading = deadbench.measure(wrapped, mine, reads=("parameters", "trained"), blocks="h")
     assert [type(p).__name__ for p in wrapped.parameters()] == before
     assert (reading.row is None) == (rank == 1)
+    told = []
+    for useless in ([], [(ids_ST, ids_ST, ids_ST)]):  # of one rank: the other must not wait for it in a forward pass
+        try:
+            deadbench.measure(wrapped, useless if rank else mine)
+        except ValueError as error:
+            told.append(str(error))
     logits, _ = wrapped(ids_ST[:2])
     logits.sum().backward()  # and it goes on
     if rank == 0:
-        rows = {"reads": reading.rows, "blocks": reading.blocks, "norms": reading.norms}
+        rows = {"reads": reading.rows, "blocks": reading.blocks, "norms": reading.norms, "told": told}
         with open(f"{out}/{kind}.json", "w", encoding="utf-8") as file:
             json.dump(rows, file, default=str)
     dist.barrier()

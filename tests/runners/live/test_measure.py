@@ -67,6 +67,101 @@ def test_padding_does_not_count(tmp_path, tokens):
     assert padded["lambda_mean"] == pytest.approx(cut["lambda_mean"], rel=1e-5)
 
 
+@pytest.mark.parametrize("fed", ["embeddings", "in a dictionary"])
+def test_padding_does_not_count_however_a_batch_is_made_up(fed, tmp_path, tokens):
+    _save("gpt2", tmp_path)
+    model = transformers.GPT2LMHeadModel.from_pretrained(tmp_path)
+    mask_ST = torch.ones_like(tokens)
+    mask_ST[:, 24:] = 0
+    expected = deadbench.measure(model, {"input_ids": tokens, "attention_mask": mask_ST}).row
+    if fed == "embeddings":
+        batch = {"inputs_embeds": model.transformer.wte(tokens), "attention_mask": mask_ST}
+        found = deadbench.measure(model, [batch]).row
+    else:
+        model = Wrapped(model, lambda output: output)
+        found = deadbench.measure(model, [({"input_ids": tokens, "attention_mask": mask_ST}, None)]).row
+    assert found["num_tokens"] == 16 * 24
+    assert found["lambda_mean"] == pytest.approx(expected["lambda_mean"], rel=1e-5)
+
+
+def test_padding_of_something_else_than_the_rows_is_refused_and_an_encoders_is_none(tokens):
+    config = transformers.T5Config(vocab_size=97, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    model = transformers.T5ForConditionalGeneration(config)
+    mask_ST = (torch.arange(32) < 24).expand(16, 32).long()
+    batch = {"input_ids": tokens, "attention_mask": mask_ST, "decoder_input_ids": tokens}
+    assert deadbench.measure(model, batch).row["num_tokens"] == 16 * 32
+    assert deadbench.measure(model, batch | {"decoder_attention_mask": mask_ST}).row["num_tokens"] == 16 * 24
+
+    class Coarser(nn.Sequential):
+        """One row of two tokens, as of sound."""
+
+        def forward(self, tokens, attention_mask):
+            return super().forward(tokens[:, ::2])
+
+    coarser = Coarser(nn.Embedding(97, 16), nn.Linear(16, 16), nn.LayerNorm(16))
+    whole = {"tokens": tokens, "attention_mask": torch.ones_like(tokens)}
+    assert deadbench.measure(coarser, whole).row["num_tokens"] == 16 * 16
+    with pytest.raises(ValueError, match=r"attention_mask of \(16, 32\) leaves positions out"):
+        deadbench.measure(coarser, [whole, whole | {"attention_mask": mask_ST}])
+
+
+class Wrapped(nn.Module):
+    """A model whose batch is a dictionary in a place, and which returns as it likes."""
+
+    def __init__(self, model, returned):
+        super().__init__()
+        self.model, self.returned = model, returned
+
+    def forward(self, batch, targets):
+        return self.returned(self.model(**batch).logits)
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [
+        lambda logits: [logits],
+        lambda logits: (torch.ones(()), logits),  # a loss before them
+        lambda logits: {"logits": logits, "probabilities": logits.softmax(-1)},
+    ],
+)
+def test_whatever_a_module_returns_its_norm_is_found(returned, tmp_path, tokens):
+    _save("gpt2", tmp_path)
+    model = Wrapped(transformers.GPT2LMHeadModel.from_pretrained(tmp_path), returned)
+    assert deadbench.measure(model, [({"input_ids": tokens}, None)]).row["final_norm"] == "model.transformer.ln_f"
+
+
+def test_modules_called_by_name(gpt, tokens):
+    expected = deadbench.measure(gpt, tokens).row
+
+    def forward(tokens, targets=None):
+        x = gpt.embed(tokens)
+        for block in gpt.h:
+            x = block(x=x)
+        return gpt.lm_head(gpt.ln_f(input=x))
+
+    gpt.forward = forward
+    assert of([deadbench.measure(gpt, tokens).row]) == of([expected])
+
+
+def test_torchs_own_encoder_runs_as_it_is_written(tokens):
+    """Without gradients its layers would be one operation each, on nested tensors where something is padded."""
+
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(97, 16)
+            layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+            self.encoder = nn.TransformerEncoder(layer, 2, nn.LayerNorm(16))
+
+        def forward(self, tokens, attention_mask):
+            return self.encoder(self.embed(tokens), src_key_padding_mask=attention_mask == 0)
+
+    batch = {"tokens": tokens, "attention_mask": (torch.arange(32) < 24).expand(16, 32)}
+    reading = deadbench.measure(Encoder(), batch)
+    assert (reading.row["num_tokens"], len(reading.blocks)) == (16 * 24, 3)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
 def test_a_module_of_ones_own_is_found_and_may_be_told(gpt, tokens):
     found = deadbench.measure(gpt, tokens).row
     assert (found["final_norm"], found["family"], found["placement"]) == ("ln_f", "layernorm", "pre")
@@ -106,6 +201,10 @@ def test_its_parameters_are_read_where_the_norm_is_told(gpt):
         ({"batches": []}, "there is no batch; give an iterable of a tensor"),
         ({"batches": ["words"]}, "a batch is a str; give a tensor"),
         ({"max_tokens": 8}, "8 tokens for hidden size 16"),
+        (
+            {"batches": [(torch.ones(2, 8).long(),) * 3]},
+            r"too many positional arguments.*it takes .tokens, targets=None",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_and_changes_nothing(gpt, tokens, arguments, message):
@@ -154,6 +253,30 @@ def test_all_is_left_as_it_was_found(gpt, tokens):
 
     with unchanged(gpt):
         assert deadbench.measure(gpt, batches()).row["status"] == "ok"
+
+
+def test_what_modules_keep_of_a_call_is_left_as_it_was(gpt, tokens):
+    kept = {"losses": [], "last": None, "average": torch.zeros(2), "stats": {"of": [0]}}
+    vars(gpt).update(kept)
+
+    def keep(module, args, output):
+        gpt.losses.append(output[0].mean())
+        gpt.last, gpt.stats["calls"] = output, 1
+        gpt.average.add_(1)
+        gpt.stats["of"].append(1)
+        if len(gpt._forward_hooks) == 1:  # as transformers hangs on the hooks by which it gives hidden states
+            gpt.register_forward_hook(lambda *_: None)
+
+    gpt.register_forward_hook(keep)
+    deadbench.measure(gpt, tokens)
+    assert {name: vars(gpt)[name] for name in kept if name != "average"} == {
+        "losses": [],
+        "last": None,
+        "stats": {"of": [0]},
+    }
+    assert gpt.losses is kept["losses"]
+    assert gpt.average.tolist() == [0, 0]
+    assert len(gpt._forward_hooks) == 1
 
 
 def test_an_exception_on_the_way_changes_nothing(gpt, tokens):

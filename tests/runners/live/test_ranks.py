@@ -43,3 +43,7 @@ def test_two_ranks_give_the_row_of_one(tmp_path, tokens, kind):
     for mine, one in zip(found["blocks"], alone.blocks, strict=True):
         assert mine["sigma_min"] == pytest.approx(one["sigma_min"], rel=1e-5)
     assert [row["scale_harmonic"] for row in found["norms"]] == [row["scale_harmonic"] for row in alone.norms]
+    assert [line.partition(";")[0].partition(" (")[0] for line in found["told"]] == [
+        "there is no batch",
+        "Gpt cannot be called with a batch of 3 places and the names none",
+    ]

@@ -36,6 +36,17 @@ class OffsetLayerNorm(nn.Module):
         return nn.functional.layer_norm(x, (D,), self.gain + 1, self.beta, self.epsilon)
 
 
+class UntoldShift(nn.Module):
+    """Two vectors, and no name that says which is added."""
+
+    def __init__(self):
+        super().__init__()
+        self.g, self.b = nn.Parameter(torch.ones(D)), nn.Parameter(torch.zeros(D))
+
+    def forward(self, x):
+        return nn.functional.layer_norm(x, (D,), self.g, self.b)
+
+
 class AffineOnly(nn.Module):
     def __init__(self):
         super().__init__()
@@ -62,7 +73,9 @@ class NeedsTwo(nn.Module):
         (nn.LayerNorm(D, eps=1e12), "layernorm", "weight", "bias", 1e12),
         (nn.LayerNorm(D, elementwise_affine=False), "layernorm", "implicit-one", None, 1e-5),
         (OffsetLayerNorm(), "layernorm", "1+weight", "beta", 1e-5),
+        (UntoldShift(), "layernorm", "weight", "b", 1e-5),
         (nn.RMSNorm(D, eps=1e-6), "rmsnorm", "weight", None, 1e-6),
+        (nn.RMSNorm(D), "rmsnorm", "weight", None, 2.0**-23),
         (RMS(), "rmsnorm", "weight", None, 1e-6),
         (RMS(upcast=torch.float32), "rmsnorm", "weight", None, 1e-6),
         (RMS(offset=1.0), "rmsnorm", "1+weight", None, 1e-6),

@@ -38,6 +38,19 @@ BOTH = {
         "type": "mrope", "mrope_section": [1, 1, 2]}}, "vision_config": {
             "depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "patch_size": 8, "mlp_ratio": 2},
         "image_token_id": IMAGE, "video_token_id": 95, "vision_start_token_id": 97, "vision_end_token_id": 96}, 4),
+    "gemma4": ({"text_config": TEXT | {"model_type": "gemma4_text", "global_head_dim": 8, "num_kv_shared_layers": 0,
+                                       "hidden_size_per_layer_input": 0, "sliding_window": 16},
+                "vision_config": VISION | {"model_type": "gemma4_vision", "num_key_value_heads": 4, "head_dim": 8,
+                                           "position_embedding_size": 64, "pooling_kernel_size": 2},
+                "audio_config": None, "image_token_id": IMAGE, "boi_token_id": 97, "eoi_token_id": 96,
+                "video_token_id": 95}, 4),
+    # Itself, its one part, and a word at the end of each of the part's four rows.
+    "llava_next": ({"text_config": TEXT | {"model_type": "llama"}, "vision_config": VISION | {
+        "model_type": "clip_vision_model"}, "image_token_index": IMAGE, "vision_feature_layer": -1,
+        "image_grid_pinpoints": [[32, 32], [32, 64]]}, 36),
+    "mistral3": ({"text_config": TEXT | {"model_type": "mistral"}, "vision_config": VISION | {
+        "model_type": "pixtral", "head_dim": 8}, "image_token_index": IMAGE, "vision_feature_layer": -1,
+        "spatial_merge_size": 2}, 4),
 }  # fmt: skip
 
 
