@@ -11,7 +11,7 @@ from deadbench.suite.checkpoints.adapters import open_checkpoint
 from deadbench.suite.checkpoints.checkpoint import Checkpoint
 from deadbench.suite.checkpoints.series import trainer_step, trainer_tokens
 from deadbench.suite.checkpoints.sources import locate
-from deadbench.suite.checkpoints.training_steps import checkpoint_step
+from deadbench.suite.checkpoints.training_steps import checkpoint_step, steps_told
 from deadbench.suite.read_specs import READ_SPECS
 from deadbench.suite.registry.entries import CheckpointPattern, ListedCheckpoints, Model, Protocol
 from deadbench.suite.schema import KEY
@@ -217,7 +217,9 @@ def read_step(job: ReadJob) -> int | None:
         step = series.step_of(job.revision)
         if step is not None:
             return step
-    named = checkpoint_step(job.revision or Path(job.model.source or "").name)
+    known = steps_told(series) if isinstance(series, list) else {}
+    name = job.revision or Path(job.model.source or "").name
+    named = known[name] if name in known else checkpoint_step(name)
     if named is not None:
         return named
     return trainer_step(_folder(job))

@@ -121,7 +121,7 @@ def _described(read: ReadJob) -> tuple[dict[str, Any], dict[str, TensorEntry] | 
     """(contents of config.json, a trained model's tensors), the registry's configuration where it must do.
 
     Raises:
-        ValueError: the checkpoint cannot be opened, and the registry has none.
+        CheckpointError: the checkpoint cannot be opened, and the registry has none.
     """
     weights = READ_SPECS[read.read].opens == "weights"
     if read.model.config is not None and not weights:
@@ -133,9 +133,9 @@ def _described(read: ReadJob) -> tuple[dict[str, Any], dict[str, TensorEntry] | 
             checkpoint.headers() if weights else None,
             False,
         )
-    except CheckpointError as error:
+    except CheckpointError:
         if read.model.config is None:
-            raise ValueError(str(error)) from error
+            raise
         return read.model.config, None, True
 
 

@@ -143,7 +143,7 @@ def _read_trained(read: ReadJob) -> Reading:
     from deadbench.runners.jobs.resolved import Configuration, published
     from deadbench.runners.worker.request import StoredWeights
     from deadbench.suite.architectures.build import bare_model
-    from deadbench.suite.architectures.unexpected_tensors import refuse_unexpected
+    from deadbench.suite.architectures.unexpected_tensors import refuse_unexpected, remarks
 
     checkpoint = read.opened(read.revision)
     config = Configuration(checkpoint.config())
@@ -151,15 +151,16 @@ def _read_trained(read: ReadJob) -> Reading:
     entries = checkpoint.headers()  # refuses broken files before anything is loaded
     weights = checkpoint.weights().format
     refuse_without_pass(checkpoint, read.engine)
-    left_out = refuse_unexpected(bare_model(published(config)), config.raw, entries, checkpoint.source)
+    whole = published(config)
+    immaterial = refuse_unexpected(bare_model(whole), config.raw, entries, checkpoint.source)
+    told = remarks(whole, config.raw, entries, immaterial)
     with checkpoint.local_copy() as folder:
         rows = yield from _model_reader(read)(read, config, StoredWeights(folder, entries, weights.name))
     row = rows["reads"][0]
     row |= checkpoint.origin() | {"flags": [*row.get("flags", ()), *_quantised(config)]}
     if merged := _merged(checkpoint):
-        row["engine_detail"] = f"{row['engine_detail']}; {merged}"
-    if left_out:
-        row["engine_detail"] = f"{row['engine_detail']}; not loaded, and of no effect: {_named(left_out)}"
+        told.insert(0, merged)
+    row["engine_detail"] = "; ".join([row["engine_detail"], *told])
     return rows
 
 
@@ -193,11 +194,6 @@ def _where_from(read: ReadJob, checkpoint: "Checkpoint") -> Iterator[Remark]:
             "let the node reach the Hub, or put that snapshot into its cache"
         )
     yield Remark(read.label(), checkpoint.remark)
-
-
-def _named(tensors: list[str]) -> str:
-    """The first of them, and how many there are."""
-    return tensors[0] + (f" and {len(tensors) - 1} more" if len(tensors) > 1 else "")
 
 
 def _model_reader(read: ReadJob) -> Callable[..., Reading]:

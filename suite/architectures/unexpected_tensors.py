@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from deadbench.suite.architectures.stored_names import unwrapped
-from deadbench.suite.checkpoints.quantised import without_parts
+from deadbench.suite.checkpoints.quantised import is_part, method_of, without_parts
 from deadbench.suite.checkpoints.tensors import TensorEntry
 from deadbench.suite.errors import CheckpointError
 
@@ -28,7 +28,11 @@ _IMMATERIAL = {
     r"(^|\.)_extra_state$": "the state of FP8 training",
     r"(^|\.)(k|v|kv|q|prob)_scale$": "scales of a cache that is not quantised here",
 }
-_ADAPTER = re.compile(r"(^|[._])lora_(A|B|embedding_A|embedding_B|magnitude_vector)(\.|$)")
+_ADAPTER = re.compile(
+    r"(^|[._])lora_(A|B|a|b|down|up|embedding_A|embedding_B|magnitude_vector)(\.|$)"
+    r"|\.(dora_scale|ia3_l|vera_lambda_[bd]|hada_w[12]_[ab]|lokr_w[12](_[ab])?|oft_[rR]|base_layer)(\.|$)"
+)
+_WHOLE, _EIGHT_BITS = ("I8", "U8", "I16", "I32", "I64"), ("F8_E4M3", "F8_E5M2")  # dtypes of numbers
 _SCALES = re.compile(r"scale|absmax|zeros|quant", re.IGNORECASE)
 # What the blocks of draft heads, for the prediction of further tokens, have beside a block's own parts.
 _DRAFT = re.compile(r"\.(eh_proj|enorm|hnorm|shared_head)\.")
@@ -49,9 +53,12 @@ def refuse_unexpected(
         source: what the checkpoint is called.
 
     Raises:
-        CheckpointError: a tensor without a place, beside or inside a module that the model has, or in one more block.
+        CheckpointError: a tensor without a place, beside or inside a module that the model has, or in one more block;
+            whole numbers in the place of a weight.
     """
-    without_place = _without_place(model, entries)
+    without_place, placed = _without_place(model, entries)
+    if method_of(raw_config) is None:
+        _refuse_whole_numbers(model, placed, entries, source)
     if further := _in_further_blocks(without_place, model):
         raise CheckpointError(
             f"{source}: the checkpoint does not match config.json: {further[0]} is of a block that the configuration "
@@ -76,19 +83,60 @@ def refuse_unexpected(
     return immaterial
 
 
+def remarks(
+    model: Any, raw_config: Mapping[str, Any], entries: Mapping[str, TensorEntry], immaterial: list[str]
+) -> list[str]:
+    """What a row has to say of a checkpoint's tensors, of which `refuse_unexpected` found some `immaterial`.
+
+    `model` is the published one, with its heads.
+    """
+    without_place, placed = _without_place(model, entries)
+    known = set(immaterial)
+    beside = [n for n in without_parts((stored for stored, _ in without_place), raw_config) if n not in known]
+    raw = [n for n in placed if entries[n].dtype in _EIGHT_BITS and method_of(raw_config) is None]
+    return [
+        f"{told}: {_first_of(names)}"
+        for told, names in (
+            ("not loaded, and of no effect", immaterial),
+            ("stored beside the model, and not loaded", beside),
+            ("floats of 8 bits without scales, taken as they are", raw),
+        )
+        if names
+    ]
+
+
+def _first_of(tensors: list[str]) -> str:
+    """The first of them, and how many there are."""
+    return tensors[0] + (f" and {len(tensors) - 1} more" if len(tensors) > 1 else "")
+
+
+def _refuse_whole_numbers(
+    model: Any, placed: Mapping[str, str], entries: Mapping[str, TensorEntry], source: str
+) -> None:
+    """Whole numbers are no weights: they were quantised, and what says how is lost."""
+    places = model.state_dict()
+    for stored, name in placed.items():
+        entry = entries[stored]
+        if entry.dtype in _WHOLE and len(entry.shape) > 1 and places[name].is_floating_point():
+            raise CheckpointError(
+                f"{source}: {entry.file}: {stored} holds whole numbers ({entry.dtype}), where {type(model).__name__} "
+                "has a weight; give config.json the quantization_config of these weights"
+            )
+
+
 def _told(stored: str, model: str, file: str) -> str:
     if _ADAPTER.search(stored):
         return (
             f"{file}: {stored} is of an adapter beside its base, which {model} leaves out; merge it (merge_and_unload)"
         )
     told = f"{file}: {stored} has no place in the {model} of config.json, which transformers would load without it"
-    if _SCALES.search(stored.rpartition(".")[2]):
+    if is_part(stored) or _SCALES.search(stored.rpartition(".")[2]):
         return f"{told}; give config.json the quantization_config of these weights"
     return f"{told}; take both from the same place"
 
 
-def _without_place(model: Any, stored: Iterable[str]) -> list[tuple[str, str]]:
-    """(stored name, transformers' name) of what transformers calls unexpected."""
+def _without_place(model: Any, stored: Iterable[str]) -> tuple[list[tuple[str, str]], dict[str, str]]:
+    """(stored name, transformers' name) of what transformers calls unexpected; of all else the second by the first."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -97,7 +145,7 @@ def _without_place(model: Any, stored: Iterable[str]) -> list[tuple[str, str]]:
     converters = [each for each in mapping if isinstance(each, WeightConverter)]
     places, base = model.state_dict(), model.base_model_prefix
     left_out = [re.compile(each) for each in model._keys_to_ignore_on_load_unexpected or ()]
-    found = []
+    found, placed = [], {}
     for stored_name in sorted(stored):
         name = unwrapped(stored_name)
         own = rename_source_key(name, rules, converters, base, places)[0]
@@ -105,7 +153,10 @@ def _without_place(model: Any, stored: Iterable[str]) -> list[tuple[str, str]]:
             plain = rename_source_key(name, [], [], base, places)[0]
             if plain not in places and not any(pattern.search(own) for pattern in left_out):
                 found.append((stored_name, own))
-    return found
+            own = plain
+        if own in places:
+            placed[stored_name] = own
+    return found, placed
 
 
 def _in_further_blocks(without_place: list[tuple[str, str]], model: Any) -> list[str]:

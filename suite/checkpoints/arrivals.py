@@ -7,7 +7,6 @@ where there is neither, by headers that are whole and by nothing changing from o
 
 import contextlib
 import os
-import re
 from collections.abc import Callable, Container
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +16,14 @@ from deadbench.suite.checkpoints.checkpoint import Checkpoint
 from deadbench.suite.checkpoints.fsspec_folder import one_line_errors
 from deadbench.suite.checkpoints.no_weights import ADAPTER_FILE
 from deadbench.suite.checkpoints.opening import list_revisions
-from deadbench.suite.checkpoints.series import in_training_order, tells_place, trainer_step
+from deadbench.suite.checkpoints.series import in_training_order, is_passing, tells_place, trainer_step
 from deadbench.suite.checkpoints.sources import hub_id_of, is_file_of
 from deadbench.suite.checkpoints.strict_json import MAX_JSON_BYTES, parse_object
-from deadbench.suite.checkpoints.training_steps import checkpoint_step
+from deadbench.suite.checkpoints.training_steps import checkpoint_step, steps_told
 from deadbench.suite.checkpoints.weight_files import has_weights
 from deadbench.suite.errors import CheckpointError, message
 from deadbench.suite.storage import is_hidden, is_url, open_place
 
-_PASSING = re.compile(r"^tmp[-_]|[._-](tmp|temp|partial|incomplete)$", re.IGNORECASE)  # names until it is done
 _TRAINER, _TRACKER, _LATEST = "trainer_state.json", "latest_checkpointed_iteration.txt", "latest"
 _BESIDE_TRAINER = {_TRAINER, "training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth"}
 _FIRST_LOOK = "seen once; it is read when it has not changed by the next look"
@@ -175,7 +173,7 @@ class Arrivals:
             CheckpointError: the place is there, or should be, and cannot be listed.
         """
         names = self._names()
-        steps = {name: checkpoint_step(name) for name in names}
+        steps = steps_told(names)
         if not (self._hub or is_url(self._place)):
             named = set(steps.values()) - {None}
             for name in (name for name, step in steps.items() if step is None):
@@ -204,7 +202,7 @@ class Arrivals:
             except (FileNotFoundError, NotADirectoryError):
                 return []
         kinds = {entry["name"].rstrip("/").rsplit("/", 1)[-1]: entry["type"] for entry in listed}
-        names = [name for name in kinds if not is_hidden(name) and not _PASSING.search(name)]
+        names = [name for name in kinds if not is_hidden(name) and not is_passing(name)]
         folders = [n for n in names if kinds[n] == "directory" or os.path.isdir(os.path.join(self._place, n))]
         return folders + [name for name in names if name not in folders and is_file_of(self._place, name)]
 

@@ -65,6 +65,7 @@ class Checkpoint:
         """
         self.source = shown_place(source)
         self._called = f"{source}@{revision}"
+        self._as_hub = source.startswith("hf://")  # as it was given
         self._names: list[str] | None = None
         self._config = None if config is None else checked(config, self.source, model_type)
         self._model_type = model_type
@@ -98,9 +99,12 @@ class Checkpoint:
             with one_line_errors(self.source):
                 try:
                     self._names = self._folder.names()
-                except UnreachableError:
+                except UnreachableError as error:
                     if not self._take_from_cache():
-                        raise
+                        if not self._hub_id or self._as_hub:
+                            raise
+                        told = f"{error}; no folder here is called so, which makes it a Hub id"
+                        raise UnreachableError(told) from error
                     self._names = self._folder.names()
             if self._file is not None:  # what lies beside it are other weights
                 self._names = [
@@ -254,7 +258,8 @@ class Checkpoint:
         except UnreachableError:
             raise
         except CheckpointError as error:
-            if self._weights is not None and self._weights.format.records and not self._file:
+            several = any(name.endswith(".gguf") for name in self.names())  # which would record it
+            if not self._file and (several or (self._weights is not None and self._weights.format.records)):
                 raise CheckpointError(f"{self.source}: {str(error).removeprefix(f'{self.source}: ')}") from error
             raise (error if self._file else no_config(self)) from error
         recorded = recorded or other_config(self, self.source)

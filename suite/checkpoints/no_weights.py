@@ -13,6 +13,24 @@ ADAPTER_FILE = "adapter_config.json"
 OTHER_LIBRARIES = (".msgpack", ".h5")
 _POINTER = b"version https://git-lfs"
 _CACHED = re.compile(r"models--(.+)")
+_LEAST = 8  # bytes of a safetensors file, which tell the length of its header
+_PART = re.compile(r"-(\d{5})-of-(\d{5})\.\w+$")
+# What lies where weights are looked for, by the endings of names, and what to do.
+_INSTEAD = (
+    (
+        (".incomplete", ".part", ".partial", ".crdownload", ".aria2"),
+        "a download that did not end ({}); download it again",
+    ),
+    ((".zip", ".tar", ".tar.gz", ".tgz", ".7z"), "an archive ({}); unpack it, and give what was in it"),
+    (("params.json",), "weights in the form of Meta's releases ({}); give those converted for transformers"),
+    (
+        (".onnx", ".npz", ".nemo", ".tflite", ".mlmodel", ".ot", "manifest.ocdbt"),
+        "only weights of another library ({}); load and save them with transformers",
+    ),
+    (("optimizer.pt", "optimizer.bin"), "a state of training ({}) without the model's weights; save those too"),
+)
+_AGAIN = "the Hub id, which downloads it again"
+_BELOW = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".distcp")  # weights, where a folder below has them
 
 
 def no_config(files: Any) -> CheckpointError:
@@ -24,7 +42,9 @@ def no_config(files: Any) -> CheckpointError:
 
 def no_weights(files: Any, found: Sequence[str]) -> CheckpointError:
     """That it has no weights that can be read, or the files `found` of which nothing says that they belong together."""
-    if found:
+    if part := _PART.search(found[0]) if len(found) == 1 else None:
+        text = f"{found[0]} is one of {int(part[2])} files; copy the others and their index beside it"
+    elif found:
         ending = "safetensors" if found[0].endswith(".safetensors") else found[0].rpartition(".")[2]
         index = "model.safetensors" if ending == "safetensors" else "pytorch_model.bin"
         text = (
@@ -41,25 +61,42 @@ def no_weights(files: Any, found: Sequence[str]) -> CheckpointError:
 def not_torch(files: Any, name: str) -> CheckpointError:
     """That the file `name` is none of torch.save."""
     first = files.read(name, 0, len(_POINTER))
-    if first == _POINTER:
-        return _pointer(files, name)
+    if is_pointer(first):
+        return pointer(files, name)
     what = "an empty file" if not first else f"not written by torch.save (it begins with {first[:8]!r})"
     return CheckpointError(f"{_called(files)}{name}: {what}; give a state_dict saved by torch.save, or safetensors")
 
 
 def no_safetensors(files: Any, name: str, length: int, size: int) -> CheckpointError:
     """That the file `name` of `size` bytes is none: its header would be of `length` bytes."""
-    if files.read(name, 0, len(_POINTER)) == _POINTER:
-        return _pointer(files, name)
+    if size < _LEAST:
+        return CheckpointError(
+            f"{_called(files)}{name}: {size} bytes, too short for a safetensors file; download it again"
+        )
+    if is_pointer(files.read(name, 0, len(_POINTER))):
+        return pointer(files, name)
+    first = files.read(name, 0, 40).decode("ascii", "replace")
+    if first.startswith(("<", "{")) and " ".join(first.split()).isprintable():
+        return CheckpointError(
+            f"{_called(files)}{name} is a text, not weights (it begins with {first!r}), as a server's answer that was "
+            "saved under that name; download it again"
+        )
     return CheckpointError(
         f"{_called(files)}{name}: the header claims {length} bytes, the file has {size}; truncated or not a "
         "safetensors file"
     )
 
 
-def _pointer(files: Any, name: str) -> CheckpointError:
+def is_pointer(raw: bytes) -> bool:
+    """Whether a file's bytes are those of a Git LFS pointer."""
+    return raw.startswith(_POINTER)
+
+
+def pointer(files: Any, name: str) -> CheckpointError:
+    """That the file `name` is a Git LFS pointer."""
+    what = "file itself" if name.endswith(".json") else "weights"
     return CheckpointError(
-        f"{_called(files)}{name} is a Git LFS pointer, not the weights: run `git lfs pull` in that folder, "
+        f"{_called(files)}{name} is a Git LFS pointer, not the {what}: run `git lfs pull` in that folder, "
         "or download the checkpoint from the Hub"
     )
 
@@ -77,18 +114,18 @@ def _instead(files: Any) -> str | None:
             f"an adapter alone ({ADAPTER_FILE}), without its base {_base(files)}; merge it into the base "
             "(merge_and_unload of peft, then save_pretrained) and give that folder"
         )
-    for suffixes, text in (
-        (
-            (".distcp",),
-            "shards of torch.distributed.checkpoint ({}) without the .metadata that says what they hold; copy it "
-            "beside them",
-        ),
-    ):
-        found = sorted(name for name in names if name.endswith(suffixes))
-        if found and not (suffixes == (".distcp",) and files.has(".metadata")):
-            return text.format(found[0])
+    shards = sorted(name for name in names if name.endswith(".distcp"))
+    if shards and not files.has(".metadata"):
+        return (
+            f"shards of torch.distributed.checkpoint ({shards[0]}) without the .metadata that says what they hold; "
+            "copy it beside them"
+        )
     folder = getattr(files, "folder", None)
-    return None if folder is None else _of_folder(folder)
+    told = None if folder is None else _of_folder(folder)
+    for endings, text in () if told else _INSTEAD:
+        if found := sorted(name for name in names if name.endswith(endings)):
+            return text.format(found[0])
+    return told
 
 
 def _base(files: Any) -> str:
@@ -115,14 +152,40 @@ def _of_folder(folder: Path) -> str | None:
             f"download it again{what}"
         )
     if (folder / "snapshots").is_dir():
-        inside = sorted(path for path in (folder / "snapshots").iterdir() if path.is_dir() and not is_hidden(path.name))
-        give = inside[-1] if inside else "the Hub id, which downloads it again"
+        inside = [path for path in (folder / "snapshots").iterdir() if path.is_dir() and not is_hidden(path.name)]
+        give = max(inside, key=lambda path: (path.name == _main(folder), path.name)) if inside else _AGAIN
         return f"the root of a model in the Hub's cache, not the model; give {give}"
-    cached = [match[1].replace("--", "/", 1) for path in there if (match := _CACHED.fullmatch(path.name))]
+    if _CACHED.fullmatch(folder.name):
+        return f"the root of a model in the Hub's cache, of which nothing is here; give {_AGAIN}"
+    hub = [*there, *((folder / "hub").iterdir() if (folder / "hub").is_dir() else ())]
+    cached = sorted(match[1].replace("--", "/", 1) for path in hub if (match := _CACHED.fullmatch(path.name)))
     if cached:
         return f"a cache of the Hub, not a model; give one of its Hub ids: {', '.join(cached[:4])}"
     below = [path.name for path in there if (path / "config.json").is_file()]
     if below:
         each = ", ".join(f"{folder.name}/{name}" for name in below[:4])
         return f"no checkpoint itself, but a folder of them; give one: {each}"
+    held = [path.name for path in there if path.is_dir() and _holds_weights(path)]
+    if held:
+        each = " or ".join(f"{folder.name}/{name}" for name in held[:4])
+        return f"no weights in it, but in a folder below; give {each}"
     return None if there else "an empty folder"
+
+
+def _main(root: Path) -> str:
+    """The commit of a cached repository's branch `main`, "" where none is told."""
+    try:
+        return (root / "refs" / "main").read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
+        return ""
+
+
+def _holds_weights(folder: Path) -> bool:
+    try:
+        return any(
+            path.name.endswith(_BELOW) and not path.name.startswith(("optimizer", "adapter_", "training_args"))
+            for path in folder.iterdir()
+            if path.is_file() and not is_hidden(path.name) and not folder.name.startswith("optimizer")
+        )
+    except OSError:
+        return False

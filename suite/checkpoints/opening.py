@@ -72,6 +72,8 @@ def open_source(source: str, revision: str | None, base: Path | None, place: str
         return Opened(HttpFolder(source, _joined(address, below) + mark + query), revision, file)
     if is_url(place):
         return Opened(FsspecFolder(source, _joined(place, below)), revision, file)
+    if os.path.islink(source):
+        raise CheckpointError(f"{source}: a link to {os.readlink(source)}, which is not there; mend the link")
     raise CheckpointError(f"{source}: no such directory, and neither a Hub id (org/name[@revision]) nor a URL (s3://…)")
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 from deadbench.suite.checkpoints.dialects import litgpt, open_clip
 from deadbench.suite.checkpoints.files import Files
+from deadbench.suite.checkpoints.no_weights import is_pointer, pointer
 from deadbench.suite.checkpoints.strict_json import MAX_JSON_BYTES, parse_object
 from deadbench.suite.errors import CheckpointError
 from deadbench.suite.yaml_file import YamlError, parse_yaml
@@ -36,7 +37,10 @@ def read_object(files: Files, source: str, name: str) -> dict[str, Any]:
     """
     if files.size(name) > MAX_JSON_BYTES:
         raise CheckpointError(f"{source}: {name} is larger than {MAX_JSON_BYTES} bytes")
-    return parse_object(files.read(name), f"{source}: {name}")
+    raw = files.read(name)
+    if is_pointer(raw):
+        raise pointer(files, name)
+    return parse_object(raw, f"{source}: {name}")
 
 
 def _litgpt(files: Files, called: str) -> dict[str, Any]:

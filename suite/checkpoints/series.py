@@ -1,7 +1,8 @@
 """A folder of checkpoints is a series: which of the folders in it are checkpoints, and in which order they were saved.
 
 A checkpoint of a series is a folder whose name tells a training step (`checkpoint-7`, `global_step7`, `iter_7`, …) or
-an epoch, or beside whose weights a Trainer wrote the step down. Folders that just lie beside each other are no series.
+an epoch, or beside whose weights a Trainer wrote the step down; or, where no folder is one, a file of such a name.
+Folders that just lie beside each other are no series.
 """
 
 import json
@@ -16,14 +17,18 @@ from deadbench.suite.checkpoints.no_weights import ADAPTER_FILE
 from deadbench.suite.checkpoints.opening import list_revisions
 from deadbench.suite.checkpoints.sources import locate
 from deadbench.suite.checkpoints.strict_json import MAX_JSON_BYTES
-from deadbench.suite.checkpoints.training_steps import checkpoint_step
+from deadbench.suite.checkpoints.training_steps import checkpoint_step, epoch_of, steps_told
+from deadbench.suite.checkpoints.weight_files import may_be_weights
 from deadbench.suite.errors import CheckpointError
 from deadbench.suite.secrets import shown_place
 from deadbench.suite.storage import is_url
 
-_EPOCH = re.compile(r"(?<![a-z])ep(och)?[-_=]?\d+(?![a-z\d])", re.IGNORECASE)
+_PASSING = re.compile(r"^tmp[-_]|[._-](tmp|temp|partial|incomplete)$", re.IGNORECASE)  # names until it is done
+_VARIANT = re.compile(r"-v\d+(?=\.ckpt$)")  # of Lightning, which saved at a step before
+_SHARD = re.compile(r"-\d{5}-of-\d{5}")
 _WEIGHTS = re.compile(r"(pytorch_model.*\.bin|.*\.(safetensors|gguf))")
 _SHOWN = 4
+_UNTOLD = "its name tells no step"
 
 
 @dataclass(frozen=True)
@@ -57,11 +62,12 @@ class Series:
 
     def told(self) -> str:
         """For people, in one line."""
+        count = "1 checkpoint" if len(self.names) == 1 else f"{len(self.names)} checkpoints"
         few = len(self.names) <= _SHOWN
         names = ", ".join(self.names) if few else f"{self.names[0]}, {self.names[1]}, …, {self.names[-1]}"
         without = f"; left out: {', '.join(self.left_out[:_SHOWN])}" if self.left_out else ""
         without += f" and {len(self.left_out) - _SHOWN} more" if len(self.left_out) > _SHOWN else ""
-        return f"{shown_place(self.name)}: a series of {len(self.names)} checkpoints, {self.order}: {names}{without}"
+        return f"{shown_place(self.name)}: a series of {count}, {self.order}: {names}{without}"
 
 
 def series_in(source: str, base: Path | None = None, *, beside_weights: bool = False) -> Series | None:
@@ -74,15 +80,22 @@ def series_in(source: str, base: Path | None = None, *, beside_weights: bool = F
         return None  # the Hub's branches are listed by the registry; a web server's folders cannot be
     try:
         there = Checkpoint(source, base=base, place=place).names()
-        if not beside_weights and any(_WEIGHTS.fullmatch(name) for name in there):
+        files = [name for name in there if may_be_weights(name) and not _SHARD.search(name)]
+        saved = _steps(place, files)
+        saved = saved if len(saved) > 1 else {}  # one alone is the folder's weights
+        if not beside_weights and any(_WEIGHTS.fullmatch(name) and name not in saved for name in there):
             return None
         folders = list_revisions(source, base)
     except (CheckpointError, OSError):
         return None  # which opening it will say
     steps = _steps(place, folders)
-    left_out = {name: "no config.json in it" for name in steps if not _has_config(source, name, base, place)}
-    steps = {name: step for name, step in steps.items() if name not in left_out}
-    return _ordered(source, steps, left_out)
+    if not steps:
+        return _ordered(source, saved, dict.fromkeys((name for name in files if name not in saved), _UNTOLD))
+    left_out = {name: "still being written, by its name" for name in steps if is_passing(name)}
+    whole = [name for name in folders if name not in left_out and _has_config(source, name, base, place)]
+    left_out |= {name: "no config.json in it" for name in steps if name not in (*left_out, *whole)}
+    left_out |= {name: _UNTOLD for name in whole if name not in steps}
+    return _ordered(source, {name: step for name, step in steps.items() if name not in left_out}, left_out)
 
 
 def gathered(names: Sequence[str], known: Container[str] = ()) -> list[str | Series]:
@@ -118,7 +131,12 @@ def trainer_tokens(folder: Path) -> int | None:
 
 def tells_place(name: str) -> bool:
     """Whether a name tells a place in training that is no step: an epoch."""
-    return _EPOCH.search(name) is not None
+    return epoch_of(name) is not None
+
+
+def is_passing(name: str) -> bool:
+    """Whether a checkpoint has this name only until it is whole."""
+    return _PASSING.search(name) is not None
 
 
 def in_training_order(steps: Mapping[str, int | None]) -> list[str]:
@@ -140,8 +158,8 @@ def _trainers_count(folder: Path, key: str) -> int | None:
 def _steps(place: str, folders: Sequence[str]) -> dict[str, int | None]:
     """Training step, where one is known, of those of `folders` in `place` that are checkpoints of a series."""
     steps: dict[str, int | None] = {}
-    for name in folders:
-        step = checkpoint_step(name)
+    for name, told in steps_told(folders).items():
+        step = told
         if step is None and os.path.isabs(place):
             step = trainer_step(Path(place, name))
         if step is not None or tells_place(name):
@@ -180,14 +198,16 @@ def _ordered(source: str, steps: Mapping[str, int | None], left_out: Mapping[str
     written = " (of trainer_state.json)" if by_trainer else ""
     order = f"by step{written}"
     if unknown:
-        order = "in the natural order of their names, which tell no step"
+        anew = any(steps[name] is None and checkpoint_step(name) is not None for name in names)
+        why = "whose steps begin anew in each epoch" if anew else "which tell no step"
+        order = f"in the natural order of their names, {why}"
         order = order if unknown == len(names) else f"by step where one is known{written}, then {order}"
     return Series(source, tuple(names), order, tuple(f"{name} ({why})" for name, why in without.items()))
 
 
 def _shape(name: str) -> str:
     """A name without its numbers: what the checkpoints of one run share."""
-    return re.sub(r"\d+", "#", name)
+    return re.sub(r"\d+", "#", _VARIANT.sub("", name))
 
 
 def _natural(name: str) -> list[str | int]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from deadbench.suite.checkpoints.files import Files
 from deadbench.suite.checkpoints.formats.table import FORMATS, FRAMEWORKS, Format
 from deadbench.suite.checkpoints.formats.trainers import trainers_files
-from deadbench.suite.checkpoints.no_weights import no_weights
+from deadbench.suite.checkpoints.no_weights import is_pointer, no_weights, pointer
 from deadbench.suite.checkpoints.strict_json import MAX_JSON_BYTES, inside, parse_object, shown
 from deadbench.suite.errors import CheckpointError
 
@@ -22,6 +22,7 @@ _NO_WEIGHTS = (  # beside them, with their endings
     "adapter_", "training_args", "optimizer", "scheduler", "rng_state", "random_states", "scaler", "sampler",
     "dl_state_dict",
 )  # fmt: skip
+_ENDINGS = tuple(suffix for each in FORMATS for suffix in each.suffixes)
 NAMED_BY = "transformers_weights"  # the key of config.json that names another file, or another index
 _CONCURRENT = 8
 
@@ -64,7 +65,7 @@ def weight_files(files: Files, named: object = None) -> WeightFiles:
     names = files.names()
     for each in FORMATS:
         found = sorted(n for n in names if n.endswith(each.suffixes) and not n.startswith(_NO_WEIGHTS))
-        if len(found) == 1 or (found and _is_one_split(found)):
+        if (len(found) == 1 and not _is_part(found[0])) or (found and _is_one_split(found)):
             return WeightFiles((found[0],), format=each)
         if found:
             raise no_weights(files, found)
@@ -73,9 +74,19 @@ def weight_files(files: Files, named: object = None) -> WeightFiles:
 
 def has_weights(files: Files) -> bool:
     """Whether a folder has weights of its own, by the names of its files; an adapter's are none."""
-    there = (*(suffix for each in FORMATS for suffix in each.suffixes), ".index.json")
-    names = [name for name in files.names() if name.endswith(there) and not name.startswith(_NO_WEIGHTS)]
-    return bool(names) or any(each.is_there(files) for each in FORMATS)
+    found = any(may_be_weights(name) or name.endswith(".index.json") for name in files.names())
+    return found or any(each.is_there(files) for each in FORMATS)
+
+
+def may_be_weights(name: str) -> bool:
+    """Whether a file may hold a model's weights, by its name."""
+    return name.endswith(_ENDINGS) and not name.startswith(_NO_WEIGHTS)
+
+
+def _is_part(name: str) -> bool:
+    """Whether a file says that it is one of several; those of llama.cpp are told of by their first one."""
+    part = re.search(r"-\d{5}-of-(\d{5})\.", name)
+    return part is not None and int(part[1]) > 1 and not name.endswith(".gguf")
 
 
 def _is_one_split(names: list[str]) -> bool:
@@ -89,6 +100,8 @@ def weights_file(files: Files, name: str) -> WeightFiles:
     """The one file `name` as all of the weights, of the format that its first bytes tell, else its ending."""
     first = files.read(name, 0, 16)
     told = next((each for each in FORMATS if each.magic and first.startswith(each.magic)), None)
+    if is_pointer(first):
+        raise pointer(files, name)
     return WeightFiles((name,), format=told or next((f for f in FORMATS if name.endswith(f.suffixes)), SAFETENSORS))
 
 
@@ -107,9 +120,13 @@ def _sharded(files: Files, index: str, of: Format) -> WeightFiles:
     """What an index lists; each shard is a file that is there."""
     if files.size(index) > MAX_JSON_BYTES:
         raise CheckpointError(f"{index}: larger than {MAX_JSON_BYTES} bytes; no index of a checkpoint")
-    weight_map = parse_object(files.read(index), f"{index}: the index").get("weight_map")
+    raw = files.read(index)
+    if is_pointer(raw):
+        raise pointer(files, index)
+    weight_map = parse_object(raw, f"{index}: the index").get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"{index}: not a safetensors index (weight_map is no object)")
+    weight_map = {n: shard.removeprefix("./") if isinstance(shard, str) else shard for n, shard in weight_map.items()}
     shards = sorted({shard if isinstance(shard, str) else f"../{shown(shard)}" for shard in weight_map.values()})
     if not shards:
         raise CheckpointError(f"{index}: its weight_map is empty; download the checkpoint again")
@@ -121,7 +138,7 @@ def _sharded(files: Files, index: str, of: Format) -> WeightFiles:
         for shard, there in zip(shards, pool.map(files.has, shards), strict=True):
             if not there:
                 raise CheckpointError(f"{index}: names {shard}, which is missing; download the checkpoint again")
-    return WeightFiles(tuple(shards), index, dict(weight_map), of)
+    return WeightFiles(tuple(shards), index, weight_map, of)
 
 
 def _check_inside(where: str, name: str) -> None:

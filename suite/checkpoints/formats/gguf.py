@@ -15,6 +15,7 @@ import numpy as np
 from deadbench.suite.checkpoints.dialects.tensors import Values, as_floats
 from deadbench.suite.checkpoints.files import Files
 from deadbench.suite.checkpoints.formats.gguf_metadata import adds_one, config_of, norm_of, unfit
+from deadbench.suite.checkpoints.no_weights import is_pointer, pointer
 from deadbench.suite.checkpoints.strict_json import shown
 from deadbench.suite.checkpoints.tensors import (
     MAX_DIMENSIONS,
@@ -87,7 +88,9 @@ def _read_header(files: Files, name: str) -> tuple[dict[str, Any], list[TensorEn
     """The metadata of one file, and its tensors."""
     cursor = _Cursor(files, name)
     try:
-        if cursor.take(4) != MAGIC:
+        if (first := cursor.take(4)) != MAGIC:
+            if is_pointer(first + files.read(name, 4, 40)):
+                raise pointer(files, name)
             raise CheckpointError(f"{name}: not a GGUF; give a file that begins as one")
         version = cursor.number("<I")
         if version not in (2, 3):

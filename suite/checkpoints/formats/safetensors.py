@@ -31,7 +31,7 @@ def read_header(files: Files, name: str) -> Contents:
     """
     size = files.size(name)
     if size < 8:
-        raise CheckpointError(f"{name}: {size} bytes, too short for a safetensors file")
+        raise no_safetensors(files, name, 0, size)
     length = int.from_bytes(files.read(name, 0, 8), "little")
     if length > min(MAX_HEADER_BYTES, size - 8):
         raise no_safetensors(files, name, length, size)

@@ -1,5 +1,7 @@
 """Tensors without a place in the model: refused where they are another model's, told where they cannot matter."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers
@@ -7,7 +9,7 @@ from safetensors.torch import save_file
 from transformers import AutoModel
 
 from deadbench.suite.architectures.build import build_config, build_model, build_published
-from deadbench.suite.architectures.unexpected_tensors import refuse_unexpected
+from deadbench.suite.architectures.unexpected_tensors import refuse_unexpected, remarks
 from deadbench.suite.checkpoints.checkpoint import Checkpoint
 from deadbench.suite.checkpoints.quantised import is_part
 from deadbench.suite.checkpoints.tensors import TensorEntry
@@ -70,6 +72,10 @@ def test_what_transformers_saves_has_its_place(config, published, stored):
         (LLAMA, "model.layers.0.mlp.down_proj.weight.absmax", (8,), "give config.json the quantization_config"),
         (LLAMA, "model.layers.0.mlp.down_proj.lora_A.default.weight", (4, 32), "merge it"),
         (LLAMA, "base_model.model.model.layers.0.mlp.down_proj.lora_B.weight", (16, 4), "merge it"),
+        (LLAMA, "model.layers.0.mlp.down_proj.lora_a.weight", (4, 32), "merge it"),
+        (LLAMA, "model.layers.0.mlp.down_proj.dora_scale", (16, 1), "merge it"),
+        (LLAMA, "model.layers.0.mlp.down_proj.SCB", (16,), "give config.json the quantization_config"),
+        (LLAMA, "model.layers.0.mlp.down_proj.scale_weight", (), "give config.json the quantization_config"),
         (BERT, "bert.encoder.layer.0.attention.self.query.weight_scale", (), "give config.json the quantization_co"),
         (TINY_NEOX, "gpt_neox.layers.0.attention.query_key_value.lora_B.weight", (48, 4), "merge it"),
     ],
@@ -126,6 +132,34 @@ def test_one_more_block_is_refused_and_a_draft_head_is_not(published, stored):
             refused(config, entries, published=published)
     draft = with_more(entries, **{"model.layers.2.shared_head.norm.weight": (16,)})
     assert set(refused(LLAMA, draft, published=published)) == {*draft} - {*stored(LLAMA)}
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_whole_numbers_are_no_weights(published, stored):
+    name = "model.layers.1.mlp.down_proj.weight"
+    entries = stored(LLAMA)
+    entries |= {name: replace(entries[name], dtype="I8")}
+    with pytest.raises(
+        CheckpointError, match=rf"^m: model.safetensors: {name} holds whole numbers \(I8\), where Llama"
+    ):
+        refused(LLAMA, entries, published=published)
+    assert refused(LLAMA | {"quantization_config": {"quant_method": "gptq"}}, entries, published=published) == []
+
+
+def test_a_row_says_what_was_left_out_or_taken_as_it_is(stored):
+    entries = stored(LLAMA)
+    model = build_published(build_config(LLAMA), "meta")
+    assert remarks(model, LLAMA, entries, []) == []
+    raw = {n: replace(e, dtype="F8_E4M3") for n, e in entries.items() if "proj" in n}
+    beside = with_more(entries | raw, model__embed_positions__weight=(64, 16), scaled_fp8=(2,), lm_head__bias=(97,))
+    cached = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    assert remarks(model, LLAMA, with_more(beside, **{cached: (4,)}), [cached]) == [
+        f"not loaded, and of no effect: {cached}",
+        "stored beside the model, and not loaded: lm_head.bias and 2 more",
+        f"floats of 8 bits without scales, taken as they are: {min(raw)} and {len(raw) - 1} more",
+    ]
+    quantised = LLAMA | {"quantization_config": {"quant_method": "fp8"}}
+    assert remarks(model, quantised, entries | raw, []) == []
 
 
 @pytest.mark.parametrize("twin", ["layernorm", "rmsnorm"])

@@ -68,6 +68,52 @@ def test_what_is_left_out_is_told(folder):
     )
 
 
+def test_steps_within_epochs_are_no_order(folder):
+    names = ("epoch_0_step_500", "epoch_0_step_1000", "epoch_1_step_500", "epoch_10_step_500")
+    folder("run0", *sorted(names))
+    assert series_in("run0").names == names
+    assert series_in("run0").order == "in the natural order of their names, whose steps begin anew in each epoch"
+
+
+def test_a_checkpoint_that_is_being_written_and_one_without_a_step_are_left_out(folder):
+    folder("run0", "checkpoint-9", "checkpoint-10", "tmp-checkpoint-10", "checkpoint-11.partial", "final")
+    series = series_in("run0")
+    assert series.names == ("checkpoint-9", "checkpoint-10")
+    assert series.left_out == (
+        "checkpoint-11.partial (still being written, by its name)",
+        "tmp-checkpoint-10 (still being written, by its name)",
+        "final (its name tells no step)",
+    )
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["epoch=9-step=90.ckpt", "epoch=9-step=90-v1.ckpt", "epoch=10-step=100.ckpt"],
+        ["iter-000900-ckpt.pth", "iter-001000-ckpt.pth"],
+        ["step9.safetensors", "step10.safetensors"],
+        ["pytorch_model_step9.bin", "pytorch_model_step10.bin"],
+    ],
+)
+def test_files_are_a_series_where_no_folder_is_one(folder, names):
+    made = folder("run0", empty=["logs"])
+    for name in (*sorted(names), "last.ckpt", "optimizer_step9.pt", "config.json"):
+        (made / name).write_bytes(b"")
+    assert sorted(series_in("run0").names) == sorted(names)
+    assert series_in("run0").names[-1] == names[-1]
+    assert series_in("run0").left_out == ("last.ckpt (its name tells no step)",)
+    for name in names[1:]:
+        (made / name).unlink()
+    assert series_in("run0") is None, "one file is the folder's weights"
+
+
+def test_the_shards_of_one_checkpoint_are_no_series(folder):
+    made = folder("run0", empty=["logs"])
+    for shard in (1, 2):
+        (made / f"step9-0000{shard}-of-00002.pt").write_bytes(b"")
+    assert series_in("run0") is None
+
+
 def test_what_is_no_series(folder):
     folder("models", "gpt2", "llama")
     folder("seeds", "llama-step10", "mistral-step10")
