@@ -40,6 +40,6 @@ READ_SPECS: dict[str, ReadSpec] = {
     "random": ReadSpec(3, "config", per_checkpoint=False),
     "trained": ReadSpec(3, "weights"),
     # Few tokens, and precision enough to see that nothing moves.
-    "functional": ReadSpec(1, "either", taps=False, divides=False, tokens=256, dtype="float64", by_default=False),
+    "functional": ReadSpec(2, "either", taps=False, divides=False, tokens=256, dtype="float64", by_default=False),
 }
 DEFAULT_READS = tuple(name for name, spec in READ_SPECS.items() if spec.by_default)

@@ -69,8 +69,9 @@ def watch(
     torch.distributed.checkpoint), or the framework's pointer names it (Megatron, DeepSpeed); a single file, and any
     other folder, is read when two looks find it the same and its headers whole.
 
-    A break is a check that --gate breaks, or without one the default gate, and a direction that opened. Exit code 1
-    when a checkpoint broke or could not be read. What is in OUT is neither read nor told of again.
+    A break is a check that --gate breaks, or without one the default gate, a direction that opened, and a checkpoint
+    that is there and cannot be read, as where its values are not finite. Exit code 1 when a checkpoint broke or could
+    not be read. What is in OUT is neither read nor told of again.
 
     Example: [bold]deadbench watch runs/gpt2 --out results/gpt2 --on-break "python alert.py"[/bold]
 

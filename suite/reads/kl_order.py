@@ -19,6 +19,7 @@ LEAST_STEPS = 6  # above rounding and below saturation, for an order to be told
 ROUNDINGS = 512
 SATURATION = 0.01  # nats, or squared relative change: from here on the next order counts
 _REGULAR, _SINGULAR, _MOST_ERROR = (0.9, 1.1), 1.9, 0.05
+_STRAIGHT = 0.01  # an error of k below which the steps are a power law to the last
 
 
 class Order(NamedTuple):
@@ -34,6 +35,9 @@ def order_of(steps: Sequence[float], divergences: Sequence[float], changes: Sequ
 
     gauge: at every step the outputs move by rounding alone. regular: k is 1 to a tenth. singular: k is 1.9 at least.
     unresolved: fewer than six steps lie between rounding and saturation, they are no power law, or k is another.
+
+    Saturation comes sooner where outputs are nearly uniform, of which no divergence is large: while the steps bend, the
+    largest is left out, as long as six are left.
 
     Args:
         steps: t, eight or more.
@@ -56,18 +60,27 @@ def order_of(steps: Sequence[float], divergences: Sequence[float], changes: Sequ
     ]
     if len(told) < LEAST_STEPS:
         return Order(None, None, "unresolved")
-    x, y = np.array(told).T
-    centred = x - x.mean()
-    slope = float(centred @ y / (centred @ centred))
-    residual = y - y.mean() - slope * centred
-    error = math.sqrt(float(residual @ residual) / (len(x) - 2) / float(centred @ centred)) / 2
-    order = round(slope / 2, 12)
+    told.sort()
+    order, error = _fit(told)
+    while error > _STRAIGHT and len(told) > LEAST_STEPS:
+        told.pop()
+        order, error = _fit(told)
     verdict = "unresolved"
     if error <= _MOST_ERROR and _REGULAR[0] <= order <= _REGULAR[1]:
         verdict = "regular"
     elif error <= _MOST_ERROR and order >= _SINGULAR:
         verdict = "singular"
-    return Order(order, round(error, 12), verdict)
+    return Order(order, error, verdict)
+
+
+def _fit(told: list[tuple[float, float]]) -> tuple[float, float]:
+    """Half the slope of log divergence on log step, and its standard error."""
+    x, y = np.array(told).T
+    centred = x - x.mean()
+    slope = float(centred @ y / (centred @ centred))
+    residual = y - y.mean() - slope * centred
+    error = math.sqrt(float(residual @ residual) / (len(x) - 2) / float(centred @ centred)) / 2
+    return round(slope / 2, 12), round(error, 12)
 
 
 def with_orders(rows: list[Row], roundoff: float) -> list[Row]:

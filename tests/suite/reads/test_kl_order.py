@@ -35,6 +35,13 @@ def test_the_next_order_and_saturation_are_left_out_of_the_fit():
     assert 0 < found.error < 0.02
 
 
+def test_outputs_that_are_nearly_uniform_saturate_sooner():
+    """A planted unit of a model as initialised: KL 8.3e-5 at 0.1, and 0.005 where there is nothing more to move."""
+    found = told(lambda t: 0.005 * float(np.tanh(160 * t**4)))
+    assert found.verdict == "singular"
+    assert found.order == pytest.approx(2, abs=0.02)
+
+
 def test_what_stays_at_rounding_is_a_gauge_and_what_leaves_it_late_is_unresolved():
     assert told(lambda t: 1e-30).verdict == "gauge"
     assert told(lambda t: 0.0) == (None, None, "gauge")
