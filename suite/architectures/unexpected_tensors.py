@@ -91,8 +91,9 @@ def remarks(
     `model` is the published one, with its heads.
     """
     without_place, placed = _without_place(model, entries)
-    known = set(immaterial)
-    beside = [n for n in without_parts((stored for stored, _ in without_place), raw_config) if n not in known]
+    computed = {name for name, _ in model.named_buffers()}
+    without = [stored for stored, name in without_place if stored not in immaterial and name not in computed]
+    beside = without_parts(without, raw_config)
     raw = [n for n in placed if entries[n].dtype in _EIGHT_BITS and method_of(raw_config) is None]
     return [
         f"{told}: {_first_of(names)}"
