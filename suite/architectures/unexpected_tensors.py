@@ -91,8 +91,9 @@ def remarks(
     `model` is the published one, with its heads.
     """
     without_place, placed = _without_place(model, entries)
-    known = set(immaterial)
-    beside = [n for n in without_parts((stored for stored, _ in without_place), raw_config) if n not in known]
+    unplaced = [stored for stored, _ in without_place]
+    told = [] if _has_another_root(unplaced, model) else without_parts(unplaced, raw_config)
+    beside = sorted(set(told) - set(immaterial))
     raw = [n for n in placed if entries[n].dtype in _EIGHT_BITS and method_of(raw_config) is None]
     return [
         f"{told}: {_first_of(names)}"
@@ -103,6 +104,17 @@ def remarks(
         )
         if names
     ]
+
+
+def _has_another_root(stored: Iterable[str], model: Any) -> bool:
+    """Whether a script or an average has put a path before names of the model: what lies there is a script's own."""
+    places, prefix = model.state_dict(), f"{model.base_model_prefix}."
+    for name in stored:
+        parts = unwrapped(name).split(".")
+        rests = (".".join(parts[cut:]) for cut in range(1, len(parts)))
+        if any(rest in places or prefix + rest in places for rest in rests):
+            return True
+    return False
 
 
 def _first_of(tensors: list[str]) -> str:
