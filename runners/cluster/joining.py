@@ -23,6 +23,9 @@ from deadbench.suite.scratch import Scratch, sweep
 from deadbench.suite.secrets import shown_place
 
 _REFUSED_SECONDS, _SILENT_SECONDS = 3.0, 12.0  # a head that is just starting refuses; one that is slow accepts late
+_GREETING_SECONDS = 8.0  # a head that is alive greets at once
+_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))  # of HTTP/2, which gRPC speaks
+_FRAME, _SETTINGS = 9, 4  # bytes of a frame's header, and the kind of frame that a server of gRPC sends first
 _LONGEST_SOCKET, _SOCKET_LETTERS = 103, 89  # the least of all systems; of a folder in it, a session and a socket there
 _LOCAL_OBJECT_STORE_BYTES = 200 * 2**20  # tables are small; weights never pass through
 
@@ -165,7 +168,7 @@ def check_answers(address: str | None) -> None:
     if failure is not None:
         raise JoinError(
             f"{shown_place(named)}: no Ray answers there ({failure}); start it, name another, "
-            f"or use {'--address local' if address or not variable else 'unset RAY_ADDRESS, or --address local'}"
+            f"{'or' if address or not variable else 'unset RAY_ADDRESS, or'} use --address local"
         )
 
 
@@ -175,14 +178,27 @@ def _failure(host: str, port: int) -> str | None:
     while True:
         left = _SILENT_SECONDS - (time.monotonic() - began)
         try:
-            with socket.create_connection((host, port), timeout=max(left, 0.1)):
-                return None
+            with socket.create_connection((host, port), timeout=max(left, 0.1)) as peer:
+                return None if os.environ.get("RAY_USE_TLS", "0") == "1" else _says_no_grpc(peer)
         except TimeoutError:
             return f"no answer within {_SILENT_SECONDS:.0f} s"
         except OSError as error:
             if time.monotonic() - began > _REFUSED_SECONDS:
                 return error.strerror or message(error)
         time.sleep(0.2)
+
+
+def _says_no_grpc(peer: socket.socket) -> str | None:
+    """What speaks against a Ray at the other end, which greets in gRPC: a head that hangs accepts, and says nothing."""
+    peer.settimeout(_GREETING_SECONDS)
+    heard = b""
+    try:
+        peer.sendall(_HELLO)
+        while len(heard) < _FRAME and (more := peer.recv(_FRAME - len(heard))):
+            heard += more
+    except TimeoutError:
+        return f"what listens there says nothing for {_GREETING_SECONDS:.0f} s"
+    return None if heard[3:4] == bytes((_SETTINGS,)) else "what listens there is another program"
 
 
 def _latest() -> str:

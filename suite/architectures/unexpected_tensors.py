@@ -92,8 +92,8 @@ def remarks(
     """
     without_place, placed = _without_place(model, entries)
     computed = {name for name, _ in model.named_buffers()}
-    without = [stored for stored, name in without_place if stored not in immaterial and name not in computed]
-    beside = without_parts(without, raw_config)
+    unplaced = [stored for stored, name in without_place if stored not in immaterial and name not in computed]
+    beside = [] if _has_another_root(unplaced, model) else without_parts(unplaced, raw_config)
     raw = [n for n in placed if entries[n].dtype in _EIGHT_BITS and method_of(raw_config) is None]
     return [
         f"{told}: {_first_of(names)}"
@@ -104,6 +104,17 @@ def remarks(
         )
         if names
     ]
+
+
+def _has_another_root(stored: Iterable[str], model: Any) -> bool:
+    """Whether a script or an average has put a path before names of the model: what lies there is a script's own."""
+    places, prefix = model.state_dict(), f"{model.base_model_prefix}."
+    for name in stored:
+        parts = unwrapped(name).split(".")
+        rests = (".".join(parts[cut:]) for cut in range(1, len(parts)))
+        if any(rest in places or prefix + rest in places for rest in rests):
+            return True
+    return False
 
 
 def _first_of(tensors: list[str]) -> str:

@@ -65,7 +65,6 @@ class Checkpoint:
         """
         self.source = shown_place(source)
         self._called = f"{source}@{revision}"
-        self._as_hub = source.startswith("hf://")  # as it was given
         self._names: list[str] | None = None
         self._config = None if config is None else checked(config, self.source, model_type)
         self._model_type = model_type
@@ -99,12 +98,9 @@ class Checkpoint:
             with one_line_errors(self.source):
                 try:
                     self._names = self._folder.names()
-                except UnreachableError as error:
+                except UnreachableError:
                     if not self._take_from_cache():
-                        if not self._hub_id or self._as_hub:
-                            raise
-                        told = f"{error}; no folder here is called so, which makes it a Hub id"
-                        raise UnreachableError(told) from error
+                        raise
                     self._names = self._folder.names()
             if self._file is not None:  # what lies beside it are other weights
                 self._names = [

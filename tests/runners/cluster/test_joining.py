@@ -19,6 +19,8 @@ from deadbench.runners.cluster.joining import JoinError, check_answers
 from tests.conftest import ROOT, save_tiny
 from tests.runners.clusters import free_ports
 
+GREETING = bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))  # the first frame of a server of gRPC: settings, none of them
+
 
 @pytest.fixture
 def dead(monkeypatch):
@@ -62,11 +64,36 @@ def test_who_answers_late_is_waited_for(dead, monkeypatch):
             time.sleep(0.3)
             server.bind(("127.0.0.1", dead))
             server.listen()
+            with server.accept()[0] as head:
+                head.sendall(GREETING)
 
         starting = threading.Thread(target=start)
         starting.start()
         check_answers(f"127.0.0.1:{dead}")
         starting.join()
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [(None, "what listens there says nothing for 0 s"), (b"HTTP/1.0 400 Bad", "another program"), (b"", "another")],
+)
+def test_who_accepts_and_is_no_ray_is_given_up(dead, monkeypatch, said, told):
+    """A head that hangs takes connections, as the system does it for it; Ray itself asks on for many minutes."""
+    monkeypatch.setattr(joining, "_GREETING_SECONDS", 0.2)
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", dead))
+        server.listen()
+
+        def answer():
+            with server.accept()[0] as head:
+                head.recv(100)
+                head.sendall(said)
+
+        answering = threading.Thread(target=answer if said is not None else lambda: None)
+        answering.start()
+        with pytest.raises(JoinError, match=f"no Ray answers there .*{told}"):
+            check_answers(f"127.0.0.1:{dead}")
+        answering.join()
 
 
 def test_who_never_accepts_is_given_up(monkeypatch):

@@ -309,6 +309,8 @@ def _read(checkpoints=None, source="series", revision=None, read="trained", base
         (["checkpoint-10", "checkpoint-2"], "checkpoint-10", 10),
         (None, "iter_0000020", 20),
         (None, "main", None),
+        (["epoch_0_step_500", "epoch_1_step_500", "epoch_1_step_20"], "epoch_1_step_500", None),
+        (["epoch=0-step=500", "epoch=1-step=900"], "epoch=1-step=900", 900),
     ],
 )
 def test_the_registrys_rule_tells_the_step_before_the_name_does(checkpoints, revision, step):

@@ -150,6 +150,8 @@ def test_a_row_says_what_was_left_out_or_taken_as_it_is(stored):
     entries = stored(LLAMA)
     model = build_published(build_config(LLAMA), "meta")
     assert remarks(model, LLAMA, entries, []) == []
+    below = {f"script.{n.removeprefix('model.')}": replace(e, name=f"script.{n}") for n, e in entries.items()}
+    assert remarks(model, LLAMA, entries | below, []) == [], "a script's path, or an average's"
     raw = {n: replace(e, dtype="F8_E4M3") for n, e in entries.items() if "proj" in n}
     beside = with_more(entries | raw, model__embed_positions__weight=(64, 16), scaled_fp8=(2,), lm_head__bias=(97,))
     cached = "model.layers.0.self_attn.rotary_emb.inv_freq"

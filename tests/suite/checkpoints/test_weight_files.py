@@ -170,8 +170,9 @@ def test_what_a_configuration_names_elsewhere_is_not_loaded(tensors, tmp_path, m
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_shards_in_a_subfolder_are_read_and_what_fails_names_the_folder(tensors, tmp_path):
-    folder = lay_out(tmp_path / "m", tensors, ("index",), "weights/")
+@pytest.mark.parametrize("below", ["weights/", "./weights/"])
+def test_shards_in_a_subfolder_are_read_and_what_fails_names_the_folder(below, tensors, tmp_path):
+    folder = lay_out(tmp_path / "m", tensors, ("index",), below)
     assert loaded(folder) == SCALES["index"]
     assert set(read_everywhere(folder, tmp_path / "out.safetensors").values()) == {SCALES["index"]}
     before = Checkpoint(str(folder)).fingerprint()
