@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 
 from deadbench.runners.cluster.faults import Death
-from deadbench.runners.cluster.network import use_interface_of
+from deadbench.runners.cluster.network import free_port, use_interface_of
 from deadbench.runners.cluster.nodes import Nodes, in_stages, processes
 from deadbench.runners.cluster.processes import Ended, end_processes, mark_process
 from deadbench.runners.cluster.schedule import Piece, Place
@@ -216,10 +216,6 @@ def _home(actor: Any) -> tuple[str, int, float]:
 
 def _meeting(actor: Any) -> tuple[str, int]:
     """An address of rank 0's node at which the ranks can meet."""
-    import socket
-
     import ray
 
-    with socket.socket() as free:
-        free.bind(("", 0))
-        return ray.util.get_node_ip_address(), free.getsockname()[1]
+    return ray.util.get_node_ip_address(), free_port()

@@ -1,6 +1,7 @@
-"""Which of a node's networks the ranks of a group take: the one that Ray's own traffic takes."""
+"""Where the ranks of a group meet: on the network of a node that Ray's own traffic takes, at a port that is free."""
 
 import os
+import socket
 
 import psutil
 
@@ -11,6 +12,13 @@ def interface_of(address: str) -> str | None:
         if any(each.address.partition("%")[0] == address for each in addresses):
             return name
     return None
+
+
+def free_port(address: str = "") -> int:
+    """A port that nobody listens at, at `address`, or at any of this node's."""
+    with socket.socket() as free:
+        free.bind((address, 0))
+        return int(free.getsockname()[1])
 
 
 def use_interface_of(address: str) -> None:

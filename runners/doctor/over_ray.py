@@ -3,11 +3,12 @@
 from collections.abc import Iterator
 from typing import Any
 
+from deadbench.runners.cluster.network import free_port
 from deadbench.runners.doctor.before_run import free_gpus
 from deadbench.runners.doctor.lines import Line, line_of
 from deadbench.runners.doctor.node_checks import UnwellError
 from deadbench.runners.doctor.one_process import Examined, examine_process
-from deadbench.runners.doctor.rank_checks import agreed, free_port, reduced
+from deadbench.runners.doctor.rank_checks import agreed, reduced
 from deadbench.suite.errors import message, one_line
 
 _TASK_SECONDS = 300.0
@@ -79,7 +80,7 @@ def _across(nodes: list[dict[str, Any]], on_gpus: bool) -> str:
     places = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
     asks = {"max_retries": 0, "max_calls": 1}
     port = ray.remote(num_cpus=0, scheduling_strategy=places[0], **asks)(free_port)
-    meeting = addresses[0], ray.get(port.remote(""), timeout=_ACROSS_SECONDS)
+    meeting = addresses[0], ray.get(port.remote(), timeout=_ACROSS_SECONDS)
     asks |= {"num_cpus": 0, "num_gpus": 1} if on_gpus else {"num_cpus": 1}
     ranks = [
         ray.remote(scheduling_strategy=place, **asks)(reduced).remote(rank, size, meeting, address)

@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import multiprocessing
 import os
-import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from deadbench.runners.cluster.network import use_interface_of
+from deadbench.runners.cluster.network import free_port, use_interface_of
 from deadbench.runners.doctor.lines import Line, line_of
 from deadbench.runners.doctor.node_checks import NotHereError, UnwellError
 from deadbench.runners.doctor.read_checks import TWIN, is_the_twin, twin_job
@@ -222,10 +221,3 @@ def _share(rank: int, size: int, meeting: _Meeting) -> Row | None:
     group.ranks.gather(None)
     dist.destroy_process_group()
     return rows[0] if rows else None
-
-
-def free_port(address: str) -> int:
-    """A port that nobody listens at, at `address`; `` is any."""
-    with socket.socket() as free:
-        free.bind((address, 0))
-        return int(free.getsockname()[1])

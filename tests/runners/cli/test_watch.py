@@ -40,6 +40,24 @@ def run(stored, tmp_path, monkeypatch):
     return tmp_path / "run"
 
 
+@pytest.fixture
+def deleted_while_read(monkeypatch):
+    """Called with a read: `checkpoint-20` goes when that read of it begins."""
+    from deadbench.runners.worker import run as worker
+
+    def deleting(name):
+        whole = worker.READ_FUNCTIONS[name]
+
+        def read_of(read, *rest):
+            if read.revision == "checkpoint-20":
+                shutil.rmtree("run/checkpoint-20")
+            return whole(read, *rest)
+
+        monkeypatch.setitem(worker.READ_FUNCTIONS, name, read_of)
+
+    return deleting
+
+
 def arrive(source, step):
     shutil.copytree(source, f"run/checkpoint-{step}")
 
@@ -105,17 +123,8 @@ def test_a_baseline_and_a_gate_of_ones_own(run, stored, deadbench):
 
 
 @pytest.mark.slow
-def test_one_deleted_while_it_is_read_is_one_failed_row(run, stored, deadbench, monkeypatch):
-    from deadbench.runners.worker import run as worker
-
-    whole = worker.READ_FUNCTIONS["parameters"]
-
-    def deleting(read, *rest):
-        if read.revision == "checkpoint-20":
-            shutil.rmtree("run/checkpoint-20")
-        return whole(read, *rest)
-
-    monkeypatch.setitem(worker.READ_FUNCTIONS, "parameters", deleting)
+def test_one_deleted_while_it_is_read_is_one_failed_row(run, stored, deadbench, deleted_while_read):
+    deleted_while_read("parameters")
     arrive(stored / "sound", 30)
     code, out, _ = deadbench("watch", "run", "--out", "out", "--interval", "0.05", "--until-idle", "0")
     assert code == 1
@@ -148,18 +157,11 @@ def test_a_command_gets_each_new_break_and_no_shell(run, stored, deadbench):
 
 @pytest.mark.slow
 @pytest.mark.subprocess
-def test_a_training_that_diverged_is_told_once_and_one_checkpoint_that_went_is_not(run, stored, deadbench, monkeypatch):
+def test_a_training_that_diverged_is_told_once_and_one_checkpoint_that_went_is_not(
+    run, stored, deadbench, deleted_while_read
+):
     """What is there and cannot be read is a break; the reads of one that went are compared with those before it."""
-    from deadbench.runners.worker import run as worker
-
-    whole = worker.READ_FUNCTIONS["trained"]
-
-    def deleting(read, *rest):
-        if read.revision == "checkpoint-20":
-            shutil.rmtree("run/checkpoint-20")
-        return whole(read, *rest)
-
-    monkeypatch.setitem(worker.READ_FUNCTIONS, "trained", deleting)
+    deleted_while_read("trained")
     arrive(stored / "sound", 30)
     for step in (40, 50):
         arrive(stored / "faulty", step)
