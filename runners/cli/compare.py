@@ -3,7 +3,7 @@
 import json
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -24,6 +24,9 @@ from deadbench.runners.cli.console import (
     say,
 )
 from deadbench.runners.cli.options import GateFile
+
+if TYPE_CHECKING:
+    import polars as pl
 
 _ONLY_HERE = ("bencher", "github")  # formats of a comparison
 
@@ -60,11 +63,8 @@ def compare(
 
     Example: [bold]deadbench compare ./model ./model-awq --all[/bold]
     """
-    import polars as pl
-
-    from deadbench.analysis.compare import METRICS, num_reads
+    from deadbench.analysis.compare import METRICS
     from deadbench.analysis.compare import compare as differences
-    from deadbench.analysis.compare_seeds import compared_over_seeds
     from deadbench.analysis.drift import with_drift
     from deadbench.analysis.gate import broken, judge, load_gate, undecided, unjudged
     from deadbench.analysis.pages.gate_report import github_summary, headline, sides
@@ -85,54 +85,80 @@ def compare(
     check_folder("--junit", junit)
     check_folder("--plot", plot)
     rules = load_gate(gate) if gate is not None else None
-    asked = rules.scales() if rules else METRICS
     left, right = open_side(baseline), open_side(candidate)
+    asked = rules.scales() if rules else METRICS
     rows = differences(left.reads, right.reads, asked, Samples(left.samples, right.samples))
     if plot is not None:
-        from deadbench.analysis.plots.comparison import comparison_plot
-        from deadbench.analysis.plots.export import save_plot
-
-        spec = comparison_plot(compared_over_seeds(rows))
-        if spec is None:
-            raise UserError(f"--plot {plot}: no depth was compared; there is nothing to draw")
-        save_plot(spec, plot)
-        say(f"wrote {plot}")
+        _draw(rows, plot)
     if format == "bencher":
         from deadbench.analysis.bencher import bencher
 
         print(bencher(rows))
-    if rules is None and format != "bencher":
-        rows = compared_over_seeds(rows)
-        shown = rows if show_all else rows.filter(rows["verdict"] != "same")
-        if shown.is_empty():
-            say(f"no differences: {num_reads(rows)} reads, {rows['metric'].n_unique()} metrics compared")
-        scaling = frames_of_quantised_pair(left.reads, right.reads, show_all=show_all)
-        if format != "table" or len(shown) or scaling:
-            print_frames({"compare": shown} | scaling, format)
     if rules is None:
+        if format != "bencher":
+            _show(rows, frames_of_quantised_pair(left.reads, right.reads, show_all=show_all), format, show_all)
         return
     judged = with_drift(judge(rows, rules), right.until, rules)
-    failures, unclear = broken(judged), undecided(judged)
-    fails = len(failures) > 0 or (rules.cannot_tell == "fail" and len(unclear) > 0)
+    fails = len(broken(judged)) > 0 or (rules.cannot_tell == "fail" and len(undecided(judged)) > 0)
     if junit is not None:
         write_whole(junit, junit_xml(judged).encode())
     if page := os.environ.get("GITHUB_STEP_SUMMARY"):
         with open(page, "a", encoding="utf-8") as file:
             file.write(github_summary(judged, baseline, candidate))
-    shown = judged if show_all else pl.concat([failures, unclear])
     if format == "github":
         print(github_summary(judged, baseline, candidate), end="")
-    elif format == "json":
-        from deadbench.analysis.formats import plain_rows
-
-        verdict = {"passed": not fails, "num_checks": len(judged), "num_broken": len(failures)}
-        verdict["num_cannot_tell"] = len(unclear)
-        print(json.dumps({"compare": plain_rows(shown), "gate": verdict}, indent=2))
-    elif format != "bencher" and (format != "table" or len(shown)):
-        print_frames({"compare": shown}, format)
+    elif format != "bencher":
+        _show_judged(judged, format, fails=fails, show_all=show_all)
     for line in (headline(judged), *sides(judged, baseline, candidate)):
         say(line)
     for metric in unjudged(judged, rules):
         say(f"{gate}: no read of the baseline has {metric}; it judged nothing")
     if fails:
         raise typer.Exit(EXIT_FALSE)
+
+
+def _draw(rows: "pl.DataFrame", plot: Path) -> None:
+    """Draw the depths.
+
+    Raises:
+        UserError: none was compared.
+    """
+    from deadbench.analysis.compare_seeds import compared_over_seeds
+    from deadbench.analysis.plots.comparison import comparison_plot
+    from deadbench.analysis.plots.export import save_plot
+
+    spec = comparison_plot(compared_over_seeds(rows))
+    if spec is None:
+        raise UserError(f"--plot {plot}: no depth was compared; there is nothing to draw")
+    save_plot(spec, plot)
+    say(f"wrote {plot}")
+
+
+def _show(rows: "pl.DataFrame", scaling: "dict[str, pl.DataFrame]", format: str, show_all: bool) -> None:
+    """Print what changed, and the scaled norms of a quantised pair."""
+    from deadbench.analysis.compare import num_reads
+    from deadbench.analysis.compare_seeds import compared_over_seeds
+
+    rows = compared_over_seeds(rows)
+    shown = rows if show_all else rows.filter(rows["verdict"] != "same")
+    if shown.is_empty():
+        say(f"no differences: {num_reads(rows)} reads, {rows['metric'].n_unique()} metrics compared")
+    if format != "table" or len(shown) or scaling:
+        print_frames({"compare": shown} | scaling, format)
+
+
+def _show_judged(judged: "pl.DataFrame", format: str, *, fails: bool, show_all: bool) -> None:
+    """Print the checks of a gate that did not pass, or all."""
+    import polars as pl
+
+    from deadbench.analysis.formats import plain_rows
+    from deadbench.analysis.gate import broken, undecided
+
+    failures, unclear = broken(judged), undecided(judged)
+    shown = judged if show_all else pl.concat([failures, unclear])
+    if format == "json":
+        verdict = {"passed": not fails, "num_checks": len(judged), "num_broken": len(failures)}
+        verdict["num_cannot_tell"] = len(unclear)
+        print(json.dumps({"compare": plain_rows(shown), "gate": verdict}, indent=2))
+    elif format != "table" or len(shown):
+        print_frames({"compare": shown}, format)
