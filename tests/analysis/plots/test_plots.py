@@ -155,7 +155,7 @@ def test_models_that_were_read_with_and_without_first_positions_are_beside_each_
 
 def test_no_two_directions_have_one_colour():
     rgb = [tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5)) for colour in DIRECTION_COLOURS.values()]
-    assert min(dist(one, other) for one, other in itertools.combinations(rgb, 2)) > 45
+    assert min(dist(one, other) for one, other in itertools.combinations(rgb, 2)) > 40
 
 
 def test_norms_are_placed_by_block_with_zero_scales_marked(frame, read):
