@@ -15,7 +15,7 @@ FAMILY_COLOURS = {family: tones[0] for family, tones in TONES.items()}
 STATE_COLOURS = {"preserved": "#2f9455", "collapsed": "#d64545", "revived": "#b8892b"}  # others: the line's own
 DIRECTION_COLOURS = {
     "compensated": "#3b82d6", "uncompensated": "#7a6ae0", "inverse-scale-rms": "#cf4a45", "random": "#8a949e",
-    "zero-scale": "#159a8c", "learned": "#b8892b", "planted-unit": "#9b6bd3", "planted-chain": "#d0659a",
+    "zero-scale": "#159a8c", "learned": "#b8892b", "planted-unit": "#e07b39", "planted-chain": "#d0659a",
 }  # fmt: skip
 VERDICT_COLOURS = {"same": "#8a949e", "noise": "#a9b1b9", "changed": "#e07b39", "lost": "#d64545"}
 RULE, ROUNDING, FLOOR, CHANGE = "#8a949e", "#d9a520", "#8a949e", "#e07b39"

@@ -18,10 +18,7 @@ import pyarrow.parquet as pq
 from deadbench.suite.errors import message
 from deadbench.suite.schema import KEY, SCHEMA_VERSION, TABLES, arrow_schema, too_many_rows
 from deadbench.suite.secrets import shown_place
-from deadbench.suite.storage import is_hidden, is_local, open_place, refusal
-
-# The result set that comes with deadbench: the paper's models at their own size, and real checkpoints.
-REFERENCE = "reference"
+from deadbench.suite.storage import REFERENCE, is_hidden, is_local, open_place, refusal
 
 # Microseconds from 1970 of the years that there are dates of; what a stranger's file has beyond is no time.
 _FIRST, _LAST = (
@@ -117,8 +114,8 @@ def collected_all(frames: Sequence[pl.LazyFrame]) -> list[pl.DataFrame]:
 
 
 def place_of(location: str) -> str:
-    """Where a result set lies: `location` itself, or what comes with deadbench, if no folder here is called so."""
-    if location != REFERENCE or os.path.exists(location):
+    """Where a result set lies: `location` itself, or what comes with deadbench; a folder so called is ./reference."""
+    if location != REFERENCE:
         return location
     return str(resources.files("deadbench.suite") / "data" / REFERENCE)
 

@@ -19,6 +19,9 @@ import fsspec
 
 from deadbench.suite.errors import message
 
+REFERENCE = (
+    "reference"  # as RESULTS: what comes with deadbench, the paper's models at their own size and real checkpoints
+)
 # The extra that brings the library for a protocol.
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "abfs": "azure", "abfss": "azure", "az": "azure"}
 

@@ -70,7 +70,7 @@ def movement_plot(reads: pl.LazyFrame, functional: pl.LazyFrame, family: str | N
     ends = (
         guide.transform_filter("datum.is_end").mark_text(align="left", dx=3, dy=10, color=RULE).encode(text="order:N")
     )
-    layers = alt.layer(dashed, ends, bands, medians, points)
+    layers = alt.layer(dashed, bands, medians, points, ends)
     return specification(layers, {"movement": frame.to_dicts(), "powers": powers}, height=300)
 
 

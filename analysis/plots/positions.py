@@ -15,6 +15,7 @@ QUANTITIES = {
 }
 WITH, WITHOUT = "all positions", "first positions left out"
 _COLOURS = {WITH: "#3b82d6", WITHOUT: "#e07b39"}
+_SIZES = [170, 50]  # of the one, and of the other upon it: where nothing moves both are seen
 
 
 def positions_plot(reads: pl.LazyFrame, blocks: pl.LazyFrame, quantity: str, family: str | None = None) -> Spec | None:
@@ -52,8 +53,9 @@ def positions_plot(reads: pl.LazyFrame, blocks: pl.LazyFrame, quantity: str, fam
         x=alt.X("value:Q", title=QUANTITIES[quantity], **axis),
     )
     scale = alt.Scale(domain=list(_COLOURS), range=list(_COLOURS.values()))
-    marks = base.mark_point(filled=True, size=90, opacity=1).encode(
+    marks = base.mark_point(filled=True, opacity=1).encode(
         color=alt.Color("positions:N", scale=scale, legend=alt.Legend(orient="bottom", title=None)),
+        size=alt.Size("positions:N", scale=alt.Scale(domain=list(_COLOURS), range=_SIZES), title=None),
         tooltip=["line:N", "protocol:N", "skip_positions:Q", "num_tokens:Q", tooltip("value", ".4g", quantity)],
     )
     layers = alt.layer(base.mark_line(color=RULE, strokeWidth=1.5).encode(detail="line:N"), marks)

@@ -39,10 +39,12 @@ def one_of(option: str, value: str | None, allowed: tuple[str, ...]) -> None:
 
 
 def check_out(out: str) -> None:
-    """Refuse a relative `--out` inside a Ray job, whose folder goes when the job ends."""
+    """Refuse what RESULTS calls the set that comes with deadbench, and a relative folder of a Ray job, which goes."""
     from deadbench.suite.secrets import shown_place
-    from deadbench.suite.storage import is_url
+    from deadbench.suite.storage import REFERENCE, is_url
 
+    if out == REFERENCE:
+        raise UserError(f"--out {out}: so the result set that comes with deadbench is called; give another, or ./{out}")
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not is_url(out) and not Path(out).is_absolute():
         raise UserError(
             f"--out {shown_place(out)}: a Ray job runs in a folder that Ray deletes; give an absolute path or a URI (s3://…)"

@@ -1,6 +1,7 @@
 """`deadbench reproduce`: the command that made a row, run again, and the two rows beside each other."""
 
 import contextlib
+import difflib
 import json
 import math
 import shlex
@@ -78,7 +79,7 @@ def reproduce(
     model = model_named(reads, model)
     known = latest(reads).collect()
     if model not in known["model"]:
-        raise UserError(f"{model!r} has no read in {results}; choose {', '.join(known['model'].unique().sort()[:20])}")
+        raise UserError(f"{model!r} has no read in {results}; choose {', '.join(_near(model, known['model']))}")
     asked = {name: value for name, value in (("read", read), ("revision", revision)) if value is not None}
     rows = known.filter(model=model, status="ok", **asked).sort("finished_at", descending=True, nulls_last=True)
     if rows.is_empty():
@@ -109,6 +110,13 @@ def reproduce(
     )
     if num_differing:
         raise typer.Exit(EXIT_FALSE)
+
+
+def _near(model: str, known: "pl.Series") -> list[str]:
+    """The models that were meant, as far as can be told; else the first twenty."""
+    names: list[str] = known.unique().sort().to_list()
+    within = [name for name in names if model.lower() in name.lower()]
+    return within or difflib.get_close_matches(model, names, n=3) or names[:20]
 
 
 def _stored_options(results: str, run_id: str) -> dict[str, Any]:

@@ -17,6 +17,8 @@ MODALITIES = {"text": ("text",), "tokens": ("text",), "hf": ("text", "image"), "
 # Photographs with captions, for a model that takes both; the last two count the tokens of one kind alone.
 MIXED = ("image-text", "image-text/text", "image-text/picture")
 MODALITIES |= dict.fromkeys(MIXED, ("text",))
+# Of how their sequences are made, raised where that changes: before 2, one of the places of a BLIP-2 was filled.
+_MIXED_VERSION = b"2"
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model",
 )  # fmt: skip
@@ -68,6 +70,7 @@ def content_hash(spec: str) -> str:
         for photo in photo_files(rest):
             _add(digest, spec, photo, MOST_PHOTO_BYTES)
     elif kind in MIXED:
+        digest.update(_MIXED_VERSION)
         for photo, caption in zip(photo_files(rest), captions(rest), strict=True):
             _add(digest, spec, photo, MOST_PHOTO_BYTES)
             digest.update(caption.encode())

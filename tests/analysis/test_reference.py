@@ -6,8 +6,9 @@ import re
 import polars as pl
 import pytest
 
-from deadbench.analysis.results import REFERENCE, scan
+from deadbench.analysis.results import ResultsError, scan
 from deadbench.suite.registry.loading import load_registry
+from deadbench.suite.storage import REFERENCE
 from tests.conftest import ROOT
 
 STORED = ROOT / "suite" / "data" / "reference"
@@ -70,6 +71,14 @@ def test_each_row_has_its_command_and_no_place_of_the_machine_that_made_it(rows)
     places = re.compile(r'(^|[" ])/\w')
     assert not [value for column in told for value in column if value and places.search(value)]
     assert not [name for name, record in records.items() if places.search(record)]
+
+
+def test_a_folder_that_is_called_so_is_another(rows, tmp_path, monkeypatch):
+    (tmp_path / "reference" / "reads").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert scan(REFERENCE).collect().height == rows.height
+    with pytest.raises(ResultsError, match=r"\./reference"):
+        scan("./reference").collect()
 
 
 def test_the_set_is_small(rows):

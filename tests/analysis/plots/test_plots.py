@@ -1,10 +1,12 @@
 """What the plots draw: their rows, their axes and what they leave out; nothing here is turned into pixels."""
 
-from math import cos, radians, sin
+import itertools
+from math import cos, dist, radians, sin
 
 import polars as pl
 import pytest
 
+from deadbench.analysis.colours import DIRECTION_COLOURS
 from deadbench.analysis.compare import compare
 from deadbench.analysis.plots.comparison import comparison_plot
 from deadbench.analysis.plots.models import depth_plot, predicted_plot
@@ -147,6 +149,13 @@ def test_models_that_were_read_with_and_without_first_positions_are_beside_each_
     assert positions_plot(frame(rows[2:]), table("blocks", []), "depth") is None
     assert positions_plot(frame(rows), table("blocks", taps), "depth", "rmsnorm") is None
     assert positions_plot(frame(rows), table("blocks", taps), "depth", "layernorm") == plots["depth"]
+    below, above = plots["depth"]["layer"][1]["encoding"]["size"]["scale"]["range"]
+    assert above < below / 2, "where nothing moves both points are seen"
+
+
+def test_no_two_directions_have_one_colour():
+    rgb = [tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5)) for colour in DIRECTION_COLOURS.values()]
+    assert min(dist(one, other) for one, other in itertools.combinations(rgb, 2)) > 40
 
 
 def test_norms_are_placed_by_block_with_zero_scales_marked(frame, read):

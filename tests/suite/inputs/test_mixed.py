@@ -23,6 +23,9 @@ TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
           "image_size": 32, "patch_size": 8}  # fmt: skip
 SIGLIP = VISION | {"model_type": "siglip_vision_model"}
+QUERIES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+           "vocab_size": 99, "encoder_hidden_size": 32}  # fmt: skip
+MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
 IMAGE = 98
 # Each with the places that a picture of 4 x 4 patches takes in it.
 BOTH = {
@@ -51,7 +54,38 @@ BOTH = {
     "mistral3": ({"text_config": TEXT | {"model_type": "mistral"}, "vision_config": VISION | {
         "model_type": "pixtral", "head_dim": 8}, "image_token_index": IMAGE, "vision_feature_layer": -1,
         "spatial_merge_size": 2}, 4),
+    # Queries take up what the tower sees, and they are what has places; the second hears what is asked besides.
+    "blip-2": ({"vision_config": VISION, "qformer_config": QUERIES, "num_query_tokens": 6, "image_token_index": IMAGE,
+                "text_config": {"model_type": "opt", "hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2,
+                                "num_attention_heads": 4, "vocab_size": 99, "word_embed_proj_dim": 32}}, 6),
+    "instructblip": ({"vision_config": VISION, "qformer_config": QUERIES, "num_query_tokens": 6,
+                      "image_token_index": IMAGE, "text_config": TEXT | {"model_type": "llama"}}, 6),
+    # Patches without a tower; patches with the shape that they had; patches that are pictures, in a row.
+    "fuyu": (TEXT | {"text_config": TEXT | {"model_type": "persimmon"}, "image_size": 32, "patch_size": 8,
+                     "image_token_id": IMAGE}, 16),
+    "lfm2_vl": ({"text_config": TEXT | {"model_type": "lfm2", "layer_types": ["full_attention"] * 2},
+                 "vision_config": VISION | {"model_type": "siglip2_vision_model", "num_patches": 16},
+                 "image_token_id": IMAGE, "downsample_factor": 2}, 4),
+    "paddleocr_vl": ({"text_config": TEXT | {"rope_parameters": MROPE}, "vision_config": VISION | {
+        "spatial_merge_size": 2}, "image_token_id": IMAGE, "vision_start_token_id": 97, "vision_end_token_id": 96}, 4),
+    # A word at the end of each row, one before and one after: told by no grid.
+    "hunyuan_vl": ({"text_config": TEXT | {"model_type": "hunyuan_vl_text", "rope_parameters": MROPE},
+                    "vision_config": VISION | {"out_hidden_size": 32, "spatial_merge_size": 2},
+                    "image_token_id": IMAGE}, 8),
+    "deepseek_vl_hybrid": ({"text_config": TEXT | {"model_type": "llama"}, "vision_config": SIGLIP,
+                            "high_res_vision_config": VISION | {"output_channels": 8, "image_size": 64, "mlp_dim": 64,
+                                                                "window_size": 4, "global_attn_indexes": [1]},
+                            "image_token_id": IMAGE}, 16),
+    "video_llava": ({"text_config": TEXT | {"model_type": "llama"}, "vision_config": VISION | {
+        "model_type": "clip_vision_model"}, "image_token_index": IMAGE, "video_token_index": 97,
+        "vision_feature_layer": -1}, 16),
+    # A mask says where pictures are, and no token.
+    "kosmos-2": ({"text_config": {"vocab_size": 99, "embed_dim": 32, "layers": 2, "ffn_dim": 64, "attention_heads": 4},
+                  "vision_config": VISION, "latent_query_num": 6}, 6),
 }  # fmt: skip
+NORMS = {"blip-2": "language_model.model.decoder.final_layer_norm", "fuyu": "language_model.final_layernorm",
+         "lfm2_vl": "language_model.embedding_norm", "kosmos-2": "text_model.model.layer_norm",
+         "idefics3": "text_model.norm"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +103,7 @@ def fed(part, spec="image-text", num_tokens=300, **changes):
 @pytest.mark.parametrize("name", BOTH)
 def test_the_model_runs_on_it_and_every_token_is_of_one_kind(models, name):
     part, places = models[name], BOTH[name][1]
-    norm, outputs = getattr(part, "language_model", None) or part.text_model, []
-    norm = norm.norm
+    norm, outputs = part.get_submodule(NORMS.get(name, "language_model.norm")), []
     handle = norm.register_forward_hook(lambda module, args, output: outputs.append(output))
     every, text, pictures = (fed(part, f"image-text{kind}") for kind in ("", "/text", "/picture"))
     try:
@@ -86,7 +119,8 @@ def test_the_model_runs_on_it_and_every_token_is_of_one_kind(models, name):
         if one.mask_ST.shape == other.mask_ST.shape:
             assert torch.equal(one.mask_ST, ~other.mask_ST), "the same sequences"
             assert torch.equal(one.model_inputs["input_ids"], other.model_inputs["input_ids"])
-        assert torch.equal(other.mask_ST, other.model_inputs["input_ids"] == IMAGE)
+        marked = other.model_inputs.get("image_embeds_position_mask", other.model_inputs["input_ids"] == IMAGE)
+        assert torch.equal(other.mask_ST, marked.bool())
         assert set(other.mask_ST.sum(1).tolist()) == {places}
     assert sum(batch.num_rows for batch in pictures.batches) == pictures.num_tokens
     assert "captions made up" in every.description
@@ -142,6 +176,9 @@ def test_what_takes_no_pictures_or_leaves_positions_out_is_one_line(models):
     gpt2 = build_model(build_config({"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 4, "vocab_size": 99}))
     with pytest.raises(InputError, match="GPT2Model takes no pictures in its text; give --input text"):
         fed(gpt2)
+    git = build_model(build_config({"model_type": "git", **TEXT, "vision_config": VISION}), "meta")
+    with pytest.raises(InputError, match="GitModel takes pictures beside its tokens, not in their places"):
+        fed(git)
     with pytest.raises(InputError, match="of pictures and text give image-text/text"):
         fed(models["llava"], skip_positions=1)
     with pytest.raises(InputError, match="'image-text' is pictures and text, and gpt2 does not take both"):
