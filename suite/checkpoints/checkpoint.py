@@ -18,7 +18,7 @@ from deadbench.suite.checkpoints.download_cache import fetch_once, lease
 from deadbench.suite.checkpoints.fsspec_folder import FsspecFolder, one_line_errors
 from deadbench.suite.checkpoints.headers import read_contents
 from deadbench.suite.checkpoints.http_folder import HttpFolder
-from deadbench.suite.checkpoints.no_weights import no_config
+from deadbench.suite.checkpoints.no_weights import no_config, weights_alone
 from deadbench.suite.checkpoints.opening import cached_snapshot, open_source
 from deadbench.suite.checkpoints.other_configurations import other_config, read_object
 from deadbench.suite.checkpoints.prepared_folder import as_transformers_expects
@@ -263,7 +263,7 @@ class Checkpoint:
             above = self._local.parent / "config.json"
             recorded = config_file(above) if above.is_file() else None
         if recorded is None:
-            raise no_config(self)
+            raise weights_alone(self, self.contents().remark)
         return checked(recorded, self.source, self._model_type)
 
     def _weight_names(self) -> list[str]:

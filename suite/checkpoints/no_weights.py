@@ -40,6 +40,12 @@ def no_config(files: Any) -> CheckpointError:
     )
 
 
+def weights_alone(files: Any, remark: str | None) -> CheckpointError:
+    """That the checkpoint `files` has weights and no config.json; `remark` is what is to be said of the weights."""
+    told = _instead(files, weights=True) or "no config.json beside the weights; give --config CONFIG"
+    return CheckpointError(_called(files) + told + (f"; {remark}" if remark else ""))
+
+
 def no_weights(files: Any, found: Sequence[str]) -> CheckpointError:
     """That it has no weights that can be read, or the files `found` of which nothing says that they belong together."""
     if part := _PART.search(found[0]) if len(found) == 1 else None:
@@ -106,8 +112,8 @@ def _called(files: Any) -> str:
     return f"{source}: " if source else ""
 
 
-def _instead(files: Any) -> str | None:
-    """What is there instead, and what to do; None where nothing tells."""
+def _instead(files: Any, *, weights: bool = False) -> str | None:
+    """What is there instead, beside `weights` or of them, and what to do; None where nothing tells."""
     names = files.names()
     if ADAPTER_FILE in names:
         return (
@@ -121,7 +127,7 @@ def _instead(files: Any) -> str | None:
             "copy it beside them"
         )
     folder = getattr(files, "folder", None)
-    told = None if folder is None else _of_folder(folder)
+    told = None if folder is None else _of_folder(folder, weights)
     for endings, text in () if told else _INSTEAD:
         if found := sorted(name for name in names if name.endswith(endings)):
             return text.format(found[0])
@@ -140,8 +146,8 @@ def _base(files: Any) -> str:
     return "model"
 
 
-def _of_folder(folder: Path) -> str | None:
-    """What a local folder's links and subfolders tell."""
+def _of_folder(folder: Path, weights: bool) -> str | None:
+    """What a local folder's links and subfolders tell; where it has `weights`, others below do not matter."""
     there = sorted(path for path in folder.iterdir() if not is_hidden(path.name))
     gone = [path.name for path in there if path.is_symlink() and not path.exists()]
     if gone:
@@ -165,7 +171,7 @@ def _of_folder(folder: Path) -> str | None:
     if below:
         each = ", ".join(f"{folder.name}/{name}" for name in below[:4])
         return f"no checkpoint itself, but a folder of them; give one: {each}"
-    held = [path.name for path in there if path.is_dir() and _holds_weights(path)]
+    held = [path.name for path in there if not weights and path.is_dir() and _holds_weights(path)]
     if held:
         each = " or ".join(f"{folder.name}/{name}" for name in held[:4])
         return f"no weights in it, but in a folder below; give {each}"

@@ -11,13 +11,14 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from deadbench.suite.checkpoints.files import Files
+from deadbench.suite.checkpoints.formats.megatron_dist import of_megatron
 from deadbench.suite.checkpoints.formats.pickled_names import Constructor, Record, record
 from deadbench.suite.checkpoints.formats.pickles import MAX_PICKLE_BYTES, read_pickle, uncollected
-from deadbench.suite.checkpoints.formats.state_dicts import STEP_KEYS, is_step, model_part, named_tensors
+from deadbench.suite.checkpoints.formats.state_dicts import STEP_KEYS, Named, is_step, model_part, named_tensors
 from deadbench.suite.checkpoints.formats.torch_files import open_archive
 from deadbench.suite.checkpoints.formats.torch_objects import TORCH_NAMES, DType, Size, StoredTensor
 from deadbench.suite.checkpoints.strict_json import inside, shown
-from deadbench.suite.checkpoints.tensors import ITEM_BYTES, Contents, Piece, TensorEntry
+from deadbench.suite.checkpoints.tensors import ITEM_BYTES, Contents, Piece, TensorEntry, check_name
 from deadbench.suite.errors import CheckpointError
 
 _ROOM = "torch.distributed.checkpoint"
@@ -72,19 +73,22 @@ def read_dcp(files: Files, name: str) -> Contents:
         for fqn, held in tensors.items():
             path = paths.get(fqn, (fqn,)) if isinstance(paths, dict) else (fqn,)
             if held.kind.endswith(".TensorStorageMetadata"):
-                _put(nested, path, _entry(name, fqn, held.fields, places))
+                _put(nested, path, Named(fqn))
             elif path[-1] in STEP_KEYS and step is None:
                 step = _step(files, places.get((fqn, None)))
+        entries = []
+        for called, each in named_tensors(model_part(nested), name):
+            check_name(name, called)
+            entries.append(replace(_entry(name, each.name, tensors[each.name].fields, places), name=called))
     except CheckpointError:
         raise
     except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
         raise CheckpointError(
             f"{name}: corrupt metadata ({type(error).__name__}); save the checkpoint again"
         ) from error
-    entries = [replace(entry, name=called) for called, entry in named_tensors(model_part(nested), name)]
     if not entries:
         raise CheckpointError(f"{name}: no tensors; give the folder of the model's checkpoint")
-    return Contents(entries, step)
+    return of_megatron(files, folder, Contents(entries, step))
 
 
 def _index(key: Any) -> tuple[str, tuple[int, ...] | None]:
@@ -97,7 +101,7 @@ def _below(folder: str, told: dict[str, Any]) -> dict[str, Any]:
     return told | {"relative_path": folder + told["relative_path"]} if folder else told
 
 
-def _put(nested: dict[Any, Any], path: tuple[Any, ...], entry: TensorEntry) -> None:
+def _put(nested: dict[Any, Any], path: tuple[Any, ...], entry: Named) -> None:
     """Put a tensor where it was in the saved value."""
     for part in path[:-1]:
         nested = nested.setdefault(part, {})

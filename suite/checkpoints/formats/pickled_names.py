@@ -110,8 +110,11 @@ def _byte_array(*args: Any) -> bytes:
 _CLASSES = (
     "numpy.ndarray", "numpy.dtype", "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct",
     "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "signal.Signals", "megatron.core.enums.ModelType",
-    "megatron.model.enums.ModelType", "megatron.core.transformer.enums.AttnBackend",
-    "megatron.model.enums.PositionEmbeddingType", "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "megatron.model.enums.ModelType", "megatron.model.enums.PositionEmbeddingType",
+    *(f"megatron.core.transformer.enums.{name}" for name in (
+        "AttnBackend", "AttnMaskType", "CudaGraphScope", "LayerType", "ModelType",
+    )),
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
     "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler", "deepspeed.runtime.zero.config.ZeroStageEnum",
     "deepspeed.utils.tensor_fragment.fragment_address", "types.SimpleNamespace", "datetime.datetime",
     "datetime.timedelta", "datetime.timezone", "torch.torch_version.TorchVersion", "typing.Any",

@@ -2,11 +2,14 @@
 
 import argparse
 import json
+import re
+import shutil
 
 import torch
 import yaml
 
 from tests.suite.checkpoints.formats.ggufs import gguf
+from tests.suite.checkpoints.formats.sharded import save_sharded
 
 # Tiny models of four architectures, two of them with keys and values that heads share.
 GPT2 = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": 97, "n_embd": 16, "n_layer": 3,
@@ -270,6 +273,28 @@ def megatron_of_before(folder, state, config):
 def megatron_in_stages(folder, state, config):
     layers = config["n_layer"] if "n_layer" in config else config["num_hidden_layers"]
     return megatron(folder, state, config, stages=layers)
+
+
+def megatron_core(folder, state, config, mesh=(3, 2)):
+    """`torch_dist` of Megatron-core: one tensor of all layers, cut over stages and ranks, and optimizers beside it."""
+    megatron(folder, state, config, ranks=1)
+    step = folder / "iter_0000300"
+    saved = torch.load(step / "mp_rank_00" / "model_optim_rng.pt", weights_only=False)
+    shutil.rmtree(step)
+    stacked, layers = {}, {}
+    for name, tensor in saved.pop("model").items():
+        found = re.fullmatch(r"(decoder\.layers\.)\d+\.(.*)", name)
+        (layers.setdefault("".join(found.groups()), []) if found else stacked.setdefault(name, [])).append(tensor)
+    made = {name: parts[0] for name, parts in stacked.items()} | {name: torch.stack(ts) for name, ts in layers.items()}
+    beside = {f"chained_0.optimizer.state.exp_avg.{name}": tensor * 0 for name, tensor in made.items()}
+    save_sharded(step, made | beside, mesh, None)
+    saved["args"].tensor_model_parallel_size = mesh[1]
+    torch.save(saved, step / "common.pt")
+    return folder
+
+
+def megatron_core_of_one_stage(folder, state, config):
+    return megatron_core(folder, state, config, (1, 2))
 
 
 def neox_layers(folder, state, config, ranks=2):
