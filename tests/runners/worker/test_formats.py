@@ -1,7 +1,10 @@
 """The same weights in every format give the same rows, to the bit, and nothing of a checkpoint is run."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -132,6 +135,27 @@ def test_rows_are_those_of_safetensors_to_the_bit(form, tiny, expected):
         step = 42 if form in (as_training_checkpoint, as_distributed) else None
         assert row["source_step"] == row["checkpoint_step"] == step
     assert set(found) == set(expected)
+
+
+@pytest.mark.subprocess
+@pytest.mark.slow
+def test_what_two_ranks_of_fsdp2_save(tiny, expected, tmp_path):
+    """Two real processes: `fully_shard`, a step of AdamW, `torch.distributed.checkpoint.save`."""
+    command = [sys.executable, "-W", "ignore", "-m", "tests.suite.checkpoints.formats.fsdp_ranks"]
+    told = [str(tmp_path / "meeting"), str(tiny[0] / "model.safetensors"), str(tmp_path / "saved")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen([*command, str(rank), *told], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    errors = [rank.communicate(timeout=120)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], errors
+    assert len(list((tmp_path / "saved").glob("*.distcp"))) == 2
+    shutil.copy(tiny[0] / "config.json", tmp_path)  # beside it, as where a training script keeps it
+    found = rows(tmp_path / "saved", ("parameters", "trained"))
+    for read, (row, kept) in found.items():
+        assert kept == expected[read][1], read
+        assert (row["source_format"], row["source_step"]) == (DISTRIBUTED, 7)
 
 
 def test_which_of_two_models_is_meant_is_asked(tiny, tmp_path):
