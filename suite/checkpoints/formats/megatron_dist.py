@@ -78,4 +78,4 @@ def _locate(files: Files, piece: Piece, whole: Piece, number: int) -> Piece:
     start = held.start + number * step * item
     end = held.end - (whole.shape[0] - 1 - number) * step * item
     strides = held.strides and held.strides[1:]
-    return replace(held, start=start, end=end, place=piece.place, shape=piece.shape, strides=strides)
+    return held._replace(start=start, end=end, place=piece.place, shape=piece.shape, strides=strides)

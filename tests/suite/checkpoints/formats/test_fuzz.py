@@ -12,7 +12,7 @@ import yaml
 
 from deadbench.suite.checkpoints.dialects.litgpt import CONFIG_FILE, config_of
 from deadbench.suite.checkpoints.dialects.table import translate
-from deadbench.suite.checkpoints.formats import pickle_machine
+from deadbench.suite.checkpoints.formats import pickle_loop
 from deadbench.suite.checkpoints.formats.dcp import read_dcp
 from deadbench.suite.checkpoints.formats.gguf import read_gguf
 from deadbench.suite.checkpoints.formats.torch_files import read_torch_file
@@ -155,7 +155,7 @@ def read_all(reader, name, laid_out):
 
 @pytest.fixture
 def few_steps(monkeypatch):
-    monkeypatch.setattr(pickle_machine, "MAX_OPCODES", 100_000)
+    monkeypatch.setattr(pickle_loop, "MAX_OPCODES", 100_000)
 
 
 def test_a_few_hundred_changed_files(few_steps, tmp_path):
