@@ -6,13 +6,13 @@ calls its file, then its index; where a training framework keeps them; else the 
 """
 
 import concurrent.futures
-import re
 from dataclasses import dataclass, field
 
 from deadbench.suite.checkpoints.files import Files
 from deadbench.suite.checkpoints.formats.table import FORMATS, FRAMEWORKS, Format
 from deadbench.suite.checkpoints.formats.trainers import trainers_files
 from deadbench.suite.checkpoints.no_weights import is_pointer, no_weights, pointer
+from deadbench.suite.checkpoints.shard_names import shard_of
 from deadbench.suite.checkpoints.strict_json import MAX_JSON_BYTES, inside, parse_object, shown
 from deadbench.suite.errors import CheckpointError
 
@@ -85,15 +85,18 @@ def may_be_weights(name: str) -> bool:
 
 def _is_part(name: str) -> bool:
     """Whether a file says that it is one of several; those of llama.cpp are told of by their first one."""
-    part = re.search(r"-\d{5}-of-(\d{5})\.", name)
-    return part is not None and int(part[1]) > 1 and not name.endswith(".gguf")
+    shard = shard_of(name)
+    return shard is not None and shard.count > 1 and shard.ending != ".gguf"
 
 
 def _is_one_split(names: list[str]) -> bool:
     """Whether files are all the parts of one, by their names, as llama.cpp splits them."""
-    parts = [re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", name) for name in names]
-    told = {(part[1], int(part[3])) for part in parts if part}
-    return None not in parts and told == {(names[0][: -len("-00001-of-00001.gguf")], len(names))}
+    first = shard_of(names[0])
+    return (
+        first is not None
+        and first.ending == ".gguf"
+        and names == [first.name(number) for number in range(1, first.count + 1)]
+    )
 
 
 def weights_file(files: Files, name: str) -> WeightFiles:
