@@ -49,7 +49,7 @@ def weights_alone(files: Any, remark: str | None) -> CheckpointError:
 def no_weights(files: Any, found: Sequence[str]) -> CheckpointError:
     """That it has no weights that can be read, or the files `found` of which nothing says that they belong together."""
     if part := shard_of(found[0]) if len(found) == 1 else None:
-        text = f"{found[0]} is one of {part.count} files; copy the others and their index beside it"
+        text = f"{found[0]} is one of {part.of} files; copy the others and their index beside it"
     elif found:
         ending = "safetensors" if found[0].endswith(".safetensors") else found[0].rpartition(".")[2]
         index = "model.safetensors" if ending == "safetensors" else "pytorch_model.bin"

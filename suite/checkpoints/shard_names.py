@@ -12,18 +12,18 @@ class Shard(NamedTuple):
     Attributes:
         begin: of the names of all.
         number: of this one; the first is 1.
-        count: of all.
+        of: how many there are.
         ending: of the names of all.
     """
 
     begin: str
     number: int
-    count: int
+    of: int
     ending: str
 
     def name(self, number: int) -> str:
         """What another part is called."""
-        return f"{self.begin}-{number:05d}-of-{self.count:05d}{self.ending}"
+        return f"{self.begin}-{number:05d}-of-{self.of:05d}{self.ending}"
 
 
 def shard_of(name: str) -> Shard | None:

@@ -134,7 +134,7 @@ def _entry(folder: str, fqn: str, held: dict[str, Any], places: Mapping[Any, dic
         covered += count
         if count or not pieces:
             wrapped = _where(folder, where)
-            pieces.append(Piece(wrapped.file, 0, count * item, place, part, None, wrapped))
+            pieces.append(Piece(wrapped.file, 0, count * item, place, part, None, wrapped))  # type: ignore[arg-type]
     if covered != math.prod(shape) or len({piece.place for piece in pieces}) != len(pieces):
         raise CheckpointError(
             f"{folder}.metadata: the pieces of {shown(fqn)} do not make it up; is a rank's file missing?"

@@ -73,7 +73,7 @@ def _further_parts(facts: dict[str, Any], name: str) -> list[str]:
     if count <= 1:
         return []
     first = shard_of(name)
-    if number or first is None or (first.number, first.count, first.ending) != (1, count, ".gguf"):
+    if number or first is None or (first.number, first.of, first.ending) != (1, count, ".gguf"):
         raise CheckpointError(
             f"{name}: part {number + 1} of {count}; give the first, named as …-00001-of-{count:05d}.gguf, with the "
             "others beside it"

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from deadbench.runners.engines.resident import TorchEngine
@@ -73,6 +73,16 @@ def as_shards(folder, state):
     return folder
 
 
+def as_safe_shards(folder, state):
+    """An index without `metadata`, as tools that cut weights write it."""
+    weight_map = {name: f"model-0000{i % 2 + 1}-of-00002.safetensors" for i, name in enumerate(state)}
+    for shard in set(weight_map.values()):
+        held = {name: tensor.contiguous() for name, tensor in state.items() if weight_map[name] == shard}
+        save_file(held, folder / shard, {"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
 def as_training_checkpoint(folder, state):
     wrapped = {f"_forward_module._orig_mod.{name}": tensor for name, tensor in state.items()}
     (folder / "beside.bin").write_bytes(b"other weights, which are not meant")
@@ -111,14 +121,19 @@ def as_distributed(folder, state):
 
 
 DISTRIBUTED = "torch.distributed.checkpoint"
-FORMATS = {as_one_file: "safetensors", as_distributed: DISTRIBUTED, as_application: DISTRIBUTED}
+FORMATS = {
+    as_one_file: "safetensors",
+    as_safe_shards: "safetensors",
+    as_distributed: DISTRIBUTED,
+    as_application: DISTRIBUTED,
+}
 
 
 @pytest.mark.parametrize(
     "form",
     [
         as_distributed, as_bin, as_old, as_shards, as_training_checkpoint, as_script, as_average, as_application,
-        as_one_file,
+        as_one_file, as_safe_shards,
     ],
 )  # fmt: skip
 def test_rows_are_those_of_safetensors_to_the_bit(form, tiny, expected):

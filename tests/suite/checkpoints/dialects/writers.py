@@ -384,6 +384,36 @@ def llama_cpp(folder, state, config, matrices="F32"):
     return folder / "model.gguf"
 
 
+OPT = {"model_type": "opt", "architectures": ["OPTForCausalLM"], "vocab_size": 97, "hidden_size": 16, "ffn_dim": 32,
+       "word_embed_proj_dim": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+       "max_position_embeddings": 64}  # fmt: skip
+
+
+def fairseq(folder, state, config, fused=False):
+    """What fairseq's trainer saves of a decoder; metaseq has keys, values and queries `fused`."""
+    made = {"decoder.version": torch.tensor([3.0])}
+    for name, tensor in state.items():
+        called = name.removeprefix("model.").replace("decoder.final_layer_norm", "decoder.layer_norm")
+        if fused and ("v_proj" in name or "q_proj" in name):
+            continue
+        if fused and "k_proj" in name:
+            called = called.replace("k_proj", "qkv_proj")
+            tensor = torch.cat([state[name.replace("k_proj", f"{kind}_proj")] for kind in "kvq"])
+        made[called.replace("lm_head", "decoder.output_projection")] = tensor
+    (folder / "config.json").write_text(json.dumps(config))
+    saved = {
+        "args": argparse.Namespace(arch="transformer_lm"),
+        "model": made,
+        "optimizer_history": [{"num_updates": 7}],
+    }
+    torch.save(saved, folder / "checkpoint_last.pt")
+    return folder / "checkpoint_last.pt"
+
+
+def metaseq(folder, state, config):
+    return fairseq(folder, state, config, fused=True)
+
+
 CLIP = {
     "model_type": "clip", "architectures": ["CLIPModel"], "projection_dim": 12,
     "text_config": {
