@@ -1,7 +1,8 @@
 """A configuration becomes a model: bare or as published, with values or on the meta device."""
 
+import contextlib
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -40,13 +41,20 @@ def build_config(config: Mapping[str, Any]) -> Any:
     known.pop("quantization_config", None)  # weights are not loaded by this object; norms are stored plain
     known.pop("_name_or_path", None)  # where it was once loaded from
     check({"model_type": model_type, **known})
+    with _transformers_at_work("refuses the configuration"):
+        return transformers.AutoConfig.for_model(model_type, **known)
+
+
+@contextlib.contextmanager
+def _transformers_at_work(failing: str) -> Iterator[None]:
+    """Without a network; whatever is raised becomes one line, `failing` in the middle."""
     try:
         with nothing_fetched():
-            return transformers.AutoConfig.for_model(model_type, **known)
+            yield
     except ElsewhereError:
         raise
     except Exception as error:
-        raise ArchitectureError(f"transformers refuses the configuration: {reason_of(error)}") from error
+        raise ArchitectureError(f"transformers {failing}: {reason_of(error)}") from error
 
 
 def bare_model(published: Any) -> Any:
@@ -66,17 +74,15 @@ def build_model(config: Any, device: str = "cpu") -> nn.Module:
     import transformers
 
     try:
-        with nothing_fetched(), torch.device(device):
+        with _transformers_at_work(f"cannot build {config.model_type!r}"), torch.device(device):
             # eager experts: the grouped kernels refuse meta tensors and half of all dtypes
             model: nn.Module = transformers.AutoModel.from_config(
                 config, dtype=torch.float32, experts_implementation="eager"
             )
-    except ElsewhereError:
-        raise
-    except Exception as error:
-        if published_class(config) is not None:
-            return build_published(config, device)
-        raise ArchitectureError(f"transformers cannot build {config.model_type!r}: {reason_of(error)}") from error
+    except ArchitectureError as error:
+        if isinstance(error, ElsewhereError) or published_class(config) is None:
+            raise
+        return build_published(config, device)
     return model.eval()
 
 
@@ -99,13 +105,8 @@ def build_published(config: Any, device: str = "cpu") -> nn.Module:
     published = published_class(config)
     if published is None:
         return build_model(config, device)
-    try:
-        with nothing_fetched(), torch.device(device):
-            model: nn.Module = published._from_config(config, dtype=torch.float32, experts_implementation="eager")
-    except ElsewhereError:
-        raise
-    except Exception as error:
-        raise ArchitectureError(f"transformers cannot build {published.__name__}: {reason_of(error)}") from error
+    with _transformers_at_work(f"cannot build {published.__name__}"), torch.device(device):
+        model: nn.Module = published._from_config(config, dtype=torch.float32, experts_implementation="eager")
     return model.eval()
 
 

@@ -31,6 +31,7 @@ from deadbench.suite.tracing.flow import (
 )
 from deadbench.suite.tracing.meta_passes import attempts
 from deadbench.suite.tracing.minimal_inputs import minimal_inputs, placed
+from deadbench.suite.tracing.smaller_pictures import smaller_pictures
 
 Inputs = Mapping[str, Any]  # keyword arguments of a forward pass
 
@@ -48,10 +49,17 @@ def locate_final_norm(config: Any, part: str = "") -> FinalNorm:
 
 def search_without_weights(skeleton: nn.Module, config: Any, part: str) -> tuple[FinalNorm, Inputs | None]:
     """As `locate_final_norm`, of the model of `config` on the meta device; and the inputs, as `search` gives them."""
-    found, inputs = search(skeleton.get_submodule(part))
+    whole = skeleton.get_submodule(part)
+    found, inputs = search(whole)
     size = sum(values.numel() for values in (*skeleton.parameters(), *skeleton.buffers()))
     if found.path is None and size <= SMALL_MODEL:
-        found, inputs = search(build_model(config).get_submodule(part))
+        model = build_model(config).get_submodule(part)
+        smaller = smaller_pictures(whole, inputs)
+        tried = search(model, smaller)[0] if smaller else None
+        if tried and tried.family == "none":
+            found = tried
+        else:  # what is found has as many rows as whole pictures give
+            found, inputs = search(model)
     elif found.family == "none":
         # On meta only identity is seen; a norm behind a copy or a projection would be missed.
         found = _nothing("undetermined", f"{found.reason}, and the model is too large to be tried", skeleton)

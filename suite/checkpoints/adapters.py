@@ -69,7 +69,7 @@ def read_config(told: str) -> dict[str, Any]:
     Raises:
         CheckpointError: it cannot be read.
     """
-    path = Path(told).expanduser()
+    path = Path(os.path.expanduser(told))
     return config_file(path) if path.is_file() else open_checkpoint(told).config()
 
 

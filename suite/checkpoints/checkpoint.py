@@ -18,7 +18,7 @@ from deadbench.suite.checkpoints.download_cache import fetch_once, lease
 from deadbench.suite.checkpoints.fsspec_folder import FsspecFolder, one_line_errors
 from deadbench.suite.checkpoints.headers import read_contents
 from deadbench.suite.checkpoints.http_folder import HttpFolder
-from deadbench.suite.checkpoints.no_weights import no_config
+from deadbench.suite.checkpoints.no_weights import called, no_config, weights_alone
 from deadbench.suite.checkpoints.opening import cached_snapshot, open_source
 from deadbench.suite.checkpoints.other_configurations import other_config, read_object
 from deadbench.suite.checkpoints.prepared_folder import as_transformers_expects
@@ -119,18 +119,18 @@ class Checkpoint:
     def has(self, name: str) -> bool:
         """Whether there is such a file; a server without listings is asked for this one alone."""
         if (self._names is None and not self.lists) or "/" in name or is_hidden(name):
-            with one_line_errors(f"{self.source}: {name}"):
+            with one_line_errors(called(self, name)):
                 return self._folder.has(name)
         return name in self.names()
 
     def size(self, name: str) -> int:
         """Bytes of a file."""
-        with one_line_errors(f"{self.source}: {name}"):
+        with one_line_errors(called(self, name)):
             return self._folder.size(name)
 
     def read(self, name: str, start: int = 0, end: int | None = None) -> bytes:
         """Bytes `start` to `end` (the whole file for None) of a file."""
-        with one_line_errors(f"{self.source}: {name}"):
+        with one_line_errors(called(self, name)):
             return self._folder.read(name, start, end)
 
     def weights(self) -> WeightFiles:
@@ -263,7 +263,7 @@ class Checkpoint:
             above = self._local.parent / "config.json"
             recorded = config_file(above) if above.is_file() else None
         if recorded is None:
-            raise no_config(self)
+            raise weights_alone(self, self.contents().remark)
         return checked(recorded, self.source, self._model_type)
 
     def _weight_names(self) -> list[str]:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from deadbench.suite.checkpoints.shard_names import shard_of
 from deadbench.suite.checkpoints.strict_json import MAX_JSON_BYTES, parse_object
 from deadbench.suite.errors import CheckpointError
 from deadbench.suite.storage import is_hidden
@@ -14,7 +15,6 @@ OTHER_LIBRARIES = (".msgpack", ".h5")
 _POINTER = b"version https://git-lfs"
 _CACHED = re.compile(r"models--(.+)")
 _LEAST = 8  # bytes of a safetensors file, which tell the length of its header
-_PART = re.compile(r"-(\d{5})-of-(\d{5})\.\w+$")
 # What lies where weights are looked for, by the endings of names, and what to do.
 _INSTEAD = (
     (
@@ -40,10 +40,16 @@ def no_config(files: Any) -> CheckpointError:
     )
 
 
+def weights_alone(files: Any, remark: str | None) -> CheckpointError:
+    """That the checkpoint `files` has weights and no config.json; `remark` is what is to be said of the weights."""
+    told = _instead(files, weights=True) or "no config.json beside the weights; give --config CONFIG"
+    return CheckpointError(_called(files) + told + (f"; {remark}" if remark else ""))
+
+
 def no_weights(files: Any, found: Sequence[str]) -> CheckpointError:
     """That it has no weights that can be read, or the files `found` of which nothing says that they belong together."""
-    if part := _PART.search(found[0]) if len(found) == 1 else None:
-        text = f"{found[0]} is one of {int(part[2])} files; copy the others and their index beside it"
+    if part := shard_of(found[0]) if len(found) == 1 else None:
+        text = f"{found[0]} is one of {part.of} files; copy the others and their index beside it"
     elif found:
         ending = "safetensors" if found[0].endswith(".safetensors") else found[0].rpartition(".")[2]
         index = "model.safetensors" if ending == "safetensors" else "pytorch_model.bin"
@@ -64,25 +70,25 @@ def not_torch(files: Any, name: str) -> CheckpointError:
     if is_pointer(first):
         return pointer(files, name)
     what = "an empty file" if not first else f"not written by torch.save (it begins with {first[:8]!r})"
-    return CheckpointError(f"{_called(files)}{name}: {what}; give a state_dict saved by torch.save, or safetensors")
+    return CheckpointError(f"{called(files, name)}: {what}; give a state_dict saved by torch.save, or safetensors")
 
 
 def no_safetensors(files: Any, name: str, length: int, size: int) -> CheckpointError:
     """That the file `name` of `size` bytes is none: its header would be of `length` bytes."""
     if size < _LEAST:
         return CheckpointError(
-            f"{_called(files)}{name}: {size} bytes, too short for a safetensors file; download it again"
+            f"{called(files, name)}: {size} bytes, too short for a safetensors file; download it again"
         )
     if is_pointer(files.read(name, 0, len(_POINTER))):
         return pointer(files, name)
     first = files.read(name, 0, 40).decode("ascii", "replace")
     if first.startswith(("<", "{")) and " ".join(first.split()).isprintable():
         return CheckpointError(
-            f"{_called(files)}{name} is a text, not weights (it begins with {first!r}), as a server's answer that was "
+            f"{called(files, name)} is a text, not weights (it begins with {first!r}), as a server's answer that was "
             "saved under that name; download it again"
         )
     return CheckpointError(
-        f"{_called(files)}{name}: the header claims {length} bytes, the file has {size}; truncated or not a "
+        f"{called(files, name)}: the header claims {length} bytes, the file has {size}; truncated or not a "
         "safetensors file"
     )
 
@@ -96,9 +102,15 @@ def pointer(files: Any, name: str) -> CheckpointError:
     """That the file `name` is a Git LFS pointer."""
     what = "file itself" if name.endswith(".json") else "weights"
     return CheckpointError(
-        f"{_called(files)}{name} is a Git LFS pointer, not the {what}: run `git lfs pull` in that folder, "
+        f"{called(files, name)} is a Git LFS pointer, not the {what}: run `git lfs pull` in that folder, "
         "or download the checkpoint from the Hub"
     )
+
+
+def called(files: Any, name: str) -> str:
+    """What messages call the file `name` of the checkpoint `files`, which may be that file itself."""
+    source = getattr(files, "source", None) or name
+    return source if source == name or source.endswith(f"/{name}") else f"{source}: {name}"
 
 
 def _called(files: Any) -> str:
@@ -106,8 +118,8 @@ def _called(files: Any) -> str:
     return f"{source}: " if source else ""
 
 
-def _instead(files: Any) -> str | None:
-    """What is there instead, and what to do; None where nothing tells."""
+def _instead(files: Any, *, weights: bool = False) -> str | None:
+    """What is there instead, beside `weights` or of them, and what to do; None where nothing tells."""
     names = files.names()
     if ADAPTER_FILE in names:
         return (
@@ -121,7 +133,7 @@ def _instead(files: Any) -> str | None:
             "copy it beside them"
         )
     folder = getattr(files, "folder", None)
-    told = None if folder is None else _of_folder(folder)
+    told = None if folder is None else _of_folder(folder, weights)
     for endings, text in () if told else _INSTEAD:
         if found := sorted(name for name in names if name.endswith(endings)):
             return text.format(found[0])
@@ -140,8 +152,8 @@ def _base(files: Any) -> str:
     return "model"
 
 
-def _of_folder(folder: Path) -> str | None:
-    """What a local folder's links and subfolders tell."""
+def _of_folder(folder: Path, weights: bool) -> str | None:
+    """What a local folder's links and subfolders tell; where it has `weights`, others below do not matter."""
     there = sorted(path for path in folder.iterdir() if not is_hidden(path.name))
     gone = [path.name for path in there if path.is_symlink() and not path.exists()]
     if gone:
@@ -165,7 +177,7 @@ def _of_folder(folder: Path) -> str | None:
     if below:
         each = ", ".join(f"{folder.name}/{name}" for name in below[:4])
         return f"no checkpoint itself, but a folder of them; give one: {each}"
-    held = [path.name for path in there if path.is_dir() and _holds_weights(path)]
+    held = [path.name for path in there if not weights and path.is_dir() and _holds_weights(path)]
     if held:
         each = " or ".join(f"{folder.name}/{name}" for name in held[:4])
         return f"no weights in it, but in a folder below; give {each}"

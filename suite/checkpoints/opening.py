@@ -9,7 +9,7 @@ from pathlib import Path
 from deadbench.suite.checkpoints.fsspec_folder import FsspecFolder, one_line_errors
 from deadbench.suite.checkpoints.http_folder import HttpFolder
 from deadbench.suite.checkpoints.hub_folder import HubFolder
-from deadbench.suite.checkpoints.sources import folder_and_file, hub_id_of, is_file_of, locate
+from deadbench.suite.checkpoints.sources import folder_and_file, hub_id_of, is_file_of, is_named_as_file, locate
 from deadbench.suite.errors import CheckpointError
 from deadbench.suite.storage import is_hidden, is_url, open_place
 
@@ -74,7 +74,8 @@ def open_source(source: str, revision: str | None, base: Path | None, place: str
         return Opened(FsspecFolder(source, _joined(place, below)), revision, file)
     if os.path.islink(source):
         raise CheckpointError(f"{source}: a link to {os.readlink(source)}, which is not there; mend the link")
-    raise CheckpointError(f"{source}: no such directory, and neither a Hub id (org/name[@revision]) nor a URL (s3://…)")
+    kind = "file" if is_named_as_file(source) else "directory"
+    raise CheckpointError(f"{source}: no such {kind}, and neither a Hub id (org/name[@revision]) nor a URL (s3://…)")
 
 
 def list_revisions(source: str, base: Path | None = None) -> list[str]:

@@ -38,7 +38,7 @@ def as_transformers_expects(
     usual = weights.index == of.index if weights.index else weights.shards == (of.file,)
     if of is SAFETENSORS:
         usual = usual and (weights.index is not None or not indexed) and there == sorted(weights.shards)
-    complete = complete and not (folder / ADAPTER_FILE).exists()
+    complete = complete and weights.loadable and not (folder / ADAPTER_FILE).exists()
     if complete and usual and (of is SAFETENSORS or not (there or indexed)):
         yield folder
         return

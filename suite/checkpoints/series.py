@@ -15,6 +15,7 @@ from pathlib import Path
 from deadbench.suite.checkpoints.checkpoint import Checkpoint
 from deadbench.suite.checkpoints.no_weights import ADAPTER_FILE
 from deadbench.suite.checkpoints.opening import list_revisions
+from deadbench.suite.checkpoints.shard_names import shard_of
 from deadbench.suite.checkpoints.sources import locate
 from deadbench.suite.checkpoints.strict_json import MAX_JSON_BYTES
 from deadbench.suite.checkpoints.training_steps import checkpoint_step, epoch_of, steps_told
@@ -25,7 +26,6 @@ from deadbench.suite.storage import is_url
 
 _PASSING = re.compile(r"^tmp[-_]|[._-](tmp|temp|partial|incomplete)$", re.IGNORECASE)  # names until it is done
 _VARIANT = re.compile(r"-v\d+(?=\.ckpt$)")  # of Lightning, which saved at a step before
-_SHARD = re.compile(r"-\d{5}-of-\d{5}")
 _WEIGHTS = re.compile(r"(pytorch_model.*\.bin|.*\.(safetensors|gguf))")
 _SHOWN = 4
 _UNTOLD = "its name tells no step"
@@ -80,7 +80,7 @@ def series_in(source: str, base: Path | None = None, *, beside_weights: bool = F
         return None  # the Hub's branches are listed by the registry; a web server's folders cannot be
     try:
         there = Checkpoint(source, base=base, place=place).names()
-        files = [name for name in there if may_be_weights(name) and not _SHARD.search(name)]
+        files = [name for name in there if may_be_weights(name) and not shard_of(name)]
         saved = _steps(place, files)
         saved = saved if len(saved) > 1 else {}  # one alone is the folder's weights
         if not beside_weights and any(_WEIGHTS.fullmatch(name) and name not in saved for name in there):

@@ -20,12 +20,12 @@ def locate(source: str, base: Path | None = None) -> str:
     """
     if not source.startswith(_HUB):
         try:
-            for candidate in (Path(source).expanduser(), *([base / source] if base else [])):
+            for candidate in (Path(os.path.expanduser(source)), *([base / source] if base else [])):
                 if candidate.is_dir() or (candidate.name.endswith(_FILES) and candidate.is_file()):
                     return str(candidate.absolute())
-        except (OSError, ValueError, RuntimeError):  # a name too long, a NUL in it, a user who is not there
+        except (OSError, ValueError):  # a name too long, a NUL in it
             return source
-    return f"{_HUB}{source}" if _HUB_ID.match(source) else source
+    return f"{_HUB}{source}" if is_hub_id(source) else source
 
 
 def folder_and_file(place: str) -> tuple[str, str | None]:
@@ -41,9 +41,14 @@ def is_file_of(place: str, name: str | None) -> bool:
     return name is not None and name.endswith(_FILES) and not Path(place, name).is_dir()
 
 
+def is_named_as_file(source: str) -> bool:
+    """Whether a SOURCE is called as files of weights are."""
+    return source.endswith(_FILES)
+
+
 def is_hub_id(source: str) -> bool:
     """Whether a SOURCE has the form `org/name[@revision]`, be there a folder of that name or not."""
-    return _HUB_ID.match(source) is not None
+    return _HUB_ID.match(source) is not None and not is_named_as_file(source)
 
 
 def is_source(name: str) -> bool:
@@ -67,4 +72,4 @@ def identify(source: str, place: str | None = None) -> tuple[str, str | None]:
 def hub_id_of(place: str) -> str | None:
     """`org/name[@revision]` of a place on the Hub."""
     hub_id = place.removeprefix(_HUB)
-    return hub_id if place.startswith(_HUB) and _HUB_ID.match(hub_id) else None
+    return hub_id if place.startswith(_HUB) and is_hub_id(hub_id) else None

@@ -5,8 +5,8 @@ Where a tensor lies is told by one of `suite/checkpoints/formats`; from here on 
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,8 +26,7 @@ _FLOAT_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
 DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """Values of a tensor that lie together.
 
     Attributes:
@@ -138,7 +137,7 @@ def check_name(file: str, tensor: str) -> None:
 
 def shifted(piece: Piece, start: int) -> Piece:
     """A piece that was counted from byte `start` of its file, counted from the first."""
-    return replace(piece, start=start + piece.start, end=start + piece.end, locate=None)
+    return piece._replace(start=start + piece.start, end=start + piece.end, locate=None)
 
 
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -6,13 +6,13 @@ calls its file, then its index; where a training framework keeps them; else the 
 """
 
 import concurrent.futures
-import re
 from dataclasses import dataclass, field
 
 from deadbench.suite.checkpoints.files import Files
 from deadbench.suite.checkpoints.formats.table import FORMATS, FRAMEWORKS, Format
 from deadbench.suite.checkpoints.formats.trainers import trainers_files
 from deadbench.suite.checkpoints.no_weights import is_pointer, no_weights, pointer
+from deadbench.suite.checkpoints.shard_names import shard_of
 from deadbench.suite.checkpoints.strict_json import MAX_JSON_BYTES, inside, parse_object, shown
 from deadbench.suite.errors import CheckpointError
 
@@ -37,6 +37,7 @@ class WeightFiles:
         weight_map: the index's shard of every tensor.
         format: what they are.
         folder: which folder below is the checkpoint itself, "" for none, else with a slash.
+        loadable: transformers opens the index as it is, which it does not without `metadata` in it.
     """
 
     shards: tuple[str, ...]
@@ -44,6 +45,7 @@ class WeightFiles:
     weight_map: dict[str, str] = field(default_factory=dict)
     format: Format = SAFETENSORS
     folder: str = ""
+    loadable: bool = True
 
 
 def weight_files(files: Files, named: object = None) -> WeightFiles:
@@ -85,15 +87,18 @@ def may_be_weights(name: str) -> bool:
 
 def _is_part(name: str) -> bool:
     """Whether a file says that it is one of several; those of llama.cpp are told of by their first one."""
-    part = re.search(r"-\d{5}-of-(\d{5})\.", name)
-    return part is not None and int(part[1]) > 1 and not name.endswith(".gguf")
+    shard = shard_of(name)
+    return shard is not None and shard.of > 1 and shard.ending != ".gguf"
 
 
 def _is_one_split(names: list[str]) -> bool:
     """Whether files are all the parts of one, by their names, as llama.cpp splits them."""
-    parts = [re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", name) for name in names]
-    told = {(part[1], int(part[3])) for part in parts if part}
-    return None not in parts and told == {(names[0][: -len("-00001-of-00001.gguf")], len(names))}
+    first = shard_of(names[0])
+    return (
+        first is not None
+        and first.ending == ".gguf"
+        and names == [first.name(number) for number in range(1, first.of + 1)]
+    )
 
 
 def weights_file(files: Files, name: str) -> WeightFiles:
@@ -123,7 +128,8 @@ def _sharded(files: Files, index: str, of: Format) -> WeightFiles:
     raw = files.read(index)
     if is_pointer(raw):
         raise pointer(files, index)
-    weight_map = parse_object(raw, f"{index}: the index").get("weight_map")
+    told = parse_object(raw, f"{index}: the index")
+    weight_map = told.get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"{index}: not a safetensors index (weight_map is no object)")
     weight_map = {n: shard.removeprefix("./") if isinstance(shard, str) else shard for n, shard in weight_map.items()}
@@ -138,7 +144,7 @@ def _sharded(files: Files, index: str, of: Format) -> WeightFiles:
         for shard, there in zip(shards, pool.map(files.has, shards), strict=True):
             if not there:
                 raise CheckpointError(f"{index}: names {shard}, which is missing; download the checkpoint again")
-    return WeightFiles(tuple(shards), index, weight_map, of)
+    return WeightFiles(tuple(shards), index, weight_map, of, loadable="metadata" in told)
 
 
 def _check_inside(where: str, name: str) -> None:

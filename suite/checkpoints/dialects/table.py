@@ -4,7 +4,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from deadbench.suite.checkpoints.dialects import litgpt, llama_cpp, megatron, nanogpt, open_clip, transformer_lens
+from deadbench.suite.checkpoints.dialects import (
+    fairseq,
+    litgpt,
+    llama_cpp,
+    megatron,
+    nanogpt,
+    open_clip,
+    transformer_lens,
+)
 from deadbench.suite.checkpoints.dialects.tensors import Tensors, as_floats
 from deadbench.suite.checkpoints.files import Files
 from deadbench.suite.checkpoints.tensors import Contents, TensorEntry, read_raw
@@ -47,6 +55,7 @@ DIALECTS = (
             **dict.fromkeys(("llama", "mistral", "qwen2"), transformer_lens.as_llama),
         },
     ),
+    Dialect("fairseq", fairseq.is_fairseq, {"opt": fairseq.as_opt}, alone=False),
     Dialect("open_clip", open_clip.is_open_clip, {"clip": open_clip.as_clip}, alone=False),
     Dialect(
         "Megatron-LM", megatron.is_megatron, {"gpt2": megatron.as_gpt2, "llama": megatron.as_llama}

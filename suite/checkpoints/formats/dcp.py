@@ -5,19 +5,27 @@ A piece is a small archive of torch.save inside a rank's file; it is opened when
 
 import functools
 import math
-import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from deadbench.suite.checkpoints.files import Files
+from deadbench.suite.checkpoints.formats.megatron_dist import of_megatron
 from deadbench.suite.checkpoints.formats.pickled_names import Constructor, Record, record
 from deadbench.suite.checkpoints.formats.pickles import MAX_PICKLE_BYTES, read_pickle, uncollected
-from deadbench.suite.checkpoints.formats.state_dicts import STEP_KEYS, is_step, model_part, named_tensors
+from deadbench.suite.checkpoints.formats.state_dicts import STEP_KEYS, Named, is_step, model_part, named_tensors
 from deadbench.suite.checkpoints.formats.torch_files import open_archive
 from deadbench.suite.checkpoints.formats.torch_objects import TORCH_NAMES, DType, Size, StoredTensor
 from deadbench.suite.checkpoints.strict_json import inside, shown
-from deadbench.suite.checkpoints.tensors import ITEM_BYTES, Contents, Piece, TensorEntry
+from deadbench.suite.checkpoints.tensors import (
+    ITEM_BYTES,
+    MAX_DIMENSIONS,
+    MAX_EXTENT,
+    Contents,
+    Piece,
+    TensorEntry,
+    check_name,
+)
 from deadbench.suite.errors import CheckpointError
 
 _ROOM = "torch.distributed.checkpoint"
@@ -66,66 +74,71 @@ def read_dcp(files: Files, name: str) -> Contents:
         raise CheckpointError(f"{name}: no metadata of torch.distributed.checkpoint; save the checkpoint again")
     try:
         folder = name.removesuffix(".metadata")
-        places = {_index(key): _below(folder, value.fields) for key, value in stored.items()}
+        places = {
+            (index["fqn"], index.get("offset")): value.fields
+            for key, value in stored.items()
+            for index in (key.fields,)
+        }
         nested: dict[Any, Any] = {}
         step = None
         for fqn, held in tensors.items():
             path = paths.get(fqn, (fqn,)) if isinstance(paths, dict) else (fqn,)
             if held.kind.endswith(".TensorStorageMetadata"):
-                _put(nested, path, _entry(name, fqn, held.fields, places))
+                _put(nested, path, Named(fqn))
             elif path[-1] in STEP_KEYS and step is None:
-                step = _step(files, places.get((fqn, None)))
+                step = _step(files, folder, places.get((fqn, None)))
+        entries = []
+        for called, each in named_tensors(model_part(nested), name):
+            check_name(name, called)
+            entries.append(replace(_entry(folder, each.name, tensors[each.name].fields, places), name=called))
     except CheckpointError:
         raise
     except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
         raise CheckpointError(
             f"{name}: corrupt metadata ({type(error).__name__}); save the checkpoint again"
         ) from error
-    entries = [replace(entry, name=called) for called, entry in named_tensors(model_part(nested), name)]
     if not entries:
         raise CheckpointError(f"{name}: no tensors; give the folder of the model's checkpoint")
-    return Contents(entries, step)
+    return of_megatron(files, folder, Contents(entries, step))
 
 
-def _index(key: Any) -> tuple[str, tuple[int, ...] | None]:
-    fields = key.fields
-    return fields["fqn"], fields.get("offset")
-
-
-def _below(folder: str, told: dict[str, Any]) -> dict[str, Any]:
-    """Where a piece lies, counted from the folder of the checkpoint."""
-    return told | {"relative_path": folder + told["relative_path"]} if folder else told
-
-
-def _put(nested: dict[Any, Any], path: tuple[Any, ...], entry: TensorEntry) -> None:
+def _put(nested: dict[Any, Any], path: tuple[Any, ...], entry: Named) -> None:
     """Put a tensor where it was in the saved value."""
     for part in path[:-1]:
         nested = nested.setdefault(part, {})
     nested[path[-1]] = entry
 
 
-def _entry(name: str, fqn: str, held: dict[str, Any], places: Mapping[Any, dict[str, Any]]) -> TensorEntry:
+def _entry(folder: str, fqn: str, held: dict[str, Any], places: Mapping[Any, dict[str, Any]]) -> TensorEntry:
     dtype, shape = _dtype(held["properties"]), held["size"]
     if not isinstance(fqn, str) or not isinstance(dtype, DType) or not _sizes(shape):
         raise ValueError
     pieces: list[Piece] = []
-    covered, item = 0, ITEM_BYTES[dtype.name]
+    covered, item, axes = 0, ITEM_BYTES[dtype.name], len(shape)
     for chunk in held["chunks"]:
         place, part = chunk.fields["offsets"], chunk.fields["sizes"]
-        if not _sizes(place) or not _sizes(part) or not len(place) == len(part) == len(shape):
+        if not _whole(place) or not _whole(part) or not len(place) == len(part) == axes:
             raise ValueError
-        if any(map(operator.gt, map(operator.add, place, part), shape)):
-            raise CheckpointError(f"{name}: a piece of {shown(fqn)} leaves the tensor; save the checkpoint again")
+        count = 1
+        for at, long, most in zip(place, part, shape, strict=True):
+            if at < 0 or long < 0:
+                raise ValueError
+            if at + long > most:
+                raise CheckpointError(
+                    f"{folder}.metadata: a piece of {shown(fqn)} leaves the tensor; save the checkpoint again"
+                )
+            count *= long
         where = places.get((fqn, place))
         if where is None:
             where = places[fqn, None]
-        count = math.prod(part)
         covered += count
         if count or not pieces:
-            locate = functools.partial(_open_piece, wrapped=_where(name, where))
-            pieces.append(Piece(where["relative_path"], 0, count * item, place, part, None, locate))
+            wrapped = _where(folder, where)
+            pieces.append(Piece(wrapped.file, 0, count * item, place, part, None, wrapped))  # type: ignore[arg-type]
     if covered != math.prod(shape) or len({piece.place for piece in pieces}) != len(pieces):
-        raise CheckpointError(f"{name}: the pieces of {shown(fqn)} do not make it up; is a rank's file missing?")
+        raise CheckpointError(
+            f"{folder}.metadata: the pieces of {shown(fqn)} do not make it up; is a rank's file missing?"
+        )
     return TensorEntry(fqn, pieces[0].file, dtype.name, shape, 0, 0, tuple(pieces))
 
 
@@ -134,60 +147,67 @@ def _dtype(properties: Record) -> Any:
     return state[0] if isinstance(state, tuple) else properties.fields["dtype"]
 
 
+def _whole(values: Any) -> bool:
+    """Whether they are whole numbers; those of a torch.Size are."""
+    return type(values) is Size or (type(values) is tuple and {*map(type, values)} <= {int})
+
+
 def _sizes(values: Any) -> bool:
-    if type(values) is not Size:
-        return type(values) is tuple and {*map(type, values)} <= {int} and _sizes(Size(values))
-    return not values or (len(values) <= 32 and min(values) >= 0 and max(values) < 2**48)
+    return _whole(values) and len(values) <= MAX_DIMENSIONS and all(0 <= each < MAX_EXTENT for each in values)
 
 
 class _Wrapped(NamedTuple):
-    """Where the archive around a piece lies."""
+    """Where the archive around a piece lies; called, it finds the piece in it."""
 
     file: str
     start: int
     end: int
 
+    def __call__(self, files: Files, piece: Piece) -> Piece:
+        """The piece as it lies in its file."""
+        held = _held(files, self)
+        value, find = open_archive(held, self.file, self.start, self.end)
+        count = piece.end - piece.start
+        if (
+            not isinstance(value, StoredTensor)
+            or value.shape != piece.shape
+            or math.prod(value.shape) * ITEM_BYTES[value.dtype] != count
+        ):
+            raise CheckpointError(
+                f"{self.file}: another tensor than .metadata says; the files are of several checkpoints"
+            )
+        own = value.piece(self.file, locate=find(value.storage))
+        assert own.locate is not None
+        return own.locate(held, own)._replace(place=piece.place)
 
-def _where(name: str, told: Mapping[str, Any]) -> _Wrapped:
+
+def _where(folder: str, told: Mapping[str, Any]) -> _Wrapped:
     file, start, length = told["relative_path"], told["offset"], told["length"]
     if told.get("transform_descriptors"):
-        raise CheckpointError(f"{name}: written with {shown(told['transform_descriptors'])}; save it without")
-    if not isinstance(file, str) or not _inside(file):
-        raise CheckpointError(f"{name}: names the file {shown(file)} outside the checkpoint folder")
+        raise CheckpointError(
+            f"{folder}.metadata: written with {shown(told['transform_descriptors'])}; save it without"
+        )
     if type(start) is not int or type(length) is not int or not (0 <= start < 2**60 and 0 <= length < 2**60):
         raise ValueError
-    return _Wrapped(file, start, start + length)
+    return _Wrapped(_below(folder, file), start, start + length)
 
 
-_inside = functools.lru_cache(4096)(inside)  # of the few files of all pieces
+@functools.lru_cache(4096)  # of the few files of all pieces
+def _below(folder: str, file: Any) -> str:
+    """A file that lies in a folder."""
+    if not isinstance(file, str) or not inside(file):
+        raise CheckpointError(f"{folder}.metadata: names the file {shown(file)} outside the checkpoint folder")
+    return folder + file
 
 
-def _step(files: Files, told: Mapping[str, Any] | None) -> int | None:
+def _step(files: Files, folder: str, told: Mapping[str, Any] | None) -> int | None:
     """A number that was saved beside the model; None where it cannot be read."""
     try:
-        where = _where("", told or {})
+        where = _where(folder, told or {})
         value, _ = open_archive(_held(files, where), where.file, where.start, where.end)
     except (CheckpointError, KeyError, ValueError, OSError):
         return None
     return int(value) if is_step(value) else None
-
-
-def _open_piece(files: Files, piece: Piece, wrapped: _Wrapped) -> Piece:
-    """The piece as it lies in its file."""
-    held = _held(files, wrapped)
-    value, find = open_archive(held, wrapped.file, wrapped.start, wrapped.end)
-    count = piece.end - piece.start
-    if (
-        not isinstance(value, StoredTensor)
-        or value.shape != piece.shape
-        or math.prod(value.shape) * ITEM_BYTES[value.dtype] != count
-    ):
-        raise CheckpointError(
-            f"{wrapped.file}: another tensor than .metadata says; the files are of several checkpoints"
-        )
-    own = value.piece(wrapped.file, locate=find(value.storage))
-    assert own.locate is not None
-    return replace(own.locate(held, own), place=piece.place)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from deadbench.suite.checkpoints.dialects.tensors import Values, as_floats
 from deadbench.suite.checkpoints.files import Files
 from deadbench.suite.checkpoints.formats.gguf_metadata import adds_one, config_of, norm_of, unfit
 from deadbench.suite.checkpoints.no_weights import is_pointer, pointer
+from deadbench.suite.checkpoints.shard_names import shard_of
 from deadbench.suite.checkpoints.strict_json import shown
 from deadbench.suite.checkpoints.tensors import (
     MAX_DIMENSIONS,
@@ -71,12 +72,13 @@ def _further_parts(facts: dict[str, Any], name: str) -> list[str]:
         raise CheckpointError(f"{name}: part {shown(number)} of {shown(count)}; corrupt")
     if count <= 1:
         return []
-    begin = name.removesuffix(ending) if name.endswith(ending := f"-00001-of-{count:05d}.gguf") else None
-    if number or begin is None:
+    first = shard_of(name)
+    if number or first is None or (first.number, first.of, first.ending) != (1, count, ".gguf"):
         raise CheckpointError(
-            f"{name}: part {number + 1} of {count}; give the first, named as …{ending}, with the others beside it"
+            f"{name}: part {number + 1} of {count}; give the first, named as …-00001-of-{count:05d}.gguf, with the "
+            "others beside it"
         )
-    return [f"{begin}-{part:05d}-of-{count:05d}.gguf" for part in range(2, count + 1)]
+    return [first.name(part) for part in range(2, count + 1)]
 
 
 def _check_names(name: str, entries: list[TensorEntry]) -> None:

@@ -21,13 +21,14 @@ class Constructor:
     Attributes:
         name: module and name.
         make: makes a value of the arguments.
+        records: it makes records.
     """
 
-    __slots__ = ("make", "name")
+    __slots__ = ("make", "name", "records")
 
-    def __init__(self, name: str, make: Callable[..., Any]):
+    def __init__(self, name: str, make: Callable[..., Any], *, records: bool = False):
         """What `make` makes takes the place of what `name` would."""
-        self.name, self.make = name, make
+        self.name, self.make, self.records = name, make, records
 
 
 class Record:
@@ -42,7 +43,7 @@ class Record:
 
     def __init__(self, kind: str, fields: dict[Any, Any] | None = None):
         """A record of the class `kind`."""
-        self.kind, self.fields = kind, fields or {}
+        self.kind, self.fields = kind, {} if fields is None else fields
 
 
 def record(name: str) -> Constructor:
@@ -51,7 +52,7 @@ def record(name: str) -> Constructor:
     def make(*args: Any) -> Record:
         return Record(name, {"args": args} if args else None)
 
-    return Constructor(name, make)
+    return Constructor(name, make, records=True)
 
 
 class RefusedError(Exception):
@@ -110,8 +111,11 @@ def _byte_array(*args: Any) -> bytes:
 _CLASSES = (
     "numpy.ndarray", "numpy.dtype", "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct",
     "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "signal.Signals", "megatron.core.enums.ModelType",
-    "megatron.model.enums.ModelType", "megatron.core.transformer.enums.AttnBackend",
-    "megatron.model.enums.PositionEmbeddingType", "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "megatron.model.enums.ModelType", "megatron.model.enums.PositionEmbeddingType",
+    *(f"megatron.core.transformer.enums.{name}" for name in (
+        "AttnBackend", "AttnMaskType", "CudaGraphScope", "LayerType", "ModelType",
+    )),
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
     "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler", "deepspeed.runtime.zero.config.ZeroStageEnum",
     "deepspeed.utils.tensor_fragment.fragment_address", "types.SimpleNamespace", "datetime.datetime",
     "datetime.timedelta", "datetime.timezone", "torch.torch_version.TorchVersion", "typing.Any",

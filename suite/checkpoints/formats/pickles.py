@@ -11,6 +11,7 @@ import struct
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from deadbench.suite.checkpoints.formats.pickle_loop import follow
 from deadbench.suite.checkpoints.formats.pickle_machine import Machine
 from deadbench.suite.checkpoints.formats.pickled_names import CONSTRUCTORS, CutOffError, RefusedError
 from deadbench.suite.errors import CheckpointError
@@ -55,7 +56,7 @@ def read_pickle(
     try:
         if len(raw) - start > MAX_PICKLE_BYTES:
             raise RefusedError(f"of {len(raw) - start:,} bytes is larger than {MAX_PICKLE_BYTES:,}")
-        return machine.run(), machine.position
+        return follow(machine), machine.position
     except RefusedError as error:
         raise CheckpointError(f"{what}: the pickle {error}; it is not opened") from None
     except (struct.error, IndexError):

@@ -1,6 +1,8 @@
 """The state dict in what a training script saved: alone, or beside optimizers, under a key, in nested dicts."""
 
+import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from deadbench.suite.checkpoints.formats import megatron
@@ -13,9 +15,20 @@ from deadbench.suite.errors import CheckpointError
 # Where training scripts keep the model beside optimizers and counters, the surest first.
 _MODEL_KEYS = ("state_dict", "model_state_dict", "module", "model", "model_state")
 STEP_KEYS = ("global_step", "global_steps", "iter_num", "iteration", "step", "num_updates")
-_BESIDE = ("optimizer", "optimizers", "optim", "optimizer_states", "lr_scheduler", "lr_schedulers", "loss_fn")  # it
-_TENSORS = (StoredTensor, TensorEntry)
+_BESIDE = re.compile(  # it; the first part of a name, for which Megatron numbers its optimizers
+    r"(chained_\d+\.)?(optimizers?|optim|optimizer_states|lr_schedulers?|loss_fn)(\.|$)"
+)
 _MAX_DEPTH, _MAX_VALUES = 16, 2_000_000
+
+
+@dataclass(frozen=True)
+class Named:
+    """A tensor of which the name alone is told here; what it is stands elsewhere under that."""
+
+    name: str
+
+
+_TENSORS = (StoredTensor, Named)
 
 
 def contents_of(value: Any, file: str, place: Callable[[StoredTensor], Piece], remark: str | None = None) -> Contents:
@@ -81,7 +94,7 @@ def named_tensors(value: Any, file: str) -> Iterator[tuple[str, Any]]:
         if depth > _MAX_DEPTH or seen > _MAX_VALUES:
             raise CheckpointError(f"{file}: dicts {depth} deep, {seen:,} values; no state dict is like that")
         for key, below in reversed(each.items()):
-            if depth == 0 and str(key).partition(".")[0] in _BESIDE:
+            if depth == 0 and _BESIDE.match(str(key)):
                 continue
             if isinstance(below, (*_TENSORS, dict)):
                 if not isinstance(key, (str, int)):

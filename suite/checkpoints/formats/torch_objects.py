@@ -141,12 +141,10 @@ class Size(tuple[int, ...]):
     __slots__ = ()
 
 
-_WHOLE = {int}
-
-
 def _size(items: Any = ()) -> Size:
-    if not isinstance(items, (tuple, list)) or not {*map(type, items)} <= _WHOLE:
-        raise RefusedError(f"has a torch.Size of {shown(items)}")
+    for each in items if type(items) in (tuple, list) else (None,):
+        if type(each) is not int:
+            raise RefusedError(f"has a torch.Size of {shown(items)}")
     return Size(items)
 
 

@@ -31,6 +31,8 @@ CASES = [
     (writers.neox_layers, writers.NEOX),
     (writers.megatron, writers.LLAMA), (writers.megatron_of_before, writers.GPT2),
     (writers.megatron_in_stages, writers.GPT2),
+    (writers.megatron_core, writers.GPT2), (writers.megatron_core_of_one_stage, writers.LLAMA),
+    (writers.fairseq, writers.OPT), (writers.metaseq, writers.OPT),
     (writers.llama_cpp, writers.LLAMA), (writers.llama_cpp, writers.GPT2), (writers.llama_cpp, writers.NEOX),
     (writers.llama_cpp, writers.QWEN2), pytest.param(writers.open_clip, writers.CLIP, marks=pytest.mark.slow),
 ]  # fmt: skip

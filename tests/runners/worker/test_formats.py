@@ -1,11 +1,14 @@
 """The same weights in every format give the same rows, to the bit, and nothing of a checkpoint is run."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from deadbench.runners.engines.resident import TorchEngine
@@ -70,6 +73,16 @@ def as_shards(folder, state):
     return folder
 
 
+def as_safe_shards(folder, state):
+    """An index without `metadata`, as tools that cut weights write it."""
+    weight_map = {name: f"model-0000{i % 2 + 1}-of-00002.safetensors" for i, name in enumerate(state)}
+    for shard in set(weight_map.values()):
+        held = {name: tensor.contiguous() for name, tensor in state.items() if weight_map[name] == shard}
+        save_file(held, folder / shard, {"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
 def as_training_checkpoint(folder, state):
     wrapped = {f"_forward_module._orig_mod.{name}": tensor for name, tensor in state.items()}
     (folder / "beside.bin").write_bytes(b"other weights, which are not meant")
@@ -108,14 +121,19 @@ def as_distributed(folder, state):
 
 
 DISTRIBUTED = "torch.distributed.checkpoint"
-FORMATS = {as_one_file: "safetensors", as_distributed: DISTRIBUTED, as_application: DISTRIBUTED}
+FORMATS = {
+    as_one_file: "safetensors",
+    as_safe_shards: "safetensors",
+    as_distributed: DISTRIBUTED,
+    as_application: DISTRIBUTED,
+}
 
 
 @pytest.mark.parametrize(
     "form",
     [
         as_distributed, as_bin, as_old, as_shards, as_training_checkpoint, as_script, as_average, as_application,
-        as_one_file,
+        as_one_file, as_safe_shards,
     ],
 )  # fmt: skip
 def test_rows_are_those_of_safetensors_to_the_bit(form, tiny, expected):
@@ -132,6 +150,27 @@ def test_rows_are_those_of_safetensors_to_the_bit(form, tiny, expected):
         step = 42 if form in (as_training_checkpoint, as_distributed) else None
         assert row["source_step"] == row["checkpoint_step"] == step
     assert set(found) == set(expected)
+
+
+@pytest.mark.subprocess
+@pytest.mark.slow
+def test_what_two_ranks_of_fsdp2_save(tiny, expected, tmp_path):
+    """Two real processes: `fully_shard`, a step of AdamW, `torch.distributed.checkpoint.save`."""
+    command = [sys.executable, "-W", "ignore", "-m", "tests.suite.checkpoints.formats.fsdp_ranks"]
+    told = [str(tmp_path / "meeting"), str(tiny[0] / "model.safetensors"), str(tmp_path / "saved")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen([*command, str(rank), *told], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    errors = [rank.communicate(timeout=120)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], errors
+    assert len(list((tmp_path / "saved").glob("*.distcp"))) == 2
+    shutil.copy(tiny[0] / "config.json", tmp_path)  # beside it, as where a training script keeps it
+    found = rows(tmp_path / "saved", ("parameters", "trained"))
+    for read, (row, kept) in found.items():
+        assert kept == expected[read][1], read
+        assert (row["source_format"], row["source_step"]) == (DISTRIBUTED, 7)
 
 
 def test_which_of_two_models_is_meant_is_asked(tiny, tmp_path):

@@ -11,6 +11,7 @@ from deadbench.suite.architectures.locate import find_final_norm
 from deadbench.suite.architectures.locate import locate_final_norm as locate
 from deadbench.suite.architectures.parts import block_list
 from deadbench.suite.errors import ArchitectureError, RemoteCodeError
+from deadbench.suite.tracing import smaller_pictures
 
 TEXT = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
 OPT = {"vocab_size": 99, "hidden_size": 32, "word_embed_proj_dim": 32, "num_hidden_layers": 2, "ffn_dim": 64}
@@ -141,6 +142,27 @@ def test_a_neck_that_normalises_the_channels_of_maps_is_final():
     found = locate(build_config({"model_type": "sam_hq_vision_model", **sam, **grid}))
     assert (found.path, found.family) == ("vision_encoder.neck.layer_norm2", "layernorm")
     assert (found.hidden_size, found.behaviour.axes_after, found.rows_per_item) == (12, 2, 16)
+
+
+def test_large_pictures_are_tried_small(monkeypatch):
+    """Where a forward pass holds gigabytes, a corner of the picture says what the whole one does."""
+    stages = {"embed_dim_per_stage": [16, 32], "num_attention_heads_per_stage": [1, 2], "window_size_per_stage": [4, 4]}
+    config = build_config(
+        {"model_type": "sam2_hiera_det_model", "hidden_size": 16, "blocks_per_stage": [1, 1], **stages}
+        | {"global_attention_blocks": [], "num_query_pool_stages": 1, "image_size": [128, 128]}
+    )
+    skeleton, whole = build_model(config, "meta"), locate(config)
+    given = {"pixel_values": torch.zeros(1, 3, 128, 128)}
+    assert smaller_pictures.smaller_pictures(skeleton, given) is None
+    monkeypatch.setattr(smaller_pictures, "_LARGE_PASS", 1000)
+    small = smaller_pictures.smaller_pictures(skeleton, given)
+    assert small["pixel_values"].shape == (1, 3, 32, 32)
+    seen = []
+    monkeypatch.setattr(
+        torch.nn.Conv2d, "forward", lambda self, x, run=torch.nn.Conv2d.forward: seen.append(x) or run(self, x)
+    )
+    assert locate(config) == whole
+    assert {each.shape[-1] for each in seen if each.device.type == "cpu"} == {32}
 
 
 def test_a_block_that_normalises_channels_before_positions_ends_in_its_norm():

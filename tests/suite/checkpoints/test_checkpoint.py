@@ -21,11 +21,31 @@ from tests.conftest import ROOT, save_tiny, write_checkpoint
         ("no-slash", "no such directory, and neither a Hub id"),
         ("../up/one", "no such directory"),
         ("nosuchprotocol://x", "cannot be read"),
+        ("no/such.pt", "^no/such.pt: no such file, and neither a Hub id"),
+        ("/no/such.safetensors", "^/no/such.safetensors: no such file"),
+        ("~nobody-of-that-name/x", "no such directory, and neither a Hub id"),
     ],
 )
 def test_sources_that_are_none(source, message):
     with pytest.raises(CheckpointError, match=message):
-        Checkpoint(source)
+        Checkpoint(source).headers()
+
+
+def test_a_single_file_is_named_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t.safetensors").write_bytes(b"abc")
+    for source in ("t.safetensors", "./t.safetensors", str(tmp_path / "t.safetensors")):
+        with pytest.raises(CheckpointError) as caught:
+            Checkpoint(source).headers()
+        assert str(caught.value) == f"{source}: 3 bytes, too short for a safetensors file; download it again"
+
+
+def test_a_folder_whose_name_begins_with_a_tilde(tmp_path, monkeypatch):
+    """`~t` is the home of a user t alone where there is one."""
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint(tmp_path / "~no-user-of-that-name", {"model_type": "gpt2"})
+    for source in ("~no-user-of-that-name", "./~no-user-of-that-name"):
+        assert Checkpoint(source).config() == {"model_type": "gpt2"}
 
 
 def test_hidden_files_are_no_part_of_a_checkpoint(tmp_path):

@@ -2,11 +2,14 @@
 
 import argparse
 import json
+import re
+import shutil
 
 import torch
 import yaml
 
 from tests.suite.checkpoints.formats.ggufs import gguf
+from tests.suite.checkpoints.formats.sharded import save_sharded
 
 # Tiny models of four architectures, two of them with keys and values that heads share.
 GPT2 = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": 97, "n_embd": 16, "n_layer": 3,
@@ -272,6 +275,28 @@ def megatron_in_stages(folder, state, config):
     return megatron(folder, state, config, stages=layers)
 
 
+def megatron_core(folder, state, config, mesh=(3, 2)):
+    """`torch_dist` of Megatron-core: one tensor of all layers, cut over stages and ranks, and optimizers beside it."""
+    megatron(folder, state, config, ranks=1)
+    step = folder / "iter_0000300"
+    saved = torch.load(step / "mp_rank_00" / "model_optim_rng.pt", weights_only=False)
+    shutil.rmtree(step)
+    stacked, layers = {}, {}
+    for name, tensor in saved.pop("model").items():
+        found = re.fullmatch(r"(decoder\.layers\.)\d+\.(.*)", name)
+        (layers.setdefault("".join(found.groups()), []) if found else stacked.setdefault(name, [])).append(tensor)
+    made = {name: parts[0] for name, parts in stacked.items()} | {name: torch.stack(ts) for name, ts in layers.items()}
+    beside = {f"chained_0.optimizer.state.exp_avg.{name}": tensor * 0 for name, tensor in made.items()}
+    save_sharded(step, made | beside, mesh, None)
+    saved["args"].tensor_model_parallel_size = mesh[1]
+    torch.save(saved, step / "common.pt")
+    return folder
+
+
+def megatron_core_of_one_stage(folder, state, config):
+    return megatron_core(folder, state, config, (1, 2))
+
+
 def neox_layers(folder, state, config, ranks=2):
     """A file a layer and rank; shifts that ranks add are cut by halves, norms are on each."""
     below = folder / "global_step40"
@@ -357,6 +382,36 @@ def llama_cpp(folder, state, config, matrices="F32"):
     packed = {name: matrices for name, tensor in made.items() if tensor.ndim == 2}
     (folder / "model.gguf").write_bytes(gguf(facts, made, packed))
     return folder / "model.gguf"
+
+
+OPT = {"model_type": "opt", "architectures": ["OPTForCausalLM"], "vocab_size": 97, "hidden_size": 16, "ffn_dim": 32,
+       "word_embed_proj_dim": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+       "max_position_embeddings": 64}  # fmt: skip
+
+
+def fairseq(folder, state, config, fused=False):
+    """What fairseq's trainer saves of a decoder; metaseq has keys, values and queries `fused`."""
+    made = {"decoder.version": torch.tensor([3.0])}
+    for name, tensor in state.items():
+        called = name.removeprefix("model.").replace("decoder.final_layer_norm", "decoder.layer_norm")
+        if fused and ("v_proj" in name or "q_proj" in name):
+            continue
+        if fused and "k_proj" in name:
+            called = called.replace("k_proj", "qkv_proj")
+            tensor = torch.cat([state[name.replace("k_proj", f"{kind}_proj")] for kind in "kvq"])
+        made[called.replace("lm_head", "decoder.output_projection")] = tensor
+    (folder / "config.json").write_text(json.dumps(config))
+    saved = {
+        "args": argparse.Namespace(arch="transformer_lm"),
+        "model": made,
+        "optimizer_history": [{"num_updates": 7}],
+    }
+    torch.save(saved, folder / "checkpoint_last.pt")
+    return folder / "checkpoint_last.pt"
+
+
+def metaseq(folder, state, config):
+    return fairseq(folder, state, config, fused=True)
 
 
 CLIP = {

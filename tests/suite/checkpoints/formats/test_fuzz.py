@@ -1,5 +1,6 @@
 """Files that were changed at random are read as they are or refused in one line; nothing runs, nothing is written."""
 
+import argparse
 import io
 import random
 import sys
@@ -12,7 +13,7 @@ import yaml
 
 from deadbench.suite.checkpoints.dialects.litgpt import CONFIG_FILE, config_of
 from deadbench.suite.checkpoints.dialects.table import translate
-from deadbench.suite.checkpoints.formats import pickle_machine
+from deadbench.suite.checkpoints.formats import pickle_loop
 from deadbench.suite.checkpoints.formats.dcp import read_dcp
 from deadbench.suite.checkpoints.formats.gguf import read_gguf
 from deadbench.suite.checkpoints.formats.torch_files import read_torch_file
@@ -48,6 +49,10 @@ def seeds(folder):
     of_gguf = gguf(facts, {"output_norm.weight": np.ones(4), "token_embd.weight": np.ones((3, 4))})
     save_sharded(folder, state, (2,), further=[(("step",), 7)])
     ranks = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix}
+    layers = {"decoder.layers.norm.weight": torch.ones(2, 3), "decoder.layers.map.weight": torch.ones(2, 3, 3)}
+    save_sharded(folder / "core", layers, (1, 2), None)
+    core = {path.name: path.read_bytes() for path in (folder / "core").iterdir() if path.suffix}
+    core |= {"common.pt": saved({"args": argparse.Namespace(num_layers=2, hidden_size=3), "iteration": 5})}
     with zipfile.ZipFile(io.BytesIO(zipped)) as archive:
         storages = {name: archive.read(name) for name in archive.namelist() if not name.endswith("data.pkl")}
         pickled = archive.read("archive/data.pkl")
@@ -82,6 +87,7 @@ def seeds(folder):
         (read_torch_file, "w.bin", pickled, zipped_again),
         (read_gguf, "w.gguf", of_gguf, lambda raw: {"w.gguf": raw}),
         (read_dcp, ".metadata", (folder / ".metadata").read_bytes(), lambda raw: {".metadata": raw, **ranks}),
+        (read_dcp, ".metadata", (folder / "core" / ".metadata").read_bytes(), lambda raw: {".metadata": raw, **core}),
     ]
 
 
@@ -155,7 +161,7 @@ def read_all(reader, name, laid_out):
 
 @pytest.fixture
 def few_steps(monkeypatch):
-    monkeypatch.setattr(pickle_machine, "MAX_OPCODES", 100_000)
+    monkeypatch.setattr(pickle_loop, "MAX_OPCODES", 100_000)
 
 
 def test_a_few_hundred_changed_files(few_steps, tmp_path):

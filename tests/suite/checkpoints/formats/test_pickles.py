@@ -15,8 +15,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deadbench.suite.checkpoints.formats import pickle_machine
-from deadbench.suite.checkpoints.formats.pickled_names import CutOffError, Record
+from deadbench.suite.checkpoints.formats import pickle_loop
+from deadbench.suite.checkpoints.formats.pickled_names import Constructor, CutOffError, Record, record
 from deadbench.suite.checkpoints.formats.pickles import read_pickle
 from deadbench.suite.checkpoints.formats.torch_objects import TORCH_NAMES
 from deadbench.suite.errors import CheckpointError
@@ -57,6 +57,30 @@ def test_containers_names_and_repeated_values(protocol):
     assert found == value
     assert found["ordered"]["b"][0] is found["ordered"]["b"][1]
     assert list(found["ordered"]) == ["a", "b"]
+
+
+class Told:
+    """Of a class that is known, with attributes of any kind."""
+
+    def __init__(self, **fields):
+        vars(self).update(fields)
+
+
+size = st.lists(st.integers(0, 70_000) | st.just(2**40), max_size=4).map(torch.Size)
+told = st.none() | st.integers(-(2**33), 2**33) | st.text(max_size=3) | size | st.just(int) | st.tuples(size, size)
+told |= st.lists(st.integers(), max_size=2) | st.sampled_from(["a" * 300, "shared"])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.dictionaries(st.sampled_from("abcd"), told), max_size=12), st.integers(2, 5))
+def test_many_objects_with_fields_of_any_kind(fields, protocol):
+    """However they are laid out, alike or not: numbers of all widths, texts, classes, tuples, values met before."""
+    repeated = [dict(each) for each in fields for _ in range(2)]
+    known = dict(TORCH_NAMES) | {f"{__name__}.Told": record("Told")}
+    found = read(pickle.dumps([Told(**each) for each in repeated], protocol), known)
+    assert [each.kind for each in found] == ["Told"] * len(repeated)
+    for mine, theirs in zip(found, repeated, strict=True):
+        assert {name: int if isinstance(v, Constructor) else v for name, v in mine.fields.items()} == theirs
 
 
 def test_a_namespace_and_devices_are_plain():
@@ -182,7 +206,7 @@ BOMBS = {
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_each_bomb_is_one_line_or_harmless(name, monkeypatch):
-    monkeypatch.setattr(pickle_machine, "MAX_OPCODES", 300_000)
+    monkeypatch.setattr(pickle_loop, "MAX_OPCODES", 300_000)
     raw, message = BOMBS[name]
     if message is None:
         read(raw)

@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import re
 import shutil
 
 import numpy as np
@@ -172,6 +173,17 @@ def test_megatrons_own_folder_and_the_last_stage_of_a_pipeline(tmp_path):
     assert result["scale_harmonic"] == pytest.approx(16 / float((1 / gamma.double() ** 2).sum()), rel=1e-12)
     torch.save({"model": model, "args": args, "of": torch.nn.Linear}, below / "model_optim_rng.pt")
     assert "names torch.nn.modules.linear.Linear" in classify(str(tmp_path))[0]["error"]  # no word of a config.json
+
+
+def test_megatrons_arguments_that_cannot_be_read(tiny, tmp_path):
+    """A configuration from elsewhere makes up for them."""
+    torch_dist(tmp_path, tiny[1])
+    torch.save({"args": argparse.Namespace(of=torch.nn.Linear)}, tmp_path / "iter_0000040" / "common.pt")
+    told = "give --config CONFIG; iter_0000040/common.pt: .*names torch.nn.modules.linear.Linear"
+    assert re.search(told, classify(str(tmp_path))[0]["error"])
+    shutil.copy(tiny[0] / "config.json", tmp_path)
+    result, expected = classify(str(tmp_path))[0], classify(str(tiny[0]))[0]
+    assert (result["error"], result["scale_harmonic"]) == (None, expected["scale_harmonic"])
 
 
 @pytest.mark.parametrize(
