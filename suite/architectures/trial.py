@@ -32,6 +32,7 @@ _MEMORY_BYTES = 5 * 2**28  # that a trial takes beside the libraries, which are 
 _SECONDS, _START_SECONDS = 18.0, 180.0  # on the clock: of a trial, and until the process has its libraries
 _STARVED = 10  # times as long on the clock, while it computes: other work has the cores, and its CPU time is limited
 _LOOK_SECONDS = 0.05  # at its memory
+_IDLE_LOOKS = 20  # in a row at a process that waits: one may fall on a pause in its work
 _ASKING = threading.Lock()
 _ANSWERS: dict[str, str | None] = {}  # by the configuration's hash: why not
 
@@ -135,7 +136,7 @@ class _Trials:
             _LimitError: the time is over, or it has taken more memory.
         """
         assert running.stdout is not None
-        until, found = time.monotonic() + seconds, b""
+        until, found, idle = time.monotonic() + seconds, b"", 0
         while not found.endswith(b"\n"):
             ready, _, _ = select.select([running.stdout], [], [], _LOOK_SECONDS)
             piece = os.read(running.stdout.fileno(), 2**16) if ready else b""
@@ -145,8 +146,10 @@ class _Trials:
             if _resident(running) > most_bytes:
                 raise _LimitError(f"{_MEMORY_BYTES / 2**30:.3g} GB of memory")
             late = time.monotonic() - until
-            if not ready and late > (_STARVED - 1) * seconds * _computes(running):
-                raise _LimitError(f"{seconds:.0f} s")
+            if late > 0 and not ready:
+                idle = 0 if _computes(running) else idle + 1
+                if idle >= _IDLE_LOOKS or late > (_STARVED - 1) * seconds:
+                    raise _LimitError(f"{seconds:.0f} s")
         return found
 
 
