@@ -23,6 +23,7 @@ def plan(
     address: Annotated[
         str | None, typer.Option(help="Ray to ask for its nodes; none: one process. \\[default: this machine]")
     ] = None,
+    autoscale: options.Autoscale = None,
     out: Annotated[str | None, typer.Option(metavar="DIR_OR_URI", help="Result set that run would continue.")] = None,
     resume: options.Resume = True,
     engine: options.Engine = "auto",
@@ -60,7 +61,15 @@ def plan(
         config=config, model_type=model_type, taps=taps,
     )  # fmt: skip
     jobs, cluster, names = options.jobs_and_cluster(
-        models, suite, registry, reads, overrides, assume=assume, address=address, factory=factory
+        models,
+        suite,
+        registry,
+        reads,
+        overrides,
+        assume=assume,
+        address=address,
+        factory=factory,
+        autoscale=autoscale,
     )
     for remark in names:
         say(f"deadbench: {remark}")

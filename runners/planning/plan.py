@@ -88,6 +88,10 @@ def _placed(
         if found.problem is None:
             taken = _seconds(found, size, need, read, cluster)
             found = replace(found, seconds=taken.total, most=taken.most)
+    if cluster.to_come and found.problem is None:
+        now = _placed(row, read, cluster.here(), tensor_parallel, None, None)
+        differs = now.problem or (now.engine, now.gpus) != (found.engine, found.gpus)
+        found = replace(found, note=joined(found.note, "when nodes have come" if differs else None))
     return replace(found, note=joined(found.note, remark), problem=problem or found.problem)
 
 
