@@ -142,8 +142,13 @@ def _print(rows: list[dict[str, Any]], label: str, rates: str) -> None:
 
 
 def _time(row: dict[str, Any]) -> str:
-    """`34 s, forward`: how long a read takes, and which step most of it."""
+    """`34 s, forward`, or `3 min, load; then 9 s, spectra`: how long a read takes, and which step most of it."""
     from deadbench.analysis.terminal import NOTHING
+    from deadbench.runners.planning.seconds import Seconds
     from deadbench.runners.reporting.progress import duration
 
-    return NOTHING if row["seconds"] is None else f"{duration(row['seconds'])}, {row['most']}"
+    if row["seconds"] is None:
+        return NOTHING
+    taken = Seconds(row["load_seconds"], row["forward_seconds"], row["spectrum_seconds"])
+    then = f"; then {duration(taken.loaded)}, {taken.most_once_loaded}" if taken.most == "load" else ""
+    return f"{duration(taken.load if then else taken.total)}, {taken.most}{then}"
