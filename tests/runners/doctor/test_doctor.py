@@ -1,7 +1,6 @@
 """`deadbench doctor` on this machine, and on a Ray that says it has a GPU."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -76,7 +75,7 @@ def test_rates_are_of_what_was_timed(monkeypatch):
 
 ON_RAY = """
 import ray
-ray.init(address="local", num_cpus=4, num_gpus=1, include_dashboard=False, object_store_memory=100 * 2**20,
+ray.init(address="local", num_cpus=2, num_gpus=1, include_dashboard=False, object_store_memory=100 * 2**20,
          logging_level="ERROR", log_to_driver=False)
 from deadbench.runners.doctor import examine
 for line in examine.examine_here("local"):
@@ -100,13 +99,11 @@ main()
 def test_a_gpu_that_ray_has_and_torch_has_not_is_found_and_not_computed_without(tmp_path):
     out = tmp_path / "results"
     command = [sys.executable, "-c", ON_RAY, TWINS / "layernorm" / "step4096", out]
-    unset = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=unset)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     told = {line.split("|")[0]: line.split("|")[1:] for line in done.stdout.splitlines()}
     assert told["gpus"][0] == "wrong"
     assert told["gpus"][1].startswith("1 GPUs were given and torch has 0")
     assert told["eigh"][0] == told["network"][0] == "ok"
-    assert told["threads"][1].startswith("3 of "), "all CPUs that the plan gives go into a decomposition"
     assert "Ray gave this process 1 GPUs and torch has 0" in told["an actor"][1]
     assert [check for check, (verdict, *_) in told.items() if verdict == "wrong"][:1] == ["gpus"]
     assert done.returncode == 2, done.stderr
