@@ -80,6 +80,10 @@ AccumulatorGb = Annotated[
     float | None,
     typer.Option(min=0, metavar="GB", help="Memory for residual-stream accumulators. \\[default: 1/4 of the free]"),
 ]
+Autoscale = Annotated[
+    str | None,
+    typer.Option(metavar="SHAPE", help="Nodes that an autoscaler may add: 8x80GB, or how many of them: 4x8x80GB."),
+]
 
 # What is compared.
 GateFile = Annotated[Path | None, typer.Option(metavar="FILE", help="Gate file (YAML): what may not get worse.")]
@@ -155,10 +159,11 @@ def jobs_and_cluster(
     assume: str | None = None,
     address: str | None = None,
     factory: str | None = None,
+    autoscale: str | None = None,
 ) -> "tuple[list[ModelJob], Cluster, list[str]]":
     """The jobs that the flags ask for, on which cluster, and what there is to say of the names that were given.
 
-    The cluster is the one that is assumed, that Ray at `address` reports, or this machine.
+    The cluster is the one that is assumed, that Ray at `address` reports, or this machine; with what may be added.
 
     Raises:
         ValueError: a registry, model, read or cluster that cannot be understood or reached; one line.
@@ -168,16 +173,20 @@ def jobs_and_cluster(
     from deadbench.runners.jobs.job import JobError
     from deadbench.runners.jobs.opening import all_unfit, which_are_meant
     from deadbench.runners.planning.assign import in_one_process
-    from deadbench.runners.planning.hardware import NO_RAY, parse_cluster, ray_cluster, this_machine
+    from deadbench.runners.planning.hardware import NO_RAY, parse_cluster, parse_nodes, ray_cluster, this_machine
 
     alone = address == NO_RAY
     if alone and (overrides.replicas > 1 or (overrides.tensor_parallel or 1) > 1):
         raise UserError("--address none is one process; leave out --tensor-parallel and --replicas, or --address none")
-    cluster = parse_cluster(assume) if assume is not None else None  # a mistake in it is told before anything is opened
+    # Mistakes in shapes are told before anything is opened.
+    cluster = parse_cluster(assume) if assume is not None else None
+    added = parse_nodes(autoscale, "--autoscale") if autoscale is not None else None
     wanted = [part.strip() for part in reads.split(",")] if reads is not None else None
     names = models or []
     if factory is not None:
-        return _of_factory(factory, names, suite, wanted, overrides), cluster or this_machine(), []
+        cluster = cluster or this_machine()
+        jobs = _of_factory(factory, names, suite, wanted, overrides)
+        return jobs, cluster if added is None else cluster.with_nodes(added), []
     known, path, passed_over = registry_at(registry, needed=suite is not None or not names, names=names)
     jobs = build_jobs(known, path, names, suite, wanted, overrides, assumed=assume is not None)
     if unfit := all_unfit(jobs):
@@ -189,6 +198,8 @@ def jobs_and_cluster(
     elif cluster is None:
         connect(address)
         cluster = ray_cluster(str(address))
+    if added is not None:
+        cluster = cluster.with_nodes(added)
     remarks = dict.fromkeys(remark for job in jobs for remark in job.remarks)  # what many models have, once
     return jobs, cluster, [*passed_over, *which_are_meant(known, names), *remarks]
 

@@ -23,6 +23,7 @@ def plan(
     address: Annotated[
         str | None, typer.Option(help="Ray to ask for its nodes; none: one process. \\[default: this machine]")
     ] = None,
+    autoscale: options.Autoscale = None,
     out: Annotated[str | None, typer.Option(metavar="DIR_OR_URI", help="Result set that run would continue.")] = None,
     resume: options.Resume = True,
     engine: options.Engine = "auto",
@@ -60,7 +61,15 @@ def plan(
         config=config, model_type=model_type, taps=taps,
     )  # fmt: skip
     jobs, cluster, names = options.jobs_and_cluster(
-        models, suite, registry, reads, overrides, assume=assume, address=address, factory=factory
+        models,
+        suite,
+        registry,
+        reads,
+        overrides,
+        assume=assume,
+        address=address,
+        factory=factory,
+        autoscale=autoscale,
     )
     for remark in names:
         say(f"deadbench: {remark}")
@@ -133,8 +142,13 @@ def _print(rows: list[dict[str, Any]], label: str, rates: str) -> None:
 
 
 def _time(row: dict[str, Any]) -> str:
-    """`34 s, forward`: how long a read takes, and which step most of it."""
+    """`34 s, forward`, or `3 min, load; then 9 s, spectra`: how long a read takes, and which step most of it."""
     from deadbench.analysis.terminal import NOTHING
+    from deadbench.runners.planning.seconds import Seconds
     from deadbench.runners.reporting.progress import duration
 
-    return NOTHING if row["seconds"] is None else f"{duration(row['seconds'])}, {row['most']}"
+    if row["seconds"] is None:
+        return NOTHING
+    taken = Seconds(row["load_seconds"], row["forward_seconds"], row["spectrum_seconds"])
+    then = f"; then {duration(taken.loaded)}, {taken.most_once_loaded}" if taken.most == "load" else ""
+    return f"{duration(taken.load if then else taken.total)}, {taken.most}{then}"

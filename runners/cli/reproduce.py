@@ -191,7 +191,7 @@ def _run_again(
     if not any(job.reads for job in ours):
         raise UserError(f"{model}: its command makes no such row in this folder; go where it was given, and try again")
     placed, remarks = place_jobs([job for job in ours if job.reads], cluster)
-    settings = Settings(address, told["timeout"], told["max_retries"], 0, told["checkpoint_interval"])
+    settings = Settings(address, told["timeout"], told["max_retries"], (), told["checkpoint_interval"])
     execute_jobs(placed, folder, True, settings, remarks, "text", debug)
 
 

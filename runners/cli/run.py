@@ -54,9 +54,7 @@ def run(
         float,
         typer.Option(min=0, metavar="SECONDS", help="How often a running read is saved, to go on there; 0: never."),
     ] = 300,
-    autoscale: Annotated[
-        str | None, typer.Option(metavar="SHAPE", help="Largest node that an autoscaler may add: 8x80GB.")
-    ] = None,
+    autoscale: options.Autoscale = None,
     log_format: Annotated[str, typer.Option(help="text, or json: one event a line on stderr.")] = "text",
     as_json: Json = False,
     debug: Debug = False,
@@ -73,7 +71,7 @@ def run(
     from deadbench.runners.driver.loop import Settings
     from deadbench.runners.jobs.opening import unreachable
     from deadbench.runners.planning.assign import place_jobs
-    from deadbench.runners.planning.hardware import NO_RAY, parse_cluster
+    from deadbench.runners.planning.hardware import NO_RAY
 
     check_out(out)
     if factory is None:
@@ -86,14 +84,16 @@ def run(
     )  # fmt: skip
     if sys.stderr.isatty() and log_format == "text":  # who waits sees at once that something happens
         say("planning …" if address == NO_RAY else "planning, then starting Ray …")
-    added = parse_cluster(autoscale, "--autoscale").largest if autoscale is not None else None
+    if autoscale is not None and address in ("local", NO_RAY):
+        raise UserError(f"--autoscale {autoscale}: --address {address} gets no more nodes; name a Ray that does")
     jobs, cluster, names = options.jobs_and_cluster(
-        models, suite, registry, reads, overrides, address=address, factory=factory
+        models, suite, registry, reads, overrides, address=address, factory=factory, autoscale=autoscale
     )
     cannot_be_read = unreachable(jobs)
-    jobs, remarks = place_jobs(jobs, cluster if added is None else cluster.with_node(added))
+    jobs, remarks = place_jobs(jobs, cluster)
+    to_come = [(node.gpus, node.gpu_bytes) for node in cluster.nodes[len(cluster.here().nodes) :]]
     settings = Settings(
-        address, timeout, max_retries, added.gpus if added else 0, checkpoint_interval, gpu_bytes=cluster.gpu_bytes()
+        address, timeout, max_retries, tuple(to_come), checkpoint_interval, gpu_bytes=cluster.gpu_bytes()
     )
     summary = execute_jobs(jobs, out, resume, settings, [*names, *cannot_be_read, *remarks], log_format, debug)
     out = shown_place(out)

@@ -3,7 +3,8 @@
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from deadbench.runners.cluster.head import LostClusterError
@@ -24,11 +25,17 @@ class Nodes:
     """What the cluster has, as the schedule wants it. A device is a GPU; without any, a slot of CPUs.
 
     Attributes:
-        cpus_a_gpu: the CPUs that go with a GPU, of which a process makes its threads.
+        cpus_a_gpu: the CPUs that go with a GPU, of which a process makes its threads: of the nodes with GPUs that were
+            seen, the fewest.
     """
 
-    def __init__(self, num_jobs: int, assumed_gpus: int = 0, gpu_bytes: Mapping[str, float] | None = None):
-        """Look at the cluster; `assumed_gpus`: what the largest node that an autoscaler may add has.
+    def __init__(
+        self,
+        num_jobs: int,
+        to_come: Sequence[tuple[int, float]] = (),
+        gpu_bytes: Mapping[str, float] | None = None,
+    ):
+        """Look at the cluster; `to_come`: (GPUs, bytes of each) of the nodes that an autoscaler may add.
 
         `gpu_bytes`: of a GPU of each node, by Ray's id, where they are known.
         """
@@ -36,21 +43,28 @@ class Nodes:
 
         self._ray = ray
         self._mine = ray.get_runtime_context().get_node_id()
-        self._gpu_bytes = gpu_bytes or {}
+        self._gpu_bytes, self._to_come = gpu_bytes or {}, tuple(to_come)
         self._suspects: dict[str, float] = {}
         self._foreign: dict[str, tuple[float, float]] = {}
         self._read()
-        self.has_gpus = bool(assumed_gpus) or any(node.get("GPU", 0) for node in self._resources.values())
+        self.has_gpus = bool(to_come) or any(node.get("GPU", 0) for node in self._resources.values())
         self._slots = max(1, min(num_jobs, _CPU_SLOTS))
-        present = self.alive()
-        if assumed_gpus:
-            present.append(Node("to be added", assumed_gpus, float(assumed_gpus)))
-        self._planned = present
-        self.largest = max((node.devices for node in present), default=0)
-        self.total = sum(node.devices for node in self.alive()) or assumed_gpus
-        self.cpus_a_gpu = min(
-            (_cpus_a_gpu(node) for node in self.alive() if node.devices and self.has_gpus), default=1.0
-        )
+        self._at_first, self._fewest_cpus = self.alive(), math.inf
+        self._count_cpus()
+        self.largest = max((node.devices for node in self._planned()), default=0)
+        self._total = sum(node.devices for node in self._planned())
+
+    def _planned(self) -> list[Node]:
+        """The nodes that were there at first, and those to come, whose CPUs are taken to be as many."""
+        cpus = self.cpus_a_gpu
+        come = [Node(f"to come {n}", gpus, gpus * cpus, 0.0, 0.0, size) for n, (gpus, size) in enumerate(self._to_come)]
+        return [*self._at_first, *come]
+
+    def _count_cpus(self) -> None:
+        """Once more, since nodes may have come: where none with GPUs was there at first, the first one says it."""
+        seen = [_cpus_a_gpu(node) for node in self.alive() if node.devices and self.has_gpus]
+        self._fewest_cpus = min([self._fewest_cpus, *seen])
+        self.cpus_a_gpu = self._fewest_cpus if math.isfinite(self._fewest_cpus) else 1.0
 
     def _read(self) -> None:
         found = self._ray.nodes()
@@ -66,6 +80,7 @@ class Nodes:
         self._read()
         if self._mine not in self._resources:
             raise LostClusterError("the node of this driver has left the cluster")
+        self._count_cpus()
         if not shared or seconds_unchanged < _SETTLED_SECONDS:
             return
         from ray._private.state import available_resources_per_node  # no public call tells it by node
@@ -91,9 +106,14 @@ class Nodes:
         for node, has in self._resources.items():
             cpus = float(has.get("CPU", 0))
             devices = int(has.get("GPU", 0)) if self.has_gpus else min(self._slots, int(cpus))
-            sizes = self._gpu_bytes.get(node, math.inf), float(has.get("memory", math.inf))
+            sizes = self._bytes_of_a_gpu(node, devices), float(has.get("memory", math.inf))
             found.append(Node(node, devices, cpus, *self._foreign.get(node, (0.0, 0.0)), *sizes))
         return found
+
+    def _bytes_of_a_gpu(self, node: str, gpus: int) -> float:
+        """As it was found; of a node that has come since, as was said of those that would."""
+        of_its_shape = min((size for count, size in self._to_come if count == gpus), default=math.inf)
+        return self._gpu_bytes.get(node, of_its_shape)
 
     def names(self, ids: Iterable[str]) -> list[str]:
         """What people call the nodes."""
@@ -123,9 +143,9 @@ class Nodes:
             return 1
         tensor_parallel = job.tensor_parallel or (job.gpus if self.has_gpus else 1)
         devices = job.replicas if job.replicas > 1 else tensor_parallel
-        room = max(self.total, self.largest)
-        if self.has_gpus and devices > room:
-            raise PlacementError(f"{job.model_id}: needs {devices} GPUs; the cluster has {room}")
+        if self.has_gpus and devices > self._total:
+            come = ", with those of nodes to come" if self._to_come else ""
+            raise PlacementError(f"{job.model_id}: needs {devices} GPUs; the cluster has {self._total}{come}")
         if self.has_gpus and in_stages(job) and devices > self.largest and devices % self.largest:
             raise PlacementError(
                 f"{job.model_id}: needs {devices} GPUs, and over nodes {job.engine} takes all {self.largest} of each"
@@ -138,7 +158,7 @@ class Nodes:
         Raises:
             PlacementError: no node has that, or would have it.
         """
-        count = self.devices(job)
+        count, planned = self.devices(job), self._planned()
         ganged = processes(job, count) > 1
         seconds = estimated_seconds(job, count, self.has_gpus)
         if not self.has_gpus:
@@ -147,16 +167,21 @@ class Nodes:
             demand = Demand(0, min(1.0, self.cpus_a_gpu), seconds, False, avoid)
         else:
             share = job.gpu_share if count == 1 else count
-            host = min((node.host_bytes for node in self._planned if node.devices), default=math.inf)
-            sizes = min(job.device_bytes, max(self._gpu_bytes.values(), default=math.inf)), min(job.host_bytes, host)
+            host = min((node.host_bytes for node in planned if node.devices), default=math.inf)
+            most = max([*self._gpu_bytes.values(), *(size for _, size in self._to_come)], default=math.inf)
+            sizes = min(job.device_bytes, most), min(job.host_bytes, host)
             even = in_stages(job) and count > self.largest
             demand = Demand(share, self.cpus_a_gpu * share, seconds, ganged or even, avoid, *sizes, even)
-        if not can_ever(demand, self._planned):
+        if not can_ever(demand, planned):
             what = f"{demand.devices:g} {'GPUs' if self.has_gpus else 'CPUs'} and {demand.cpus:g} CPUs"
-            largest = max(self._planned, key=lambda node: (node.devices, node.cpus), default=None)
+            largest = max(planned, key=lambda node: (node.devices, node.cpus), default=None)
             has = f"{largest.devices} and {largest.cpus:g}" if largest else "nothing"
             raise PlacementError(f"{job.model_id}: needs {what}, which no node has; the largest has {has}")
         return demand
+
+    def with_cpus(self, demand: Demand) -> Demand:
+        """The same demand with the CPUs that go with its GPUs by now."""
+        return replace(demand, cpus=self.cpus_a_gpu * demand.devices) if self.has_gpus and demand.devices else demand
 
     def options(self, node: str, devices: float, cpus: float, host_bytes: float = 0.0) -> dict[str, Any]:
         """Ray's resources for `devices`, `cpus` and memory of a node."""

@@ -1,15 +1,24 @@
 """All checks of one node and its device, by one process on it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from deadbench.runners.doctor.device_checks import DEVICE_CHECKS, Bench
 from deadbench.runners.doctor.facts import facts
 from deadbench.runners.doctor.lines import Line, line_of, node_lines
+from deadbench.runners.doctor.planned_memory import planned_memory
 from deadbench.runners.doctor.rank_checks import rank_lines
 from deadbench.runners.doctor.read_checks import twin
-from deadbench.runners.doctor.vllm_check import vllm_start
+from deadbench.runners.doctor.small_models import state_spaces
+from deadbench.runners.doctor.vllm_check import vllm_start, vllm_state_space
 from deadbench.runners.planning.seconds import Rates
+
+# By the name of its line.
+READ_CHECKS: dict[str, Callable[[], str]] = {
+    "twin": twin,
+    "state space": state_spaces,
+    "planned memory": planned_memory,
+}
 
 
 @dataclass(frozen=True)
@@ -37,10 +46,12 @@ def examine_process(
     found = facts(num_nodes, num_gpus, address)
     lines = [*node_lines(found, found.versions if here is None else here)]
     bench = Bench(torch.device("cuda" if found.gpus else "cpu"))
-    lines += [*device_lines(found.node, bench), line_of(found.node, "twin", twin)]
+    lines += device_lines(found.node, bench)
+    lines += [line_of(found.node, name, read) for name, read in READ_CHECKS.items()]
     if takes_models and len(found.gpus) == found.given:
         lines += rank_lines(found.node, len(found.gpus))
         lines.append(line_of(found.node, "vllm start", lambda: vllm_start(len(found.gpus))))
+        lines.append(line_of(found.node, "vllm state space", vllm_state_space))
     return Examined(tuple(lines), bench.rates)
 
 

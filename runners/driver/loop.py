@@ -34,15 +34,15 @@ class Settings:
     """How to run.
 
     `address` as ray.init takes it (None: RAY_ADDRESS or a local Ray); `timeout` in seconds without any progress;
-    `max_retries` further attempts at a read of which a process died; `autoscale_gpus`: GPUs of the largest node that an
-    autoscaler may add; `checkpoint_interval` in seconds, 0 for no checkpoints; `patience`: seconds for which results
+    `max_retries` further attempts at a read of which a process died; `to_come`: (GPUs, bytes of each) of the nodes that
+    an autoscaler may add; `checkpoint_interval` in seconds, 0 for no checkpoints; `patience`: seconds for which results
     that cannot be written are kept; `gpu_bytes`: of a GPU of each node, by Ray's id, where they are known.
     """
 
     address: str | None = None
     timeout: float = 3600.0
     max_retries: int = 1
-    autoscale_gpus: int = 0
+    to_come: tuple[tuple[int, float], ...] = ()
     checkpoint_interval: float = 300.0
     patience: float = 600.0
     gpu_bytes: Mapping[str, float] = field(default_factory=dict)
@@ -83,7 +83,7 @@ class Run:
         self._attempts = Attempts(settings.max_retries)
         self._streams: dict[Any, Group] = {}  # a group of ranks has several
         self._ending: dict[Future[Ended], Group] = {}
-        self.nodes = Nodes(len(jobs), settings.autoscale_gpus, settings.gpu_bytes)
+        self.nodes = Nodes(len(jobs), settings.to_come, settings.gpu_bytes)
         unreadable = {read.identity() for job in jobs for read in job.reads if read.error}
         readable = [job.without(unreadable) for job in jobs]
         failing = [job.without(read.identity() for read in job.reads if not read.error) for job in jobs]
@@ -92,7 +92,7 @@ class Run:
         self._decided = self._changed = 0.0
         self._looked = time.monotonic()
         self._looking: Future[None] | None = None
-        if settings.autoscale_gpus:
+        if settings.to_come:
             self.nodes.ask_for(waiting.demand for waiting in self._queue)
 
     @property
@@ -131,7 +131,7 @@ class Run:
             self._end(group)
         for future in list(self._ending):
             future.result()
-        if self._settings.autoscale_gpus:
+        if self._settings.to_come:
             self.nodes.ask_for(())
 
     def _groups(self) -> list[Group]:
@@ -146,6 +146,8 @@ class Run:
         if self._looking is not None and self._looking.done():
             self._looking.result()
             self._looking, self._looked, self._decided = None, now, 0.0
+            for waiting in self._queue:
+                waiting.demand = self.nodes.with_cpus(waiting.demand)
             self._end_on_lost_nodes()
             self._give_up_the_hopeless(now, idle=not self._occupied())
         elif self._looking is None and now - self._looked > _LOOK_SECONDS:
@@ -289,7 +291,7 @@ class Run:
 
     def _give_up_the_hopeless(self, now: float, *, idle: bool) -> None:
         """Reads that no node that is left could hold become failed rows, after a while."""
-        patience = self._settings.timeout if self._settings.autoscale_gpus else _HOPELESS_SECONDS
+        patience = self._settings.timeout if self._settings.to_come else _HOPELESS_SECONDS
         nodes = self.nodes.alive()
         for waiting in list(self._queue):
             if not idle or can_ever(waiting.demand, nodes):

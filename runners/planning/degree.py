@@ -26,7 +26,8 @@ def shared_by(
             return f"--tensor-parallel {asked}{each} does not divide {', '.join(uneven)}"
         there = node.gpus * cluster.alike
         if node.gpus and asked > there:
-            return f"--tensor-parallel {asked}: the cluster has {there} GPUs"
+            come = ", with those of nodes to come" if cluster.to_come else ""
+            return f"--tensor-parallel {asked}: the cluster has {there} GPUs{come}"
         if refused := None if ranks else _no_stages(asked, node.gpus, size):
             return f"--tensor-parallel {asked}: {refused}"
         needed = need.sharded(asked) * (1 if node.gpus else asked)

@@ -33,19 +33,25 @@ class Machine:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where models would run."""
+    """Where models would run; the last `to_come` of its nodes are those that an autoscaler may add."""
 
     nodes: tuple[Machine, ...]
     label: str
     assumed: bool = False
+    to_come: int = 0
 
     def gpu_bytes(self) -> dict[str, float]:
         """Bytes of a GPU of each node that is one of Ray's, by Ray's id."""
         return {node.id: node.gpu_bytes for node in self.nodes if node.id is not None and node.gpus}
 
-    def with_node(self, node: Machine) -> "Cluster":
-        """The same with one more node."""
-        return Cluster((*self.nodes, node), self.label)
+    def with_nodes(self, added: "Cluster") -> "Cluster":
+        """The same with those that an autoscaler may add."""
+        label = f"{self.label}, and {added.label} to come"
+        return Cluster((*self.nodes, *added.nodes), label, self.assumed, len(added.nodes))
+
+    def here(self) -> "Cluster":
+        """The same without those to come."""
+        return Cluster(self.nodes[: len(self.nodes) - self.to_come], self.label, self.assumed)
 
     @property
     def alike(self) -> int:
@@ -98,6 +104,18 @@ def parse_cluster(text: str, option: str = "--assume") -> Cluster:
     nodes, gpus, size = int(match[1] or 1), int(match[2]), float(match[3]) * 1e9
     node = Machine(gpus, size if gpus else 0.0, None if gpus else size)
     return Cluster((node,) * nodes, text, assumed=True)
+
+
+def parse_nodes(text: str, option: str) -> Cluster:
+    """As `parse_cluster`, of nodes with GPUs.
+
+    Raises:
+        PlanError: they have none, or it is no shape.
+    """
+    cluster = parse_cluster(text, option)
+    if not cluster.largest.gpus:
+        raise PlanError(f"{option} {text!r}: nodes without GPUs are not asked for; give GPUs x memory, such as 8x80GB")
+    return cluster
 
 
 def this_machine(most_gpus: int | None = None) -> Cluster:

@@ -22,7 +22,7 @@ class Placement:
     """One read of one model: how it would run. `problem` says why it cannot, and what would.
 
     `disk_bytes`: what its checkpoints take in the result set, and streams that wait in the temporary folder; `seconds`
-    by arithmetic, and the step that takes most of them: load, forward or spectra.
+    by arithmetic, the step that takes most of them (load, forward or spectra), and those of each.
     """
 
     order: int
@@ -42,6 +42,9 @@ class Placement:
     disk_bytes: int | None = None
     seconds: float | None = None
     most: str | None = None
+    load_seconds: float | None = None
+    forward_seconds: float | None = None
+    spectrum_seconds: float | None = None
     note: str | None = None
     problem: str | None = None
 

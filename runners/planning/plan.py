@@ -87,7 +87,18 @@ def _placed(
             problem = problem or ENGINES[str(found.engine)].why_not_over_nodes(_described(read)[0])
         if found.problem is None:
             taken = _seconds(found, size, need, read, cluster)
-            found = replace(found, seconds=taken.total, most=taken.most)
+            found = replace(
+                found,
+                seconds=taken.total,
+                most=taken.most,
+                load_seconds=taken.load,
+                forward_seconds=taken.forward,
+                spectrum_seconds=taken.spectra,
+            )
+    if cluster.to_come and found.problem is None:
+        now = _placed(row, read, cluster.here(), tensor_parallel, None, None)
+        differs = now.problem or (now.engine, now.gpus) != (found.engine, found.gpus)
+        found = replace(found, note=joined(found.note, "when nodes have come" if differs else None))
     return replace(found, note=joined(found.note, remark), problem=problem or found.problem)
 
 
@@ -96,6 +107,7 @@ def _seconds(row: Placement, size: ModelSize, need: Needs, read: ReadJob, cluste
     tokens = num_tokens(read.protocol.tokens, size.hidden_size)
     trained = read.read == "trained"
     work = Work(
+        read.read,
         passed_tokens=tokens * (row.passes or 1),
         num_tokens=tokens,
         flop_per_token=size.flop_per_token,

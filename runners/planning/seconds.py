@@ -12,6 +12,12 @@ from deadbench.suite.checkpoints.download_cache import cache_folder
 
 _PRODUCTS = 0.5  # of the rate of large matrix products, which a forward pass and Gram matrices reach
 _DECOMPOSED = {"gpu": 0.05, "cpu": 0.4}  # of that in float64, which decompositions reach
+_EIGH = 9.0  # FLOP of eigenpairs of a symmetric matrix, in D^3 (Golub, Van Loan, 8.3)
+_CHOLESKY, _QR_OF_D, _QR_OF_2D = 1 / 3, 4 / 3, 10 / 3  # the same of factors of a matrix, and of D and 2 D rows
+# Of a site, by the dearest route that such reads take where few directions are dead; docs/costs.md has all of them.
+_FACTORS = {"random": 3 * _CHOLESKY + _QR_OF_D, "trained": 3 * _CHOLESKY + 2 * _QR_OF_D + 2 * _QR_OF_2D}
+_COLUMNS = 70  # of a site that are solved one after another, each as long as D steps of
+_STEP_SECONDS = {"gpu": 1e-7, "cpu": 0.0}  # which wait for each other
 _DRAWN = 5e7  # random weights a second, which one process draws on the CPU
 _DISK = 1e9  # bytes a second of a checkpoint
 _ALIKE = 0.1  # of their memory, by which GPUs of one kind differ: 80 GB are 85e9 bytes
@@ -38,9 +44,14 @@ class Rates:
         rate = {"float64": self.float64, "float32": self.float32}.get(str(dtype), self.bfloat16)
         return _PRODUCTS * rate
 
+    @property
+    def kind(self) -> str:
+        """`gpu` or `cpu`."""
+        return "gpu" if self.memory else "cpu"
+
     def decompositions(self) -> float:
         """FLOP a second of decompositions in float64."""
-        return _DECOMPOSED["gpu" if self.memory else "cpu"] * self.float64
+        return _DECOMPOSED[self.kind] * self.float64
 
 
 # Data sheets' dense rates (TFLOP/s of bfloat16 or float16, float32 without TF32, float64), the slower of a size's GPUs.
@@ -60,8 +71,13 @@ _BUILT_IN_CPU = Rates("two CPU cores", 0.0, 1e11, 1e11, 5e10, 5e9)
 
 @dataclass(frozen=True)
 class Work:
-    """What is counted of one read: tokens of all passes, FLOP of a token, taps, width, devices that share it."""
+    """What is counted of one read, `random` or `trained`.
 
+    Tokens of all passes and of one, FLOP of a token, taps, width, random weights, stored bytes, and devices that share
+    it.
+    """
+
+    read: str
     passed_tokens: float
     num_tokens: float
     flop_per_token: float
@@ -87,21 +103,31 @@ class Seconds:
         return self.load + self.forward + self.spectra
 
     @property
+    def loaded(self) -> float:
+        """Those after loading."""
+        return self.forward + self.spectra
+
+    @property
     def most(self) -> str:
         """The step that takes longest."""
-        steps = {"load": self.load, "forward": self.forward, "spectra": self.spectra}
-        return max(steps, key=lambda step: steps[step])
+        return "load" if self.load > max(self.forward, self.spectra) else self.most_once_loaded
+
+    @property
+    def most_once_loaded(self) -> str:
+        """That of those after loading."""
+        return "forward" if self.forward >= self.spectra else "spectra"
 
 
 def projected(work: Work, rates: Rates) -> Seconds:
     """The seconds of a read.
 
-    Each token's FLOP once a pass; a Gram matrix 9/8 D^2 a token and tap, and of the final norm; three decompositions of
-    9 D^3 of each. Devices share both; weights are drawn, or come from a disk, once.
+    Each token's FLOP once a pass; a Gram matrix 9/8 D^2 a token and tap, and of the final norm; the eigenpairs of each,
+    and factors. Devices share both; weights are drawn, or come from a disk, once.
     """
     D, sites = float(work.hidden_size), work.num_taps + 1
     grams = sites * 9 / 8 * D**2 * work.num_tokens / (_PRODUCTS * rates.float64)
-    decomposed = sites * 27 * D**3 / rates.decompositions()
+    decomposed = sites * (_EIGH + _FACTORS[work.read]) * D**3 / rates.decompositions()
+    decomposed += sites * _COLUMNS * D * _STEP_SECONDS[rates.kind]
     forward = work.flop_per_token * work.passed_tokens / rates.products(work.dtype)
     load = work.drawn / _DRAWN + work.loaded_bytes / _DISK + (work.loaded_bytes / rates.copies if rates.memory else 0.0)
     return Seconds(load, forward / work.devices, (grams + decomposed) / work.devices)

@@ -3,9 +3,11 @@ machines: SLURM's commands are stubs that write down how they were called."""
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
+import tomllib
 
 import pytest
 import yaml
@@ -27,6 +29,28 @@ def test_cluster_files_are_what_rays_launcher_takes(name):
     assert "RAY_AUTH_MODE=token" in commands
 
 
+def test_where_gpus_come_when_they_are_asked_for_the_command_asks_for_what_may_come():
+    from deadbench.runners.planning.hardware import parse_nodes
+
+    text = (CLUSTER / "aws.yaml").read_text(encoding="utf-8")
+    config = yaml.safe_load(text)
+    gpu = config["available_node_types"]["gpu"]
+    shape = re.search(r"python -m deadbench run .*--autoscale (\S+) ", text).group(1)
+    come = parse_nodes(shape, "--autoscale").nodes
+    assert gpu["min_workers"] == 0
+    assert [node.gpus for node in come] == [gpu["resources"]["GPU"]] * gpu["max_workers"]
+    assert gpu["max_workers"] == config["max_workers"]
+
+
+@pytest.mark.parametrize("name", ["kuberay", "kueue"])
+def test_the_operators_ray_and_image_are_of_the_pinned_versions(name):
+    text = (CLUSTER / f"{name}.yaml").read_text(encoding="utf-8")
+    ray = re.search(r"^ray(?:\[\S+\])?==(\S+)$", (ROOT / "constraints.txt").read_text("utf-8"), re.MULTILINE).group(1)
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["version"]
+    assert set(re.findall(r'rayVersion: "(\S+)"', text)) == {ray}
+    assert set(re.findall(r"image: \S+/deadbench:(\S+)", text)) == {version}
+
+
 def test_the_kuberay_file_is_a_whole_job():
     job = yaml.safe_load((ROOT / "examples" / "cluster" / "kuberay.yaml").read_text(encoding="utf-8"))
     cluster = job["spec"]["rayClusterSpec"]
@@ -34,6 +58,8 @@ def test_the_kuberay_file_is_a_whole_job():
     images = {each["image"] for group in groups for each in group["template"]["spec"]["containers"]}
     assert (job["kind"], len(images), cluster["authOptions"]["mode"]) == ("RayJob", 1, "token")
     assert " --out s3://" in job["spec"]["entrypoint"]
+    for each in cluster["workerGroupSpecs"]:  # without its autoscaler KubeRay takes `replicas`, whatever the limits say
+        assert cluster.get("enableInTreeAutoscaling") or each["replicas"] == each["minReplicas"] == each["maxReplicas"]
 
 
 def test_kueue_admits_what_its_quota_holds_and_counts_nothing_that_grows():

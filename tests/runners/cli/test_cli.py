@@ -28,9 +28,9 @@ from tests.conftest import ROOT, TWINS, save_tiny, write_checkpoint
 FLAGS = {
     "classify": "--save-direction --verify --module --config --model-type --width --allow-undetermined --json --debug",
     "export": "-o --out --config --model-type --debug",
-    "plan": "--model --assume --suite --registry --reads --address --out --resume --fresh --engine "
-    "--tensor-parallel --replicas --tokens --input --taps --seed --dtype --config --model-type --accumulator-gb "
-    "--json --debug",
+    "plan": "--model --assume --suite --registry --reads --address --autoscale --out --resume --fresh "
+    "--engine --tensor-parallel --replicas --tokens --input --taps --seed --dtype --config --model-type "
+    "--accumulator-gb --json --debug",
     "doctor": "--address --json --debug",
     "attach": "--run --json --debug",
     "run": "--model --suite --registry --reads --address --out --resume --fresh --engine --tensor-parallel --replicas "
@@ -347,3 +347,9 @@ def test_what_cannot_be_watched_or_added_is_refused_before_anything_starts(deadb
     code, _, err = deadbench("run", "gpt2", "--reads", "random", "--autoscale", "8")
     assert code == 2
     assert err.startswith("deadbench: --autoscale '8': give GPUs x memory")
+    code, _, err = deadbench("run", "gpt2", "--reads", "random", "--autoscale", "0x16GB")
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.startswith("deadbench: --autoscale '0x16GB': nodes without GPUs are not asked for")
+    code, _, err = deadbench("run", "gpt2", "--reads", "random", "--autoscale", "8x80GB", "--address", "local")
+    told = "deadbench: --autoscale 8x80GB: --address local gets no more nodes; name a Ray that does\n"
+    assert (code, err) == (2, told)

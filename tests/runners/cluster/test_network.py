@@ -6,7 +6,9 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+import ray
 
+from deadbench.runners.cluster import actors
 from deadbench.runners.cluster.network import interface_of, use_interface_of
 
 
@@ -34,6 +36,14 @@ def test_the_interface_is_the_one_that_holds_rays_address(interfaces):
         None,
     ]
     use_interface_of("10.1.0.7")
+    assert (os.environ["GLOO_SOCKET_IFNAME"], os.environ["NCCL_SOCKET_IFNAME"]) == ("ib0", "=ib0")
+
+
+def test_an_actor_listens_where_ray_does_before_it_does_anything_else(interfaces, monkeypatch):
+    monkeypatch.setattr(ray, "remote", lambda **options: lambda kind: kind)
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "10.1.0.7")
+    monkeypatch.setattr(actors, "mark_process", lambda token: None)
+    actors.actor_class({})("a token")
     assert (os.environ["GLOO_SOCKET_IFNAME"], os.environ["NCCL_SOCKET_IFNAME"]) == ("ib0", "=ib0")
 
 

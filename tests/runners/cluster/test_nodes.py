@@ -80,7 +80,9 @@ def test_what_no_node_can_hold_is_refused(told, job):
     ranks = replace(job, tensor_parallel=13)
     with pytest.raises(PlacementError, match="m000: needs 13 GPUs; the cluster has 12"):
         Nodes(1).demand(ranks)
-    assert Nodes(1, assumed_gpus=16).demand(sized(job, 16)).devices == 16, "an autoscaler may add such a node"
+    assert Nodes(1, [(16, 8e10)]).demand(sized(job, 16)).devices == 16, "an autoscaler may add such a node"
+    with pytest.raises(PlacementError, match="m000: needs 32 GPUs; the cluster has 28, with those of nodes to come"):
+        Nodes(1, [(16, 8e10)]).demand(sized(job, 32))
 
 
 def test_stages_are_on_nodes_that_give_as_many_gpus(told, job):
@@ -127,10 +129,50 @@ def test_an_engine_over_nodes_is_one_actor_without_gpus_and_a_bundle_for_each_gp
 def test_an_autoscaler_is_asked_for_all_at_once(told, job, monkeypatch):
     asked = []
     monkeypatch.setattr("ray.autoscaler.sdk.request_resources", lambda bundles: asked.append(bundles))
-    seen = Nodes(2, assumed_gpus=8)
-    seen.ask_for([seen.demand(sized(job, 0.5)), seen.demand(sized(job, 8))])
+    seen = Nodes(2, [(8, 8e10)])
+    seen.ask_for([seen.demand(sized(job, 0.5)), seen.demand(sized(job, 8)), seen.demand(sized(job, 16))])
     seen.ask_for(())
-    assert asked == [[{"GPU": 0.5}, {"GPU": 8.0}], []]
+    assert asked == [[{"GPU": 0.5}, *[{"GPU": 8.0}] * 3], []]
+
+
+def test_stages_are_on_nodes_that_have_yet_to_come_and_start_when_they_have(told, job):
+    told[:] = [node("a", CPU=192.0, GPU=8.0)]
+    with pytest.raises(PlacementError, match="m000: needs 24 GPUs; the cluster has 8$"):
+        Nodes(1).demand(sized(job, 24))
+    seen = Nodes(1, [(8, 8e10)] * 2)
+    demand = seen.demand(sized(job, 24))
+    assert (demand.even, demand.cpus) == (True, 23 * 24)
+    assert decide([demand], seen.usable(), []) == [], "they are not there"
+    told.extend([node("b", CPU=96.0, GPU=8.0), node("c", CPU=192.0, GPU=8.0)])
+    seen.refresh([], 0.0, shared=False)
+    demand = seen.with_cpus(demand)
+    assert demand.cpus == 11 * 24, "of those that have come one has fewer CPUs"
+    ((_, place),) = decide([demand], seen.usable(), [])
+    assert [(piece.node, len(piece.devices)) for piece in place] == [("a", 8), ("b", 8), ("c", 8)]
+
+
+def test_the_first_node_that_comes_says_how_many_cpus_go_with_a_gpu(told, job):
+    told[:] = [node("a", CPU=8.0)]
+    seen = Nodes(1, [(8, 8e10)])
+    demand = seen.demand(sized(job, 2))
+    assert demand.cpus == 2, "nobody knows yet"
+    told.append(node("b", CPU=192.0, GPU=8.0))
+    seen.refresh([], 0.0, shared=False)
+    assert seen.with_cpus(demand).cpus == 46, "threads of two processes"
+    assert seen.demand(sized(job, 2)) == seen.with_cpus(demand)
+    parameters = replace(job, reads=tuple(replace(read, engine=None) for read in job.reads))
+    assert seen.with_cpus(seen.demand(parameters)).cpus == 1
+
+
+def test_a_model_waits_for_the_larger_gpus_that_are_to_come(told, job):
+    told[:] = [node("a", CPU=16.0, GPU=8.0)]
+    seen = Nodes(1, [(4, 8e10)], {"a": 24e9})
+    demand = seen.demand(replace(sized(job, 1), device_bytes=30e9))
+    assert decide([demand], seen.usable(), []) == []
+    told.append(node("b", CPU=16.0, GPU=4.0))
+    seen.refresh([], 0.0, shared=False)
+    ((_, (piece,)),) = decide([demand], seen.usable(), [])
+    assert piece.node == "b"
 
 
 def test_what_others_use_is_not_ours_to_give(told, monkeypatch):

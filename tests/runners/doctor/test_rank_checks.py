@@ -9,7 +9,8 @@ from deadbench.runners.doctor import one_process, rank_checks, vllm_check
 from deadbench.runners.doctor.lines import line_of
 from deadbench.runners.doctor.node_checks import NotHereError, UnwellError
 from deadbench.runners.doctor.rank_checks import Group, Reduced, agreed, rank_lines, shared_by
-from deadbench.runners.doctor.vllm_check import vllm_start
+from deadbench.runners.doctor.small_models import HYBRID, LLAMA, NUMBERS
+from deadbench.runners.doctor.vllm_check import vllm_start, vllm_state_space
 
 TWIN = {"status": "ok", "alignment": 1.0, "num_dead_1e6": 1, "depth": 13.9, "engine_detail": ""}
 WELL = [(None, Reduced("a", 2e9)), (None, TWIN), (None, 4096)]
@@ -113,18 +114,19 @@ def test_one_gpu_has_no_group_and_no_more_ranks_share_than_there_are_heads():
 @pytest.fixture
 def rows(monkeypatch):
     """vLLM is there; its row and torch's, which a test may change."""
-    known = {"status": "ok", "num_tokens": 1024, "load_seconds": 9.0} | dict.fromkeys(vllm_check._NUMBERS, 2.0)
-    found = SimpleNamespace(vllm=dict(known), torch=known, shared_by=[])
+    known = {"status": "ok", "num_tokens": 1024, "load_seconds": 9.0} | dict.fromkeys(NUMBERS, 2.0)
+    found = SimpleNamespace(vllm=dict(known), torch=known, asked=[])
     monkeypatch.setattr(vllm_check.importlib.util, "find_spec", lambda name: "there")
-    monkeypatch.setattr(vllm_check, "_apart", lambda degree: found.shared_by.append(degree) or found.vllm)
-    monkeypatch.setattr(vllm_check, "_row", lambda engine, degree: found.torch)
+    monkeypatch.setattr(vllm_check, "_apart", lambda *asked: found.asked.append(asked) or found.vllm)
+    monkeypatch.setattr(vllm_check, "small_row", lambda config, engine: found.torch)
     return found
 
 
 def test_vllm_is_started_over_two_gpus_where_there_are(rows):
     assert vllm_start(0).startswith("1024 tokens are as many rows, and torch's numbers; started in 9 s")
     assert "torch's numbers over 2 GPUs" in vllm_start(8)
-    assert rows.shared_by == [1, 2]
+    assert vllm_state_space().startswith("1024 tokens are as many rows, and torch's numbers; started")
+    assert rows.asked == [(LLAMA, 1), (LLAMA, 2), (HYBRID, 1)]
 
 
 @pytest.mark.parametrize(
@@ -137,14 +139,16 @@ def test_vllm_is_started_over_two_gpus_where_there_are(rows):
 )
 def test_a_vllm_that_reads_otherwise_is_wrong(rows, change, said):
     rows.vllm |= change
-    with pytest.raises(UnwellError, match=said):
-        vllm_start(0)
+    for start, name in ((lambda: vllm_start(0), "a small Llama"), (vllm_state_space, "a small hybrid")):
+        with pytest.raises(UnwellError, match=f"^{name}.*by --engine vllm: {said}"):
+            start()
 
 
 def test_without_vllm_there_is_nothing_to_start(monkeypatch):
     monkeypatch.setattr(vllm_check.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(NotHereError, match="not installed"):
-        vllm_start(0)
+    for start in (lambda: vllm_start(0), vllm_state_space):
+        with pytest.raises(NotHereError, match="not installed"):
+            start()
 
 
 def test_neither_ranks_nor_vllm_start_where_a_gpu_is_missing_or_no_model_goes(monkeypatch):
@@ -153,21 +157,23 @@ def test_neither_ranks_nor_vllm_start_where_a_gpu_is_missing_or_no_model_goes(mo
     monkeypatch.setattr(one_process, "facts", lambda *_: found)
     monkeypatch.setattr(one_process, "node_lines", lambda *_: [])
     monkeypatch.setattr(one_process, "device_lines", lambda *_: [])
-    monkeypatch.setattr(one_process, "twin", lambda: "well")
+    monkeypatch.setattr(one_process, "READ_CHECKS", {"twin": lambda: "well"})
     monkeypatch.setattr(one_process, "rank_lines", lambda *_: begun.append("ranks") or [])
     monkeypatch.setattr(one_process, "vllm_start", lambda *_: begun.append("vLLM") or "well")
+    monkeypatch.setattr(one_process, "vllm_state_space", lambda: begun.append("its Mamba") or "well")
     one_process.examine_process()
     found.given = 0
     one_process.examine_process(takes_models=False)
     assert begun == []
     lines = one_process.examine_process().lines
-    assert begun == ["ranks", "vLLM"]
-    assert [line.check for line in lines] == ["twin", "vllm start"]
+    assert begun == ["ranks", "vLLM", "its Mamba"]
+    assert [line.check for line in lines] == ["twin", "vllm start", "vllm state space"]
 
 
 @pytest.mark.vllm
 @pytest.mark.full
 @pytest.mark.subprocess
 @pytest.mark.skipif(vllm_check.importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: make vllm")
-def test_vllm_starts_here_and_reads_as_torch():
-    assert vllm_start(0).startswith("1024 tokens are as many rows, and torch's numbers")
+@pytest.mark.parametrize("start", [lambda: vllm_start(0), vllm_state_space], ids=["Llama", "Mamba and attention"])
+def test_vllm_starts_here_and_reads_as_torch(start):
+    assert start().startswith("1024 tokens are as many rows, and torch's numbers")

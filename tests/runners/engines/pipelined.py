@@ -28,7 +28,7 @@ class Buffered(StreamReader):
 
 def read(engine, devices, stages):
     """The tables of a read of the Llama by `engine`."""
-    from deadbench.runners.doctor.vllm_check import _LLAMA
+    from deadbench.runners.doctor.small_models import LLAMA
     from deadbench.runners.jobs.build import build_jobs
     from deadbench.runners.jobs.events import Finished
     from deadbench.runners.jobs.job import Overrides
@@ -39,7 +39,7 @@ def read(engine, devices, stages):
     path = own_registry()
     asked = Overrides(tokens=1024, input="tokens:random", dtype="float32", engine=engine)
     with Scratch() as folder:
-        (folder / "config.json").write_text(json.dumps(_LLAMA | {"num_hidden_layers": 4}), encoding="utf-8")
+        (folder / "config.json").write_text(json.dumps(LLAMA | {"num_hidden_layers": 4}), encoding="utf-8")
         (job,) = build_jobs(load_registry(path), path, [str(folder)], None, ["random"], asked)
         events = run_model(job.over(devices, stages), "stages", 1)
         return next(event.tables for event in events if isinstance(event, Finished))

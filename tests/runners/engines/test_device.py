@@ -84,6 +84,15 @@ def test_no_worker_rounds_to_tf32(monkeypatch):
     assert not device.rounds_to_tf32()
 
 
+def test_a_process_that_has_a_part_of_a_gpu_takes_no_more_of_its_memory(monkeypatch):
+    shares = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", shares.append)
+    settle(0.25)
+    settle()
+    assert shares == [0.25]
+
+
 def test_a_model_of_one_read_is_gone_before_the_next(tmp_path, monkeypatch):
     (job,) = sleeping_jobs(tmp_path, 1)
     alive, models = [], []

@@ -1,8 +1,10 @@
 """How often a batch makes the host wait for a device, and what it copies: counted on a fake one, beside the docs."""
 
+import collections
 import contextlib
 import functools
 import json
+import operator
 import re
 
 import pytest
@@ -13,10 +15,13 @@ from deadbench.runners.engines.resident import TorchEngine
 from deadbench.runners.engines.streaming import StreamingEngine
 from deadbench.runners.engines.tensor_parallel import ParallelEngine
 from deadbench.runners.jobs.events import Progress
+from deadbench.runners.planning import seconds
 from deadbench.suite.architectures.kernel_test import live_norm
 from deadbench.suite.inputs.batches import Inputs
 from deadbench.suite.ranks import Ranks
 from deadbench.suite.reads.residual import ResidualRead
+from deadbench.suite.reads.tap import Tap
+from deadbench.suite.spectra import solvers
 from deadbench.suite.spectra.gram import Gram
 from deadbench.suite.spectra.routes import Lifted, Plain, Whitened
 from tests.conftest import ROOT
@@ -161,6 +166,47 @@ def test_seconds_are_the_devices_and_of_the_model_alone(a_read, inputs, gpu):
     assert of_a_batch > len(model.blocks)
     assert position.forward_seconds == pytest.approx(len(inputs.batches) * of_a_batch / 1000)
     assert position.spectrum_seconds > position.forward_seconds
+
+
+@pytest.mark.parametrize("kind", ["gram", "lifted-gram", "whitened-gram"])
+def test_a_taps_end_decomposes_as_often_as_the_page_says(kind, monkeypatch):
+    D, asked = 96, collections.Counter()
+    rows_ND = torch.randn(8 * D, D, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    if kind == "lifted-gram":
+        rows_ND = torch.nn.functional.layer_norm(rows_ND, (D,)).float()
+    elif kind == "whitened-gram":
+        rows_ND = rows_ND * torch.logspace(0, -5, D, dtype=torch.float64)
+
+    class Counting(solvers.Lapack):
+        def eigh(self, matrix_DD, uplo):
+            asked["eigenpairs"] += 1
+            return super().eigh(matrix_DD, uplo)
+
+        def cholesky(self, matrix_DD):
+            asked["cholesky"] += 1
+            return super().cholesky(matrix_DD)
+
+        def triangle(self, rows_ND):
+            asked["qr", round(len(rows_ND) / D)] += 1
+            return super().triangle(rows_ND)
+
+        def solve(self, factor_DD, columns_DK, *, upper):
+            asked["columns"] += columns_DK.shape[1] == 1
+            return super().solve(factor_DD, columns_DK, upper=upper)
+
+    monkeypatch.setitem(solvers.WAYS, "cpu", Counting())
+    tap = Tap(D, 4 * D)
+    for batch_ND in rows_ND.split(2 * D):
+        tap.update(batch_ND)
+    assert tap.finish().method == kind
+    *counts, flop = map(float, row(f"{kind}'s"))
+    assert [asked["eigenpairs"], asked["cholesky"], asked["qr", 1], asked["qr", 2]] == counts
+    assert asked["columns"] <= seconds._COLUMNS
+    weights = seconds._EIGH, seconds._CHOLESKY, seconds._QR_OF_D, seconds._QR_OF_2D
+    assert flop == pytest.approx(sum(map(operator.mul, weights, counts)), abs=0.05)
+    planned = {"lifted-gram": "random", "whitened-gram": "trained"}
+    if kind in planned:
+        assert flop == pytest.approx(seconds._EIGH + seconds._FACTORS[planned[kind]], abs=0.05)
 
 
 ROUTES = {"gram": Plain, "lifted-gram": Lifted, "whitened-gram": Whitened}

@@ -62,6 +62,22 @@ def test_a_model_that_one_node_does_not_hold_is_put_on_as_few_as_hold_it():
     assert shared_by(size, need, Cluster((LARGE,) * 4, "made"), ENGINES["vllm"], None) == 24
 
 
+def test_nodes_to_come_are_stages_as_those_that_are_there_and_no_more_than_may_come():
+    def asked(number, *come):
+        size = SimpleNamespace(has_plan=True, divisors={"num_attention_heads": 32}, num_taps=33)
+        need = SimpleNamespace(sharded=lambda degree: 1.2e12 / degree)
+        there = Cluster((HEAD, LARGE), "Ray at auto")
+        cluster = there.with_nodes(Cluster(come, "these")) if come else there
+        return shared_by(size, need, cluster, ENGINES["vllm"], number)
+
+    assert asked(24) == "--tensor-parallel 24: the cluster has 8 GPUs"
+    assert asked(24, LARGE, LARGE) == 24
+    assert asked(None, LARGE, LARGE) == 24, "the fewest that hold it"
+    assert asked(None, LARGE) is None
+    assert asked(32, LARGE, LARGE) == "--tensor-parallel 32: the cluster has 24 GPUs, with those of nodes to come"
+    assert asked(16, SMALL) == "--tensor-parallel 16: the cluster has 8 GPUs, with those of nodes to come"
+
+
 @pytest.fixture
 def answers(monkeypatch):
     """Ray with a head and a node of 8 GPUs, whose task gives what the test says, and what the task asked for."""

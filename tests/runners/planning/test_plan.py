@@ -307,12 +307,48 @@ def test_plan_refuses_what_run_refuses(registry, deadbench, arguments, told):
     assert told in err
 
 
+LARGE = {"model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
+         "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("come", "asked", "gpus", "note", "problem"),
+    [
+        (None, "16", 16, None, "--tensor-parallel 16: the cluster has 4 GPUs"),
+        ("3x4x40GB", "16", 16, "4 stages, each on a node whose 4 GPUs share its blocks", None),
+        ("2x4x40GB", "16", 16, None, "--tensor-parallel 16: the cluster has 12 GPUs, with those of nodes to come"),
+        ("3x8x40GB", "16", 16, "2 stages, each on a node whose 8 GPUs", None),
+        ("4x40GB", None, 8, "2 stages, each on a node whose 4 GPUs", None),
+    ],
+)  # fmt: skip
+def test_a_model_is_planned_on_nodes_that_an_autoscaler_may_add(
+    deadbench, tmp_path, monkeypatch, come, asked, gpus, note, problem
+):
+    for name, answer in (("missing", lambda spec: None), ("why_not", lambda spec, config: None),
+                         ("why_not_over_nodes", lambda spec, config: None)):  # fmt: skip
+        monkeypatch.setattr(EngineSpec, name, answer)
+    path = tmp_path / "models.yaml"
+    model = {"id": "m", "input": "tokens:random", "config": LARGE, "dtype": "bfloat16"}
+    path.write_text(json.dumps({"protocols": {"standard": {}}, "suites": {}, "models": [model]}))
+    given = ["--autoscale", come] if come else []
+    given += ["--tensor-parallel", asked] if asked else []
+    code, out, err = deadbench("plan", "m", "--registry", path, "--reads", "random", "--engine", "vllm",
+                               "--assume", "4x40GB", *given, "--json")  # fmt: skip
+    told = json.loads(out)
+    (row,) = told["reads"]
+    assert (code, row["gpus"], row["problem"]) == (int(problem is not None), gpus, problem), err
+    if note:
+        assert row["note"].startswith(note)
+        assert row["note"].endswith("; when nodes have come")
+        assert told["cluster"] == f"4x40GB, and {come} to come"
+
+
 def test_plan_takes_the_arguments_of_run(deadbench, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")  # no name is cut
     _, run, _ = deadbench("run", "--help")
     _, planned, _ = deadbench("plan", "--help")
     flags = {word.strip(",|│ ") for word in run.split() if word.startswith("--")}
-    ours = {"--timeout", "--max-retries", "--checkpoint-interval", "--autoscale", "--log-format"}
+    ours = {"--timeout", "--max-retries", "--checkpoint-interval", "--log-format"}
     assert flags - ours <= {word.strip(",|│ ") for word in planned.split()}
 
 

@@ -66,6 +66,24 @@ def test_by_every_route_the_spectrum_is_the_cpus(kind, odd, gpu):
     assert remarks() == []
 
 
+@pytest.mark.parametrize("kind", ["plain", "dead", "many dead"])
+def test_what_lies_on_a_device_is_decomposed_there(kind, gpu, monkeypatch):
+    asked = set()
+
+    class Recording(solvers.Lapack):
+        def __getattribute__(self, name):
+            method = super().__getattribute__(name)
+            if name.startswith("_"):
+                return method
+            return lambda matrix, *more, **options: asked.add((name, matrix.device)) or method(matrix, *more, **options)
+
+    monkeypatch.setitem(solvers.WAYS, "cuda", Checked("cuda", Recording()))
+    monkeypatch.setitem(solvers.WAYS, "cpu", Recording())
+    spectrum(rows(kind), GPU).finish()
+    assert {"eigh", "cholesky"} <= {name for name, _ in asked}
+    assert {place for _, place in asked} == {GPU}, asked
+
+
 def test_values_that_are_not_finite_are_told_when_the_batch_is_through(gpu):
     rows_ND, questions = rows("plain"), Questions(GPU)
     factor = spectrum(rows_ND, GPU)
