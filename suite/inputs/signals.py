@@ -30,6 +30,7 @@ _LOADERS = {"image processor": "AutoImageProcessor", "feature extractor": "AutoF
 # Of a photograph: as from where Pillow warns of a bomb, which a file of some kilobytes can be; and of its file.
 _MOST_PIXELS = 89_478_485
 _MOST_PIXELS_AT_ONCE = 400_000_000  # 1.6 GB
+_MOST_BYTES_HELD = 2**30  # of the pictures of a dataset, as they are stored
 _SECONDS = 10.0  # of sound an item; extractors with a fixed length cut or fill it
 
 
@@ -100,7 +101,15 @@ def photographs(spec: str, most: int) -> list[Photo]:
     kind, _, rest = spec.partition(":")
     if kind != "hf":
         return [Photo(str(path)) for path in photo_files(rest)]
-    photos = [Photo(name, encoded) for name, encoded in itertools.islice(read_hub_pictures(rest), most)]
+    photos, held = list[Photo](), 0
+    for name, encoded in itertools.islice(read_hub_pictures(rest), most):
+        photos.append(Photo(name, encoded))
+        held += len(encoded)
+        if held > _MOST_BYTES_HELD:
+            raise InputError(
+                f"{name}: the pictures up to it have {held:,} bytes; at most {_MOST_BYTES_HELD:,} of {most}: give "
+                "fewer --tokens, or smaller pictures"
+            )
     if not photos:
         raise InputError(f"input {spec!r} has no pictures")
     return photos
