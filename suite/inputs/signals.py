@@ -27,6 +27,8 @@ from deadbench.suite.storage import read_file
 
 _PROCESSOR_FILE = "preprocessor_config.json"
 _LOADERS = {"image processor": "AutoImageProcessor", "feature extractor": "AutoFeatureExtractor"}
+# Of a file, whatever it is called; of others some are programs (EPS), which Pillow gives to another one to run.
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 # Of a photograph: as from where Pillow warns of a bomb, which a file of some kilobytes can be; and of its file.
 _MOST_PIXELS = 89_478_485
 _MOST_PIXELS_AT_ONCE = 400_000_000  # 1.6 GB
@@ -52,7 +54,8 @@ class Photo:
                 warnings.simplefilter(
                     "ignore", Image.DecompressionBombWarning
                 )  # `size` refuses from the same number on
-                opened = Image.open(io.BytesIO(encoded))
+                Image.init()  # else few of these are known by name
+                opened = Image.open(io.BytesIO(encoded), formats=_FORMATS)
             with opened:
                 yield opened
         except InputError:
@@ -159,6 +162,7 @@ def own_pictures(crops: list[Crop], folder: Path | None, accepted: set[str]) -> 
     """
 
     def process(processor: Any) -> Any:
+        _check_made(processor)
         pixels = sum(math.prod(crop.size) for crop in crops)
         if pixels > _MOST_PIXELS_AT_ONCE:
             raise InputError(
@@ -185,6 +189,8 @@ def own_sound(count: int, seed: int, folder: Path | None, accepted: set[str]) ->
 
     def extract(extractor: Any) -> Any:
         rate = int(extractor.sampling_rate)
+        if not 0 < count * _SECONDS * rate <= _MOST_PIXELS_AT_ONCE:
+            raise InputError(f"its sampling rate is {rate}; for {count} items at most {_MOST_PIXELS_AT_ONCE:,} values")
         waves = noise_like(torch.empty(1, int(_SECONDS * rate)), count, seed).numpy()
         return extractor(list(0.1 * waves), sampling_rate=rate, return_tensors="pt")
 
@@ -208,6 +214,32 @@ def _processed(
     except Exception as error:
         raise InputError(f"the {kind} in {folder} fails ({reason_of(error)})") from error
     return {name: value for name, value in made.items() if name in accepted and isinstance(value, Tensor)}
+
+
+def _check_made(processor: Any) -> None:
+    """Raise InputError where what a stranger's processor makes of one picture, however small, would be too much."""
+    told = processor.to_dict()
+    merges = "merge_size" in told  # whose edges are numbers of pixels
+
+    def pixels(name: str, value: Any) -> int:
+        if isinstance(value, dict):
+            whole = [value.get(side) for side in ("height", "width")]
+            area = math.prod(whole) if all(isinstance(side, int) for side in whole) else 0
+            return max([area, *(pixels(key, each) for key, each in value.items())], default=0)
+        if isinstance(value, (list, tuple)):  # the sizes that a picture may be cut to
+            area = math.prod(value) if len(value) == 2 and all(isinstance(side, int) for side in value) else 0
+            return max([area, *(pixels(name, each) for each in value)], default=0)
+        if not isinstance(value, int) or isinstance(value, bool):
+            return 0
+        if name == "max_patches":
+            return value * 256
+        if name == "min_pixels" or (merges and name == "shortest_edge"):
+            return value
+        return value**2 if name in ("shortest_edge", "size") else 0
+
+    for name, value in told.items():
+        if pixels(name, value) > _MOST_PIXELS:
+            raise InputError(f"the model's own image processor makes more than {_MOST_PIXELS:,} pixels of one ({name})")
 
 
 def distinct_patches(pixels: Tensor, patch: int | None) -> int | None:
