@@ -103,7 +103,12 @@ class HttpFolder:
                 shards = set(json.loads(index)["weight_map"].values())
             plain = sorted(shard for shard in shards if isinstance(shard, str) and "/" not in shard)
             with concurrent.futures.ThreadPoolExecutor(CONCURRENT_REQUESTS) as pool:
-                names += [n for n, found in zip(plain, pool.map(self._exists, plain), strict=True) if found]
+                for start in range(0, len(plain), CONCURRENT_REQUESTS):
+                    asked = plain[start : start + CONCURRENT_REQUESTS]
+                    answers = list(pool.map(self._exists, asked))
+                    names += [name for name, found in zip(asked, answers, strict=True) if found]
+                    if not all(answers):  # one is missing, and an index may name a million
+                        break
         return names
 
     def size(self, name: str) -> int:

@@ -223,8 +223,8 @@ def _check_made(processor: Any) -> None:
 
     def pixels(name: str, value: Any) -> int:
         if isinstance(value, dict):
-            whole = [value.get(side) for side in ("height", "width")]
-            area = math.prod(whole) if all(isinstance(side, int) for side in whole) else 0
+            whole = [side for side in map(value.get, ("height", "width")) if isinstance(side, int)]
+            area = math.prod(whole) if len(whole) == 2 else 0
             return max([area, *(pixels(key, each) for key, each in value.items())], default=0)
         if isinstance(value, (list, tuple)):  # the sizes that a picture may be cut to
             area = math.prod(value) if len(value) == 2 and all(isinstance(side, int) for side in value) else 0
