@@ -3,9 +3,12 @@
 Every file's footer is checked first, so that a stranger's, a torn or a newer file is named and not averaged in.
 """
 
+import contextlib
 import io
 import os
-from collections.abc import Sequence
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from importlib import resources
@@ -16,9 +19,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from deadbench.suite.errors import message
-from deadbench.suite.schema import KEY, SCHEMA_VERSION, TABLES, arrow_schema, too_many_rows
+from deadbench.suite.schema import KEY, SCHEMA_VERSION, TABLES, arrow_schema
 from deadbench.suite.secrets import shown_place
 from deadbench.suite.storage import REFERENCE, is_hidden, is_local, open_place, refusal
+from deadbench.suite.table_sizes import FileSize, size_of, too_large
+
+_STDERR, _TELLING = 2, threading.Lock()  # one at a time takes it and gives it back
 
 # Microseconds from 1970 of the years that there are dates of; what a stranger's file has beyond is no time.
 _FIRST, _LAST = (
@@ -58,10 +64,10 @@ def _scan_one(location: str, table: str) -> pl.LazyFrame:
         # Through fsspec, which has the credentials; polars would open a URI with a client of its own.
         with _Explained(location):
             sources = list(filesystem.cat(files).values())
-    rows = {
+    sizes = {
         _name(path): _check_file(location, path, source, table) for path, source in zip(files, sources, strict=True)
     }
-    if why := too_many_rows(table, rows):
+    if why := too_large(table, sizes):
         raise ResultsError(f"{shown_place(location)}: {why}")
     # Neither the brackets nor the `key=value` of a folder's name mean anything here.
     found = pl.scan_parquet(
@@ -107,10 +113,34 @@ def collected(frame: pl.LazyFrame) -> pl.DataFrame:
 def collected_all(frames: Sequence[pl.LazyFrame]) -> list[pl.DataFrame]:
     """The frames, computed together; raises like `collected`."""
     try:
-        return pl.collect_all(frames)
-    except (pl.exceptions.PolarsError, OSError) as error:
+        with _panics_untold():
+            return pl.collect_all(frames)
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
         reason = message(error, 300)
         raise ResultsError(f"the result set cannot be read to its end ({reason}); move the file away") from error
+
+
+@contextlib.contextmanager
+def _panics_untold() -> Iterator[None]:
+    """A torn page can make polars panic, which tells its stack past Python; what else is told comes after."""
+    with _TELLING, contextlib.ExitStack() as held:
+        try:
+            told = held.enter_context(tempfile.TemporaryFile())
+            stderr = os.dup(_STDERR)
+        except OSError:  # a full disk, a stderr that is closed
+            yield
+            return
+        os.dup2(told.fileno(), _STDERR)
+        try:
+            yield
+        except pl.exceptions.PanicException:
+            told.truncate(0)
+            raise
+        finally:
+            os.dup2(stderr, _STDERR)
+            told.seek(0)
+            os.write(stderr, told.read())
+            os.close(stderr)
 
 
 def place_of(location: str) -> str:
@@ -150,13 +180,15 @@ def _name(path: str) -> str:
     return path.rsplit("/", 1)[-1]
 
 
-def _check_file(location: str, path: str, source: str | bytes, table: str) -> int:
-    """The number of a file's rows; one that is torn, a stranger's, or newer than this version is refused."""
+def _check_file(location: str, path: str, source: str | bytes, table: str) -> FileSize:
+    """What a file comes to; one that is torn, a stranger's, or newer than this version is refused."""
     where = f"{shown_place(location)}: {table}/{_name(path)}"
+    opened = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
-        footer = pq.read_metadata(io.BytesIO(source) if isinstance(source, bytes) else source)
+        footer = pq.read_metadata(opened)
         schema = footer.schema.to_arrow_schema()
-    except (pa.ArrowException, OSError) as error:
+        size = size_of(footer, opened)
+    except (pa.ArrowException, OSError, ValueError) as error:  # names that are no text, too
         reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else "torn, or not parquet"
         raise ResultsError(f"{where} cannot be read as parquet ({reason}); move it away") from error
     version = (schema.metadata or {}).get(b"schema_version", b"").decode(errors="replace")
@@ -172,7 +204,7 @@ def _check_file(location: str, path: str, source: str | bytes, table: str) -> in
         expected = ours.field(field.name).type if field.name in ours.names else field.type
         if field.type != expected:
             raise ResultsError(f"{where}: column {field.name!r} is {field.type}, expected {expected}; move it away")
-    return int(footer.num_rows)
+    return size
 
 
 @cache

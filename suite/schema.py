@@ -5,26 +5,12 @@ NaN. A change of a column's meaning raises `SCHEMA_VERSION`; readers refuse a ne
 """
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-# Of a table of one result set, in all its files: rows that are all alike take no room, and a file of kilobytes has any
-# number of them. A row of `reads` is a read, and wide.
-MAX_ROWS, MAX_READS = 10_000_000, 500_000
 SCHEMA_VERSION = 1
-
-
-def too_many_rows(table: str, rows: Mapping[str, int]) -> str | None:
-    """Why a table with so many rows in its files, by their names, is no run's, in one line; None where it may be."""
-    total, most = sum(rows.values()), MAX_READS if table == "reads" else MAX_ROWS
-    if total <= most:
-        return None
-    name = max(rows, key=lambda each: rows[each])
-    return (
-        f"{table} has {total:,} rows, {rows[name]:,} of them in {name}, more than {most:,}; no run writes so many: "
-        "move it away"
-    )
 
 
 class Column(NamedTuple):
@@ -312,6 +298,7 @@ TABLES: dict[str, list[Column]] = {
 Row = dict[str, Any]
 
 
+@cache
 def arrow_schema(table: str) -> pa.Schema:
     """Arrow schema of `table`, with `unit` and `meaning` in each field's metadata and `schema_version` in its own."""
     fields = [pa.field(c.name, c.type, metadata={"unit": c.unit, "meaning": c.meaning}) for c in TABLES[table]]

@@ -41,8 +41,10 @@ _TOKEN = re.compile(
     r"(?<![A-Za-z0-9])(?:hf_[A-Za-z0-9]{16,}|(?:AKIA|ASIA)[A-Z0-9]{12,}|gh[a-z]_[A-Za-z0-9]{16,}"
     r"|(?:github_pat|glpat|sk)[_-][\w-]{16,}|eyJ[\w-]{8,}\.[\w-]{4,}\.[\w-]*)"
 )
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-_LINK = re.compile(r"::(?=[a-z0-9]+::|[A-Za-z][A-Za-z0-9+.-]*://)")  # between the file systems of a chain
+# No scheme is longer; without an end, a megabyte of letters would be looked through from each of them.
+_SCHEME = r"[A-Za-z][A-Za-z0-9+.-]{0,40}://"
+_URL = re.compile(_SCHEME)
+_LINK = re.compile(rf"::(?=[a-z0-9]{{1,40}}::|{_SCHEME})")  # between the file systems of a chain
 _HOST = re.compile(r"(?:[\w.*…-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
 _DOTLESS_PORT = re.compile(r"(?!localhost:)[^.\[\]]+:[0-9]*")
 _PARAMETERS = re.compile(r";[^/]*=[^/]*")

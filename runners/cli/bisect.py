@@ -10,7 +10,7 @@ import polars as pl
 
 from deadbench.analysis.compare import compare
 from deadbench.analysis.gate import DEFAULT, Gate, GateError, broken, judge, load_gate
-from deadbench.analysis.results import latest, scan
+from deadbench.analysis.results import collected, latest, scan
 from deadbench.analysis.trend import first_failing
 from deadbench.runners.driver.driver import new_run_id
 from deadbench.runners.driver.in_process import execute_at
@@ -125,7 +125,7 @@ def _rows(location: str, checkpoint: ReadJob) -> pl.LazyFrame:
     """
     wanted = [pl.col(name).eq_missing(pl.lit(value)) for name, value in checkpoint.key_columns().items()]
     reads = scan(location).filter(*wanted)
-    row = latest(reads).collect().row(0, named=True)
+    row = collected(latest(reads)).row(0, named=True)
     if row["status"] != "ok":
         raise JobError(f"{checkpoint.label()}: could not be read ({row['error']}); the bisection cannot go on")
     return reads

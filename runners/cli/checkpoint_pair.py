@@ -82,10 +82,11 @@ def _only_checkpoint(reads: "pl.LazyFrame") -> str | None:
     """Where the one checkpoint is that a side's reads are of; None where there are several, or it is not here."""
     import polars as pl
 
+    from deadbench.analysis.results import collected
     from deadbench.suite.checkpoints.sources import locate
 
     which = reads.filter(pl.col("status") == "ok", pl.col("read") != "random").select("source", "revision").unique()
-    found = which.collect().rows()
+    found = collected(which).rows()
     if len(found) != 1 or found[0][0] is None:
         return None
     place = locate(found[0][0])

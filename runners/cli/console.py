@@ -104,10 +104,11 @@ def model_named(results: Any, name: str) -> str:
 
     A name that means none, or several, comes back as it is.
     """
+    from deadbench.analysis.results import collected
     from deadbench.suite.secrets import shown_place
 
     name = shown_place(name)  # as rows name it
-    known = results.select("model").unique().collect()["model"].to_list()
+    known = collected(results.select("model").unique())["model"].to_list()
     plain = os.path.normpath(name)
     for fits in (
         lambda model: model == name,

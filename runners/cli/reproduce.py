@@ -72,12 +72,12 @@ def reproduce(
     """
     from deadbench.analysis.formats import plain_rows
     from deadbench.analysis.paired import Samples
-    from deadbench.analysis.results import latest, scan
+    from deadbench.analysis.results import collected, latest, scan
 
     one_of("--read", read, tuple(READ_SPECS))
     reads = scan(results)
     model = model_named(reads, model)
-    known = latest(reads).collect()
+    known = collected(latest(reads))
     if model not in known["model"]:
         raise UserError(f"{model!r} has no read in {results}; choose {', '.join(_near(model, known['model']))}")
     asked = {name: value for name, value in (("read", read), ("revision", revision)) if value is not None}
@@ -94,7 +94,7 @@ def reproduce(
     if address not in _HERE and address == told["address"]:
         raise UserError(f"run {run_id} was on the cluster {address}; give --address {address} to join it, or none")
     _run_again(told, model, rows, folder, address, debug)
-    made = latest(scan(folder)).collect()
+    made = collected(latest(scan(folder)))
     table = _beside(rows, made, Samples(scan(results, "samples"), scan(folder, "samples")))
     versions = _versions(rows["versions"].to_list(), made["versions"].to_list())
     num_differing = int((table["verdict"] == "differs").sum())

@@ -82,12 +82,12 @@ def dead(
     Example: [bold]deadbench dead results --verdict learned[/bold]
     """
     from deadbench.analysis.dead import VERDICTS, dead_directions
-    from deadbench.analysis.results import scan
+    from deadbench.analysis.results import collected, scan
 
     one_of("--verdict", verdict, VERDICTS)
     tables = (scan(results, name) for name in ("reads", "norms", "spectra", "blocks"))
     found = dead_directions(*tables, every=every)
-    known = scan(results).select("model").unique().collect()["model"].to_list()
+    known = collected(scan(results).select("model").unique())["model"].to_list()
     model = model_named(scan(results), model) if model is not None else None
     if model is not None and model not in known:
         raise UserError(f"--model {model!r} has no read here; choose {', '.join(sorted(known)[:20])}")

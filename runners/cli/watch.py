@@ -37,7 +37,10 @@ def watch(
         ),
     ] = None,
     on_break: Annotated[
-        str | None, typer.Option(metavar="CMD", help="Run at a break, with the verdict as JSON on its stdin; no shell.")
+        str | None,
+        typer.Option(
+            metavar="CMD", help="Run at a break for 600 s at most, the verdict as JSON on its stdin; no shell."
+        ),
     ] = None,
     follow: Annotated[
         bool, typer.Option("--follow/--once", help="Until interrupted, or one look: for cron, CI.")

@@ -39,6 +39,7 @@ _SETTLING_SECONDS = 1.0  # between the two looks of --once
 _PAGE_SECONDS = 10.0  # between two pages within one look, which may find a hundred checkpoints
 _SHOWN = 3
 _STDERR = 2
+COMMAND_SECONDS = 600.0  # of --on-break, for which no checkpoint is read meanwhile
 
 
 @dataclass
@@ -196,9 +197,13 @@ class Watch:
         command = shlex.split(self.on_break)
         try:
             told = json.dumps(asdict(verdict))
-            done = subprocess.run(command, input=told, text=True, check=False, stdout=_STDERR)  # stdout is for data
+            done = subprocess.run(  # stdout is for data
+                command, input=told, text=True, check=False, stdout=_STDERR, timeout=COMMAND_SECONDS
+            )
         except OSError as error:
             self.say(f"--on-break {command[0]}: cannot be run ({message(error)})")
+        except subprocess.TimeoutExpired:
+            self.say(f"--on-break {command[0]}: ended after {COMMAND_SECONDS:g} s")
         else:
             self.say(f"--on-break {command[0]}: exit code {done.returncode}")
 

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from deadbench.runners.jobs.events import Finished, Progress
 from deadbench.runners.jobs.job import ModelJob, ReadJob
-from deadbench.suite.plain_text import plain
+from deadbench.suite.plain_text import MAX_LINE, plain
 
 _HEADERS = ("model", "phase", "done", "rate", "GPU memory", "left")
 _TOLD_SECONDS = 60.0  # between two lines of one model where there is no terminal
@@ -104,7 +104,7 @@ class Reporter:
         seconds = f" in {time.monotonic() - line.since:.1f} s" if line else ""
         row = event.row
         outcome = f"failed: {row['error']}" if row["status"] == "failed" else _headline(row)
-        self.say(f"[{self._done}/{self._total}] {event.job.label()}: {outcome}{seconds}")
+        self._outcome(event.job.label(), f"{outcome}{seconds}")
         if self._debug and event.traceback:
             for each in event.traceback.splitlines():
                 self._print(each.replace("\x1b", "\\x1b"))
@@ -122,7 +122,10 @@ class Reporter:
             outcome = "read by another run"
         else:
             outcome = "read" if row["depth"] is None else f"depth {row['depth']:.2f}"
-        self.say(f"[{self._done}/{self._total}] {label}: {outcome}")
+        self._outcome(label, outcome)
+
+    def _outcome(self, label: str, outcome: str) -> None:
+        self.say(plain(f"[{self._done}/{self._total}] {label}: {outcome}", MAX_LINE))
 
     def at(self) -> list[dict[str, Any]]:
         """Where the running models are, as their last `Progress` says it."""

@@ -9,9 +9,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from deadbench.suite.schema import KEY, too_many_rows
+from deadbench.suite.schema import KEY
 from deadbench.suite.secrets import shown_place
 from deadbench.suite.storage import is_hidden, is_local, open_place, refusal
+from deadbench.suite.table_sizes import FileSize, size_of, too_large
 
 _FOOTER_BYTES = 2**17  # as much of a remote file's end as holds its schema
 
@@ -35,7 +36,7 @@ class ResultReader:
         except Exception as error:
             raise StoreError(f"{self._named}: {refusal(error)}") from error
         self._local = is_local(self._fs)
-        self._rows: dict[str, dict[str, int]] = {}  # of each table's files that were looked into, how many they have
+        self._sizes: dict[str, dict[str, FileSize]] = {}  # of each table's files that were looked into
         self._passed: set[str] = set()  # files of `reads` whose rows were asked for, or were there when this run began
 
     def place(self) -> tuple[Any, str]:
@@ -76,17 +77,17 @@ class ResultReader:
     def _read(self, path: str, source: Any, columns: list[str]) -> list[dict[str, Any]]:
         """Rows of a file of `reads`, which may have come a moment ago and be anybody's."""
         with self._readable(path):
-            self._count("reads", path, pq.read_metadata(source).num_rows)
+            self._count("reads", path, size_of(pq.read_metadata(source), source))
             if not self._local:
                 source.seek(0)
             return pq.read_table(source, columns=columns, partitioning=None).to_pylist()  # type: ignore[no-any-return]
 
-    def _count(self, table: str, path: str, num_rows: int) -> None:
-        """Raise StoreError where a table has more rows than any run writes, with those of this file."""
-        rows = self._rows.setdefault(table, {})
-        rows[path] = num_rows
-        if why := too_many_rows(table, rows):
-            del rows[path]  # it may be moved away
+    def _count(self, table: str, path: str, size: FileSize) -> None:
+        """Raise StoreError where a table is larger than any run's, with this file."""
+        sizes = self._sizes.setdefault(table, {})
+        sizes[path] = size
+        if why := too_large(table, sizes):
+            del sizes[path]  # it may be moved away
             raise StoreError(f"{self._named}: {why}")
 
     def read_text(self, path: str) -> str | None:
@@ -150,5 +151,5 @@ class ResultReader:
     def _readable(self, path: str) -> Iterator[None]:
         try:
             yield
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise StoreError(f"{self._named}: {path} cannot be read as parquet; move it away") from error

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from deadbench.runners.results.reader import ResultReader, StoreError
 from deadbench.suite.schema import SCHEMA_VERSION, TABLES
 from deadbench.suite.storage import refusal, renames, write_whole
+from deadbench.suite.table_sizes import FileSize, rows_of
 
 __all__ = ["ResultStore", "StoreError"]
 _OLD_SECONDS = 86_400.0  # of a file that was on its way when its writer was killed
@@ -104,7 +105,7 @@ class ResultStore(ResultReader):
                 with self._readable(path):
                     footer = pq.read_metadata(source)
                 metadata = footer.metadata or {}
-                self._count(table, path, footer.num_rows)
+                self._count(table, path, FileSize(rows_of(footer)))
                 version = metadata.get(b"schema_version", b"").decode()
                 if not version.isdigit():
                     raise StoreError(f"{self._named}: {path} is not a deadbench result; choose another folder")

@@ -19,6 +19,7 @@ import httpx2
 from deadbench.suite.checkpoints.formats.table import FORMATS
 from deadbench.suite.checkpoints.http_requests import CutOffError, Requests, body_of, pieces, total
 from deadbench.suite.checkpoints.no_weights import ADAPTER_FILE
+from deadbench.suite.checkpoints.rate_limits import number
 from deadbench.suite.errors import ChangedError, CheckpointError
 from deadbench.suite.secrets import shown_place
 
@@ -55,6 +56,11 @@ class _Version:
             if mine != its and mine != "" and its != "":
                 return f"{what} was {mine} and is {its}"
         return None
+
+    def comparable(self, other: "_Version") -> bool:
+        """Whether both tell one thing, ETag or time, or neither tells any; of nothing (416) there is none to tell."""
+        told = (self.etag, other.etag), (self.modified, other.modified)
+        return self.size == 0 or any(all(pair) for pair in told) or not any(any(pair) for pair in told)
 
     def wanted(self) -> dict[str, str]:
         """The condition of a request for this one; a weak ETag is none, since If-Match compares strongly."""
@@ -97,7 +103,12 @@ class HttpFolder:
                 shards = set(json.loads(index)["weight_map"].values())
             plain = sorted(shard for shard in shards if isinstance(shard, str) and "/" not in shard)
             with concurrent.futures.ThreadPoolExecutor(CONCURRENT_REQUESTS) as pool:
-                names += [n for n, found in zip(plain, pool.map(self._exists, plain), strict=True) if found]
+                for start in range(0, len(plain), CONCURRENT_REQUESTS):
+                    asked = plain[start : start + CONCURRENT_REQUESTS]
+                    answers = list(pool.map(self._exists, asked))
+                    names += [name for name, found in zip(asked, answers, strict=True) if found]
+                    if not all(answers):  # one is missing, and an index may name a million
+                        break
         return names
 
     def size(self, name: str) -> int:
@@ -135,10 +146,9 @@ class HttpFolder:
                 self._hold(name, answer, total(answer.headers.get("Content-Range")) or size)
                 return
             resumed = answer.status_code == 206
-            told = answer.headers.get("Content-Length", "")
             start = target.stat().st_size if resumed else 0
-            whole = self._ranged(answer, name, start) if resumed else int(told) if told.isdigit() else size
-            self._hold(name, answer, whole)
+            whole = self._ranged(answer, name, start) if resumed else _length(answer)
+            self._hold(name, answer, size if whole is None else whole)
             received = 0
             with target.open("ab" if resumed else "wb") as file:
                 for piece in pieces(answer):
@@ -189,6 +199,11 @@ class HttpFolder:
             first = self._versions.setdefault(name, version)
         if difference := first.difference(version):
             raise ChangedError(f"{self._called(name)}: changed while it was read (its {difference}); run again")
+        if not self._pinned and answer.status_code != 416 and not first.comparable(version):
+            raise ChangedError(
+                f"{self._called(name)}: the server tells ETag or time of some answers and not of others, which may be "
+                "of two versions; run again"
+            )
 
     def _request(self, name: str, start: int, end: int) -> bytes:
         """Bytes `start` to `end` of a file or as many as it has."""
@@ -222,24 +237,31 @@ class HttpFolder:
         """Size of the file, from a 206 answer that is what was asked for."""
         told = answer.headers.get("Content-Range", "")
         size = total(told)
-        if size is None or not re.match(rf"bytes {start}-", told):
+        match = re.match(r"bytes ([0-9]{1,18})-([0-9]{1,18})/", told)
+        first, last = (int(match[1]), int(match[2])) if match else (-1, -1)
+        if size is None or first != start or _length(answer) not in (None, last - first + 1):
             raise CheckpointError(f"{self._called(name)}: the server answers with another range ({told!r})")
         return size
 
     def _unranged(self, answer: httpx2.Response, name: str, end: int) -> int:
         """Size of the file, from a 200 answer that starts at its first byte whatever was asked for."""
-        told = answer.headers.get("Content-Length", "")
-        if not told.isdigit():
+        length = _length(answer)
+        if length is None:
             raise CheckpointError(
                 f"{self._called(name)}: the server ignores Range requests and tells no length; "
                 "serve the checkpoint with ranges"
             )
-        if min(end, int(told)) > _SMALL_BYTES:
+        if min(end, length) > _SMALL_BYTES:
             raise CheckpointError(
-                f"{self._called(name)}: the server ignores Range requests, so {int(told):,} bytes would be downloaded "
+                f"{self._called(name)}: the server ignores Range requests, so {length:,} bytes would be downloaded "
                 "for a few; serve the checkpoint with ranges, or download it and name the folder"
             )
-        return int(told)
+        return length
 
     def _called(self, name: str) -> str:
         return f"{self.source}: {name}"
+
+
+def _length(answer: httpx2.Response) -> int | None:
+    """Bytes of an answer's body, as its head tells; None where it does not."""
+    return number(answer.headers.get("Content-Length", ""))

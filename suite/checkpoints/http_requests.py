@@ -15,7 +15,7 @@ from typing import TypeVar
 import httpx2
 
 from deadbench.suite.checkpoints.http_client import HEAD_SECONDS, IDLE_SECONDS, InsideError, client, is_inside, within
-from deadbench.suite.checkpoints.rate_limits import LIMITS, named_wait
+from deadbench.suite.checkpoints.rate_limits import LIMITS, named_wait, number
 from deadbench.suite.errors import ChangedError, CheckpointError, UnreachableError, first_line
 
 ATTEMPTS = 4
@@ -194,5 +194,5 @@ def pieces(answer: httpx2.Response, seconds: float | None = None) -> Iterator[by
 
 def total(content_range: str | None) -> int | None:
     """Bytes of the whole file, by a Content-Range header; None where it does not say."""
-    match = re.fullmatch(r"bytes (?:\d+-\d+|\*)/(\d+)", content_range or "")
-    return int(match[1]) if match else None
+    match = re.fullmatch(r"bytes (?:[0-9]+-[0-9]+|\*)/([0-9]+)", content_range or "")
+    return number(match[1]) if match else None

@@ -73,11 +73,16 @@ class HostLimits:
             return max(0.0, self._until.get(host, 0.0) - time.monotonic())
 
 
+def number(told: str) -> int | None:
+    """The number that a header tells; None where it is none, or longer than any that is meant."""
+    return int(told) if re.fullmatch(r"[0-9]{1,18}", told) else None
+
+
 def named_wait(headers: Mapping[str, str]) -> float | None:
     """Seconds that an answer asks to wait: `Retry-After` as number or date, or the Hub's `RateLimit`; None for none."""
     told = (headers.get("Retry-After") or "").strip()
-    if told.isdigit():
-        return float(told)
+    if (seconds := number(told)) is not None:
+        return float(seconds)
     if told:
         try:
             when = email.utils.parsedate_to_datetime(told)

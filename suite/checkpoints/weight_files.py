@@ -141,9 +141,11 @@ def _sharded(files: Files, index: str, of: Format) -> WeightFiles:
         if not shard.endswith(of.suffixes):
             raise CheckpointError(f"{index}: names {shown(shard)}, which is no {of.suffixes[0]} file")
     with concurrent.futures.ThreadPoolExecutor(_CONCURRENT) as pool:
-        for shard, there in zip(shards, pool.map(files.has, shards), strict=True):
-            if not there:
-                raise CheckpointError(f"{index}: names {shard}, which is missing; download the checkpoint again")
+        for start in range(0, len(shards), _CONCURRENT):  # an index may name a million that are not there
+            asked = shards[start : start + _CONCURRENT]
+            for shard, there in zip(asked, pool.map(files.has, asked), strict=True):
+                if not there:
+                    raise CheckpointError(f"{index}: names {shard}, which is missing; download the checkpoint again")
     return WeightFiles(tuple(shards), index, weight_map, of, loadable="metadata" in told)
 
 

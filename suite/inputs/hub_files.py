@@ -1,5 +1,6 @@
 """Parquet files of a Hub dataset, `DATASET[:CONFIG][:SPLIT]`: where they are, and whether they can be had."""
 
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -7,6 +8,7 @@ from deadbench.suite.errors import reason_of
 from deadbench.suite.storage import is_hidden
 
 _MAGIC = b"PAR1"  # the last bytes of a parquet file
+_MOST_HELD = 2**28  # bytes of values of which each takes up what it shares
 
 
 class DatasetError(ValueError):
@@ -54,6 +56,26 @@ def why_unreachable(spec: str) -> str | None:
     except Exception as error:  # whatever the Hub's client raises
         return f"input 'hf:{spec}' cannot be reached ({reason_of(error)})"
     return None
+
+
+def values_once(file: Any, table: Any, column: str, rows: int) -> Iterator[Any]:
+    """A column, `rows` of them at a time: what many rows share, as parquet stores it once, is held once."""
+    import pyarrow.parquet as pq
+
+    chunks = [
+        group.column(place)
+        for group in map(table.metadata.row_group, range(table.num_row_groups))
+        for place in range(table.metadata.num_columns)
+        if group.column(place).path_in_schema.partition(".")[0] == column
+    ]
+    ways = {way for chunk in chunks for way in chunk.encodings}
+    if "DELTA_BYTE_ARRAY" in ways:  # each value is what it adds to the one before
+        rows = max(1, min(rows, _MOST_HELD // max(chunk.total_uncompressed_size for chunk in chunks)))
+    paths = {chunk.path_in_schema for chunk in chunks if chunk.physical_type == "BYTE_ARRAY"}
+    shared = [] if any(way.startswith("DELTA_") for way in ways) else sorted(paths)
+    file.seek(0)
+    for batch in pq.ParquetFile(file, read_dictionary=shared).iter_batches(batch_size=rows, columns=[column]):
+        yield batch.column(0)
 
 
 def _parquet_files(filesystem: Any, dataset: str, config: str, split: str) -> list[str]:

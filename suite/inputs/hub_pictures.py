@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from deadbench.suite.inputs.hub_files import DatasetError, dataset_files
+from deadbench.suite.inputs.hub_files import DatasetError, dataset_files, values_once
 
 _ROWS = 16  # decoded one by one, fetched together
 
@@ -32,8 +32,8 @@ def read_hub_pictures(spec: str, filesystem: Any = None) -> Iterator[tuple[str, 
                     f"input 'hf:{spec}' has no column of pictures; its columns: {', '.join(table.schema_arrow.names)}"
                 )
             place = 0
-            for batch in table.iter_batches(batch_size=_ROWS, columns=[column]):
-                for cell in batch.column(0).to_pylist():
+            for batch in values_once(file, table, column, _ROWS):
+                for cell in (each.as_py() for each in batch):
                     encoded = cell.get("bytes") if isinstance(cell, dict) else cell
                     if encoded is None:
                         raise DatasetError(f"input 'hf:{spec}': {path}, row {place} has no bytes of a picture")

@@ -3,7 +3,10 @@
 from collections.abc import Iterator
 from typing import Any
 
-from deadbench.suite.inputs.hub_files import DatasetError, dataset_files
+from deadbench.suite.inputs.hub_files import DatasetError, dataset_files, values_once
+
+_ROWS = 256  # documents in a piece
+_LONGEST = 2**24  # letters of one
 
 
 def read_hub_text(spec: str, filesystem: Any = None) -> Iterator[str]:
@@ -31,5 +34,18 @@ def read_hub_text(spec: str, filesystem: Any = None) -> Iterator[str]:
                     f"input 'hf:{spec}' has no text column; its columns: {', '.join(table.schema_arrow.names)}"
                 )
             column = "text" if "text" in names else names[0]
-            for batch in table.iter_batches(batch_size=256, columns=[column]):
-                yield "\n".join(text for text in batch.column(0).to_pylist() if text) + "\n"
+            for batch in values_once(file, table, column, _ROWS):
+                yield from _pieces(text.as_py() for text in batch)
+
+
+def _pieces(texts: Iterator[str | None]) -> Iterator[str]:
+    """Documents one below another, in one piece unless they are long."""
+    held, letters = list[str](), 0
+    for text in filter(None, texts):
+        for start in range(0, len(text), _LONGEST):
+            if letters > _LONGEST:
+                yield "\n".join(held) + "\n"
+                held, letters = [], 0
+            held.append(text[start : start + _LONGEST])
+            letters += len(held[-1])
+    yield "\n".join(held) + "\n"

@@ -27,9 +27,12 @@ from deadbench.suite.storage import read_file
 
 _PROCESSOR_FILE = "preprocessor_config.json"
 _LOADERS = {"image processor": "AutoImageProcessor", "feature extractor": "AutoFeatureExtractor"}
+# Of a file, whatever it is called; of others some are programs (EPS), which Pillow gives to another one to run.
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 # Of a photograph: as from where Pillow warns of a bomb, which a file of some kilobytes can be; and of its file.
 _MOST_PIXELS = 89_478_485
 _MOST_PIXELS_AT_ONCE = 400_000_000  # 1.6 GB
+_MOST_BYTES_HELD = 2**30  # of the pictures of a dataset, as they are stored
 _SECONDS = 10.0  # of sound an item; extractors with a fixed length cut or fill it
 
 
@@ -51,7 +54,8 @@ class Photo:
                 warnings.simplefilter(
                     "ignore", Image.DecompressionBombWarning
                 )  # `size` refuses from the same number on
-                opened = Image.open(io.BytesIO(encoded))
+                Image.init()  # else few of these are known by name
+                opened = Image.open(io.BytesIO(encoded), formats=_FORMATS)
             with opened:
                 yield opened
         except InputError:
@@ -100,7 +104,15 @@ def photographs(spec: str, most: int) -> list[Photo]:
     kind, _, rest = spec.partition(":")
     if kind != "hf":
         return [Photo(str(path)) for path in photo_files(rest)]
-    photos = [Photo(name, encoded) for name, encoded in itertools.islice(read_hub_pictures(rest), most)]
+    photos, held = list[Photo](), 0
+    for name, encoded in itertools.islice(read_hub_pictures(rest), most):
+        photos.append(Photo(name, encoded))
+        held += len(encoded)
+        if held > _MOST_BYTES_HELD:
+            raise InputError(
+                f"{name}: the pictures up to it have {held:,} bytes; at most {_MOST_BYTES_HELD:,} of {most}: give "
+                "fewer --tokens, or smaller pictures"
+            )
     if not photos:
         raise InputError(f"input {spec!r} has no pictures")
     return photos
@@ -150,6 +162,7 @@ def own_pictures(crops: list[Crop], folder: Path | None, accepted: set[str]) -> 
     """
 
     def process(processor: Any) -> Any:
+        _check_made(processor)
         pixels = sum(math.prod(crop.size) for crop in crops)
         if pixels > _MOST_PIXELS_AT_ONCE:
             raise InputError(
@@ -176,6 +189,8 @@ def own_sound(count: int, seed: int, folder: Path | None, accepted: set[str]) ->
 
     def extract(extractor: Any) -> Any:
         rate = int(extractor.sampling_rate)
+        if not 0 < count * _SECONDS * rate <= _MOST_PIXELS_AT_ONCE:
+            raise InputError(f"its sampling rate is {rate}; for {count} items at most {_MOST_PIXELS_AT_ONCE:,} values")
         waves = noise_like(torch.empty(1, int(_SECONDS * rate)), count, seed).numpy()
         return extractor(list(0.1 * waves), sampling_rate=rate, return_tensors="pt")
 
@@ -199,6 +214,32 @@ def _processed(
     except Exception as error:
         raise InputError(f"the {kind} in {folder} fails ({reason_of(error)})") from error
     return {name: value for name, value in made.items() if name in accepted and isinstance(value, Tensor)}
+
+
+def _check_made(processor: Any) -> None:
+    """Raise InputError where what a stranger's processor makes of one picture, however small, would be too much."""
+    told = processor.to_dict()
+    merges = "merge_size" in told  # whose edges are numbers of pixels
+
+    def pixels(name: str, value: Any) -> int:
+        if isinstance(value, dict):
+            whole = [side for side in map(value.get, ("height", "width")) if isinstance(side, int)]
+            area = math.prod(whole) if len(whole) == 2 else 0
+            return max([area, *(pixels(key, each) for key, each in value.items())], default=0)
+        if isinstance(value, (list, tuple)):  # the sizes that a picture may be cut to
+            area = math.prod(value) if len(value) == 2 and all(isinstance(side, int) for side in value) else 0
+            return max([area, *(pixels(name, each) for each in value)], default=0)
+        if not isinstance(value, int) or isinstance(value, bool):
+            return 0
+        if name == "max_patches":
+            return value * 256
+        if name == "min_pixels" or (merges and name == "shortest_edge"):
+            return value
+        return value**2 if name in ("shortest_edge", "size") else 0
+
+    for name, value in told.items():
+        if pixels(name, value) > _MOST_PIXELS:
+            raise InputError(f"the model's own image processor makes more than {_MOST_PIXELS:,} pixels of one ({name})")
 
 
 def distinct_patches(pixels: Tensor, patch: int | None) -> int | None:

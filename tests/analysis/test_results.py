@@ -1,3 +1,4 @@
+import os
 import shutil
 from pathlib import Path
 
@@ -165,7 +166,7 @@ def test_a_time_past_the_calendar_is_none(result_set, read, tmp_path, instant):
 def test_a_file_of_more_rows_than_any_run_writes_is_refused_by_its_footer(result_set, read, monkeypatch):
     location = result_set([read("a")])
     store = ResultStore(location)
-    monkeypatch.setattr("deadbench.suite.schema.MAX_READS", 0)
+    monkeypatch.setattr("deadbench.suite.table_sizes.MAX_READS", 0)
     with pytest.raises(ResultsError, match=r"reads has 1 rows, 1 of them in 0000\.parquet, more than 0; no run"):
         scan(location)
     for opens in (lambda: ResultStore(location), store.finished, ResultReader(location).come):
@@ -176,7 +177,7 @@ def test_a_file_of_more_rows_than_any_run_writes_is_refused_by_its_footer(result
 def test_rows_of_all_files_count_and_a_file_that_comes_during_a_run_is_not_held(result_set, read, monkeypatch):
     location = result_set([read("a"), read("b")])
     store, path = ResultStore(location), Path(location) / "reads" / "0000.parquet"
-    monkeypatch.setattr("deadbench.suite.schema.MAX_READS", 3)
+    monkeypatch.setattr("deadbench.suite.table_sizes.MAX_READS", 3)
     assert store.come() == []
     shutil.copy(path, path.with_name("0002.parquet"))
     assert len(store.come()) == 1
@@ -186,3 +187,22 @@ def test_rows_of_all_files_count_and_a_file_that_comes_during_a_run_is_not_held(
         store.come()
     path.with_name("0003.parquet").unlink()
     assert store.come() == []
+
+
+def test_what_polars_says_of_its_panic_is_not_told_and_other_words_are(result_set, read, monkeypatch, capfd):
+    frame = scan(result_set([read()]))
+    made = pl.collect_all
+
+    def torn(frames, panics):
+        os.write(2, b"words of another\n")
+        if panics:
+            raise pl.exceptions.PanicException("index out of bounds\nstack backtrace:")
+        return made(frames)
+
+    monkeypatch.setattr(pl, "collect_all", lambda frames: torn(frames, panics=False))
+    assert collected(frame).height == 1
+    assert capfd.readouterr().err == "words of another\n"
+    monkeypatch.setattr(pl, "collect_all", lambda frames: torn(frames, panics=True))
+    with pytest.raises(ResultsError, match=r"cannot be read to its end \(index out of bounds stack backtrace:\)"):
+        collected(frame)
+    assert capfd.readouterr().err == ""

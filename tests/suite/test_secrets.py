@@ -176,3 +176,13 @@ def test_a_command_is_kept_without_the_secrets_that_it_was_given(secret, name, f
 def test_what_is_no_secret_stays(text):
     assert scrubbed(text) == text
     assert shown_place(text.partition(": ")[0]) == text.partition(": ")[0]
+
+
+@pytest.mark.parametrize(
+    "part", ["x", "-", "x.", "a://", "key=", "token", "::", "a::", "'", "eyJ", "cookie: ", "a:// "]
+)
+def test_long_words_take_no_longer_than_their_length_asks(part):
+    """With its square it would be an hour, and the limit of a test would end it."""
+    text = part * (100_000 // len(part))
+    assert scrubbed(text)
+    assert shown_place(text)

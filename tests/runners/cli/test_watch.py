@@ -157,6 +157,19 @@ def test_a_command_gets_each_new_break_and_no_shell(run, stored, deadbench):
 
 @pytest.mark.slow
 @pytest.mark.subprocess
+def test_a_command_that_does_not_end_is_ended(run, stored, deadbench, monkeypatch):
+    monkeypatch.setattr("deadbench.runners.cli.watching.COMMAND_SECONDS", 0.2)
+    arrive(stored / "faulty", 30)
+    waits = shlex.join([sys.executable, "-c", "import time; time.sleep(60)"])
+    began = time.monotonic()
+    code, out, err = deadbench("watch", "run", "--out", "out", "--once", "--on-break", waits)
+    assert (code, len(out.splitlines())) == (1, 3)
+    assert f"--on-break {sys.executable}: ended after 0.2 s" in err
+    assert time.monotonic() - began < 60
+
+
+@pytest.mark.slow
+@pytest.mark.subprocess
 def test_a_training_that_diverged_is_told_once_and_one_checkpoint_that_went_is_not(
     run, stored, deadbench, deleted_while_read
 ):

@@ -112,6 +112,9 @@ def s3_server() -> Iterator[Refusing]:
     server.stop()
 
 
+_ETAG = {"ETag": '"e"'}
+
+
 class Misbehaving(http.server.ThreadingHTTPServer):
     """Serves `folder`; `faults` maps a file name to how it is served, `requests` lists (name, Range) as they come."""
 
@@ -153,15 +156,15 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         size = path.stat().st_size
         data = path.read_bytes() if size < 2**30 else b""  # of larger files, mostly holes, ranges alone are served
         if fault == "huge":  # a terabyte that nobody must ask for
-            return self._body(200, data, length=10**12)
+            return self._body(200, data, _ETAG, length=10**12)
         if asked is None or fault in ("no ranges", "no length"):
-            return self._body(200, data, length=None if fault == "no length" else len(data))
+            return self._body(200, data, _ETAG, length=None if fault == "no length" else len(data))
         start, end = asked.removeprefix("bytes=").split("-")
         start, end = int(start), min(int(end) + 1, size) if end else size
         if start >= size:
             return self._status(416, {"Content-Range": f"bytes */{size}"})
         shift = 8 if fault == "other range" else 0
-        told = {"Content-Range": f"bytes {start + shift}-{end + shift - 1}/{size}", "ETag": '"e"'}
+        told = {"Content-Range": f"bytes {start + shift}-{end + shift - 1}/{size}"} | _ETAG
         cut = (end - start) // 2 if fault == "cut off" else end - start
         with path.open("rb") as file:
             file.seek(start)

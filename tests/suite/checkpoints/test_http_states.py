@@ -67,7 +67,8 @@ class Server:
         if fault == "no length":
             return httpx2.Response(200, stream=Body(self.data))
         if fault == "no ranges":
-            return httpx2.Response(200, headers={"Content-Length": str(len(self.data))}, stream=Body(self.data))
+            told = {"Content-Length": str(len(self.data)), "ETag": '"e"'}
+            return httpx2.Response(200, headers=told, stream=Body(self.data))
         data, shift = self.data[start:end], 8 if fault == "other range" else 0
         headers = {"Content-Length": str(len(data)), "ETag": '"e"'}
         status = 206 if "Range" in request.headers else 200

@@ -122,6 +122,47 @@ def test_the_header_of_one_and_the_numbers_of_another_are_told(served, says, siz
         folder.read("model.safetensors", 30_000, 40_000)
 
 
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ({"ETag": '"0"'}, {}),
+        ({}, {"ETag": '"1"'}),
+        ({"ETag": '"0"'}, {"Last-Modified": "Sat, 01 Jan 2000 00:00:00 GMT"}),
+        ({"Last-Modified": "Sat, 01 Jan 2000 00:00:00 GMT"}, {}),
+    ],
+)
+def test_a_server_that_no_longer_tells_which_version_it_sends(served, first, then):
+    told = [first, then]
+
+    def server(request):
+        start, end = (int(each) for each in request.headers["Range"].removeprefix("bytes=").split("-"))
+        span = {"Content-Range": f"bytes {start}-{end}/50000", "Content-Length": str(end + 1 - start)}
+        return httpx2.Response(206, headers=span | told.pop(0), stream=Body(bytes(end + 1 - start)))
+
+    folder = served(server)
+    assert folder.read("file", 0, 8) == bytes(8)
+    with pytest.raises(ChangedError, match="file: the server tells ETag or time of some answers and not of others"):
+        folder.read("file", 30_000, 40_000)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        {"Content-Range": "bytes 0-16383/50000", "Content-Length": "50000"},  # all of it, and called a part
+        {"Content-Range": "bytes 0-/50000", "Content-Length": "16384"},
+        {"Content-Range": "bytes 0-16383/" + "9" * 5000, "Content-Length": "16384"},
+        {"Content-Range": "bytes 0-16383/\u0665\u0660", "Content-Length": "16384"},
+        {"Content-Range": "items 0-16383/50000", "Content-Length": "16384"},
+        {"Content-Length": "16384"},
+    ],
+)
+def test_a_part_that_is_not_what_was_asked_for(served, head):
+    raw = [(name.encode(), told.encode()) for name, told in head.items()]
+    folder = served(lambda request: httpx2.Response(206, headers=raw, stream=Body(bytes(16_384))))
+    with pytest.raises(http_requests.CheckpointError, match="file: the server answers with another range"):
+        folder.read("file", 0, 8)
+
+
 def test_a_server_that_heeds_the_condition_is_told_it(served):
     server = Changing(heeds=True)
     folder = served(server)

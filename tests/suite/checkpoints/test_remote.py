@@ -1,5 +1,6 @@
 """Remote checkpoints: the same answer as from a folder, few bytes, and one line when the other side misbehaves."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -279,3 +280,13 @@ def test_s3_lists_a_series_and_says_what_is_missing(bucket):
     for source in (f"{bucket}/none", "s3://no-such-bucket/model"):
         with pytest.raises(CheckpointError, match="no such file or directory"):
             Checkpoint(source).config()
+
+
+def test_an_index_that_names_a_million_shards_that_are_not_there(tmp_path):
+    shards = {f"t{n}": f"s{n}.safetensors" for n in range(10_000)}
+    (tmp_path / "config.json").write_text(json.dumps(TINY_NEOX))
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    with misbehaving(tmp_path) as server:
+        told = classify(server.url)[0]
+        assert "names s0.safetensors, which is missing" in told["error"]
+        assert sum(name.startswith("s") for name, _ in server.requests) <= 40  # of ten thousand

@@ -11,7 +11,7 @@ from fsspec.implementations.dirfs import DirFileSystem
 from PIL import Image
 
 from deadbench.suite.errors import InputError
-from deadbench.suite.inputs import hub_files
+from deadbench.suite.inputs import hub_files, signals
 from deadbench.suite.inputs.hub_files import DatasetError, why_unreachable
 from deadbench.suite.inputs.hub_pictures import read_hub_pictures
 from deadbench.suite.inputs.signals import photo_crops, pictures_of
@@ -96,3 +96,9 @@ def test_why_a_dataset_cannot_be_had(hub, monkeypatch):
 
     monkeypatch.setattr(hub_files, "dataset_files", lambda spec: (Gated("."), ["a.parquet"]))
     assert "'hf:org/gated' cannot be reached (PermissionError: 403: accept its terms)" in why_unreachable("org/gated")
+
+
+def test_pictures_that_are_more_than_can_be_held_are_refused(hub, monkeypatch):
+    monkeypatch.setattr(signals, "_MOST_BYTES_HELD", 2 * len(png(10)))
+    with pytest.raises(InputError, match=r"row 2 of .*: the pictures up to it have [\d,]+ bytes; at most .* of 4"):
+        photo_crops("hf:org/photos::validation", 4, 0)

@@ -175,3 +175,48 @@ def test_the_checkpoints_own_processors_come_first(tmp_path):
         with pytest.raises(InputError, match=r"in .* fails") as caught:
             failing()
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"size": {"height": 10**9, "width": 10**9}},
+        {"size": {"height": 12_000, "width": 12_000}},
+        {"image_processor_type": "CLIPImageProcessor", "crop_size": {"height": 40_000, "width": 40_000}},
+        {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 100_000}},
+        {"image_processor_type": "Qwen2VLImageProcessor", "min_pixels": 10**12},
+        {"image_processor_type": "Pix2StructImageProcessor", "max_patches": 10**9},
+        {"image_processor_type": "LlavaNextImageProcessor", "image_grid_pinpoints": [[336, 336], [20_000, 20_000]]},
+    ],
+)
+def test_a_processor_that_makes_gigabytes_of_a_picture_is_refused_before_it_does(told, tmp_path):
+    processor = {"image_processor_type": "ViTImageProcessor"} | told
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
+    with pytest.raises(InputError, match="own image processor makes more than 89,478,485 pixels of one"):
+        own_pictures(photo_crops("image", 1, 0), tmp_path, {"pixel_values"})
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"image_processor_type": "Qwen2VLImageProcessor", "min_pixels": 3136, "max_pixels": 12_845_056},
+        {"image_processor_type": "LlavaNextImageProcessor", "image_grid_pinpoints": [[336, 672], [1008, 336]]},
+        {"image_processor_type": "CLIPImageProcessor"},
+    ],
+)
+def test_processors_as_they_are_published_are_not(told, tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(told))
+    assert own_pictures(photo_crops("image", 1, 0), tmp_path, {"pixel_values"})["pixel_values"].numel()
+
+
+def test_an_extractor_of_too_much_sound_is_refused(tmp_path):
+    extractor = {"feature_extractor_type": "Wav2Vec2FeatureExtractor", "sampling_rate": 10**10}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(extractor))
+    with pytest.raises(InputError, match="its sampling rate is 10000000000; for 2 items at most 400,000,000 values"):
+        own_sound(2, 0, tmp_path, {"input_values"})
+
+
+def test_a_program_that_is_called_a_picture_is_none(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 48\n%%EndComments\nshowpage\n")
+    with pytest.raises(InputError, match=r"a.png: not a photograph that can be opened \(UnidentifiedImageError"):
+        photo_crops(f"image:{tmp_path}", 1, 0)

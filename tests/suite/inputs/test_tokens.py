@@ -16,6 +16,7 @@ from fsspec.implementations.dirfs import DirFileSystem
 from deadbench.suite.errors import InputError
 from deadbench.suite.inputs.batches import check_count
 from deadbench.suite.inputs.hub_text import DatasetError, read_hub_text
+from deadbench.suite.inputs.hub_text import _pieces as _documents
 from deadbench.suite.inputs.specs import check_spec, content_hash
 from deadbench.suite.inputs.tokens import _pieces, token_batches
 from tests.conftest import TWINS
@@ -247,3 +248,36 @@ def hub_numbers(tmp_path):
     folder.mkdir(parents=True)
     pq.write_table(pa.table({"id": [1]}), folder / "train.parquet")
     return DirFileSystem(str(tmp_path / "only"))
+
+
+def shared(value, count, kind=None):
+    return pa.DictionaryArray.from_arrays(pa.array(np.zeros(count, np.int32)), pa.array([value], kind))
+
+
+@pytest.mark.parametrize("encoding", ["dictionary", "DELTA_BYTE_ARRAY", "DELTA_LENGTH_BYTE_ARRAY"])
+def test_a_text_that_a_thousand_rows_share_is_held_once_and_long_ones_come_in_pieces(tmp_path, monkeypatch, encoding):
+    path = tmp_path / "datasets/org/long/train.parquet"
+    path.parent.mkdir(parents=True)
+    text = "In the beginning " * 300_000
+    how = {} if encoding == "dictionary" else {"use_dictionary": False, "column_encoding": {"text": encoding}}
+    rows = 1000 if encoding == "dictionary" else 4
+    column = shared(text, rows).cast(pa.string()) if how else shared(text, rows)
+    pq.write_table(pa.table({"text": column}), path, compression="zstd", store_schema=False, **how)
+    before, pieces = pa.total_allocated_bytes(), []
+    for piece in read_hub_text("org/long", DirFileSystem(str(tmp_path))):
+        pieces.append(piece)
+        assert pa.total_allocated_bytes() - before < (5 if encoding == "dictionary" else 10) * len(text)
+        if len(pieces) == 3:
+            break
+    assert "".join(pieces).startswith(f"{text}\n{text}\n")
+    assert all(len(piece) <= 2**25 for piece in pieces)
+
+
+@pytest.mark.parametrize("lengths", [[0], [5, 0, 7], [2**24], [2**24 + 5, 3], [3, 2**25 + 1, 4, 2**24, 6]])
+def test_pieces_are_the_documents_one_below_another(lengths):
+    texts = [chr(ord("a") + place) * length for place, length in enumerate(lengths)]
+    pieces = list(_documents(iter([*texts, None])))
+    assert all(len(piece) <= 2 * 2**24 + len(lengths) for piece in pieces)
+    assert "".join(pieces).replace("\n", "") == "".join(texts)
+    if sum(lengths) <= 2**24:
+        assert pieces == ["\n".join(text for text in texts if text) + "\n"]
