@@ -107,7 +107,7 @@ def resolved_in(model: "nn.Module", config: Configuration, modality: str, stack:
     key = (config, modality, stack)
     found = _RESOLVED.get(key)
     if found is None:
-        found = resolve(model, modality, stack)
+        found = resolve(model, modality, stack, config.build())
         if found.final.path is not None:  # else other weights may tell more
             _RESOLVED[key] = found
     return found
