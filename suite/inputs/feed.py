@@ -82,6 +82,7 @@ def feed(
             part, spec, num_tokens=num_tokens, seed=seed, folder=folder, batch_tokens=batch_tokens,
             least_items=least_items,
         )  # fmt: skip
+    counted = final is not None and form is not None  # the rows that one item of this form gives
     form = working_form(part) if form is None else form
     if modality == "text":
         return _feed_tokens(
@@ -108,7 +109,10 @@ def feed(
         return filled | others, bool(own)
 
     sample, own = made(1)
-    rows = _rows(part, _one(sample, 0), final)
+    one = _one(sample, 0)
+    as_form = {n: t.shape for n, t in one.items()} == {n: t.shape for n, t in form.items()}
+    # A pass to count them would be of a film minutes.
+    rows = final.rows_per_item if final is not None and counted and as_form else _rows(part, one, final)
     count = max(least_items, -(-num_tokens // rows))
     everything, _ = made(count)
     packed = everything[main].shape[0] != count if main in everything else False

@@ -9,6 +9,7 @@ import torch
 from deadbench.suite.architectures.build import build_config, build_model
 from deadbench.suite.architectures.locate import find_final_norm
 from deadbench.suite.architectures.parts import part_of
+from deadbench.suite.architectures.resolve import resolve
 from deadbench.suite.errors import InputError
 from deadbench.suite.inputs.feed import feed
 from tests.suite.architectures.test_locate import SEQ2SEQ, TEXT, VISION
@@ -129,6 +130,18 @@ def test_photographs_differ_and_films_move():
     film = films.batches[0].model_inputs["pixel_values"][0]
     assert film.shape == (4, 3, 32, 32)
     assert not torch.equal(film[0], film[3])
+
+
+def test_rows_of_a_known_form_are_counted_without_a_pass(monkeypatch):
+    model = build_model(build_config({"model_type": "timesformer", **FILM}))
+    known = resolve(model, "image", "encoder")
+    settings = {"modality": "image", "num_tokens": 60, "sequence_length": 64, "seed": 0, "folder": None}
+    settings |= {"batch_tokens": 90, "form": known.form, "final": known.final}
+    expected = feed(model, "image", **settings | {"form": None})
+    monkeypatch.setattr(type(model), "forward", lambda self, pixel_values: pytest.fail("a film takes minutes"))
+    found = feed(model, "image", **settings)
+    assert found.num_tokens == expected.num_tokens == 4 * 17
+    assert [batch.rows for batch in found.batches] == [batch.rows for batch in expected.batches]
 
 
 def test_the_models_own_processor_comes_first(tmp_path):
