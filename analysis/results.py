@@ -3,12 +3,9 @@
 Every file's footer is checked first, so that a stranger's, a torn or a newer file is named and not averaged in.
 """
 
-import contextlib
 import io
 import os
-import tempfile
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from importlib import resources
@@ -18,13 +15,12 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from deadbench.analysis.panics import untold
 from deadbench.suite.errors import message
 from deadbench.suite.schema import KEY, SCHEMA_VERSION, TABLES, arrow_schema
 from deadbench.suite.secrets import shown_place
 from deadbench.suite.storage import REFERENCE, is_hidden, is_local, open_place, refusal
 from deadbench.suite.table_sizes import FileSize, size_of, too_large
-
-_STDERR, _TELLING = 2, threading.Lock()  # one at a time takes it and gives it back
 
 # Microseconds from 1970 of the years that there are dates of; what a stranger's file has beyond is no time.
 _FIRST, _LAST = (
@@ -113,34 +109,11 @@ def collected(frame: pl.LazyFrame) -> pl.DataFrame:
 def collected_all(frames: Sequence[pl.LazyFrame]) -> list[pl.DataFrame]:
     """The frames, computed together; raises like `collected`."""
     try:
-        with _panics_untold():
+        with untold():
             return pl.collect_all(frames)
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
         reason = message(error, 300)
         raise ResultsError(f"the result set cannot be read to its end ({reason}); move the file away") from error
-
-
-@contextlib.contextmanager
-def _panics_untold() -> Iterator[None]:
-    """A torn page can make polars panic, which tells its stack past Python; what else is told comes after."""
-    with _TELLING, contextlib.ExitStack() as held:
-        try:
-            told = held.enter_context(tempfile.TemporaryFile())
-            stderr = os.dup(_STDERR)
-        except OSError:  # a full disk, a stderr that is closed
-            yield
-            return
-        os.dup2(told.fileno(), _STDERR)
-        try:
-            yield
-        except pl.exceptions.PanicException:
-            told.truncate(0)
-            raise
-        finally:
-            os.dup2(stderr, _STDERR)
-            told.seek(0)
-            os.write(stderr, told.read())
-            os.close(stderr)
 
 
 def place_of(location: str) -> str:

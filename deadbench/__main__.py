@@ -1,6 +1,15 @@
 """`python -m deadbench` is the command `deadbench`."""
 
-from deadbench.runners.cli.main import main
+import sys
+from pathlib import Path
+
+import deadbench
 
 if __name__ == "__main__":
+    # Python looks first where it is started, in a stranger's folder too: no more, unless deadbench itself lies there.
+    if not sys.flags.safe_path and Path(sys.path[0]).resolve() != Path(deadbench.__file__).resolve().parents[1]:
+        del sys.path[0]
+
+    from deadbench.runners.cli.main import main
+
     main()

@@ -44,10 +44,20 @@ def one_source(called: str) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
-        if type(error).__module__.startswith("deadbench."):
+    except BaseException as error:
+        if not is_of_work(error) or type(error).__module__.startswith("deadbench."):
             raise
         raise CheckpointError(plain(f"{plain(scrubbed(called))}: {one_line(error, MAX_VALUE)}", None)) from error
+
+
+def is_of_work(error: BaseException) -> bool:
+    """Whether an error is of what was done: an Exception, or a panic of a library in Rust, which is none."""
+    return isinstance(error, Exception) or is_panic(error)
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether a library in Rust has panicked; each has such a class of its own."""
+    return type(error).__name__ == "PanicException"
 
 
 def one_line(error: BaseException, limit: int | None = MAX_LINE) -> str:

@@ -44,6 +44,8 @@ _TOKEN = re.compile(
 # No scheme is longer; without an end, a megabyte of letters would be looked through from each of them.
 _SCHEME = r"[A-Za-z][A-Za-z0-9+.-]{0,40}://"
 _URL = re.compile(_SCHEME)
+# A URL that was taken for the path of a file, which has lost a slash.
+_FOLDED = re.compile(r"(?<![A-Za-z0-9+.-])((?:https?|ftps?|sftp|s3a?|gcs|gs|abfss?|hf|webdavs?):/)(?=[^/\s])")
 _LINK = re.compile(rf"::(?=[a-z0-9]{{1,40}}::|{_SCHEME})")  # between the file systems of a chain
 _HOST = re.compile(r"(?:[\w.*…-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
 _DOTLESS_PORT = re.compile(r"(?!localhost:)[^.\[\]]+:[0-9]*")
@@ -74,7 +76,7 @@ def scrubbed(text: str) -> str:
     """`text` with the places in it as `shown_place` has them; `***` for tokens, headers, and secrets that are known."""
     for secret in _known():
         text = text.replace(secret, "***")
-    text, found = _with_shown_urls(text), ""
+    text, found = _with_shown_urls(_FOLDED.sub(r"\1/", text)), ""
     while text != found:  # what is left of a cut URL may begin another
         found, text = text, _with_shown_urls(text)
     for pattern in _TOLD:

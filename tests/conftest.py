@@ -22,6 +22,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from deadbench.suite.inputs import tokenizer_trial
+
 atexit.register(shutil.rmtree, os.environ["DEADBENCH_CACHE"], ignore_errors=True)
 ROOT = Path(__file__).parents[1]
 TWINS = ROOT / "suite" / "data" / "twins"
@@ -93,12 +95,18 @@ def pytest_runtest_call(item):
 
 @contextlib.contextmanager
 def _alone(item):
-    """A test that starts a process and does not say so fails, wherever the process is started from."""
+    """A test that starts a process and does not say so fails, wherever the process is started from.
+
+    Its tokenizers are our own, and need no trial elsewhere.
+    """
     before, _Guard.allowed = _Guard.allowed, _may_start(item)
+    tried = tokenizer_trial._tried
+    if not _Guard.allowed:
+        tokenizer_trial._tried = lambda *_: None
     try:
         yield
     finally:
-        _Guard.allowed = before
+        _Guard.allowed, tokenizer_trial._tried = before, tried
 
 
 class _Guard:
@@ -155,7 +163,10 @@ def ray_session(tmp_path_factory):
 def deadbench(capsys, monkeypatch):
     """Call the command line in this process; returns (exit code, stdout, stderr)."""
 
+    from deadbench.analysis import panics
     from deadbench.runners.cli import main as cli
+
+    monkeypatch.setattr(panics, "hidden", False)  # which the command sets, and nobody else
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["deadbench", *map(str, arguments)])

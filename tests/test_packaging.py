@@ -200,6 +200,14 @@ def test_a_clone_without_links_runs(tmp_path):
     assert "gpt2" in run("-m", "deadbench", "plan", "gpt2", "--reads", "parameters", "--assume", "1x24GB", cwd=clone)
 
 
+@pytest.mark.subprocess
+def test_python_m_imports_nothing_of_the_folder_that_it_is_started_in(tmp_path):
+    for name in ("typer", "polars", "suite", "runners", "sitecustomize", "usercustomize", "conftest"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('a module of the checkpoint')\n")
+    (tmp_path / "a.pth").write_text("import polars\n")
+    assert run("-m", "deadbench", "--version", cwd=tmp_path, path=ROOT / ".editable") == "0.1.0\n"
+
+
 def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
     files = [path for folder in ("deadbench", *ROOMS) for path in (ROOT / folder).rglob("*.py")]
     assert len(files) > 100

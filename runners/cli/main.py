@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from deadbench.analysis import panics
 from deadbench.runners.cli.attach import attach
 from deadbench.runners.cli.census import census
 from deadbench.runners.cli.classify import classify, export
@@ -67,6 +68,7 @@ def main() -> None:
     print_anywhere()
     if "--debug" not in sys.argv:
         sys.unraisablehook = lambda unraisable: None  # a library's object that was never whole, as it goes
+        panics.hidden = True
     try:
         code = app(standalone_mode=False)  # Typer turns Ctrl-C into this exit code
         if code == EXIT_INTERRUPTED:

@@ -16,7 +16,7 @@ from deadbench.runners.engines.registry import ENGINES
 from deadbench.runners.jobs.events import Event, Finished, Progress, RankMemoryError, Reading, Remark, to_tables
 from deadbench.runners.jobs.job import ModelJob, ReadJob
 from deadbench.runners.worker.passable import refuse_without_pass
-from deadbench.suite.errors import CheckpointError, one_line
+from deadbench.suite.errors import CheckpointError, is_of_work, one_line
 
 if TYPE_CHECKING:
     from deadbench.runners.jobs.resolved import Configuration
@@ -46,7 +46,9 @@ def run_model(job: ModelJob, run_id: str, attempt: int) -> Iterator[Event]:
                 _settle(job.gpu_share)
             rows = yield from (_read_factory if read.factory else READ_FUNCTIONS[read.read])(read)
             rows["reads"][0]["status"] = "ok"
-        except Exception as error:
+        except BaseException as error:
+            if not is_of_work(error):
+                raise
             failure, poisoned = traceback.format_exc(), is_poisoned(error)
             rows = {"reads": [{"status": "failed", "error": one_line(error)}]}
         yield Finished(read, to_tables(rows, read, run_id, attempt, started_at), failure, poisoned)

@@ -8,20 +8,12 @@ import contextlib
 import functools
 import hashlib
 import json
-import math
-import os
-import select
-import signal
 import subprocess
-import sys
 import threading
-import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import psutil
-
+from deadbench.suite.architectures import watched
 from deadbench.suite.architectures.ordinary import excess
 from deadbench.suite.checkpoints.strict_json import shown
 from deadbench.suite.errors import ArchitectureError
@@ -29,10 +21,7 @@ from deadbench.suite.errors import ArchitectureError
 is_the_trial = False  # in the process of trials, which tries nothing elsewhere
 _CPU_SECONDS = 10
 _MEMORY_BYTES = 5 * 2**28  # that a trial takes beside the libraries, which are 0.6 GB: not 2 GB together
-_SECONDS, _START_SECONDS = 18.0, 180.0  # on the clock: of a trial, and until the process has its libraries
-_STARVED = 10  # times as long on the clock, while it computes: other work has the cores, and its CPU time is limited
-_LOOK_SECONDS = 0.05  # at its memory
-_IDLE_LOOKS = 20  # in a row at a process that waits: one may fall on a pause in its work
+_SECONDS = 18.0  # on the clock
 _ASKING = threading.Lock()
 _ANSWERS: dict[str, str | None] = {}  # by the configuration's hash: why not
 
@@ -59,10 +48,6 @@ _LARGEST = "{largest}"
 _PROCESS = "deadbench.suite.architectures.trial_process"
 
 
-class _LimitError(Exception):
-    """What a trial took too much of."""
-
-
 class _Trials:
     """The process of trials, started when the first is wanted, and anew when one has ended it."""
 
@@ -76,13 +61,10 @@ class _Trials:
         running = self._started()
         if running is None:
             return "the process in which configurations are tried does not start; run again"
-        assert running.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            running.stdin.write(text.encode() + b"\n")
-            running.stdin.flush()
+        watched.say(running, text.encode())
         try:
-            said = self._line(running, _SECONDS, self._idle_bytes + _MEMORY_BYTES)
-        except _LimitError as error:
+            said = watched.answer(running, _SECONDS, _MEMORY_BYTES, self._idle_bytes)
+        except watched.LimitError as error:
             self.end()
             limit = str(error)
         else:
@@ -90,80 +72,24 @@ class _Trials:
                 answer: str | None = json.loads(said)
                 return answer
             code = self.end()
-            limit = f"{_CPU_SECONDS} s of CPU" if code == -signal.SIGXCPU else f"a process can (its exit code: {code})"
+            limit = f"{_CPU_SECONDS} s of CPU" if watched.exhausted(code) else f"a process can (its exit code: {code})"
         return f"building the model of this configuration takes more than {limit} ({_LARGEST}); no published model does"
 
     def end(self) -> int | None:
         """End the process; its exit status where it had ended by itself."""
         running, self._running = self._running, None
-        if running is None:
-            return None
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            running.wait(1 if running.poll() is None else 0)
-        code = running.poll()
-        running.kill()
-        running.wait()
-        for pipe in (running.stdin, running.stdout):
-            if pipe is not None:
-                with contextlib.suppress(OSError):
-                    pipe.close()
-        return code
+        return None if running is None else watched.end(running)
 
     def _started(self) -> "subprocess.Popen[bytes] | None":
         if self._running is None or self._running.poll() is not None:
             self.end()
-            root = str(Path(str(sys.modules["deadbench"].__file__)).parents[1])
-            path = os.pathsep.join(each for each in (root, os.environ.get("PYTHONPATH")) if each)
-            offline = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-            self._running = subprocess.Popen(
-                [sys.executable, "-P", "-W", "ignore", "-m", _PROCESS, str(_CPU_SECONDS)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                env={**os.environ, **offline},
-            )
-            with contextlib.suppress(_LimitError):
-                if self._line(self._running, _START_SECONDS) is not None:
-                    self._idle_bytes = _resident(self._running)
+            self._running = watched.start(_PROCESS, str(_CPU_SECONDS))
+            with contextlib.suppress(watched.LimitError):
+                if watched.answer(self._running, watched.START_SECONDS) is not None:
+                    self._idle_bytes = watched.resident(self._running)
                     return self._running
             self.end()
         return self._running
-
-    def _line(self, running: "subprocess.Popen[bytes]", seconds: float, most_bytes: float = math.inf) -> bytes | None:
-        """The next line that the process writes; None where it ends before.
-
-        Raises:
-            _LimitError: the time is over, or it has taken more memory.
-        """
-        assert running.stdout is not None
-        until, found, idle = time.monotonic() + seconds, b"", 0
-        while not found.endswith(b"\n"):
-            ready, _, _ = select.select([running.stdout], [], [], _LOOK_SECONDS)
-            piece = os.read(running.stdout.fileno(), 2**16) if ready else b""
-            if ready and not piece:
-                return None
-            found += piece
-            if _resident(running) > most_bytes:
-                raise _LimitError(f"{_MEMORY_BYTES / 2**30:.3g} GB of memory")
-            late = time.monotonic() - until
-            if late > 0 and not ready:
-                idle = 0 if _computes(running) else idle + 1
-                if idle >= _IDLE_LOOKS or late > (_STARVED - 1) * seconds:
-                    raise _LimitError(f"{seconds:.0f} s")
-        return found
-
-
-def _resident(running: "subprocess.Popen[bytes]") -> int:
-    with contextlib.suppress(psutil.Error):
-        return int(psutil.Process(running.pid).memory_info().rss)
-    return 0
-
-
-def _computes(running: "subprocess.Popen[bytes]") -> bool:
-    """Whether the process has work, be there a core for it or not; one that waits for something has none."""
-    with contextlib.suppress(psutil.Error):
-        return psutil.Process(running.pid).status() in (psutil.STATUS_RUNNING, psutil.STATUS_DISK_SLEEP)
-    return False
 
 
 @functools.cache

@@ -1,13 +1,13 @@
 """The process in which configurations of extraordinary size are tried: a line of JSON in, a line out.
 
-It has no network, and so much CPU time for each; the one who asks ends it when it takes too much memory. That is
-watched and not refused: what is refused an allocation may go another way, which where nothing is refused is not gone.
+It has no network, and so much CPU time for each; the one who asks ends it when it takes too much memory.
 """
 
 import json
 import os
-import resource
 import sys
+
+from deadbench.suite.architectures.watched import limit_cpu
 
 
 def serve(cpu_seconds: int) -> None:
@@ -15,7 +15,6 @@ def serve(cpu_seconds: int) -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)  # for what libraries print
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     import transformers
 
     from deadbench.suite.architectures import trial
@@ -28,7 +27,7 @@ def serve(cpu_seconds: int) -> None:
     assert transformers.AutoModel is not None  # imported, which no trial is to pay for
     print("null", file=answers, flush=True)  # ready
     for line in sys.stdin:
-        _limit(cpu_seconds)
+        limit_cpu(cpu_seconds)
         answer: str | None = None
         try:
             with nothing_fetched():
@@ -38,13 +37,6 @@ def serve(cpu_seconds: int) -> None:
         except Exception as error:
             answer = one_line(error)
         print(json.dumps(answer), file=answers, flush=True)
-
-
-def _limit(cpu_seconds: int) -> None:
-    """The limit of the next trial, counted from here."""
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    cpu = int(used.ru_utime + used.ru_stime) + 1 + cpu_seconds
-    resource.setrlimit(resource.RLIMIT_CPU, (cpu, resource.getrlimit(resource.RLIMIT_CPU)[1]))
 
 
 if __name__ == "__main__":

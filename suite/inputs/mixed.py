@@ -103,11 +103,12 @@ def _items(
 ) -> Iterator[_Item]:
     """Each photograph with its caption, then crops of them, without end."""
     config: Any = part.config
-    tokenizer = None if folder is None else load_tokenizer(spec, folder)
+    texts = captions(directory)
+    tokenizer = None if folder is None else load_tokenizer(spec, folder, texts)
     prefix, suffix = ([], []) if tokenizer is None else special_tokens(tokenizer)
     begin, end = ([getattr(config, name) for name in names if isinstance(getattr(config, name, None), int)]
                   for names in _AROUND)  # fmt: skip
-    texts, vocab_size = captions(directory), vocabulary(config.get_text_config())
+    vocab_size = vocabulary(config.get_text_config())
     form = plain_form(part)
     asked = {ASKED: form[ASKED]} if ASKED in form else {}
     counts: dict[tuple[Any, ...], int] = {}

@@ -14,7 +14,7 @@ Shapes: S sequences, T positions, N tokens, B images.
 import itertools
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,12 @@ import torch
 from numpy.typing import NDArray
 
 from deadbench.suite.architectures.no_network import nothing_fetched
-from deadbench.suite.errors import InputError, reason_of
+from deadbench.suite.errors import InputError, is_of_work, reason_of
 from deadbench.suite.inputs.batches import Batch, Inputs
 from deadbench.suite.inputs.early_checks import check_vocabulary, open_ids
 from deadbench.suite.inputs.hub_text import read_hub_text
 from deadbench.suite.inputs.specs import TOKENIZER_FILES, text_path
+from deadbench.suite.inputs.tokenizer_trial import check as check_tokenizer
 
 _CHARACTERS_PER_PIECE, _LONGEST_LINE = 100_000, 1_000_000
 
@@ -102,7 +103,8 @@ def _cut(ids_N: NDArray[np.int64], length: int) -> list[NDArray[np.int64]]:
 
 
 def _tokenised(spec: str, num_tokens: int, length: int, folder: Path | None) -> list[NDArray[np.int64]]:
-    tokenizer = load_tokenizer(spec, folder)
+    pieces, first = itertools.tee(_pieces(spec))
+    tokenizer = load_tokenizer(spec, folder, first)
     prefix, suffix = special_tokens(tokenizer)
     content = length - len(prefix) - len(suffix)
     if content < 1:
@@ -111,7 +113,7 @@ def _tokenised(spec: str, num_tokens: int, length: int, folder: Path | None) -> 
         )
     ids: list[int] = []
     wanted = -(-num_tokens // length) * content
-    for piece in _pieces(spec):
+    for piece in pieces:
         ids += tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
         if len(ids) >= wanted:
             break
@@ -126,11 +128,11 @@ def _tokenised(spec: str, num_tokens: int, length: int, folder: Path | None) -> 
     return [w for w in windows if len(w)]
 
 
-def load_tokenizer(spec: str, folder: Path | None) -> Any:
-    """The tokenizer in `folder`.
+def load_tokenizer(spec: str, folder: Path | None, texts: Iterable[str]) -> Any:
+    """The tokenizer in `folder`, tried elsewhere on the first of the `texts` that it is for.
 
     Raises:
-        InputError: there is none, or it cannot be loaded.
+        InputError: there is none, or it cannot be loaded, crashes, or takes too much.
     """
     from transformers import AutoTokenizer
 
@@ -140,10 +142,13 @@ def load_tokenizer(spec: str, folder: Path | None) -> Any:
             f"input {spec!r} needs the model's tokenizer, and there is none"
             f"{f' in {folder}' if folder else ''}; give --input tokens:random or tokens:FILE.npy"
         )
+    check_tokenizer(folder, next(iter(texts), ""))
     try:
         with nothing_fetched():
             return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:
+    except BaseException as error:
+        if not is_of_work(error):
+            raise
         raise InputError(f"the tokenizer in {folder} cannot be loaded ({reason_of(error)})") from error
 
 

@@ -8,6 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from deadbench.analysis import panics
+from deadbench.analysis.leaderboard import leaderboard
 from deadbench.analysis.pages.report import provenance
 from deadbench.analysis.results import ResultsError, collected, latest, scan
 from deadbench.analysis.trackers.curves import series
@@ -189,20 +191,37 @@ def test_rows_of_all_files_count_and_a_file_that_comes_during_a_run_is_not_held(
     assert store.come() == []
 
 
-def test_what_polars_says_of_its_panic_is_not_told_and_other_words_are(result_set, read, monkeypatch, capfd):
+@pytest.mark.parametrize("hidden", [True, False])
+def test_what_polars_says_of_its_panic_is_not_told_by_the_command_and_other_words_are(
+    result_set, read, monkeypatch, capfd, hidden
+):
     frame = scan(result_set([read()]))
     made = pl.collect_all
+    monkeypatch.setattr(panics, "hidden", hidden)  # as the command line has it; a process of another's keeps its own
 
-    def torn(frames, panics):
+    def torn(frames, panic):
         os.write(2, b"words of another\n")
-        if panics:
+        if panic:
             raise pl.exceptions.PanicException("index out of bounds\nstack backtrace:")
         return made(frames)
 
-    monkeypatch.setattr(pl, "collect_all", lambda frames: torn(frames, panics=False))
+    monkeypatch.setattr(pl, "collect_all", lambda frames: torn(frames, panic=False))
     assert collected(frame).height == 1
     assert capfd.readouterr().err == "words of another\n"
-    monkeypatch.setattr(pl, "collect_all", lambda frames: torn(frames, panics=True))
+    monkeypatch.setattr(pl, "collect_all", lambda frames: torn(frames, panic=True))
     with pytest.raises(ResultsError, match=r"cannot be read to its end \(index out of bounds stack backtrace:\)"):
         collected(frame)
-    assert capfd.readouterr().err == ""
+    assert capfd.readouterr().err == ("" if hidden else "words of another\n")
+
+
+def test_the_stderr_of_a_process_of_anothers_stays_as_it_is(result_set, read, monkeypatch):
+    with monkeypatch.context() as within:
+        within.setattr(os, "dup2", lambda *_: pytest.fail("a descriptor was taken"))
+        assert leaderboard(scan(result_set([read()]))).height == 1
+
+
+def test_the_command_line_alone_hides_panics(deadbench):
+    deadbench("glossary", "--debug")
+    assert not panics.hidden
+    deadbench("glossary")
+    assert panics.hidden

@@ -1,6 +1,7 @@
 """What is shown holds no secret, wherever one is written: in a URL, a header, an option, a setting."""
 
 import shlex
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -68,6 +69,17 @@ def test_no_secret_of_a_url_is_left_in_words_and_the_place_is_still_named(url, a
     clean = scrubbed(around.format(text))
     assert clean == around.format(kept)
     assert scrubbed(clean) == clean
+
+
+@settings(deadline=None, derandomize=True)
+@given(url=urls(PLAIN), around=AROUND)
+def test_a_url_that_was_taken_for_a_path_is_one_still(url, around):
+    assert "Z" not in scrubbed(around.format(Path(url[0])))
+
+
+def test_a_path_that_was_a_url_by_hand():
+    assert scrubbed("http:/me:Z000000@host/a?t=Z0: no such registry file") == "http://host/a: no such registry file"
+    assert scrubbed("text:/data/corpus.txt, C:/data?x") == "text:/data/corpus.txt, C:/data?x"
 
 
 @settings(deadline=None, derandomize=True)

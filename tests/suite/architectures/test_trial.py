@@ -11,7 +11,7 @@ import time
 import psutil
 import pytest
 
-from deadbench.suite.architectures import trial
+from deadbench.suite.architectures import trial, watched
 from deadbench.suite.architectures.build import build_config
 from deadbench.suite.architectures.no_network import nothing_fetched
 from deadbench.suite.errors import ArchitectureError, ElsewhereError, InputError
@@ -44,27 +44,26 @@ def test_the_memory_and_the_time_of_a_trial_are_watched(monkeypatch):
     class Silent:
         pid, stdout = 0, open("/dev/null", "rb")  # noqa: SIM115
 
-    monkeypatch.setattr(trial.select, "select", lambda *_: ([], [], []))
-    monkeypatch.setattr(trial, "_resident", lambda running: 5 * 2**30)
-    trials = trial._Trials()
-    with Silent.stdout, pytest.raises(trial._LimitError, match="1.25 GB of memory"):
-        trials._line(Silent, 60.0, 2 * 2**30)
-    with pytest.raises(trial._LimitError, match="-1 s"):
-        trials._line(Silent, -1.0)
+    monkeypatch.setattr(watched.select, "select", lambda *_: ([], [], []))
+    monkeypatch.setattr(watched, "resident", lambda running: 5 * 2**30)
+    with Silent.stdout, pytest.raises(watched.LimitError, match="1.25 GB of memory"):
+        watched.answer(Silent, 60.0, 5 * 2**28, 2**30)
+    with pytest.raises(watched.LimitError, match="-1 s"):
+        watched.answer(Silent, -1.0)
 
 
 @pytest.mark.subprocess
 @pytest.mark.parametrize(("doing", "told"), [("while True: pass", "12 s"), ("import time; time.sleep(60)", "6 s")])
 def test_a_trial_that_other_work_starves_has_longer_and_one_that_waits_has_not(monkeypatch, doing, told):
-    monkeypatch.setattr(trial, "_STARVED", 3)
-    monkeypatch.setattr(trial, "_IDLE_LOOKS", 3)
+    monkeypatch.setattr(watched, "_STARVED", 3)
+    monkeypatch.setattr(watched, "_IDLE_LOOKS", 3)
     passed = itertools.count()
-    monkeypatch.setattr(trial.time, "monotonic", lambda: float(next(passed)))  # a second a look
+    monkeypatch.setattr(watched.time, "monotonic", lambda: float(next(passed)))  # a second a look
     with subprocess.Popen([sys.executable, "-c", doing], stdout=subprocess.PIPE) as running:
         while doing.startswith("import") and psutil.Process(running.pid).status() != psutil.STATUS_SLEEPING:
             time.sleep(0.01)
-        with pytest.raises(trial._LimitError):
-            trial._Trials()._line(running, 4.0)
+        with pytest.raises(watched.LimitError):
+            watched.answer(running, 4.0)
         running.kill()
     assert f"{next(passed) - 2} s" == told
 
