@@ -11,9 +11,7 @@ from deadbench.suite.architectures.locate import Inputs, search, search_without_
 from deadbench.suite.architectures.norms import FinalNorm
 from deadbench.suite.architectures.parts import part_of
 from deadbench.suite.architectures.stored_names import naming
-from deadbench.suite.tracing.minimal_inputs import minimal_inputs
-
-_LARGE = 2**20  # numbers of an input: of a film, or a picture of 600 pixels a side
+from deadbench.suite.tracing.minimal_inputs import takes_large
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ def resolve(model: nn.Module, modality: str, stack: str, config: Any = None) -> 
     looked into without its values, as `config` gives it, if that shows its norm.
     """
     path, part = part_of(model, modality, stack)
-    if config is not None and _takes_large(part):
+    if config is not None and takes_large(part):
         final, inputs = search(build_model(config, "meta").get_submodule(path))
         if final.path is not None:
             return Resolved(path, replace(final, naming=naming(model)), _tensors(inputs))
@@ -68,8 +66,3 @@ def resolve_without_weights(config: Any, modality: str = "text", stack: str = "e
 
 def _tensors(inputs: Inputs | None) -> Mapping[str, Tensor]:
     return {name: value for name, value in (inputs or {}).items() if isinstance(value, Tensor)}
-
-
-def _takes_large(part: nn.Module) -> bool:
-    given = (value for inputs in minimal_inputs(part, "cpu") for value in inputs.values())
-    return any(isinstance(value, Tensor) and value.numel() > _LARGE for value in given)

@@ -22,6 +22,7 @@ _DECODED = ("decoder_input_ids", "decoder_input_values", "future_values", "futur
 # Optional arguments without which a model of several towers does not run.
 _COMPANIONS = ("input_ids", "pixel_values", "bbox", "image", "visual_feats", "visual_pos", "input_features",
                "input_values", "attention_mask", "pixel_attention_mask", "spatial_shapes")  # fmt: skip
+_LARGE = 2**20  # numbers
 
 
 def minimal_inputs(model: nn.Module, device: str | None = None) -> Iterator[dict[str, Any]]:
@@ -49,6 +50,12 @@ def minimal_inputs(model: nn.Module, device: str | None = None) -> Iterator[dict
         yield inputs
         if cached and "input_ids" in inputs:
             yield inputs | {"use_cache": False}  # some caches refuse the layers of a small configuration
+
+
+def takes_large(model: nn.Module) -> bool:
+    """Whether an input of a model is a film, or a picture of 600 pixels a side: a pass that is kept is gigabytes."""
+    given = (value for inputs in minimal_inputs(model, "cpu") for value in inputs.values())
+    return any(isinstance(value, Tensor) and value.numel() > _LARGE for value in given)
 
 
 def running_inputs(model: nn.Module) -> dict[str, Any]:
