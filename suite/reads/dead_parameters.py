@@ -21,10 +21,15 @@ from torch import nn
 
 from deadbench.suite.architectures.build import SMALL_MODEL, build_published
 from deadbench.suite.architectures.norms import EffectiveNorm
-from deadbench.suite.architectures.wiring import Wiring, is_linear, private_parameters, trace, weight_out_in
+from deadbench.suite.architectures.wiring import (
+    Wiring,
+    is_linear,
+    private_parameters,
+    trace,
+    trace_empty,
+    weight_out_in,
+)
 from deadbench.suite.reads.anatomy import DeadMaps, MapRead, MapWrite
-from deadbench.suite.tracing.meta_passes import attempts
-from deadbench.suite.tracing.minimal_inputs import takes_large
 
 
 def trace_published(config: Any, empty: nn.Module | None = None) -> tuple[nn.Module, Wiring | None]:
@@ -36,10 +41,8 @@ def trace_published(config: Any, empty: nn.Module | None = None) -> tuple[nn.Mod
         ArchitectureError: transformers cannot build it.
     """
     empty = build_published(config, "meta") if empty is None else empty
-    # What is followed is kept, of films gigabytes: their models' questions are answered by rote, as those of no other.
-    for attempt in attempts(empty) if takes_large(empty) else [contextlib.nullcontext]:
-        with contextlib.suppress(Exception), attempt():  # a pass that looks at values, or wants other inputs
-            return empty, trace(empty)
+    with contextlib.suppress(Exception):  # a pass that looks at values, or wants other inputs: it may raise anything
+        return empty, trace_empty(empty)
     if sum(p.numel() for p in empty.parameters()) <= SMALL_MODEL:
         model = build_published(config)
         with contextlib.suppress(Exception):
