@@ -216,6 +216,7 @@ def test_what_polars_says_of_its_panic_is_not_told_by_the_command_and_other_word
 
 def test_the_stderr_of_a_process_of_anothers_stays_as_it_is(result_set, read, monkeypatch):
     with monkeypatch.context() as within:
+        within.setattr(panics, "hidden", False)  # as it is where no command was given before
         within.setattr(os, "dup2", lambda *_: pytest.fail("a descriptor was taken"))
         assert leaderboard(scan(result_set([read()]))).height == 1
 

@@ -26,7 +26,7 @@ def test_run_and_plan_share_their_options():
         for name in ("run", "plan")
     )
     shared = run.keys() & plan.keys()
-    assert len(shared) == 21
+    assert len(shared) == 22
     assert {name for name in shared if run[name] != plan[name]} == {"address", "out", "tensor_parallel"}
 
 

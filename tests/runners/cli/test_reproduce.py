@@ -143,7 +143,7 @@ def test_a_row_that_comes_with_deadbench_is_given_again(tmp_path, monkeypatch, d
         "has no read in reference; choose pythia-1.4b, pythia-160m\n"
         in deadbench("reproduce", "reference", "Pythia")[2]
     )
-    assert "choose gpt2, gpt2-xl, gpt2_noln\n" in deadbench("reproduce", "reference", "gtp2")[2]
+    assert "choose gpt2\n" in deadbench("reproduce", "reference", "gtp2")[2]
     code, _, err = deadbench("run", "twin-layernorm", "--out", "reference")
     assert (code, "give another, or ./reference" in err) == (2, True)
     code, out, err = deadbench("reproduce", "reference", "twin-layernorm", "--read", "random", "--json")
