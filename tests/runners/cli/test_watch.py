@@ -255,7 +255,7 @@ def deleting(read, *rest):
         shutil.rmtree("runs/gpt2/checkpoint-40")
     return whole(read, *rest)
 worker.READ_FUNCTIONS["parameters"] = deleting
-from deadbench.__main__ import main
+from deadbench.runners.cli.main import main
 main()
 """
 
