@@ -82,7 +82,7 @@ def feed(
             part, spec, num_tokens=num_tokens, seed=seed, folder=folder, batch_tokens=batch_tokens,
             least_items=least_items,
         )  # fmt: skip
-    counted = final is not None and form is not None  # the rows that one item of this form gives
+    rows_of_form = final.rows_per_item if final is not None and form is not None else 0  # 0: not known
     form = working_form(part) if form is None else form
     if modality == "text":
         return _feed_tokens(
@@ -111,8 +111,7 @@ def feed(
     sample, own = made(1)
     one = _one(sample, 0)
     as_form = {n: t.shape for n, t in one.items()} == {n: t.shape for n, t in form.items()}
-    # A pass to count them would be of a film minutes.
-    rows = final.rows_per_item if final is not None and counted and as_form else _rows(part, one, final)
+    rows = rows_of_form if rows_of_form and as_form else _rows(part, one, final)  # which takes minutes of a film
     count = max(least_items, -(-num_tokens // rows))
     everything, _ = made(count)
     packed = everything[main].shape[0] != count if main in everything else False
