@@ -17,6 +17,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no tes
 if "PYTEST_XDIST_WORKER" in os.environ:  # whose neighbour is at work on the other cores
     os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")  # as the command and its workers have it
 
 import numpy as np
 import pytest

@@ -28,6 +28,7 @@ from deadbench.runners.cli.run import run
 from deadbench.runners.cli.trend import trend
 from deadbench.runners.cli.watch import watch
 from deadbench.suite.errors import message
+from deadbench.suite.idle_threads import let_idle_threads_sleep
 from deadbench.suite.plain_text import MAX_LINE, plain
 
 app = typer.Typer(
@@ -65,6 +66,7 @@ def _root(
 def main() -> None:
     """Entry point of the console script: one line for an error, a traceback only with --debug."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its warnings say nothing that our answers do not
+    let_idle_threads_sleep()
     print_anywhere()
     if "--debug" not in sys.argv:
         sys.unraisablehook = lambda unraisable: None  # a library's object that was never whole, as it goes

@@ -19,6 +19,7 @@ from deadbench.runners.cluster.processes import Ended, end_processes, mark_proce
 from deadbench.runners.cluster.schedule import Piece, Place
 from deadbench.runners.jobs.events import Event, Progress
 from deadbench.runners.jobs.job import ModelJob
+from deadbench.suite.idle_threads import let_idle_threads_sleep
 from deadbench.suite.secrets import shown_place
 
 _REMOTE_SECONDS = 60.0  # for the end of processes on another node
@@ -141,6 +142,7 @@ def actor_class(options: dict[str, Any]) -> Any:
         """Owns the resources of one model, or of one rank's part of it, for as long as its reads take."""
 
         def __init__(self, token: str):
+            let_idle_threads_sleep()
             mark_process(token)
             use_interface_of(ray.util.get_node_ip_address())
 

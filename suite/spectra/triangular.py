@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from deadbench.suite.spectra.directions import FLOAT64_EPS
-from deadbench.suite.spectra.solvers import solvers
+from deadbench.suite.spectra.solvers import gram_of_triangle, solvers
 
 CERTIFIED_RELATIVE_ERROR = 1e-6
 GRAM_ERROR = 32 * FLOAT64_EPS  # |error of an eigenvalue| <= this * l_1, when rows enter a Gram matrix unwhitened
@@ -37,7 +37,7 @@ def decompose(factor_DD: Float[Tensor, "D D"]) -> tuple[Float[Tensor, " D"], Flo
     are not, the subspace below is found by inverse iteration on R (Golub, Van Loan, 8.2), as accurate as an SVD. Where
     many are not, or the iteration finds no gap, it is the SVD.
     """
-    values_D, vectors_DD = solvers(factor_DD).eigh(factor_DD.T @ factor_DD, "L")  # ascending; vectors are columns
+    values_D, vectors_DD = solvers(factor_DD).eigh(gram_of_triangle(factor_DD), "L")  # ascending; vectors are columns
     if not factor_DD.any():  # rows that are all the same
         return values_D, vectors_DD.T
     uncertain = int((values_D <= values_D[-1] * (GRAM_ERROR / CERTIFIED_RELATIVE_ERROR)).sum())
@@ -48,8 +48,9 @@ def decompose(factor_DD: Float[Tensor, "D D"]) -> tuple[Float[Tensor, " D"], Flo
             return sigma_D.square(), rows_DD
         squares_K, bottom_DK = bottom
         rest = vectors_DD[:, uncertain:]
-        rest = rest - bottom_DK @ (bottom_DK.T @ rest)
-        vectors_DD = torch.cat([bottom_DK, rest / torch.linalg.vector_norm(rest, dim=0)], dim=1)
+        rest -= bottom_DK @ (bottom_DK.T @ rest)
+        rest /= torch.linalg.vector_norm(rest, dim=0)
+        vectors_DD[:, :uncertain] = bottom_DK
         values_D = torch.cat([squares_K, values_D[uncertain:]])
     return values_D.flip(0), vectors_DD.flip(1).T
 
@@ -130,7 +131,9 @@ def _inverse_lanczos(factor_DD: Tensor, steps: int, tolerance: float, below: flo
 
 def _divisible(factor_DD: Tensor, least: float) -> Tensor:
     """R that can be solved with: diagonal elements of an exactly dead direction raised to `least` of its size."""
-    factor_DD = factor_DD.clone()
-    diagonal_D, bound = factor_DD.diagonal(), least * float(factor_DD.norm())
-    diagonal_D[diagonal_D.abs() < bound] = bound
+    bound = least * float(factor_DD.norm())
+    small_D = factor_DD.diagonal().abs() < bound
+    if bool(small_D.any()):
+        factor_DD = factor_DD.clone()
+        factor_DD.diagonal()[small_D] = bound
     return factor_DD

@@ -10,7 +10,15 @@ from torch import Tensor
 
 from deadbench.suite.spectra import solvers as place
 from deadbench.suite.spectra.covariance import CovarianceFactor
-from deadbench.suite.spectra.solvers import Checked, DeviceError, Lapack, remarks, why_not_eigenpairs
+from deadbench.suite.spectra.solvers import (
+    Checked,
+    DeviceError,
+    Lapack,
+    add_gram,
+    gram_of_triangle,
+    remarks,
+    why_not_eigenpairs,
+)
 
 _D = 40
 
@@ -157,3 +165,14 @@ def test_eigenpairs_are_right_at_the_certificate_and_wrong_above_it():
     assert why_not_eigenpairs(matrix_DD, values_D, vectors_DD) is None
     values_D[3] += 40 * 2.2e-16 * values_D[-1]
     assert "of the largest eigenvalue" in why_not_eigenpairs(matrix_DD, values_D, vectors_DD)
+
+
+@pytest.mark.parametrize("hidden_size", [1, 50, 96, 200, 800])
+def test_products_in_panels_are_the_whole_product_s_triangle(hidden_size):
+    rows = torch.randn(64, hidden_size, dtype=torch.float64)
+    upper = torch.ones(hidden_size, hidden_size, dtype=torch.float64)
+    add_gram(upper, rows)
+    torch.testing.assert_close(upper.triu(), (rows.T @ rows + 1).triu())
+    factor = torch.randn(hidden_size, hidden_size, dtype=torch.float64).triu()
+    for laid in (factor, factor.T.contiguous().T):  # LAPACK's lie column by column
+        torch.testing.assert_close(gram_of_triangle(laid).tril(), (factor.T @ factor).tril())
