@@ -7,11 +7,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deadbench.suite.checkpoints.adapters import open_checkpoint
+from deadbench.suite.checkpoints.formats.pickles import uncollected
 from deadbench.suite.errors import one_line, one_source
 from deadbench.suite.reads.parameters import read_parameters
 from deadbench.suite.secrets import shown_place
 
 
+@uncollected()  # what is known of a hundred thousand pieces goes as a whole, when it returns
 def classify(
     source: str, verify: bool = False, config: dict[str, Any] | None = None, model_type: str | None = None
 ) -> tuple[dict[str, Any], NDArray[np.float64] | None]:

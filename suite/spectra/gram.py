@@ -141,4 +141,4 @@ class Gram:
         if float(factor_DD.norm()) <= allowed:
             return True
         sums = torch.linalg.matrix_norm(factor_DD, 1) * torch.linalg.matrix_norm(factor_DD, torch.inf)
-        return float(sums) <= allowed**2
+        return bool(sums <= allowed**2)

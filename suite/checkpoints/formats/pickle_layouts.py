@@ -134,7 +134,7 @@ def _layout(kind: str, raw: bytes | memoryview, begin: int, memo: list[Any]) -> 
                 if raw[position : position + len(calls)] != calls or first == count:
                     return None
                 same(len(calls))
-                fields.append((name, value.make, first, count))
+                fields.append((name, value.of_numbers, first, count))
             else:
                 fields.append((name, _of_memo, count, count + 1))
                 operand(*_MET[code])

@@ -21,14 +21,22 @@ class Constructor:
     Attributes:
         name: module and name.
         make: makes a value of the arguments.
+        of_numbers: `make`, where its one argument is a tuple of whole numbers for certain.
         records: it makes records.
     """
 
-    __slots__ = ("make", "name", "records")
+    __slots__ = ("make", "name", "of_numbers", "records")
 
-    def __init__(self, name: str, make: Callable[..., Any], *, records: bool = False):
+    def __init__(
+        self,
+        name: str,
+        make: Callable[..., Any],
+        *,
+        of_numbers: Callable[[tuple[int, ...]], Any] | None = None,
+        records: bool = False,
+    ):
         """What `make` makes takes the place of what `name` would."""
-        self.name, self.make, self.records = name, make, records
+        self.name, self.make, self.of_numbers, self.records = name, make, of_numbers or make, records
 
 
 class Record:

@@ -170,7 +170,7 @@ TORCH_NAMES: Mapping[str, Any] = (
             Constructor("torch._utils._rebuild_parameter", _parameter),
             Constructor("torch._utils._rebuild_parameter_with_state", _parameter),
             Constructor("torch._tensor._rebuild_from_type_v2", _subclass),
-            Constructor("torch.Size", _size),
+            Constructor("torch.Size", _size, of_numbers=Size),
             Constructor("torch.device", _device),
         )
     }
