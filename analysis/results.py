@@ -22,11 +22,11 @@ from deadbench.suite.errors import message
 from deadbench.suite.schema import KEY, SCHEMA_VERSION, TABLES, arrow_schema
 from deadbench.suite.secrets import shown_place
 from deadbench.suite.storage import REFERENCE, is_hidden, is_local, open_place, refusal
-from deadbench.suite.table_files import batches_of, schema_version
+from deadbench.suite.table_files import BATCH_ROWS, batches_of, schema_version
 from deadbench.suite.table_pages import PagesError
 from deadbench.suite.table_sizes import FileSize, size_of, too_large
 
-_FRAME_ROWS = 16_384
+_FRAME_BYTES = 2**26  # decoded together
 _KEPT_BYTES = 2**26  # of a table that is decoded once: many files of a few rows take longer to open than to hold
 # Microseconds from 1970 of the years that there are dates of; what a stranger's file has beyond is no time.
 _FIRST, _LAST = (
@@ -72,7 +72,7 @@ def _scan_one(location: str, table: str) -> pl.LazyFrame:
     sizes = {_name(path): _check_file(*each, table) for path, each in zip(files, named, strict=True)}
     if why := too_large(table, sizes):
         raise ResultsError(f"{shown_place(location)}: {why}")
-    rows = _Rows(table, named, sum(each.values for each in sizes.values()))
+    rows = _Rows(table, named, list(sizes.values()))
     found = register_io_source(rows, schema=_polars_schema(table), is_pure=True)
     return found.with_columns(
         pl.when(pl.col(name).to_physical().is_between(_FIRST, _LAST)).then(pl.col(name))
@@ -84,11 +84,13 @@ def _scan_one(location: str, table: str) -> pl.LazyFrame:
 class _Rows:
     """The rows of a table's files for polars, which decodes none of them itself."""
 
-    def __init__(self, table: str, files: Sequence[tuple[str, Any]], size: int):
-        """`files`: what errors call each, and its path or its bytes; `size`: bytes of all their values at most."""
+    def __init__(self, table: str, files: Sequence[tuple[str, Any]], sizes: Sequence[FileSize]):
+        """`files`: what errors call each, and its path or its bytes."""
         self._schema, self._files = arrow_schema(table), files
+        rows, values = (sum(counts) for counts in ((each.rows for each in sizes), (each.values for each in sizes)))
+        self._batch_rows = max(1, min(BATCH_ROWS, _FRAME_BYTES * rows // (values or 1)))
+        self._small = values <= _KEPT_BYTES
         self._kept: list[pa.Table] | None = None
-        self._small = size <= _KEPT_BYTES
 
     def __call__(
         self, columns: list[str] | None, predicate: pl.Expr | None, count: int | None, _batch_rows: int | None
@@ -117,10 +119,10 @@ class _Rows:
         held, rows = list[pa.RecordBatch](), 0
         for where, source in self._files:
             try:
-                for batch in batches_of(_opened(source), schema):
+                for batch in batches_of(_opened(source), schema, self._batch_rows):
                     held.append(batch)
                     rows += len(batch)
-                    if rows >= _FRAME_ROWS:
+                    if rows >= self._batch_rows:
                         yield pa.Table.from_batches(held, schema)
                         held, rows = [], 0
             except (pa.ArrowException, OSError, ValueError, MemoryError) as error:

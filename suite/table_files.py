@@ -6,12 +6,16 @@ from typing import BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-_BATCH_ROWS = 16_384
+BATCH_ROWS = 16_384
 _VERSION_DIGITS = 10
 
 
-def batches_of(source: str | BinaryIO, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+def batches_of(source: str | BinaryIO, schema: pa.Schema, rows: int = BATCH_ROWS) -> Iterator[pa.RecordBatch]:
     """The rows of a file that `size_of` has passed, with the columns of `schema`: null where the file lacks one.
+
+    Args:
+        source: a path, or an open file.
+        rows: at most, of a batch.
 
     Raises:
         pa.ArrowException, OSError, ValueError, MemoryError: it cannot be decoded, or a column is of another type.
@@ -19,7 +23,7 @@ def batches_of(source: str | BinaryIO, schema: pa.Schema) -> Iterator[pa.RecordB
     if not isinstance(source, str):
         source.seek(0)
     with pq.ParquetFile(source, pre_buffer=False) as file:
-        for batch in file.iter_batches(_BATCH_ROWS, columns=schema.names, use_threads=False):
+        for batch in file.iter_batches(rows, columns=schema.names, use_threads=False):
             batch.validate(full=True)  # polars believes that texts are UTF-8 and that lists end where they say
             yield _with_columns(batch, schema)
 

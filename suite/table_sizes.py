@@ -20,6 +20,7 @@ _COPIES = 2  # of letters: those of Arrow are still there while polars has its o
 _ONCE = {"PLAIN", "RLE", "BIT_PACKED", "DELTA_LENGTH_BYTE_ARRAY"}  # each text is stored where it stands
 _COUNTED = {"PLAIN", "RLE", "BIT_PACKED", "PLAIN_DICTIONARY", "RLE_DICTIONARY"}  # without writing any twice
 _BATCH_ROWS = 65_536
+_BUFFER = 2**17  # most files are smaller, and the headers of their pages lie close together
 
 
 class FileSize(NamedTuple):
@@ -67,7 +68,7 @@ def size_of(source: str | BinaryIO) -> FileSize:
     Raises:
         pa.ArrowException, OSError, ValueError: it cannot be read, or its footer, its pages and its rows do not agree.
     """
-    with open(source, "rb") if isinstance(source, str) else nullcontext(source) as file:
+    with open(source, "rb", _BUFFER) if isinstance(source, str) else nullcontext(source) as file:
         stored = file.seek(0, 2)
         groups = groups_of(file)
         check_pages(file, (chunk for group in groups for chunk in group.chunks))

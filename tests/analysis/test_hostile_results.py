@@ -115,10 +115,12 @@ def test_what_polars_asks_for_is_what_it_gets(result_set, read, tmp_path, monkey
     location = result_set([read(f"m{n}", minute=n, depth=n / 2, flags=["a"] * n) for n in range(7)])
     pq.write_table(to_table("reads", [read("old")]).drop_columns(["depth"]), tmp_path / "results/reads/0003x.parquet")
     monkeypatch.setattr(results, "_KEPT_BYTES", kept)
-    monkeypatch.setattr(results, "_FRAME_ROWS", 3)
+    monkeypatch.setattr(results, "BATCH_ROWS", 3)
     decoded, batches_of = [], results.batches_of
     monkeypatch.setattr(
-        results, "batches_of", lambda source, schema: decoded.append(schema.names) or batches_of(source, schema)
+        results,
+        "batches_of",
+        lambda source, schema, rows: decoded.append(schema.names) or batches_of(source, schema, rows),
     )
     names = ["m0", "m1", "m2", "m3", "old", "m4", "m5", "m6"]
     whole = collected(scan(location))
