@@ -5,7 +5,8 @@ Every file's footer is checked first, so that a stranger's, a torn or a newer fi
 
 import io
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from importlib import resources
@@ -14,14 +15,19 @@ from typing import Any
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
+from polars.io.plugins import register_io_source
 
 from deadbench.analysis.panics import untold
 from deadbench.suite.errors import message
 from deadbench.suite.schema import KEY, SCHEMA_VERSION, TABLES, arrow_schema
 from deadbench.suite.secrets import shown_place
 from deadbench.suite.storage import REFERENCE, is_hidden, is_local, open_place, refusal
+from deadbench.suite.table_files import BATCH_ROWS, batches_of, schema_version
+from deadbench.suite.table_pages import PagesError
 from deadbench.suite.table_sizes import FileSize, size_of, too_large
 
+_FRAME_BYTES = 2**26  # decoded together
+_KEPT_BYTES = 2**26  # of a table that is decoded once: many files of a few rows take longer to open than to hold
 # Microseconds from 1970 of the years that there are dates of; what a stranger's file has beyond is no time.
 _FIRST, _LAST = (
     (datetime(*day, tzinfo=UTC) - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
@@ -57,28 +63,73 @@ def _scan_one(location: str, table: str) -> pl.LazyFrame:
     if is_local(filesystem):
         sources = list(files)
     else:
-        # Through fsspec, which has the credentials; polars would open a URI with a client of its own.
+        # Through fsspec, which has the credentials.
         with _Explained(location):
             sources = list(filesystem.cat(files).values())
-    sizes = {
-        _name(path): _check_file(location, path, source, table) for path, source in zip(files, sources, strict=True)
-    }
+    named = [
+        (f"{shown_place(location)}: {table}/{_name(path)}", source) for path, source in zip(files, sources, strict=True)
+    ]
+    sizes = {_name(path): _check_file(*each, table) for path, each in zip(files, named, strict=True)}
     if why := too_large(table, sizes):
         raise ResultsError(f"{shown_place(location)}: {why}")
-    # Neither the brackets nor the `key=value` of a folder's name mean anything here.
-    found = pl.scan_parquet(
-        sources,
-        schema=_polars_schema(table),
-        missing_columns="insert",
-        extra_columns="ignore",
-        glob=False,
-        hive_partitioning=False,
-    )
+    rows = _Rows(table, named, list(sizes.values()))
+    found = register_io_source(rows, schema=_polars_schema(table), is_pure=True)
     return found.with_columns(
         pl.when(pl.col(name).to_physical().is_between(_FIRST, _LAST)).then(pl.col(name))
         for name, dtype in _polars_schema(table).items()
         if dtype == pl.Datetime
     )
+
+
+class _Rows:
+    """The rows of a table's files for polars, which decodes none of them itself."""
+
+    def __init__(self, table: str, files: Sequence[tuple[str, Any]], sizes: Sequence[FileSize]):
+        """`files`: what errors call each, and its path or its bytes."""
+        self._schema, self._files = arrow_schema(table), files
+        rows, values = (sum(counts) for counts in ((each.rows for each in sizes), (each.values for each in sizes)))
+        self._batch_rows = max(1, min(BATCH_ROWS, _FRAME_BYTES * rows // (values or 1)))
+        self._small = values <= _KEPT_BYTES
+        self._kept: list[pa.Table] | None = None
+
+    def __call__(
+        self, columns: list[str] | None, predicate: pl.Expr | None, count: int | None, _batch_rows: int | None
+    ) -> Iterator[pl.DataFrame]:
+        """Frames of these columns (all for None) of the rows that the predicate keeps, `count` at most, in order."""
+        names = self._schema.names if columns is None else columns
+        left = sys.maxsize if count is None else count
+        for table in self._tables(names):
+            frame = pl.DataFrame(pl.from_arrow(table))
+            frame = (frame if predicate is None else frame.filter(predicate)).head(left)
+            left -= len(frame)
+            yield frame
+            if left <= 0:
+                return
+
+    def _tables(self, names: list[str]) -> Iterator[pa.Table]:
+        """The rows, some files at a time; of a small table all columns at once, which later scans of it have too."""
+        if not self._small:
+            yield from self._decoded(pa.schema([self._schema.field(name) for name in names]))
+            return
+        if self._kept is None:
+            self._kept = [each.combine_chunks() for each in self._decoded(self._schema)]
+        yield from (each.select(names) for each in self._kept)
+
+    def _decoded(self, schema: pa.Schema) -> Iterator[pa.Table]:
+        held, rows = list[pa.RecordBatch](), 0
+        for where, source in self._files:
+            try:
+                for batch in batches_of(_opened(source), schema, self._batch_rows):
+                    held.append(batch)
+                    rows += len(batch)
+                    if rows >= self._batch_rows:
+                        yield pa.Table.from_batches(held, schema)
+                        held, rows = [], 0
+            except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
+                raise ResultsError(
+                    f"{where} cannot be read to its end ({message(error, 200)}); move it away"
+                ) from error
+        yield pa.Table.from_batches(held, schema)
 
 
 def latest(reads: pl.LazyFrame) -> pl.LazyFrame:
@@ -111,7 +162,7 @@ def collected_all(frames: Sequence[pl.LazyFrame]) -> list[pl.DataFrame]:
     try:
         with untold():
             return pl.collect_all(frames)
-    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         reason = message(error, 300)
         raise ResultsError(f"the result set cannot be read to its end ({reason}); move the file away") from error
 
@@ -153,29 +204,37 @@ def _name(path: str) -> str:
     return path.rsplit("/", 1)[-1]
 
 
-def _check_file(location: str, path: str, source: str | bytes, table: str) -> FileSize:
+def _opened(source: str | bytes) -> str | io.BytesIO:
+    return io.BytesIO(source) if isinstance(source, bytes) else source
+
+
+def _check_file(where: str, source: str | bytes, table: str) -> FileSize:
     """What a file comes to; one that is torn, a stranger's, or newer than this version is refused."""
-    where = f"{shown_place(location)}: {table}/{_name(path)}"
-    opened = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
-        footer = pq.read_metadata(opened)
+        footer = pq.read_metadata(_opened(source))
         schema = footer.schema.to_arrow_schema()
-        size = size_of(footer, opened)
-    except (pa.ArrowException, OSError, ValueError) as error:  # names that are no text, too
-        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else "torn, or not parquet"
+        size = size_of(_opened(source))
+    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:  # names that are no text, too
+        reason = "torn, or not parquet"
+        if isinstance(error, PagesError):
+            reason = message(error, 100)
+        elif isinstance(error, OSError) and error.errno:
+            reason = os.strerror(error.errno)
         raise ResultsError(f"{where} cannot be read as parquet ({reason}); move it away") from error
-    version = (schema.metadata or {}).get(b"schema_version", b"").decode(errors="replace")
-    if not version.isdecimal():
+    version = schema_version(schema.metadata)
+    if version is None:
         raise ResultsError(f"{where} is not a deadbench result (no schema_version); move it away")
-    if int(version) > SCHEMA_VERSION:
+    if version > SCHEMA_VERSION:
         raise ResultsError(
             f"{where} was written by a newer deadbench (schema {version}, this one reads {SCHEMA_VERSION}): "
             "upgrade deadbench"
         )
     ours = arrow_schema(table)
+    if schema.equals(ours):
+        return size
+    types = {field.name: field.type for field in ours}
     for field in schema:
-        expected = ours.field(field.name).type if field.name in ours.names else field.type
-        if field.type != expected:
+        if field.type != (expected := types.get(field.name, field.type)):
             raise ResultsError(f"{where}: column {field.name!r} is {field.type}, expected {expected}; move it away")
     return size
 

@@ -1,22 +1,26 @@
 """How much the files of a table come to once they are read, found before they are; and what no run writes.
 
 Rows that are alike take no room, and a long string, stored once, stands in any number of cells: a file of kilobytes can
-be gigabytes. What a footer says of a whole file is not believed where it says otherwise of its parts.
+be gigabytes. What a footer says of a whole file is not believed where it says otherwise of its parts, and of these only
+what their pages say too.
 """
 
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any, BinaryIO, NamedTuple
+
+from deadbench.suite.table_pages import Group, check_pages, groups_of
 
 # Of a table of one result set, in all its files. A row of `reads` is a read, and wide.
 MAX_ROWS, MAX_READS = 10_000_000, 500_000
 # Of values, where the files are small beside them; numbers are hardly compressed, what a run writes of names tenfold.
 MAX_BYTES, _EXPANSION = 2**30, 50
-_WIDTHS = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 12, "FLOAT": 4, "DOUBLE": 8}
 _VIEW = 16  # of a text, beside its letters
+_COPIES = 2  # of letters: those of Arrow are still there while polars has its own
 _ONCE = {"PLAIN", "RLE", "BIT_PACKED", "DELTA_LENGTH_BYTE_ARRAY"}  # each text is stored where it stands
 _COUNTED = {"PLAIN", "RLE", "BIT_PACKED", "PLAIN_DICTIONARY", "RLE_DICTIONARY"}  # without writing any twice
 _BATCH_ROWS = 65_536
+_BUFFER = 2**17  # most files are smaller, and the headers of their pages lie close together
 
 
 class FileSize(NamedTuple):
@@ -56,21 +60,26 @@ def rows_of(footer: Any) -> int:
     return sum(footer.row_group(place).num_rows for place in range(footer.num_row_groups))
 
 
-def size_of(footer: Any, source: str | BinaryIO) -> FileSize:
+def size_of(source: str | BinaryIO) -> FileSize:
     """What a file comes to: by its footer where that is certain to be little, else counted and nothing kept.
 
+    Its pages are then known to be what the footer says, so that it may be decoded.
+
     Raises:
-        pa.ArrowException, OSError: it cannot be read, or its columns do not have as many values as it has rows.
+        pa.ArrowException, OSError, ValueError: it cannot be read, or its footer, its pages and its rows do not agree.
     """
-    stored = Path(source).stat().st_size if isinstance(source, str) else source.seek(0, 2)
-    certain, texts = _of_footer(footer)
-    at_most = certain + sum(each.letters for each in texts.values())
+    with open(source, "rb", _BUFFER) if isinstance(source, str) else nullcontext(source) as file:
+        stored = file.seek(0, 2)
+        groups = groups_of(file)
+        check_pages(file, (chunk for group in groups for chunk in group.chunks))
+    certain, texts = _of_groups(groups)
+    letters = sum(each.letters for each in texts.values())
     left = _allowed(stored) - certain
-    if at_most > _EXPANSION * stored and left >= 0:
+    if certain + letters > _EXPANSION * stored and left >= 0:
         counted = [path for path, each in texts.items() if not each.ways <= _ONCE and each.ways <= _COUNTED]
-        at_most -= sum(texts[path].letters for path in counted)
-        at_most += _letters(source, counted, left) if counted else 0
-    return FileSize(rows_of(footer), stored, at_most)
+        letters -= sum(texts[path].letters for path in counted)
+        letters += _letters(source, counted, left) if counted else 0
+    return FileSize(sum(group.rows for group in groups), stored, certain + _COPIES * letters)
 
 
 class _Texts(NamedTuple):
@@ -80,23 +89,17 @@ class _Texts(NamedTuple):
     ways: frozenset[str]
 
 
-def _of_footer(footer: Any) -> tuple[int, dict[str, _Texts]]:
+def _of_groups(groups: Iterable[Group]) -> tuple[int, dict[str, _Texts]]:
     """Bytes of all values but their letters, and the columns that have letters, by their paths."""
-    import pyarrow as pa
-
     certain, texts = 0, dict[str, _Texts]()
-    for group in (footer.row_group(place) for place in range(footer.num_row_groups)):
-        for place in range(group.num_columns):
-            chunk, column = group.column(place), footer.schema.column(place)
-            if column.max_repetition_level == 0 and chunk.num_values != group.num_rows:
-                raise pa.ArrowInvalid(f"{chunk.num_values} values of {chunk.path_in_schema} in {group.num_rows} rows")
-            width = _WIDTHS.get(chunk.physical_type) or column.length
-            certain += chunk.num_values * (width or _VIEW)
-            if not width:
-                before = texts.get(chunk.path_in_schema, _Texts(0, frozenset()))
-                ways = frozenset(chunk.encodings)
-                letters = chunk.total_uncompressed_size * (1 if ways <= _ONCE else chunk.num_values)
-                texts[chunk.path_in_schema] = _Texts(before.letters + letters, before.ways | ways)
+    for chunk in (each for group in groups for each in group.chunks):
+        if chunk.width:
+            certain += max(chunk.values * chunk.width, chunk.unpacked)
+            continue
+        certain += chunk.values * _VIEW
+        before = texts.get(chunk.path, _Texts(0, frozenset()))
+        letters = chunk.unpacked * (1 if chunk.ways <= _ONCE else chunk.values)
+        texts[chunk.path] = _Texts(before.letters + letters, before.ways | chunk.ways)
     return certain, texts
 
 
@@ -112,7 +115,7 @@ def _letters(source: str | BinaryIO, paths: list[str], enough: int) -> int:
     total = 0
     file = pq.ParquetFile(source, read_dictionary=paths)
     names = list(dict.fromkeys(path.partition(".")[0] for path in paths))
-    for batch in file.iter_batches(_BATCH_ROWS, columns=names):
+    for batch in file.iter_batches(_BATCH_ROWS, columns=names, use_threads=False):
         for column in batch.columns:
             while pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
                 column = column.flatten()

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from deadbench.suite.schema import KEY
+from deadbench.suite.schema import KEY, arrow_schema
 from deadbench.suite.secrets import shown_place
 from deadbench.suite.storage import is_hidden, is_local, open_place, refusal
+from deadbench.suite.table_files import batches_of
 from deadbench.suite.table_sizes import FileSize, size_of, too_large
 
 _FOOTER_BYTES = 2**17  # as much of a remote file's end as holds its schema
@@ -76,11 +76,13 @@ class ResultReader:
 
     def _read(self, path: str, source: Any, columns: list[str]) -> list[dict[str, Any]]:
         """Rows of a file of `reads`, which may have come a moment ago and be anybody's."""
+        ours = arrow_schema("reads")
+        schema = pa.schema([ours.field(name) for name in columns])
         with self._readable(path):
-            self._count("reads", path, size_of(pq.read_metadata(source), source))
-            if not self._local:
-                source.seek(0)
-            return pq.read_table(source, columns=columns, partitioning=None).to_pylist()  # type: ignore[no-any-return]
+            size = size_of(source)
+        self._count("reads", path, size)
+        with self._readable(path):
+            return [row for batch in batches_of(source, schema) for row in batch.to_pylist()]
 
     def _count(self, table: str, path: str, size: FileSize) -> None:
         """Raise StoreError where a table is larger than any run's, with this file."""
@@ -151,5 +153,5 @@ class ResultReader:
     def _readable(self, path: str) -> Iterator[None]:
         try:
             yield
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        except (pa.ArrowException, OSError, ValueError, MemoryError, OverflowError) as error:
             raise StoreError(f"{self._named}: {path} cannot be read as parquet; move it away") from error

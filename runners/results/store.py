@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from deadbench.runners.results.reader import ResultReader, StoreError
 from deadbench.suite.schema import SCHEMA_VERSION, TABLES
 from deadbench.suite.storage import refusal, renames, write_whole
+from deadbench.suite.table_files import schema_version
 from deadbench.suite.table_sizes import FileSize, rows_of
 
 __all__ = ["ResultStore", "StoreError"]
@@ -104,12 +105,11 @@ class ResultStore(ResultReader):
             for path, source in self._footers(table):
                 with self._readable(path):
                     footer = pq.read_metadata(source)
-                metadata = footer.metadata or {}
                 self._count(table, path, FileSize(rows_of(footer)))
-                version = metadata.get(b"schema_version", b"").decode()
-                if not version.isdigit():
+                version = schema_version(footer.metadata)
+                if version is None:
                     raise StoreError(f"{self._named}: {path} is not a deadbench result; choose another folder")
-                if int(version) > SCHEMA_VERSION:
+                if version > SCHEMA_VERSION:
                     raise StoreError(
                         f"{self._named}: written by a newer deadbench (schema {version}, this one writes "
                         f"{SCHEMA_VERSION}); upgrade deadbench or choose another folder"

@@ -6,6 +6,7 @@ from typing import Any
 
 from deadbench.suite.errors import reason_of
 from deadbench.suite.storage import is_hidden
+from deadbench.suite.table_pages import groups_of
 
 _MAGIC = b"PAR1"  # the last bytes of a parquet file
 _MOST_HELD = 2**28  # bytes of values of which each takes up what it shares
@@ -58,20 +59,15 @@ def why_unreachable(spec: str) -> str | None:
     return None
 
 
-def values_once(file: Any, table: Any, column: str, rows: int) -> Iterator[Any]:
+def values_once(file: Any, column: str, rows: int) -> Iterator[Any]:
     """A column, `rows` of them at a time: what many rows share, as parquet stores it once, is held once."""
     import pyarrow.parquet as pq
 
-    chunks = [
-        group.column(place)
-        for group in map(table.metadata.row_group, range(table.num_row_groups))
-        for place in range(table.metadata.num_columns)
-        if group.column(place).path_in_schema.partition(".")[0] == column
-    ]
-    ways = {way for chunk in chunks for way in chunk.encodings}
+    chunks = [chunk for group in groups_of(file) for chunk in group.chunks if chunk.path.partition(".")[0] == column]
+    ways = {way for chunk in chunks for way in chunk.ways}
     if "DELTA_BYTE_ARRAY" in ways:  # each value is what it adds to the one before
-        rows = max(1, min(rows, _MOST_HELD // max(chunk.total_uncompressed_size for chunk in chunks)))
-    paths = {chunk.path_in_schema for chunk in chunks if chunk.physical_type == "BYTE_ARRAY"}
+        rows = max(1, min(rows, _MOST_HELD // max(1, *(chunk.unpacked for chunk in chunks))))
+    paths = {chunk.path for chunk in chunks if chunk.width is None}
     shared = [] if any(way.startswith("DELTA_") for way in ways) else sorted(paths)
     file.seek(0)
     for batch in pq.ParquetFile(file, read_dictionary=shared).iter_batches(batch_size=rows, columns=[column]):

@@ -32,7 +32,7 @@ def read_hub_pictures(spec: str, filesystem: Any = None) -> Iterator[tuple[str, 
                     f"input 'hf:{spec}' has no column of pictures; its columns: {', '.join(table.schema_arrow.names)}"
                 )
             place = 0
-            for batch in values_once(file, table, column, _ROWS):
+            for batch in values_once(file, column, _ROWS):
                 for cell in (each.as_py() for each in batch):
                     encoded = cell.get("bytes") if isinstance(cell, dict) else cell
                     if encoded is None:

@@ -34,7 +34,7 @@ def read_hub_text(spec: str, filesystem: Any = None) -> Iterator[str]:
                     f"input 'hf:{spec}' has no text column; its columns: {', '.join(table.schema_arrow.names)}"
                 )
             column = "text" if "text" in names else names[0]
-            for batch in values_once(file, table, column, _ROWS):
+            for batch in values_once(file, column, _ROWS):
                 yield from _pieces(text.as_py() for text in batch)
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from deadbench.suite.errors import InputError
 from deadbench.suite.inputs import hub_files, signals
-from deadbench.suite.inputs.hub_files import DatasetError, why_unreachable
+from deadbench.suite.inputs.hub_files import DatasetError, values_once, why_unreachable
 from deadbench.suite.inputs.hub_pictures import read_hub_pictures
 from deadbench.suite.inputs.signals import photo_crops, pictures_of
 from tests.suite.architectures.test_locate import VISION
@@ -102,3 +102,14 @@ def test_pictures_that_are_more_than_can_be_held_are_refused(hub, monkeypatch):
     monkeypatch.setattr(signals, "_MOST_BYTES_HELD", 2 * len(png(10)))
     with pytest.raises(InputError, match=r"row 2 of .*: the pictures up to it have [\d,]+ bytes; at most .* of 4"):
         photo_crops("hf:org/photos::validation", 4, 0)
+
+
+def test_a_column_whose_statistics_do_not_fit_ends_nothing():
+    """Arrow ends the process that asks for its metadata."""
+    file = io.BytesIO()
+    pq.write_table(pa.table({"bytes": [[b"x"]]}), file, compression="none", use_dictionary=False)
+    levels = b"\x26\x02\x00\x19"  # how many values are at each of two levels of repetition: 1 and 0
+    assert levels in file.getvalue()
+    torn = io.BytesIO(file.getvalue().replace(levels, b"\x16\x82\x00\x19"))  # as long, and of one level
+    with pytest.raises(OSError, match="histogram size mismatch"):
+        list(values_once(torn, "bytes", 1))
