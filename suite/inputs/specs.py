@@ -26,7 +26,7 @@ _DATASET = re.compile(r"[\w.-]+/[\w.-]+")
 _CAPTION_CHARACTERS = 10_000  # the beginning of a longer one is read
 MOST_PHOTO_BYTES = 256_000_000
 MOST_TEXT_BYTES = 2**28  # of a longer text the beginning is read: some sixty million tokens
-_MOST_ID_BYTES = 2**31  # which are all read, and more than once
+_MOST_ID_BYTES = 2**30  # which are all read, more than once, and mapped into memory
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
