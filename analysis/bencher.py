@@ -4,7 +4,7 @@ import json
 
 import polars as pl
 
-from deadbench.suite.plain_text import plain
+from deadbench.analysis.cells import told
 
 _LONGEST_NAME = 1024  # letters of a benchmark's name that Bencher takes
 _CONFIDENCE = 1.96  # standard errors on either side: 95 %
@@ -27,10 +27,10 @@ def bencher(table: pl.DataFrame) -> str:
         "candidate",
         "candidate_error",
     ]
-    told = table.filter(pl.col("candidate").is_finite()).select(wanted)
-    for model, revision, read, seed, engine, metric, value, error in told.iter_rows():
+    rows = table.filter(pl.col("candidate").is_finite()).select(wanted)
+    for model, revision, read, seed, engine, metric, value, error in rows.iter_rows():
         parts = [model, revision, read, None if seed is None else f"seed {seed}", engine]
-        name = plain(" ".join(str(part) for part in parts if part is not None), _LONGEST_NAME)
+        name = told(" ".join(str(part) for part in parts if part is not None), _LONGEST_NAME)
         measure = {"value": value}
         if error is not None:
             measure |= {"lower_value": value - _CONFIDENCE * error, "upper_value": value + _CONFIDENCE * error}

@@ -7,7 +7,8 @@ from typing import Any
 
 import polars as pl
 
-from deadbench.suite.plain_text import MAX_LINE, plain
+from deadbench.suite.plain_text import MAX_LINE, MAX_VALUE, plain
+from deadbench.suite.secrets import scrubbed
 
 HEADERS = {
     "rank": "#",
@@ -70,7 +71,7 @@ _DECIMALS_OF_UNIT = {"cosine": 4, "decades": 2, "dimensions": 0, "slope": 2, "ra
 
 def header(name: str) -> str:
     """The heading of column `name`."""
-    return HEADERS.get(name, name.replace("_", " "))
+    return HEADERS.get(name) or told(name.replace("_", " "), MAX_VALUE)  # of a cross table it is a row's own word
 
 
 def shown(frame: pl.DataFrame) -> list[str]:
@@ -107,7 +108,17 @@ def text(name: str, value: Any, unit: str | None = None) -> str:
         return magnitude(value) if name in ("num_parameters", "dead_parameters") else str(value)
     if isinstance(value, float):
         return _real(name, value, unit)
-    return plain(str(value), MAX_LINE)
+    return told(str(value))
+
+
+def told(words: str, limit: int | None = MAX_LINE) -> str:
+    """What a row says, in one clean line: our own rows hold no secret of a place, those of a stranger may."""
+    return plain(without_secrets(words), limit)
+
+
+def without_secrets(words: str) -> str:
+    """The same as it stands there; only where a URL is can a secret of one be."""
+    return scrubbed(words) if "://" in words else words
 
 
 def magnitude(count: int) -> str:

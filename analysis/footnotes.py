@@ -2,7 +2,8 @@
 
 import polars as pl
 
-from deadbench.suite.plain_text import plain
+from deadbench.analysis.cells import told
+from deadbench.suite.plain_text import MAX_VALUE, plain
 
 _MAX_NAMED = 8
 
@@ -65,14 +66,14 @@ def _lost(frame: pl.DataFrame) -> list[str]:
     reasons: dict[str, list[str]] = {}
     for model, metric, detail in rows.select(pl.col("model", "metric", "detail").cast(pl.String)).iter_rows():
         reasons.setdefault(detail or "", []).append(f"{model} {metric}")
-    told = [f"{_named(names)}: {reason}" for reason, names in reasons.items() if reason]
+    lines = [f"{_named(names)}: {reason}" for reason, names in reasons.items() if reason]
     return [
         "lost: the baseline has a value of the metric and the candidate has none",
-        *(plain(line, None) for line in told),
+        *(told(line, None) for line in lines),
     ]
 
 
 def _named(names: list[str]) -> str:
-    names = [plain(name) for name in dict.fromkeys(names)]
+    names = [told(name, MAX_VALUE) for name in dict.fromkeys(names)]
     more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
     return ", ".join(names[:_MAX_NAMED]) + more

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from deadbench.analysis.cells import cells, header, shown, text
+from deadbench.analysis.cells import cells, header, shown, text, told, without_secrets
 from deadbench.analysis.colours import FAMILY_COLOURS, STATE_COLOURS
 from deadbench.analysis.footnotes import footnotes
 from deadbench.analysis.layouts import LAYOUTS
 from deadbench.analysis.meanings import meaning
 from deadbench.analysis.results import ResultsError
 from deadbench.analysis.terminal import Column, Layout, fit, table
-from deadbench.suite.plain_text import MAX_LINE, plain
+from deadbench.suite.plain_text import MAX_VALUE, printable
 
 if TYPE_CHECKING:
     from great_tables import GT
@@ -76,7 +76,7 @@ def rich_table(frame: pl.DataFrame, title: str, *, width: int, keep: Sequence[st
     notes = [shared] if shared else []
     if {"model", "error"} <= set(frame.columns):
         errors = frame.select("model", "error").drop_nulls("error").iter_rows()
-        notes += [f"{plain(model)}: {plain(error, MAX_LINE)}" for model, error in errors]
+        notes += [f"{told(model, MAX_VALUE)}: {told(error)}" for model, error in errors]
     notes += footnotes(frame)
     groups = _groups(frame).to_list() if title == "leaderboard" else []
     apart = [place for place in range(len(groups) - 1) if groups[place] != groups[place + 1]]
@@ -106,7 +106,7 @@ def _columns(frame: pl.DataFrame, title: str, keep: Sequence[str] = ()) -> tuple
         for name in wanted
         if name not in shared
     ]
-    return columns, ", ".join(f"{name} {plain(str(frame[name].drop_nulls()[0]))}" for name in shared), layout
+    return columns, ", ".join(f"{name} {told(str(frame[name].drop_nulls()[0]), MAX_VALUE)}" for name in shared), layout
 
 
 def html_rows(frame: pl.DataFrame) -> dict[str, Any]:
@@ -174,7 +174,9 @@ def _plain(value: Any) -> Any:
         return None
     if isinstance(value, list):
         return [_plain(item) for item in value]
-    return value if isinstance(value, str | int | float | bool | None) else value.isoformat()
+    if isinstance(value, str):
+        return without_secrets(value)
+    return value if isinstance(value, int | float | None) else value.isoformat()
 
 
 def _csv(frames: Mapping[str, pl.DataFrame]) -> str:
@@ -188,8 +190,9 @@ def _csv(frames: Mapping[str, pl.DataFrame]) -> str:
 
 
 def _csv_text(words: str) -> str:
-    """`words`, with an apostrophe before what a spreadsheet would take for a formula and compute."""
-    return f"'{words}" if _FORMULA.match(words) else words
+    """`words` as one printable line, an apostrophe before what a spreadsheet would take for a formula and compute."""
+    line = printable(without_secrets(words))
+    return f"'{line}" if _FORMULA.match(line) else line
 
 
 def _md(frames: Mapping[str, pl.DataFrame]) -> str:
@@ -240,11 +243,14 @@ def _great_table(frame: pl.DataFrame, title: str, names: Sequence[str]) -> "GT":
     rows = pl.DataFrame(list(cells(frame)), schema=dict.fromkeys(shown(frame), pl.String), orient="row").select(names)
     if set(GROUP) <= set(names):
         rows = rows.with_columns(_groups(frame))
+    # The page's anchors are made of names: those of a cross table are a row's own words.
+    known = {name: name if told(name) == name else f"column {place}" for place, name in enumerate(names)}
+    rows = rows.rename({name: known[name] for name in names})
     table = GT(rows, id=title, groupname_col="group" if "group" in rows.columns else None)
     return (
-        table.cols_label({name: header(name) for name in names})
+        table.cols_label({known[name]: header(name) for name in names})
         .cols_align("left")
-        .cols_align("right", [name for name in names if frame.schema[name].is_numeric()])
+        .cols_align("right", [known[name] for name in names if frame.schema[name].is_numeric()])
     )
 
 

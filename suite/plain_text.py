@@ -20,13 +20,23 @@ def plain(words: str, limit: int | None = MAX_VALUE) -> str:
         cut = True
     else:
         cut = False
-    line = " ".join(words.split())
-    if not line.isprintable():
-        line = "".join(letter if letter.isprintable() else _escaped(letter) for letter in line)
+    line = printable(" ".join(words.split()))
     if limit is None or (len(line) <= limit and not cut):
         return line
     tail = limit // 3  # where errors say what to do
     return line[: limit - tail - len(_LEFT_OUT)] + _LEFT_OUT + line[-tail:]
+
+
+def printable(words: str) -> str:
+    """`words` with what is not printable escaped, and else as they are.
+
+    Example:
+        >>> printable("a  b\\n")
+        'a  b\\\\n'
+    """
+    if words.isprintable():
+        return words
+    return "".join(letter if letter.isprintable() else _escaped(letter) for letter in words)
 
 
 def _escaped(letter: str) -> str:

@@ -90,8 +90,10 @@ def read_file(path: Path, most_bytes: int) -> bytes:
     return b"".join(file_pieces(path, most_bytes))
 
 
-def file_pieces(path: Path, most_bytes: int) -> Iterator[bytes]:
+def file_pieces(path: Path, most_bytes: int, *, cut: bool = False) -> Iterator[bytes]:
     """The same in pieces, of which none need be held; what is too large is refused before the first where it says so.
+
+    Where it is `cut`, its first `most_bytes` are all.
 
     Raises:
         OSError: as `read_file` does.
@@ -100,8 +102,9 @@ def file_pieces(path: Path, most_bytes: int) -> Iterator[bytes]:
         told = os.fstat(file.fileno())
         if not stat.S_ISREG(told.st_mode):
             raise OSError("not a regular file")
-        left = most_bytes - (told.st_size if told.st_size > most_bytes else 0)
-        while left >= 0 and (piece := file.read(min(_PIECE_BYTES, left + 1))):  # some say nothing of their size
+        left = most_bytes - (told.st_size if told.st_size > most_bytes and not cut else 0)
+        further = 0 if cut else 1
+        while left >= 0 and (piece := file.read(min(_PIECE_BYTES, left + further))):  # some say nothing of their size
             left -= len(piece)
             if left >= 0:
                 yield piece

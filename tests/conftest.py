@@ -144,9 +144,9 @@ def ray_session(tmp_path_factory):
     """One local Ray for every test that needs it: starting one takes seconds."""
     import ray
 
-    from deadbench.runners.cluster.joining import on_loopback
+    from deadbench.runners.cluster.joining import on_loopback, without_metrics
 
-    with on_loopback():
+    with on_loopback(), without_metrics():
         ray.init(
             address="local",
             num_cpus=2,

@@ -4,10 +4,10 @@ import xml.etree.ElementTree as ElementTree
 
 import polars as pl
 
-from deadbench.analysis.cells import text
+from deadbench.analysis.cells import text, told
 from deadbench.analysis.formats import escaped, render
 from deadbench.analysis.gate import BROKEN, CANNOT_TELL, broken, undecided
-from deadbench.suite.plain_text import plain
+from deadbench.suite.plain_text import MAX_VALUE, plain
 from deadbench.suite.secrets import shown_place
 
 _SUMMARY_COLUMNS = [
@@ -43,9 +43,9 @@ def sides(judged: pl.DataFrame, baseline: str, candidate: str) -> list[str]:
 
 def _members(rows: pl.DataFrame, model: str, revision: str) -> str:
     pairs = rows.select(pl.col(model, revision).cast(pl.String)).unique(maintain_order=True).drop_nulls(model).rows()
-    names = [f"{name}@{at}" if at else name for name, at in pairs]
-    more = f" and {len(names) - _MAX_MEMBERS} more" if len(names) > _MAX_MEMBERS else ""
-    return ", ".join(names[:_MAX_MEMBERS]) + more or "no finished read of these"
+    names = [told(f"{name}@{at}" if at else name, MAX_VALUE) for name, at in pairs[:_MAX_MEMBERS]]
+    more = f" and {len(pairs) - _MAX_MEMBERS} more" if len(pairs) > _MAX_MEMBERS else ""
+    return ", ".join(names) + more or "no finished read of these"
 
 
 def github_summary(judged: pl.DataFrame, *places: str) -> str:
@@ -73,17 +73,17 @@ def junit(judged: pl.DataFrame) -> str:
         suite = ElementTree.SubElement(
             root,
             "testsuite",
-            name=plain(str(model)),
+            name=told(str(model), MAX_VALUE),
             tests=str(len(checks)),
             failures=str(count),
             skipped=str(len(undecided(checks))),
         )
         for row in checks.iter_rows(named=True):
-            place = " ".join(plain(str(row[name])) for name in ("revision", "read") if row[name] is not None)
+            place = " ".join(told(str(row[name]), MAX_VALUE) for name in ("revision", "read") if row[name] is not None)
             case = ElementTree.SubElement(
                 suite,
                 "testcase",
-                classname=plain(f"{model}"),
+                classname=told(str(model), MAX_VALUE),
                 name=f"{place} seed {row['seed']}: {row['metric'] or 'read'}",
             )
             if row["verdict"] in BROKEN:
@@ -98,4 +98,4 @@ def junit(judged: pl.DataFrame) -> str:
 def _said(row: dict[str, object]) -> str:
     values = [f"{name} {text('lambda_v' if row['metric'] == 'lambda_v' else name, row[name])}"
               for name in ("baseline", "candidate", "change", "allowed") if row[name] is not None]  # fmt: skip
-    return plain(", ".join([str(row["verdict"]), *values, *([str(row["detail"])] if row["detail"] else [])]), None)
+    return told(", ".join([str(row["verdict"]), *values, *([str(row["detail"])] if row["detail"] else [])]), None)

@@ -15,6 +15,7 @@ from typing import Any
 import polars as pl
 import pyarrow.parquet as pq
 
+from deadbench.analysis.cells import without_secrets
 from deadbench.analysis.families import families
 from deadbench.analysis.formats import environment, render
 from deadbench.analysis.leaderboard import leaderboard
@@ -91,7 +92,7 @@ def _write(locations: Sequence[str], folder: Path, title: str, license: str) -> 
 
 def _write_table(locations: Sequence[str], folder: Path, name: str) -> int:
     """One file a table, with the schema's metadata; returns how many rows, and writes no file for none."""
-    frame: pl.DataFrame = collected(scan(locations, name))
+    frame: pl.DataFrame = _without_secrets(collected(scan(locations, name)))
     if frame.is_empty():
         return 0
     (folder / name).mkdir()
@@ -100,6 +101,12 @@ def _write_table(locations: Sequence[str], folder: Path, name: str) -> int:
     pq.write_table(table, buffer, compression="zstd")
     write_whole(folder / name / "published.parquet", buffer.getvalue())
     return len(frame)
+
+
+def _without_secrets(frame: pl.DataFrame) -> pl.DataFrame:
+    """The same rows; those that are not our own may hold a secret of a place."""
+    texts = [pl.col(n) for n, t in frame.schema.items() if t == pl.String and frame[n].str.contains("://").any()]
+    return frame.with_columns(each.map_elements(without_secrets, return_dtype=pl.String) for each in texts)
 
 
 def _upload(folder: Path, repository: str, private: bool) -> str:

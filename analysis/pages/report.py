@@ -9,6 +9,7 @@ from typing import Any
 
 import polars as pl
 
+from deadbench.analysis.cells import told
 from deadbench.analysis.dead import dead_directions
 from deadbench.analysis.families import collapsed_blocks, confusion, dead_parameters, families
 from deadbench.analysis.formats import environment, html_rows
@@ -18,7 +19,6 @@ from deadbench.analysis.lines import failed_reads
 from deadbench.analysis.pages.plots import Plot, report_plots
 from deadbench.analysis.plots.axes import Spec, row_anchor
 from deadbench.analysis.results import collected, latest, scan
-from deadbench.suite.plain_text import plain
 from deadbench.suite.secrets import shown_place
 from deadbench.suite.storage import write_whole
 
@@ -97,7 +97,7 @@ def provenance(locations: str | Sequence[str], reads: pl.LazyFrame) -> dict[str,
     first, final = frame["started_at"].min(), frame["finished_at"].max()
     runs = frame["run_id"].drop_nulls().unique().sort().to_list()
     dates = [f"{moment:%Y-%m-%d %H:%M} UTC" for moment in (first, final) if moment is not None]  # type: ignore[str-bytes-safe]
-    told = {
+    facts = {
         "results": ", ".join(map(shown_place, places)),  # a URI may carry a password, and the page may be published
         "reads": f"{len(ok)} ok, {len(frame) - len(ok)} failed, of {frame['model'].n_unique()} models",
         "runs": f"{len(runs)}: {', '.join(runs[:5])}{', …' if len(runs) > 5 else ''}",
@@ -108,7 +108,7 @@ def provenance(locations: str | Sequence[str], reads: pl.LazyFrame) -> dict[str,
         "devices": ", ".join(ok["device"].drop_nulls().unique().sort()) or "-",
         "versions": _versions(ok["versions"].drop_nulls().unique().sort().to_list()) or "-",
     }
-    return {name: plain(value, _MAX_FACT) for name, value in told.items()}
+    return {name: told(value, _MAX_FACT) for name, value in facts.items()}
 
 
 def _listed(frame: pl.DataFrame, names: list[str], limit: int = 8) -> str:

@@ -6,10 +6,11 @@ from typing import Any
 
 import polars as pl
 
+from deadbench.analysis.cells import told, without_secrets
 from deadbench.analysis.lines import best_lines, ok_reads
 from deadbench.analysis.replicates import in_series
 from deadbench.analysis.results import collected
-from deadbench.suite.plain_text import MAX_LINE, plain
+from deadbench.suite.plain_text import MAX_LINE
 
 MAX_TICKS, MAX_STEP_TICKS = 7, 8
 # Of the largest value on a logarithmic axis: what lies below is drawn at this foot. Zero scales leave eigenvalues of
@@ -36,7 +37,8 @@ def named(lines: pl.LazyFrame, reads: pl.LazyFrame) -> pl.LazyFrame:
 
 def row_anchor() -> pl.Expr:
     """Where the page's leaderboard has the line of a model, protocol and dtype: `row-gpt2-quick-float32`."""
-    words = pl.concat_str(pl.lit("row"), pl.col("model", "protocol", "dtype"), separator=" ", ignore_nulls=True)
+    model = pl.col("model").cast(pl.String).map_elements(without_secrets, return_dtype=pl.String)
+    words = pl.concat_str(pl.lit("row"), model, pl.col("protocol", "dtype"), separator=" ", ignore_nulls=True)
     return words.str.to_lowercase().str.replace_all("[^a-z0-9*]+", "-").str.replace_all("*", "x", literal=True)
 
 
@@ -158,6 +160,6 @@ def _drawable(value: Any, *, cut: bool = False) -> Any:
         return {key: _drawable(each, cut=cut) for key, each in value.items()}
     if isinstance(value, list):
         return [_drawable(each, cut=cut or isinstance(each, str)) for each in value]
-    if not isinstance(value, str) or (value.isprintable() and (not cut or len(value) <= MAX_LINE)):
+    if not isinstance(value, str) or (value.isprintable() and not (cut and (len(value) > MAX_LINE or "://" in value))):
         return value
-    return plain(value, MAX_LINE if cut else None)
+    return told(value, MAX_LINE if cut else None)

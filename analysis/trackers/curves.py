@@ -5,10 +5,11 @@ from typing import NamedTuple
 
 import polars as pl
 
+from deadbench.analysis.cells import told
 from deadbench.analysis.compare import METRICS
 from deadbench.analysis.lines import ok_reads
 from deadbench.analysis.results import ResultsError, collected
-from deadbench.suite.plain_text import plain
+from deadbench.suite.plain_text import MAX_VALUE
 
 # What becomes a curve: columns of `reads`.
 CURVES = (*METRICS, "scale_harmonic", "worst_block")
@@ -72,4 +73,4 @@ def by_tokens(points: Iterable[Point]) -> list[Point]:
 
 def _name(row: dict[str, object]) -> str:
     parts = [row["model"], row["read"], row["protocol"], row["dtype"], row["engine"]]
-    return plain(" ".join(str(part) for part in [*parts, f"seed {row['seed']}"] if part is not None))
+    return told(" ".join(str(part) for part in [*parts, f"seed {row['seed']}"] if part is not None), MAX_VALUE)

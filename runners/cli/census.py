@@ -12,6 +12,7 @@ import typer
 
 from deadbench.runners.cli.console import EXIT_FALSE, Debug, Json, check_out
 from deadbench.runners.cli.options import Address, Config, ModelType, Out, given_config
+from deadbench.suite.plain_text import MAX_LINE, plain
 
 if TYPE_CHECKING:
     from deadbench.runners.census.census import Outcome
@@ -110,7 +111,7 @@ def _counts(outcome: "Outcome") -> str:
 
 def _explained(each: dict[str, str]) -> str:
     named = each["error"].startswith(each["source"])
-    return each["error"] if named else f"{each['source']}: {each['error']}"
+    return plain(each["error"] if named else f"{each['source']}: {each['error']}", MAX_LINE)
 
 
 def _interrupt(signum: int, frame: Any) -> None:

@@ -11,6 +11,7 @@ import typer
 
 from deadbench.runners.cli.console import EXIT_FALSE, Debug, Json, UserError, console
 from deadbench.runners.cli.options import Config, ModelType, given_config
+from deadbench.suite.plain_text import MAX_LINE, plain
 
 _CLASSIFY_THREADS = 8
 
@@ -80,7 +81,8 @@ def classify(
         _print_classified(results)
     undetermined = [result["source"] for result in results if result["family"] == "undetermined"]
     if undetermined and not allow_undetermined:
-        print(f"deadbench: undetermined: {', '.join(undetermined)}; --allow-undetermined exits with 0", file=sys.stderr)
+        told = f"deadbench: undetermined: {', '.join(undetermined)}; --allow-undetermined exits with 0"
+        print(plain(told, MAX_LINE), file=sys.stderr)
     if any(result["error"] for result in results) or (undetermined and not allow_undetermined):
         raise typer.Exit(EXIT_FALSE)
 

@@ -9,6 +9,7 @@ import typer
 from deadbench.runners.cli import options
 from deadbench.runners.cli.console import EXIT_FALSE, Debug, Json, console, say
 from deadbench.runners.cli.init import check_named
+from deadbench.suite.plain_text import MAX_LINE, plain
 
 
 def plan(
@@ -72,7 +73,7 @@ def plan(
         autoscale=autoscale,
     )
     for remark in names:
-        say(f"deadbench: {remark}")
+        say(plain(f"deadbench: {remark}", MAX_LINE))
     done = _finished(out) if out is not None and resume else set()
     rows = as_rows(make_plan(jobs, cluster, done))
     if as_json:

@@ -27,6 +27,7 @@ _GREETING_SECONDS = 8.0  # a head that is alive greets at once
 _HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))  # of HTTP/2, which gRPC speaks
 _FRAME, _SETTINGS = 9, 4  # bytes of a frame's header, and the kind of frame that a server of gRPC sends first
 _LONGEST_SOCKET, _SOCKET_LETTERS = 103, 89  # the least of all systems; of a folder in it, a session and a socket there
+_METRIC_PORTS = ("AUTOSCALER_METRIC_PORT", "DASHBOARD_METRIC_PORT")
 _LOCAL_OBJECT_STORE_BYTES = 200 * 2**20  # tables are small; weights never pass through
 
 
@@ -86,9 +87,10 @@ def connect(address: str | None, say: Callable[[str], None] = lambda line: None)
         options["job_config"] = _job_config()
     alone = scratch is not None or _is_on_loopback(target)
     place = on_loopback() if alone else contextlib.nullcontext()
+    quiet = without_metrics() if scratch is not None else contextlib.nullcontext()
     watch = watched(scratch.path / "ray") if scratch is not None else contextlib.nullcontext()
     try:
-        with place, watch:
+        with place, quiet, watch:
             ray.init(address=target, logging_level="ERROR", log_to_driver=False, **options)
     except Exception as error:
         if scratch is not None:
@@ -112,6 +114,21 @@ def on_loopback() -> Iterator[None]:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextlib.contextmanager
+def without_metrics() -> Iterator[None]:
+    """The dashboard's and the autoscaler's own metrics, which answer anyone, have no port in a Ray started within.
+
+    Ray has no setting for it: where a port cannot be, it logs that and goes on.
+    """
+    unset = [name for name in _METRIC_PORTS if name not in os.environ]
+    os.environ.update(dict.fromkeys(unset, "-1"))
+    try:
+        yield
+    finally:
+        for name in unset:
+            del os.environ[name]
 
 
 def _is_on_loopback(target: str) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 from deadbench.runners.jobs.events import Finished, Progress
 from deadbench.runners.jobs.job import ModelJob, ReadJob
 from deadbench.runners.reporting.progress import Reporter
+from deadbench.suite.plain_text import MAX_LINE, plain
 
 _PROGRESS_SECONDS = 1.0  # between two events of one model
 
@@ -26,7 +27,7 @@ class EventLog(Reporter):
 
     def say(self, text: str) -> None:
         """A remark."""
-        self._tell("message", text=text)
+        self._tell("message", text=plain(text, MAX_LINE))
 
     def run_started(self, run_id: str, num_models: int) -> None:
         """`run_started`: how many models and reads."""

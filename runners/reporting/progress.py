@@ -71,7 +71,7 @@ class Reporter:
 
     def say(self, text: str) -> None:
         """One plain line."""
-        self._print(plain(text, None))
+        self._print(plain(text, MAX_LINE))
 
     def _print(self, line: str) -> None:
         self._console.print(escape(line), soft_wrap=True)
@@ -125,7 +125,7 @@ class Reporter:
         self._outcome(label, outcome)
 
     def _outcome(self, label: str, outcome: str) -> None:
-        self.say(plain(f"[{self._done}/{self._total}] {label}: {outcome}", MAX_LINE))
+        self.say(f"[{self._done}/{self._total}] {label}: {outcome}")
 
     def at(self) -> list[dict[str, Any]]:
         """Where the running models are, as their last `Progress` says it."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,6 +18,7 @@ from deadbench.runners.worker.run import run_model
 from deadbench.suite.ranks import Ranks
 from deadbench.suite.read_specs import READ_SPECS
 
+_WAITING = 1024  # ranks that may ask at once
 _IN_STEP_SECONDS = 20  # after a failure, within which every rank must have come to the end of that read
 
 
@@ -43,11 +45,24 @@ class RankGroup:
 def join_group(rank: int, size: int, meeting: tuple[str, int]) -> RankGroup:
     """Become rank `rank` of `size`, at the address that rank 0 serves: NCCL where there are GPUs, else gloo."""
     host, port = meeting
-    store = dist.TCPStore(host, port, size, is_master=rank == 0, timeout=timedelta(minutes=5))  # type: ignore[attr-defined]
+    listening = _listening(host, port) if rank == 0 else None
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        host, port, size, is_master=rank == 0, timeout=timedelta(minutes=5), master_listen_fd=listening
+    )
     os.environ["LOCAL_RANK"] = "0"  # Ray shows each actor its own devices only
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     return RankGroup(current_ranks(), store)
+
+
+def _listening(host: str, port: int) -> int:
+    """A socket at this address alone: by itself a store listens on all interfaces, and answers whoever asks."""
+    family, _, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family, socket.SOCK_STREAM) as listening:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(place)
+        listening.listen(_WAITING)
+        return listening.detach()
 
 
 def run_rank(group: RankGroup, job: ModelJob, run_id: str, attempt: int) -> Iterator[Event]:

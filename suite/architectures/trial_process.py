@@ -3,6 +3,7 @@
 It has no network, and so much CPU time for each; the one who asks ends it when it takes too much memory.
 """
 
+import gc
 import json
 import os
 import sys
@@ -36,6 +37,7 @@ def serve(cpu_seconds: int) -> None:
                 locate_final_norm(config)
         except Exception as error:
             answer = one_line(error)
+        gc.collect()  # a model's modules refer to each other
         print(json.dumps(answer), file=answers, flush=True)
 
 

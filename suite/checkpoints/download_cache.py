@@ -9,12 +9,14 @@ import hashlib
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
 from deadbench.suite.errors import CheckpointError
 from deadbench.suite.secrets import shown_place
+from deadbench.suite.storage import refusal
 
 LEASE_SECONDS = 30.0  # after which a holder that has gone is succeeded; all processes must agree
 _POLL_SECONDS = 0.2
@@ -47,20 +49,45 @@ def fetch_once(source: Source, called: str, fingerprint: str, names: list[str]) 
         names: of the files.
 
     Raises:
-        CheckpointError: the disk is too small, or a file is not what it was said to be.
+        CheckpointError: the disk is too small, a file is not what it was said to be, or another user has been there.
     """
     readable = re.sub(r"[^A-Za-z0-9.-]+", "-", shown_place(called))[-60:].strip("-")
     key = hashlib.sha256(f"{called}\n{fingerprint}\n{sorted(names)}".encode()).hexdigest()[:16]
     place = cache_folder() / f"{readable}-{key}"
     folder, complete = place / "checkpoint", place / "complete"
-    if not complete.exists():
+    try:
         cache_folder().mkdir(mode=0o700, parents=True, exist_ok=True)  # one that is there may be shared
-        folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            place.mkdir(mode=0o775)
+        _check_ours(place)
+        folder.mkdir(mode=0o775, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"{place}: no place for the checkpoint ({refusal(error)}); set DEADBENCH_CACHE"
+        ) from error
+    if not complete.exists():
         with lease(place / "lock") as check:
             if not complete.exists():
                 _download(source, called, folder, names, check)
                 complete.touch()
     return folder
+
+
+def _check_ours(place: Path) -> None:
+    """Raise CheckpointError where a checkpoint lies in a cache that all may write to and is there by another user.
+
+    What a group shares, or a volume that is mounted for all, may have many writers; a stranger's weights, or a link to
+    where they lie, are nobody's checkpoint.
+    """
+    if not place.parent.stat().st_mode & stat.S_IWOTH:
+        return
+    there = place.lstat()
+    ours = there.st_uid in (os.getuid(), 0) and not there.st_mode & stat.S_IWOTH
+    if not (ours and stat.S_ISDIR(there.st_mode)):
+        raise CheckpointError(
+            f"{place}: another user of this machine put it into a cache that all may write to; remove it, or set "
+            "DEADBENCH_CACHE to a folder of your own"
+        )
 
 
 class _Check(Protocol):

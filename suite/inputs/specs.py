@@ -25,7 +25,8 @@ TOKENIZER_FILES = (
 _DATASET = re.compile(r"[\w.-]+/[\w.-]+")
 _CAPTION_CHARACTERS = 10_000  # the beginning of a longer one is read
 MOST_PHOTO_BYTES = 256_000_000
-_MOST_BYTES = 2**33  # of text and of token ids: two thousand million tokens
+MOST_TEXT_BYTES = 2**28  # of a longer text the beginning is read: some sixty million tokens
+_MOST_ID_BYTES = 2**30  # which are all read, more than once, and mapped into memory
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
@@ -75,13 +76,15 @@ def content_hash(spec: str) -> str:
             _add(digest, spec, photo, MOST_PHOTO_BYTES)
             digest.update(caption.encode())
     else:
-        _add(digest, spec, text_path(rest) if kind == "text" else Path(rest), _MOST_BYTES)
+        is_text = kind == "text"
+        path, most_bytes = (text_path(rest), MOST_TEXT_BYTES) if is_text else (Path(rest), _MOST_ID_BYTES)
+        _add(digest, spec, path, most_bytes, cut=is_text)
     return digest.hexdigest()[:16]
 
 
-def _add(digest: Any, spec: str, path: Path, most_bytes: int) -> None:
+def _add(digest: Any, spec: str, path: Path, most_bytes: int, *, cut: bool = False) -> None:
     try:
-        for piece in file_pieces(path, most_bytes):
+        for piece in file_pieces(path, most_bytes, cut=cut):
             digest.update(piece)
     except OSError as error:
         raise InputError(f"input {spec!r}: {path} cannot be read ({refusal(error)})") from error

@@ -11,6 +11,7 @@ Nothing falls back to something else: a model without a tokenizer cannot read te
 Shapes: S sequences, T positions, N tokens, B images.
 """
 
+import io
 import itertools
 import json
 import sys
@@ -27,7 +28,7 @@ from deadbench.suite.errors import InputError, is_of_work, reason_of
 from deadbench.suite.inputs.batches import Batch, Inputs
 from deadbench.suite.inputs.early_checks import check_vocabulary, open_ids
 from deadbench.suite.inputs.hub_text import read_hub_text
-from deadbench.suite.inputs.specs import TOKENIZER_FILES, text_path
+from deadbench.suite.inputs.specs import MOST_TEXT_BYTES, TOKENIZER_FILES, text_path
 from deadbench.suite.inputs.tokenizer_trial import check as check_tokenizer
 
 _CHARACTERS_PER_PIECE, _LONGEST_LINE = 100_000, 1_000_000
@@ -179,9 +180,9 @@ def _pieces(spec: str) -> Iterator[str]:
     if kind == "hf":
         yield from read_hub_text(rest)
         return
-    with text_path(rest).open(encoding="utf-8", errors="strict") as file:
+    path, piece = text_path(rest), ""
+    with io.TextIOWrapper(io.BufferedReader(_Head(path)), encoding="utf-8") as file:
         try:
-            piece = ""
             while line := file.readline(_LONGEST_LINE):  # one without an end is not held
                 piece += line
                 if len(piece) > _CHARACTERS_PER_PIECE:
@@ -190,7 +191,16 @@ def _pieces(spec: str) -> Iterator[str]:
             if piece:
                 yield piece
         except UnicodeDecodeError as error:
-            raise InputError(f"{rest}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+            if error.reason != "unexpected end of data" or path.stat().st_size <= MOST_TEXT_BYTES:
+                raise InputError(f"{rest}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+            yield piece  # what is not read begins within a letter
+
+
+class _Head(io.FileIO):
+    """A file that ends where no more of a text is read."""
+
+    def readinto(self, buffer: Any) -> int | None:
+        return super().readinto(memoryview(buffer)[: max(0, MOST_TEXT_BYTES - self.tell())])
 
 
 def _pad(sequences: list[NDArray[np.int64]]) -> Batch:

@@ -15,7 +15,7 @@ from deadbench.analysis.cells import magnitude, text
 from deadbench.analysis.formats import escaped, render, rich_table
 from deadbench.analysis.leaderboard import leaderboard
 from deadbench.analysis.results import ResultsError
-from deadbench.suite.plain_text import plain
+from deadbench.suite.plain_text import plain, printable
 
 EVIL = "<script>alert(1)</script> | [red]x[/red]\n`y` \x1b[31m"
 
@@ -60,7 +60,7 @@ def test_json_and_csv_have_no_infinities():
 
 def test_csv_reads_back(board):
     (first, _) = csv.DictReader(io.StringIO(render({"leaderboard": board}, "csv")))
-    assert (first["model"], first["depth"], first["containment"]) == (EVIL, "13.123456", "")
+    assert (first["model"], first["depth"], first["containment"]) == (printable(EVIL), "13.123456", "")
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,34 @@ def test_csv_reads_back(board):
 )
 def test_no_cell_of_csv_is_a_formula(frame, read, name):
     (row,) = csv.DictReader(io.StringIO(render({"leaderboard": leaderboard(frame([read(name, depth=-1.0)]))}, "csv")))
-    assert (row["model"], row["depth"]) == (f"'{name}", "-1.0"), "a number stays a number"
+    assert row["model"] == (f"'{name}" if name.isprintable() else printable(name)), "an escaped one is none"
+    assert row["depth"] == "-1.0", "a number stays a number"
+
+
+_ANY = st.text(st.characters(codec="utf-8"), max_size=12)
+_SECRETS = st.sampled_from(
+    ["", "https://me:t0psecret@host/m", "s3://b/m?token=t0psecret", "x https://h/?sig=t0psecret"]
+)
+
+
+@given(st.lists(st.tuples(_ANY, _SECRETS, _ANY).map(" ".join), min_size=1, max_size=3))
+@settings(max_examples=12, derandomize=True, deadline=None)
+def test_whatever_a_strangers_rows_say_is_printable_and_without_secrets_in_every_format(words):
+    frame = pl.DataFrame({"model": words, "error": words, "depth": [1.0] * len(words)})
+    for format in ("json", "csv", "md"):
+        text = render({"leaderboard": frame}, format)
+        assert [line for line in text.split("\n") if not line.isprintable()] == []
+        assert "t0psecret" not in text
+    assert "t0psecret" not in printed(frame, "rows")
+
+
+@pytest.mark.parametrize("format", ["html", "latex", "md", "table"])
+def test_neither_a_cell_nor_a_heading_does(format):
+    words = "\x9b31m\u202e https://me:t0psecret@host/m"
+    frame = pl.DataFrame({"model": [words], words: [1.0]})
+    text = printed(frame, "confusion") if format == "table" else render({"confusion": frame}, format)
+    assert not {"\x9b", "\u202e"} & set(text)
+    assert "t0psecret" not in text
 
 
 @given(st.text(st.characters(codec="utf-8"), max_size=12))

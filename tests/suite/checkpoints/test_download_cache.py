@@ -1,6 +1,8 @@
 """One download a node: whoever else wants a checkpoint waits for it; what is cut off goes on; who dies is succeeded."""
 
+import os
 import shutil
+import stat
 import subprocess
 import sys
 import time
@@ -11,7 +13,7 @@ import pytest
 from deadbench.suite.checkpoints import download_cache as node_cache
 from deadbench.suite.checkpoints import http_requests
 from deadbench.suite.checkpoints.checkpoint import Checkpoint
-from deadbench.suite.checkpoints.download_cache import cache_folder, lease
+from deadbench.suite.checkpoints.download_cache import cache_folder, fetch_once, lease
 from deadbench.suite.errors import CheckpointError
 from tests.conftest import ROOT, TINY_NEOX, save_tiny
 from tests.suite.checkpoints.servers import misbehaving
@@ -130,3 +132,44 @@ def test_no_secret_of_a_source_is_in_a_path_or_a_message(server):
         Checkpoint(source).config()
     assert "hunter2" not in str(caught.value)
     assert "abcdef" not in str(caught.value)
+
+
+class Small:
+    """A source of one file."""
+
+    def size(self, name):
+        return 3
+
+    def download(self, name, target):
+        target.write_bytes(b"own")
+
+
+@pytest.mark.parametrize("planted", ["a folder for all", "a link", "a folder of another user"])
+def test_what_a_stranger_put_into_a_cache_for_all_is_refused(tmp_path, monkeypatch, planted):
+    monkeypatch.setenv("DEADBENCH_CACHE", str(tmp_path / "cache"))
+    ours = fetch_once(Small(), "http://host/m", "1", ["file"])
+    place, cache = ours.parent, tmp_path / "cache"
+    assert (ours / "file").read_bytes() == b"own"
+    assert stat.S_IMODE(cache.stat().st_mode) == 0o700
+    cache.chmod(0o1777)
+    assert fetch_once(Small(), "http://host/m", "1", ["file"]) == ours, "of our own"
+    if planted == "a link":
+        place.rename(tmp_path / "elsewhere")
+        place.symlink_to(tmp_path / "elsewhere")
+    elif planted == "a folder for all":
+        place.chmod(0o777)
+    else:
+        monkeypatch.setattr(node_cache.os, "getuid", lambda: place.stat().st_uid + 1)
+        if place.stat().st_uid == 0:
+            os.chown(place, 1, -1)
+            monkeypatch.undo()
+            monkeypatch.setenv("DEADBENCH_CACHE", str(cache))
+    with pytest.raises(CheckpointError, match="another user of this machine"):
+        fetch_once(Small(), "http://host/m", "1", ["file"])
+
+
+def test_a_cache_that_cannot_be_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setenv("DEADBENCH_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(CheckpointError, match="no place for the checkpoint"):
+        fetch_once(Small(), "http://host/m", "1", ["file"])

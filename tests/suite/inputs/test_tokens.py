@@ -14,6 +14,8 @@ import torch
 from fsspec.implementations.dirfs import DirFileSystem
 
 from deadbench.suite.errors import InputError
+from deadbench.suite.inputs import specs
+from deadbench.suite.inputs import tokens as inputs_tokens
 from deadbench.suite.inputs.batches import check_count
 from deadbench.suite.inputs.hub_text import DatasetError, read_hub_text
 from deadbench.suite.inputs.hub_text import _pieces as _documents
@@ -199,7 +201,7 @@ def test_files_of_no_end_are_one_line(kind, tmp_path):
         file.truncate(50_000_000_000)
     os.mkfifo(fifo)
     for path, message in (
-        (sparse, "more than 8,589,934,592 bytes"),
+        *([(sparse, "more than 1,073,741,824 bytes")] if kind == "tokens" else []),
         (fifo, "not a regular file"),
         (Path("/dev/zero"), "not a regular file"),
         (Path("/proc/self/mem"), "Input/output error"),
@@ -207,6 +209,32 @@ def test_files_of_no_end_are_one_line(kind, tmp_path):
     ):
         with pytest.raises(InputError, match=rf"^input '{kind}:{path}': {path} cannot be read \({message}\)$"):
             content_hash(f"{kind}:{path}")
+
+
+def test_of_a_long_text_the_beginning_counts_and_is_read(tmp_path, monkeypatch):
+    text = "".join(f"{number} é\r\n" for number in range(2_000))
+    whole, longer, other = tmp_path / "whole", tmp_path / "longer", tmp_path / "other"
+    for most in (9_001, 9_002, 9_003):  # one of them within a letter
+        monkeypatch.setattr(specs, "MOST_TEXT_BYTES", most)
+        monkeypatch.setattr(inputs_tokens, "MOST_TEXT_BYTES", most)
+        whole.write_bytes(text.encode()[:most])
+        longer.write_bytes(text.encode())
+        other.write_bytes(b"x" + text.encode())
+        assert content_hash(f"text:{longer}") == content_hash(f"text:{whole}") != content_hash(f"text:{other}")
+        head = text.encode()[:most].decode(errors="ignore").replace("\r\n", "\n")
+        read = "".join(_pieces(f"text:{longer}")).rstrip("\n")
+        assert head.startswith(read)
+        assert "\n" not in head[len(read) :].strip(), "all but the line within which it is cut"
+    whole.write_bytes("aé".encode()[:2])
+    with pytest.raises(InputError, match="unexpected end of data"):
+        list(_pieces(f"text:{whole}"))
+
+
+def test_fifty_gigabytes_of_text_cost_what_their_beginning_costs(tmp_path, monkeypatch):
+    monkeypatch.setattr(specs, "MOST_TEXT_BYTES", 1_000_000)
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate(50_000_000_000)
+    assert content_hash(f"text:{tmp_path / 'sparse'}") == hashlib.sha256(b"text" + bytes(1_000_000)).hexdigest()[:16]
 
 
 def test_a_line_without_an_end_is_cut_and_lines_of_any_length_stay_what_they_were(tmp_path):
