@@ -32,6 +32,7 @@ CASES = [
     (writers.megatron, writers.LLAMA), (writers.megatron_of_before, writers.GPT2),
     (writers.megatron_in_stages, writers.GPT2),
     (writers.megatron_core, writers.GPT2), (writers.megatron_core_of_one_stage, writers.LLAMA),
+    (writers.megatron_core_with_experts, writers.MIXTRAL),
     (writers.fairseq, writers.OPT), (writers.metaseq, writers.OPT),
     (writers.llama_cpp, writers.LLAMA), (writers.llama_cpp, writers.GPT2), (writers.llama_cpp, writers.NEOX),
     (writers.llama_cpp, writers.QWEN2), pytest.param(writers.open_clip, writers.CLIP, marks=pytest.mark.slow),
@@ -86,6 +87,21 @@ def refusal(source):
     (finished,) = (event for event in run_model(job, "run", 1) if isinstance(event, Finished))
     assert finished.row["status"] == "failed"
     return finished.row["error"]
+
+
+def test_experts_that_mixtral_does_not_have_are_classified_and_not_run(tmp_path):
+    config = writers.MIXTRAL | {"vocab_size": 98}
+    state = load_file(save_tiny(tmp_path / "saved", config, seed=3) / "model.safetensors")
+    (tmp_path / "experts").mkdir()
+    folder = writers.megatron_core_with_experts(tmp_path / "experts", state, config)
+    common = folder / "iter_0000300" / "common.pt"
+    saved = torch.load(common, weights_only=False)
+    saved["args"].moe_shared_expert_intermediate_size = 32
+    torch.save(saved, common)
+    found, _ = classify(str(folder))
+    assert (found["family"], found["final_norm"]) == ("rmsnorm", "decoder.final_layernorm")
+    assert found["scale_harmonic"] == classify(str(tmp_path / "saved"))[0]["scale_harmonic"]
+    assert "are not translated to megatron, only to gpt2, llama, mixtral" in refusal(folder)
 
 
 @pytest.mark.parametrize("matrices", ["Q8_0", "BF16"])
