@@ -205,6 +205,21 @@ def test_a_text_tower_that_has_a_path_of_its_own(saved, tmp_path):
     assert np.array_equal(read_raw(Checkpoint(str(tmp_path)), entries[name]).view("f4"), state[name].numpy())
 
 
+def test_a_text_tower_without_a_causal_mask_is_classified_and_not_run(saved, tmp_path):
+    state, _ = saved(writers.CLIP)
+    folder = writers.open_clip(tmp_path, state, writers.CLIP)
+    before, _ = classify(str(folder))
+    told = json.loads((folder / "open_clip_config.json").read_text())
+    told["model_cfg"]["text_cfg"] |= {"no_causal_mask": True, "act_kwargs": {"approximate": "tanh"}}
+    (folder / "open_clip_config.json").write_text(json.dumps(told))
+    found, _ = classify(str(folder))
+    for key in ("family", "final_norm", "final_norm_tensor", "scale_harmonic", "eps"):
+        assert found[key] == before[key] is not None, key
+    assert "text_cfg has no_causal_mask, which transformers' text tower does not" in refusal(folder)
+    config = Checkpoint(str(folder)).config()
+    assert [config[f"{tower}_config"]["hidden_act"] for tower in ("text", "vision")] == ["gelu_pytorch_tanh", "gelu"]
+
+
 @pytest.mark.parametrize("tower", ["vision_cfg", "text_cfg"])
 def test_a_tower_that_is_not_open_clips_own(tower, saved, tmp_path):
     state, _ = saved(writers.CLIP)
