@@ -31,6 +31,10 @@ class ElsewhereError(ArchitectureError):
     """A stranger's file that names something outside the checkpoint, which would have to be fetched."""
 
 
+class UndeterminedError(ValueError):
+    """A model whose final norm its behaviour does not tell; one line."""
+
+
 class InputError(ValueError):
     """An input that cannot be had or does not fit the model; one line."""
 

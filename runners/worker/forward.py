@@ -35,6 +35,7 @@ from deadbench.suite.architectures.kernel_test import live_norm
 from deadbench.suite.architectures.norms import EffectiveNorm, FinalNorm, departure
 from deadbench.suite.architectures.objectives import objective
 from deadbench.suite.architectures.resolve import Resolved
+from deadbench.suite.errors import UndeterminedError
 from deadbench.suite.inputs.batches import check_distinct, check_inputs
 from deadbench.suite.ranks import RankError
 from deadbench.suite.reads.columns import architecture_columns, scale_columns
@@ -186,7 +187,7 @@ def _per_batch(
 
 def _check_determined(final: FinalNorm) -> None:
     if final.family == "undetermined":
-        raise ValueError(f"the final norm cannot be determined: {final.reason}")
+        raise UndeterminedError(f"the final norm cannot be determined: {final.reason}")
 
 
 def _sizes(engine: Engine, model: nn.Module, batch_tokens: int, hidden_size: int) -> str:

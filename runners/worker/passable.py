@@ -1,7 +1,11 @@
-"""Of which weights a forward pass can be had, told before they are loaded."""
+"""Of which weights a forward pass can be had, told before they are loaded; and who is told of where one fails."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from deadbench.runners.engines.registry import ENGINES
 from deadbench.suite.checkpoints.checkpoint import Checkpoint
+from deadbench.suite.errors import UndeterminedError, one_line
 
 
 def refuse_without_pass(checkpoint: Checkpoint, engine: str | None) -> None:
@@ -24,3 +28,26 @@ def refuse_without_pass(checkpoint: Checkpoint, engine: str | None) -> None:
         reason = reason or why_not_run(checkpoint.config(), checkpoint.source)
     if reason:
         raise ValueError(reason)
+
+
+@contextmanager
+def naming_who_unpacks(checkpoint: Checkpoint) -> Iterator[None]:
+    """Around passes: what a library raises over quantised weights is told with the method that they are quantised by.
+
+    Its package may have no kernel for a width or a device, and says so in terms of its own.
+    """
+    from deadbench.suite.checkpoints.quantised import method_of
+
+    try:
+        yield
+    except Exception as error:
+        from deadbench.runners.engines.device import cause_of
+
+        method = method_of(checkpoint.config())
+        ours = isinstance(error, ValueError) or type(error).__module__.startswith("deadbench.")
+        if method is None or (ours and not isinstance(error, UndeterminedError)) or cause_of(error):
+            raise
+        raise ValueError(
+            f"{one_line(error)}; the weights are quantised by {method}, which may not run them here: give those that "
+            "they were made of, or --reads parameters"
+        ) from error

@@ -3,6 +3,7 @@
 A read that fails is a finished row with its error; only the death of the process is not told from here.
 """
 
+import logging
 import re
 import sys
 import traceback
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 from deadbench.runners.engines.registry import ENGINES
 from deadbench.runners.jobs.events import Event, Finished, Progress, RankMemoryError, Reading, Remark, to_tables
 from deadbench.runners.jobs.job import ModelJob, ReadJob
-from deadbench.runners.worker.passable import refuse_without_pass
+from deadbench.runners.worker.passable import naming_who_unpacks, refuse_without_pass
 from deadbench.suite.errors import CheckpointError, is_of_work, one_line
 
 if TYPE_CHECKING:
@@ -156,7 +157,7 @@ def _read_trained(read: ReadJob) -> Reading:
     whole = published(config)
     immaterial = refuse_unexpected(bare_model(whole), config.raw, entries, checkpoint.source)
     told = remarks(whole, config.raw, entries, immaterial)
-    with checkpoint.local_copy() as folder:
+    with checkpoint.local_copy() as folder, naming_who_unpacks(checkpoint):
         rows = yield from _model_reader(read)(read, config, StoredWeights(folder, entries, weights.name))
     row = rows["reads"][0]
     row |= checkpoint.origin() | {"flags": [*row.get("flags", ()), *_quantised(config)]}
@@ -230,7 +231,7 @@ def _read_functional(read: ReadJob) -> Reading:
     if entries is not None:
         refuse_without_pass(checkpoint, read.engine)
         refuse_unexpected(published(config), config.raw, entries, checkpoint.source)
-    with checkpoint.local_copy() as folder:
+    with checkpoint.local_copy() as folder, naming_who_unpacks(checkpoint):
         weights = RandomWeights(read.seed, folder) if entries is None else StoredWeights(folder, entries)
         rows = yield from read_functional(read, config, weights)
     rows["reads"][0] |= checkpoint.origin() | {"flags": _quantised(config)} if entries is not None else {}
@@ -272,3 +273,4 @@ def _quieten() -> None:
     disable_progress_bars()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line for each map of each batch

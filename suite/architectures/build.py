@@ -32,7 +32,10 @@ def build_config(config: Mapping[str, Any]) -> Any:
     if model_type not in transformers.CONFIG_MAPPING:
         if known.get("auto_map"):
             raise RemoteCodeError(f"model_type {model_type!r} needs code from the checkpoint, which is never run")
-        raise ArchitectureError(f"model_type {model_type!r} is unknown to transformers {transformers.__version__}")
+        raise ArchitectureError(
+            f"model_type {model_type!r} is unknown to transformers {transformers.__version__}; give --config or "
+            "--model-type of an architecture that it knows"
+        )
     if model_type == "timm_wrapper" and importlib.util.find_spec("timm") is None:
         architecture = known.get("architecture")
         raise ArchitectureError(f"its architecture {architecture!r} is timm's, which is not here: pip install timm")

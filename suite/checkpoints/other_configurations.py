@@ -10,7 +10,10 @@ from deadbench.suite.errors import CheckpointError
 from deadbench.suite.yaml_file import YamlError, parse_yaml
 
 _MAX_YAML_BYTES = 1_000_000
-_NOT_CLIP = "one of its towers is not open_clip's own; give that tower by the library that has it, or --config CONFIG"
+_NOT_CLIP = (
+    "one of its towers is not open_clip's own, or has convolutions or layer scales, which transformers' CLIP does not; "
+    "give that tower by the library that has it, or --config CONFIG"
+)
 
 
 def other_config(files: Files, source: str) -> dict[str, Any] | None:

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 Float64 = NDArray[np.float64]
 _OUTPUTS = 128  # of each map; a column's ratio is then known to a part in eleven of a number's own error
-_SAME = 2e-3  # a relative change below this, about a rounding of half precision, is none
+_SAME = 2e-3  # a relative change below this is none
+_ROUNDED = {"bfloat16": 2**-8}  # nor is a rounding to what either side is stored in, where that is larger
 _SURE = 4  # errors of a column's ratio that a turn must exceed, so that scaled and unscaled can be told apart
 _NEAR = 0.25  # of the change: a column that is so near to what would be expected, is it
 
@@ -95,6 +96,7 @@ def scaled_norms(base: Checkpoint, candidate: Checkpoint) -> list[ScaledNorm]:
     if wiring is None:
         raise CheckpointError(f"{base.source}: which maps its norms feed cannot be told, so no pair can be checked")
     sides = [_Side.of(each, model) for each in (base, candidate)]
+    same = max(_SAME, *(1.01 * _ROUNDED.get(each.read.stored_dtype or "", 0) for each in sides))
     prefix = f"{model.base_model_prefix}."
     readers: dict[str, list[str]] = {}
     for path, norm in wiring.reads.items():
@@ -110,7 +112,7 @@ def scaled_norms(base: Checkpoint, candidate: Checkpoint) -> list[ScaledNorm]:
                 f"{len(before.scale_D)}; give two checkpoints of one model"
             )
         one = ScaledNorm(name, before.family, str(row["role"]), _degrees(before.scale_D, after.scale_D))
-        _judge(one, before, after, _columns(sides, readers.get(name, ()), model))
+        _judge(one, before, after, _columns(sides, readers.get(name, ()), model), same)
         found.append(one)
     if not found:
         raise CheckpointError(f"{candidate.source}: has no norm of {base.source}; give two checkpoints of one model")
@@ -171,11 +173,12 @@ def _judge(
     before: EffectiveNorm,
     after: EffectiveNorm,
     columns: Iterator[tuple[str, Float64 | None, Float64 | None]],
+    same: float,
 ) -> None:
-    """Fill in what the norm's maps tell."""
+    """Fill in what the norm's maps tell; a relative change up to `same` is none."""
     usable = (before.scale_D != 0) & (after.scale_D != 0)
     s_D = np.where(usable, before.scale_D, 1) / np.where(usable, after.scale_D, 1)
-    moved = usable & (np.abs(s_D - 1) > _SAME)
+    moved = usable & (np.abs(s_D - 1) > same)
     one.turned = bool(moved.any())
     ratios = []
     for path, ratio_D, error_D in columns:
@@ -187,7 +190,7 @@ def _judge(
         if one.turned:
             lists = {"scaled": one.scaled, "unscaled": one.unscaled, "unknown": one.unknown}
             lists[_told(s_D, ratio_D, error_D, moved)].append(path)
-        elif np.median(np.abs(ratio_D - 1)) > max(_SAME, _SURE * float(np.median(error_D))):
+        elif np.median(np.abs(ratio_D - 1)) > max(same, _SURE * float(np.median(error_D))):
             one.unscaled.append(path)  # scaled where the norm was not
     if one.turned and before.shift_D is not None and after.shift_D is not None and (before.shift_D[moved] != 0).any():
         shifted = before.shift_D != 0

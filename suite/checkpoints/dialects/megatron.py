@@ -1,4 +1,4 @@
-"""Megatron-LM's GPT as transformers' GPT-2 or Llama, by the names of its core and by those from before.
+"""Megatron-LM's GPT as transformers' GPT-2, Llama or Mixtral, by the names of its core and by those from before.
 
 Forms: github.com/NVIDIA/Megatron-LM; a head's, or a group's, queries, keys and values lie together since its version 2.
 """
@@ -32,7 +32,10 @@ _LLAMA = {"first": "input_layernorm", "second": "post_attention_layernorm", "out
 
 def is_megatron(tensors: Tensors) -> bool:
     """Whether the first block has Megatron's parts."""
-    parts = ("self_attention.linear_qkv", "self_attention.query_key_value", "attention.query_key_value")
+    parts = (
+        "self_attention.linear_qkv", "self_attention.query_key_value", "attention.query_key_value",
+        "self_attention.linear_kv_down_proj",
+    )  # fmt: skip
     return any(f"{begin}0.{part}.weight" in tensors for begin in _BLOCKS for part in parts)
 
 
@@ -81,6 +84,22 @@ def as_llama(tensors: Tensors, config: Mapping[str, Any]) -> None:
                     tensors.make(f"{name}mlp.{kind}_proj.{which}", (stored,), (half, *entry.shape[1:]), take)
             else:
                 tensors.rename({stored: f"{name}{_LLAMA[part]}.{which}"})
+
+
+def as_mixtral(tensors: Tensors, config: Mapping[str, Any]) -> None:
+    """The tensors as transformers' Mixtral has them: of a block, all experts' maps are one tensor in both."""
+    names = {
+        "mlp.router.weight": "mlp.gate.weight",
+        "mlp.experts.experts.linear_fc1.weight": "mlp.experts.gate_up_proj",
+        "mlp.experts.experts.linear_fc2.weight": "mlp.experts.down_proj",
+    }
+    count, half, width = (config.get(key) for key in ("num_local_experts", "intermediate_size", "hidden_size"))
+    for begin, block in _blocks(tensors):
+        own = {begin + stored: f"model.layers.{block}.{name}" for stored, name in names.items()}
+        if (maps := f"{begin}mlp.experts.experts.linear_fc1.weight") in tensors:
+            need(tensors[maps], (int(count or 0), 2 * int(half or 0), int(width or 0)))
+        tensors.rename(own)
+    as_llama(tensors, config)
 
 
 def _outside(tensors: Tensors, embedding: str, norm: str) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from deadbench.suite.checkpoints.dialects.tensors import Tensors, rows
+from deadbench.suite.errors import CheckpointError
 
 CONFIG_FILE = "open_clip_config.json"
 _EPS = 1e-5  # of torch's LayerNorm
@@ -24,6 +25,7 @@ _OUTSIDE = {
     "visual.ln_post.weight": "vision_model.post_layernorm.weight",
     "visual.ln_post.bias": "vision_model.post_layernorm.bias",
 }
+_BEYOND = ("no_causal_mask", "embed_cls")  # of the text tower, and what makes it another function
 _TURNED = {"text_projection": "text_projection.weight", "visual.proj": "visual_projection.weight"}
 _TEXT = ("", "text.")  # before the text tower's names, the latter of a `CustomTextCLIP`
 _TOWERS = {
@@ -43,7 +45,14 @@ def is_open_clip(tensors: Tensors) -> bool:
 
 
 def as_clip(tensors: Tensors, config: Mapping[str, Any]) -> None:
-    """The tensors as transformers' CLIP has them."""
+    """The tensors as transformers' CLIP has them.
+
+    Raises:
+        CheckpointError: the text tower is read otherwise than transformers' is.
+    """
+    text = config.get("text_config")
+    if beyond := [name for name in _BEYOND if isinstance(text, dict) and text.get(name)]:
+        raise CheckpointError(f"{CONFIG_FILE}: text_cfg has {beyond[0]}, which transformers' text tower does not")
     tensors.leave_out(r"(^|\.)attn_mask$")
     for begin in _TEXT:
         tensors.rename({begin + stored: name for stored, name in _OUTSIDE.items()})
@@ -71,9 +80,10 @@ def config_of(told: Any) -> dict[str, Any] | None:
     plain = all(type(each.get("layers")) is int and type(each.get("width")) is int for each in (vision, text))
     if not plain or "timm_model_name" in vision or "hf_model_name" in text or "ls_init_value" in (*vision, *text):
         return None
-    act = "quick_gelu" if told.get("quick_gelu") else "gelu"
 
     def tower(cfg: Mapping[str, Any], heads: int) -> dict[str, Any]:
+        tanh = cfg.get("act_kwargs") == {"approximate": "tanh"}
+        act = "quick_gelu" if told.get("quick_gelu") else "gelu_pytorch_tanh" if tanh else "gelu"
         return {
             "hidden_size": cfg["width"], "num_hidden_layers": cfg["layers"], "num_attention_heads": heads,
             "intermediate_size": int(cfg["width"] * cfg.get("mlp_ratio", 4)), "hidden_act": act,
@@ -88,7 +98,7 @@ def config_of(told: Any) -> dict[str, Any] | None:
             "text_config": tower(text, int(text.get("heads", 8)))
             | {
                 "vocab_size": text.get("vocab_size", 49408), "max_position_embeddings": text.get("context_length", 77),
-                "model_type": "clip_text_model",
+                "model_type": "clip_text_model", **{name: True for name in _BEYOND if text.get(name)},
             },
             "vision_config": tower(vision, vision["width"] // int(vision.get("head_width", 64)))
             | {

@@ -58,7 +58,9 @@ DIALECTS = (
     Dialect("fairseq", fairseq.is_fairseq, {"opt": fairseq.as_opt}, alone=False),
     Dialect("open_clip", open_clip.is_open_clip, {"clip": open_clip.as_clip}, alone=False),
     Dialect(
-        "Megatron-LM", megatron.is_megatron, {"gpt2": megatron.as_gpt2, "llama": megatron.as_llama}
+        "Megatron-LM",
+        megatron.is_megatron,
+        {"gpt2": megatron.as_gpt2, "llama": megatron.as_llama, "mixtral": megatron.as_mixtral},
     ),
     Dialect(
         "llama.cpp",

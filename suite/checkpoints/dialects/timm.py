@@ -27,9 +27,13 @@ def is_timm(config: Mapping[str, Any]) -> bool:
 
 
 def as_wrapped(config: Mapping[str, Any]) -> dict[str, Any]:
-    """timm's configuration as transformers' wrapper takes it, which gives the number of classes itself."""
+    """timm's configuration as transformers' wrapper takes it, which gives the number of classes itself.
+
+    Without classes there is no head, and transformers' wrapper with one is not built.
+    """
     classes = config.get("num_classes")
-    told = dict(config) | {"model_type": MODEL_TYPE, "architectures": ["TimmWrapperForImageClassification"]}
+    published = "TimmWrapperModel" if classes == 0 else "TimmWrapperForImageClassification"
+    told = dict(config) | {"model_type": MODEL_TYPE, "architectures": [published]}
     told |= {"num_labels": classes} if type(classes) is int else {}
     if isinstance(args := told.get("model_args"), dict):
         told["model_args"] = {key: value for key, value in args.items() if key != "num_classes"}

@@ -38,7 +38,8 @@ _NAMES: Mapping[str, Any] = dict(TORCH_NAMES) | {
                 "metadata.Metadata", "metadata.TensorStorageMetadata", "metadata.TensorProperties",
                 "metadata.ChunkStorageMetadata", "metadata.BytesStorageMetadata", "metadata.MetadataIndex",
                 "metadata.StorageMeta", "metadata._MEM_FORMAT_ENCODING", "filesystem._StorageInfo",
-                "filesystem._StoragePrefix",
+                "filesystem._StoragePrefix", "planner.SavePlan", "planner.WriteItem", "planner.WriteItemType",
+                "planner.TensorWriteData", "planner.BytesIOWriteData",  # Megatron's core keeps each rank's plan
             )
         ),
         # As torch before 2.3 called two of them, and Megatron its own subclass of the first.

@@ -10,7 +10,11 @@ _FAMILIES = {"LayerNorm": "layernorm", "RMSNorm": "rmsnorm"}
 _FINAL = ("final_layernorm", "final_norm")
 _FIRST_FORM = 2.0  # of a checkpoint in which a head's queries, keys and values lie together
 _BEYOND_LLAMA = (
-    "num_experts", "add_qkv_bias", "qk_layernorm", "rotary_interleaved", "use_rope_scaling", "multi_latent_attention",
+    "add_qkv_bias", "qk_layernorm", "rotary_interleaved", "use_rope_scaling", "multi_latent_attention",
+)  # fmt: skip
+_BEYOND_MIXTRAL = (
+    "moe_shared_expert_intermediate_size", "moe_router_pre_softmax", "moe_router_enable_expert_bias",
+    "moe_router_topk_scaling_factor", "moe_router_num_groups", "moe_apply_probs_on_input",
 )  # fmt: skip
 
 
@@ -42,7 +46,7 @@ def recorded_norm(value: Any, names: Iterable[str]) -> StoredNorm | None:
 def recorded_config(value: Any, norm: StoredNorm) -> tuple[dict[str, Any], str | None]:
     """The config.json of the same model, as much as the arguments say, and why no forward pass can be had of it.
 
-    GPT-2 and Llama are the architectures of transformers that Megatron's GPT can be.
+    GPT-2, Llama and Mixtral are the architectures of transformers that Megatron's GPT can be.
     """
     told = arguments(value)
     least = {"model_type": "megatron", "hidden_size": norm.hidden_size, "num_hidden_layers": norm.num_blocks}
@@ -95,7 +99,7 @@ def _llama(told: Mapping[str, Any]) -> dict[str, Any] | None:
     if told.get("rotary_seq_len_interpolation_factor") not in (None, 1):
         return None
     groups = told.get("num_query_groups") if told.get("group_query_attention") else None
-    return {
+    found = {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
         "hidden_size": told["hidden_size"],
@@ -109,4 +113,19 @@ def _llama(told: Mapping[str, Any]) -> dict[str, Any] | None:
         "rms_norm_eps": told.get("norm_epsilon", told.get("layernorm_epsilon")),
         "rope_parameters": {"rope_type": "default", "rope_theta": float(told.get("rotary_base") or 10000)},
         "tie_word_embeddings": not told.get("untie_embeddings_and_output_weights", False),
+    }
+    return _mixtral(told, found) if told.get("num_experts") else found
+
+
+def _mixtral(told: Mapping[str, Any], llama: dict[str, Any]) -> dict[str, Any] | None:
+    """A Llama with experts in every block, of which a softmax over those that are taken weighs each."""
+    plain = told.get("moe_layer_freq", 1) == 1 and told.get("moe_router_score_function", "softmax") == "softmax"
+    if not plain or any(told.get(name) for name in _BEYOND_MIXTRAL) or not _numbers(told, "num_experts"):
+        return None
+    return llama | {
+        "model_type": "mixtral",
+        "architectures": ["MixtralForCausalLM"],
+        "intermediate_size": told.get("moe_ffn_hidden_size") or told["ffn_hidden_size"],
+        "num_local_experts": told["num_experts"],
+        "num_experts_per_tok": told.get("moe_router_topk", 2),
     }

@@ -32,6 +32,7 @@ CASES = [
     (writers.megatron, writers.LLAMA), (writers.megatron_of_before, writers.GPT2),
     (writers.megatron_in_stages, writers.GPT2),
     (writers.megatron_core, writers.GPT2), (writers.megatron_core_of_one_stage, writers.LLAMA),
+    (writers.megatron_core_with_experts, writers.MIXTRAL),
     (writers.fairseq, writers.OPT), (writers.metaseq, writers.OPT),
     (writers.llama_cpp, writers.LLAMA), (writers.llama_cpp, writers.GPT2), (writers.llama_cpp, writers.NEOX),
     (writers.llama_cpp, writers.QWEN2), pytest.param(writers.open_clip, writers.CLIP, marks=pytest.mark.slow),
@@ -86,6 +87,21 @@ def refusal(source):
     (finished,) = (event for event in run_model(job, "run", 1) if isinstance(event, Finished))
     assert finished.row["status"] == "failed"
     return finished.row["error"]
+
+
+def test_experts_that_mixtral_does_not_have_are_classified_and_not_run(tmp_path):
+    config = writers.MIXTRAL | {"vocab_size": 98}
+    state = load_file(save_tiny(tmp_path / "saved", config, seed=3) / "model.safetensors")
+    (tmp_path / "experts").mkdir()
+    folder = writers.megatron_core_with_experts(tmp_path / "experts", state, config)
+    common = folder / "iter_0000300" / "common.pt"
+    saved = torch.load(common, weights_only=False)
+    saved["args"].moe_shared_expert_intermediate_size = 32
+    torch.save(saved, common)
+    found, _ = classify(str(folder))
+    assert (found["family"], found["final_norm"]) == ("rmsnorm", "decoder.final_layernorm")
+    assert found["scale_harmonic"] == classify(str(tmp_path / "saved"))[0]["scale_harmonic"]
+    assert "are not translated to megatron, only to gpt2, llama, mixtral" in refusal(folder)
 
 
 @pytest.mark.parametrize("matrices", ["Q8_0", "BF16"])
@@ -187,6 +203,21 @@ def test_a_text_tower_that_has_a_path_of_its_own(saved, tmp_path):
     assert entries.keys() == state.keys()
     name = "text_model.encoder.layers.1.self_attn.k_proj.weight"
     assert np.array_equal(read_raw(Checkpoint(str(tmp_path)), entries[name]).view("f4"), state[name].numpy())
+
+
+def test_a_text_tower_without_a_causal_mask_is_classified_and_not_run(saved, tmp_path):
+    state, _ = saved(writers.CLIP)
+    folder = writers.open_clip(tmp_path, state, writers.CLIP)
+    before, _ = classify(str(folder))
+    told = json.loads((folder / "open_clip_config.json").read_text())
+    told["model_cfg"]["text_cfg"] |= {"no_causal_mask": True, "act_kwargs": {"approximate": "tanh"}}
+    (folder / "open_clip_config.json").write_text(json.dumps(told))
+    found, _ = classify(str(folder))
+    for key in ("family", "final_norm", "final_norm_tensor", "scale_harmonic", "eps"):
+        assert found[key] == before[key] is not None, key
+    assert "text_cfg has no_causal_mask, which transformers' text tower does not" in refusal(folder)
+    config = Checkpoint(str(folder)).config()
+    assert [config[f"{tower}_config"]["hidden_act"] for tower in ("text", "vision")] == ["gelu_pytorch_tanh", "gelu"]
 
 
 @pytest.mark.parametrize("tower", ["vision_cfg", "text_cfg"])

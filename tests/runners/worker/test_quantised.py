@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig
 
 from deadbench.runners.engines.resident import TorchEngine
 from deadbench.runners.jobs.build import build_jobs
@@ -119,6 +120,63 @@ def test_fp8_of_compressed_tensors_runs_and_is_its_dequantised_twin(plain, tmp_p
         row, twins = ours[read][1][0], theirs[read][1][0]
         assert row.pop("flags") == [*twins.pop("flags"), "quantised"]
         assert ours[read][1] == theirs[read][1], read
+
+
+def saved_by_bitsandbytes(base, folder, **settings):
+    """As bitsandbytes itself packs it and transformers saves it."""
+    config = BitsAndBytesConfig(**settings)
+    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=config, dtype=torch.float32)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{"load_in_8bit": True}, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}])
+def test_weights_of_bitsandbytes_run_as_transformers_runs_them(settings, tmp_path):
+    pytest.importorskip("bitsandbytes", exc_type=ImportError)
+    base = save_tiny(tmp_path / "base", LLAMA | {"hidden_size": 64, "intermediate_size": 64})
+    folder = saved_by_bitsandbytes(base, tmp_path / "packed", **settings)
+    tokens = np.random.default_rng(0).integers(0, 97, (8, 64))
+    np.save(tmp_path / "tokens.npy", tokens)
+    read = rows(folder, ("parameters", "trained"), tokens=None, input=f"tokens:{tmp_path / 'tokens.npy'}")
+    row, stored = read["trained"][0], read["parameters"][0]
+    model, inputs = AutoModel.from_pretrained(folder, dtype=torch.float32), []
+    model.norm.register_forward_hook(lambda module, args, output: inputs.append(args[0].double()))
+    with torch.no_grad():
+        model(torch.from_numpy(tokens), use_cache=False)
+    x_ND = inputs[0].flatten(0, 1)
+    y_ND = (
+        x_ND / (x_ND.square().mean(1, keepdim=True) + model.norm.variance_epsilon).sqrt() * model.norm.weight.double()
+    )
+    spectrum_D = torch.linalg.svdvals((y_ND - y_ND.mean(0)).detach()) ** 2 / len(y_ND)
+    for name, value in {
+        "lambda_max": spectrum_D[0],
+        "lambda_mean": spectrum_D.mean(),
+        "lambda_second": spectrum_D[-2],
+    }.items():
+        assert row[name] == pytest.approx(float(value), rel=1e-6), name
+    assert (
+        row["scale_harmonic"]
+        == stored["scale_harmonic"]
+        == rows(base, ("parameters",))["parameters"][0]["scale_harmonic"]
+    )
+    assert (row["flags"][-1], stored["flags"]) == ("quantised", ["quantised"])
+
+
+@pytest.mark.parametrize("failure", [AssertionError("N must be divisible by block_n"), RuntimeError("shape '[64, 2]'")])
+def test_a_pass_that_a_package_cannot_do_names_the_method(failure, plain, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise failure
+
+    monkeypatch.setattr("deadbench.runners.worker.forward._loaded", fail)
+    folder = save_as(tmp_path / "fp8", plain, load_file(plain / "model.safetensors"), {"quant_method": "fp8"})
+    spec, registry = Overrides(tokens=64, input="tokens:random"), ROOT / "models.yaml"
+    for source, told in ((folder, "; the weights are quantised by fp8, which may not run them here"), (plain, None)):
+        (job,) = build_jobs(load_registry(registry), registry, [str(source)], None, ["trained"], spec)
+        (row,) = [event.row for event in run_model(job, "run", 1) if isinstance(event, Finished)]
+        assert row["error"].startswith(f"{type(failure).__name__}: {failure}")
+        assert (told or "") in row["error"]
+        assert ("quantised" in row["error"]) == (told is not None)
 
 
 @pytest.mark.parametrize(

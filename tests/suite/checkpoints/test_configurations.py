@@ -141,6 +141,12 @@ def test_recorded_counts_are_checked(tmp_path):
         Checkpoint(str(tmp_path / "ckpt.pt")).config()
 
 
+@pytest.mark.parametrize(("classes", "published"), [(0, "TimmWrapperModel"), (7, "TimmWrapperForImageClassification")])
+def test_timms_models_without_classes_have_no_head(classes, published):
+    told = {"architecture": "vit_small_patch14_dinov2", "num_classes": classes, "num_features": 8}
+    assert checked(told, "c")["architectures"] == [published]
+
+
 def test_timms_number_of_classes_is_given_once():
     """timm writes it among the arguments of the model too, where transformers' wrapper gives its own."""
     told = {"architecture": "vit_tiny_patch16_224", "num_classes": 7, "num_features": 192}

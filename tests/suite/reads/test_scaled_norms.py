@@ -218,6 +218,17 @@ def test_noise_as_large_as_the_turn_cannot_be_told(bases, tmp_path):
     assert one[bare(FEEDS["llama"][0])].verdict == "cannot tell"
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_rounding_to_what_the_candidate_is_stored_in_is_no_turn(dtype, bases, tmp_path):
+    base, _ = scaled(bases["llama"], tmp_path / "base", "llama", ["model.layers.1.self_attn.q_proj"])
+    other, _ = scaled(base, tmp_path / "rounded", "llama", (), lambda _: {})
+    state = load_file(base / "model.safetensors")
+    save_file({name: each.to(dtype) for name, each in state.items()}, other / "model.safetensors")
+    found = compared(base, other)
+    assert {each.verdict for each in found.values()} == {"same"}
+    assert found[bare(FEEDS["llama"][0])].angle > 1e-3
+
+
 def test_two_models_are_no_pair(bases):
     with pytest.raises(ValueError, match="give two checkpoints of one model"):
         compared(bases["llama"], bases["gpt2"])

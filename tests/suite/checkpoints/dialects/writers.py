@@ -22,6 +22,8 @@ LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_si
          "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
          "head_dim": 4, "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
          "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}  # fmt: skip
+MIXTRAL = LLAMA | {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 3,
+                   "num_experts_per_tok": 2}  # fmt: skip
 QWEN2 = LLAMA | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
 
 
@@ -295,6 +297,40 @@ def megatron_core(folder, state, config, mesh=(3, 2)):
 
 def megatron_core_of_one_stage(folder, state, config):
     return megatron_core(folder, state, config, (1, 2))
+
+
+def megatron_core_with_experts(folder, state, config):
+    """The maps of all experts of all layers are one tensor; what weighs them is beside."""
+    dense = {name: tensor for name, tensor in state.items() if "block_sparse_moe" not in name}
+    for layer in range(config["num_hidden_layers"]):  # takes the place of what is there instead
+        for part, shape in {"gate": (32, 16), "up": (32, 16), "down": (16, 32)}.items():
+            dense[f"model.layers.{layer}.mlp.{part}_proj.weight"] = torch.zeros(shape)
+    megatron(folder, dense, config, ranks=1)
+    step = folder / "iter_0000300"
+    saved = torch.load(step / "mp_rank_00" / "model_optim_rng.pt", weights_only=False)
+    shutil.rmtree(step)
+    stacked = {}
+    for name, tensor in saved.pop("model").items():
+        if "mlp.linear_fc" not in name or "layer_norm" in name:
+            stacked.setdefault(re.sub(r"layers\.\d+", "layers", name), []).append(tensor)
+    for layer in range(config["num_hidden_layers"]):
+        begin = f"model.layers.{layer}.block_sparse_moe."
+        experts = [
+            [state[f"{begin}experts.{number}.w{part}.weight"] for part in (1, 2, 3)]
+            for number in range(config["num_local_experts"])
+        ]
+        own = {
+            "router": state[f"{begin}gate.weight"],
+            "experts.experts.linear_fc1": torch.stack([torch.cat([gate, up]) for gate, _, up in experts]),
+            "experts.experts.linear_fc2": torch.stack([down for _, down, _ in experts]),
+        }
+        for name, tensor in own.items():
+            stacked.setdefault(f"decoder.layers.mlp.{name}.weight", []).append(tensor)
+    made = {name: torch.stack(parts) if ".layers." in name else parts[0] for name, parts in stacked.items()}
+    save_sharded(step, made, (2, 2), None)
+    vars(saved["args"]).update(num_experts=3, moe_router_topk=2, moe_ffn_hidden_size=32)
+    torch.save(saved, step / "common.pt")
+    return folder
 
 
 def neox_layers(folder, state, config, ranks=2):

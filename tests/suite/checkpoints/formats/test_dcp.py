@@ -9,7 +9,19 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    BytesIOWriteData,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
 
 from deadbench.suite.checkpoints.checkpoint import Checkpoint
 from deadbench.suite.checkpoints.tensors import read_raw
@@ -69,6 +81,24 @@ def test_what_torch_itself_saves(tmp_path):
     assert read(tmp_path / "flat").keys() == model.state_dict().keys()
     dcp.save(model.state_dict() | {"optimizer": optimizer.state_dict()}, checkpoint_id=tmp_path / "both", no_dist=True)
     assert read(tmp_path / "both").keys() == model.state_dict().keys()
+
+
+def test_the_plans_that_megatron_keeps_of_each_rank_are_passed_over(tmp_path):
+    index = MetadataIndex("norm.weight", torch.Size([0]))
+    chunk = ChunkStorageMetadata(torch.Size([0]), torch.Size([10]))
+    values = TensorWriteData(chunk, TensorProperties(torch.float32), torch.Size([10]))
+    items = [
+        WriteItem(index, WriteItemType.SHARD, tensor_data=values),
+        WriteItem(MetadataIndex("extra"), WriteItemType.BYTE_IO, BytesIOWriteData(7)),
+    ]
+
+    def with_plans(metadata):
+        metadata.all_local_plans = [SavePlan(items)]
+        return metadata
+
+    folder = save_sharded(tmp_path / "c", states(), change=with_plans)
+    assert b"SavePlan" in (folder / ".metadata").read_bytes()
+    assert torch.equal(read(folder)["norm.weight"], states()["norm.weight"])
 
 
 @pytest.mark.parametrize("config", ["in it", "above it", "nowhere"])
