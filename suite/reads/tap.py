@@ -39,19 +39,16 @@ class Tap:
 
     def update(self, acts_ND: Float[Tensor, "N D"], questions: Questions = AT_ONCE) -> None:
         """Add rows, in the order of the tokens; they must stay as they are until `questions` are settled."""
-        rows = acts_ND.to(self.first.device, torch.float64)
-        self._marks.append(rows @ self._probe_D)
-        head = max(0, min(len(rows), self._half_tokens - self._seen))
-        self._seen += len(rows)
-        if not questions.at_once:
-            rows = acts_ND  # what waits takes the room that it had
+        self._marks.append(acts_ND.to(self.first.device, torch.float64) @ self._probe_D)
+        head = max(0, min(len(acts_ND), self._half_tokens - self._seen))
+        self._seen += len(acts_ND)
         if head:
-            self.first.update(rows[:head], questions=questions)
-        if head < len(rows):
+            self.first.update(acts_ND[:head], questions=questions)
+        if head < len(acts_ND):
             if self.second is not None:
-                self.second.update(rows[head:], questions=questions)
+                self.second.update(acts_ND[head:], questions=questions)
             else:
-                questions.after(lambda: self._begin_second(rows[head:], questions))
+                questions.after(lambda: self._begin_second(acts_ND[head:], questions))
 
     def _begin_second(self, rows_ND: Tensor, questions: Questions) -> None:
         if self.second is None:
