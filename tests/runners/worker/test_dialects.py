@@ -253,9 +253,12 @@ def test_timm_by_its_own_name(pool, tmp_path):
     expected = 64 / float((1 / norm.weight.detach().double() ** 2).sum())
     assert by_table["scale_harmonic"] == pytest.approx(expected, rel=1e-12)
     assert (by_table["family"], by_table["eps"]) == ("layernorm", 1e-6)
-    if pool == "token":
-        assert found["trained"][0]["scale_harmonic"] == found["parameters"][0]["scale_harmonic"]
-        assert found["parameters"][0]["scale_harmonic"] == pytest.approx(expected, rel=1e-12)
+    trained, parameters = found["trained"][0], found["parameters"][0]
+    assert trained["scale_harmonic"] == parameters["scale_harmonic"] == pytest.approx(expected, rel=1e-12)
+    for key in ("family", "final_norm", "final_norm_tensor", "placement", "eps", "hidden_size", "num_blocks"):
+        assert trained[key] == parameters[key], key
+    assert (trained["depth"] is None) == (pool == "avg")  # whose norm has one row a picture, as the row says
+    assert ("one row each" in (trained["error"] or "")) == (pool == "avg")
 
 
 def test_a_model_that_deepspeed_holds_in_parts(saved, tmp_path):
