@@ -70,8 +70,8 @@ class FinalNorm:
     """The final norm of an architecture, or the reason why there is none (`path` None).
 
     `rows_per_item` is how many rows of its output one item of the minimal input gave: for images, what a picture gives.
-    `naming` is how transformers leads the names that a checkpoint stores to its own. Where there is none, `pooled` is the
-    norm of what a head pools, one row an item, if its library counts that as the final one.
+    `naming` is how transformers leads the names that a checkpoint stores to its own. Where there is none, `pooled` is
+    that of what a head pools, one row an item, if its library counts it.
     """
 
     path: str | None
