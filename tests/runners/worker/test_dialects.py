@@ -144,7 +144,7 @@ def test_folded_norms_have_scales_of_one(config, saved, tmp_path):
     assert (result["final_norm_tensor"], result["scale_harmonic"]) == (None, 1.0)
     assert any("LayerNormPre" in line for line in result["evidence"])
     assert np.allclose(direction_D, 0.25)
-    found = rows(path, READS)
+    found = rows(path, (*READS, "functional"))
     assert found["trained"][0]["scale_harmonic"] == found["parameters"][0]["scale_harmonic"] == 1.0
 
 
