@@ -166,7 +166,7 @@ def _read_final(checkpoint: Checkpoint, final: FinalNorm, entries: dict[str, Ten
                 f"the configuration says {final.hidden_size}"
             )
     norm = effective_norm(behaviour, weight_D, shift_D, final.hidden_size)
-    lens, rms = translation.dialect == TRANSFORMER_LENS, final.family == "rmsnorm"
+    lens, rms = (translation.dialect or "").startswith(TRANSFORMER_LENS), final.family == "rmsnorm"
     centred = writes_centred(checkpoint, entries, final.hidden_size) if lens or rms else None
     evidence = [
         *final.evidence,

@@ -28,6 +28,7 @@ CASES = [
     (writers.litgpt, writers.LLAMA), (writers.litgpt, writers.NEOX), (writers.litgpt, writers.QWEN2),
     (writers.litgpt_of_before, writers.LLAMA),
     (writers.lens, writers.GPT2), (writers.lens, writers.NEOX), (writers.lens, writers.LLAMA),
+    (writers.bridge, writers.GPT2), (writers.bridge, writers.NEOX), (writers.bridge, writers.QWEN2),
     (writers.neox_layers, writers.NEOX),
     (writers.megatron, writers.LLAMA), (writers.megatron_of_before, writers.GPT2),
     (writers.megatron_in_stages, writers.GPT2),
@@ -37,6 +38,8 @@ CASES = [
     (writers.llama_cpp, writers.LLAMA), (writers.llama_cpp, writers.GPT2), (writers.llama_cpp, writers.NEOX),
     (writers.llama_cpp, writers.QWEN2), pytest.param(writers.open_clip, writers.CLIP, marks=pytest.mark.slow),
 ]  # fmt: skip
+
+BESIDE, HEADS = "stored beside the model, and not loaded", {"gpt2": "lm_head", "gpt_neox": "embed_out"}
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +66,11 @@ def test_rows_are_those_of_transformers_own_files(write, config, saved, tmp_path
     state, expected = saved(config)
     found = rows(write(tmp_path, state, config), READS)
     for read in READS:
-        assert without(found[read], expected[read]) == without(expected[read]), read
+        ours, theirs = without(found[read], expected[read]), without(expected[read])
+        if write is writers.bridge and read == "trained" and config is not writers.QWEN2:  # logits have a shift there
+            told = ours[0].pop("engine_detail").partition("; ")
+            assert told == (theirs[0].pop("engine_detail"), "; ", f"{BESIDE}: {HEADS[config['model_type']]}.bias")
+        assert ours == theirs, read
         assert found[read][0]["source_format"] != "safetensors"
 
 
