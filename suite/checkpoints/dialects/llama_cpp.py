@@ -124,7 +124,7 @@ def _readable(tensors: Tensors) -> None:
     """Refuse types of which the values are not known here."""
     for name in tensors:
         if tensors[name].dtype not in ITEM_BYTES:
-            install = "" if find_spec("gguf") else "pip install gguf, or "
+            install = "" if find_spec("gguf") else "pip install 'deadbench[gguf]', or "
             raise CheckpointError(
                 f"{name} is {tensors[name].dtype}, whose values are not unpacked here; {install}give a file of F32, "
                 "F16, BF16 or Q8_0 (llama-quantize --allow-requantize … Q8_0)"

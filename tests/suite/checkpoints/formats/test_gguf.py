@@ -137,7 +137,7 @@ def test_other_types_are_unpacked_by_llama_cpps_own_package(tmp_path, monkeypatc
     for module in ("formats.gguf", "dialects.llama_cpp"):
         monkeypatch.setattr(f"deadbench.suite.checkpoints.{module}.find_spec", lambda name: None)
     checkpoint = Checkpoint(str(file))
-    told = "token_embd.weight is Q4_0, whose values are not unpacked here; pip install gguf, or give a file of F32"
+    told = "token_embd.weight is Q4_0, whose values are not unpacked here; pip install 'deadbench[gguf]', or give"
     assert told in str(checkpoint.translation().unfit)
     assert classify(str(file))[0]["scale_harmonic"] == 1
 
