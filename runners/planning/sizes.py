@@ -53,7 +53,7 @@ def measure(config: Any, sequence_length: int, modality: str = "text", stack: st
     path, part = part_of(model, modality, stack)
     final = locate_final_norm(config, path)
     if final.path is None or final.hidden_size is None:
-        raise ValueError(final.reason or "no final norm")
+        raise ValueError((final.pooled or final).reason or "no final norm")
     blocks = [sum(p.numel() for p in model.get_submodule(path).parameters()) for path in streamed_paths(model)]
     total = sum(p.numel() for p in model.parameters())
     _, num_blocks = block_list(part, final.path)

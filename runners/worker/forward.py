@@ -68,10 +68,11 @@ def read_forward(read: ReadJob, config: Configuration, weights: Weights) -> Read
         "engine_detail": engine.detail + (f"; tokens over {engine.ranks.size} replicas" if replicas else ""),
         "tensor_parallel": 1 if replicas else engine.ranks.size,
     }
-    if final.path is None:
-        return {"reads": [row | {"error": final.reason, "peak_device_bytes": engine.peak_device_bytes()}]}
-
     part = model.get_submodule(resolved.part)
+    if final.path is None:
+        row |= {"error": final.reason, "peak_device_bytes": engine.peak_device_bytes()}
+        return {"reads": [row | _of_pooled(part, resolved, weights, name)]}
+
     module = part.get_submodule(final.path)
     assert final.hidden_size is not None
     norm = live_norm(module, final.behaviour, final.hidden_size)
@@ -134,6 +135,16 @@ def read_forward(read: ReadJob, config: Configuration, weights: Weights) -> Read
     for line in [*passes.remarks, *remarks()]:
         row["engine_detail"] = f"{row['engine_detail']}; {line}"
     return rows
+
+
+def _of_pooled(part: nn.Module, resolved: Resolved, weights: Weights, dtype: str) -> Row:
+    """Columns of a norm of what is pooled: which it is, its scales, and why there is no spectrum of it."""
+    pooled = resolved.final.pooled
+    if pooled is None or pooled.path is None or pooled.hidden_size is None:
+        return {}
+    norm = live_norm(part.get_submodule(pooled.path), pooled.behaviour, pooled.hidden_size)
+    columns = architecture_columns(resolved.in_whole(pooled)) | scale_columns(norm, dtype) | {"error": pooled.reason}
+    return columns | {"final_norm_tensor": tensor_name(entries_of(weights), resolved.in_whole(pooled))}
 
 
 def finished(

@@ -1,7 +1,9 @@
 """Of which weights a forward pass can be had, told before they are loaded; and who is told of where one fails."""
 
+import functools
+import importlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from deadbench.runners.engines.registry import ENGINES
 from deadbench.suite.checkpoints.checkpoint import Checkpoint
@@ -30,6 +32,10 @@ def refuse_without_pass(checkpoint: Checkpoint, engine: str | None) -> None:
         raise ValueError(reason)
 
 
+# Modules that show a bar for each model, on stderr, whatever they are told; by what weights are quantised by.
+_BARS = {"compressed-tensors": "compressed_tensors.compressors.model_compressors.model_compressor"}
+
+
 @contextmanager
 def naming_who_unpacks(checkpoint: Checkpoint) -> Iterator[None]:
     """Around passes: what a library raises over quantised weights is told with the method that they are quantised by.
@@ -38,12 +44,13 @@ def naming_who_unpacks(checkpoint: Checkpoint) -> Iterator[None]:
     """
     from deadbench.suite.checkpoints.quantised import method_of
 
+    method = method_of(checkpoint.config())
     try:
-        yield
+        with _without_bars(method):
+            yield
     except Exception as error:
         from deadbench.runners.engines.device import cause_of
 
-        method = method_of(checkpoint.config())
         ours = isinstance(error, ValueError) or type(error).__module__.startswith("deadbench.")
         if method is None or (ours and not isinstance(error, UndeterminedError)) or cause_of(error):
             raise
@@ -51,3 +58,20 @@ def naming_who_unpacks(checkpoint: Checkpoint) -> Iterator[None]:
             f"{one_line(error)}; the weights are quantised by {method}, which may not run them here: give those that "
             "they were made of, or --reads parameters"
         ) from error
+
+
+@contextmanager
+def _without_bars(method: str | None) -> Iterator[None]:
+    """What a run says is its own lines: the bars of who unpacks weights are not shown."""
+    module, shown = None, None
+    with suppress(ImportError):
+        module = importlib.import_module(_BARS[method]) if method in _BARS else None
+        shown = getattr(module, "tqdm", None)
+    if shown is None:
+        yield
+        return
+    try:
+        module.tqdm = functools.partial(shown, disable=True)  # type: ignore[union-attr]
+        yield
+    finally:
+        module.tqdm = shown  # type: ignore[union-attr]

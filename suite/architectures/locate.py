@@ -35,6 +35,7 @@ from deadbench.suite.tracing.smaller_pictures import smaller_pictures
 
 Inputs = Mapping[str, Any]  # keyword arguments of a forward pass
 
+_TIMM = "timm_wrapper"
 _CUT_CANDIDATES = 40  # modules, last called first, among which a norm behind a projection is looked for
 
 
@@ -60,10 +61,10 @@ def search_without_weights(skeleton: nn.Module, config: Any, part: str) -> tuple
             found = tried
         else:  # what is found has as many rows as whole pictures give
             found, inputs = search(model)
-    elif found.family == "none":
+    elif found.family == "none" and found.pooled is None:
         # On meta only identity is seen; a norm behind a copy or a projection would be missed.
         found = _nothing("undetermined", f"{found.reason}, and the model is too large to be tried", skeleton)
-    return replace(found, naming=naming(skeleton)), inputs
+    return found.named(naming(skeleton)), inputs
 
 
 def find_final_norm(model: nn.Module, inputs: Inputs | None = None) -> FinalNorm:
@@ -102,7 +103,8 @@ def search(model: nn.Module, inputs: Inputs | None = None) -> tuple[FinalNorm, I
         if found is not None:
             return found, given
         if stream.device.type == "meta" or hears(model, candidate, stream):
-            return _by_cutting(model, calls, candidate, stream), given
+            ended = _by_cutting(model, calls, candidate, stream)
+            return replace(ended, pooled=_of_what_is_pooled(model, calls, stream, ended)), given
         failure, deaf = failure or "the last hidden state does not depend on them", True
     drawn = without_zeros(model) if deaf else None
     if drawn is not None:
@@ -217,6 +219,25 @@ def _by_cutting(model: nn.Module, calls: list[Call], inputs: Mapping[str, Any], 
         reason = f"{through}, a normalisation that is neither LayerNorm nor RMSNorm"
         return _nothing("undetermined", reason, model)
     return nothing
+
+
+def _of_what_is_pooled(model: nn.Module, calls: list[Call], stream: Tensor, found: FinalNorm) -> FinalNorm | None:
+    """Of timm's models without a final norm: that of the one row which the head pools of an item, as it counts it."""
+    if found.family != "none" or getattr(getattr(model, "config", None), "model_type", None) != _TIMM:
+        return None
+    last = max((i for i, call in enumerate(calls) if same_storage(call.output, stream)), default=len(calls))
+    for call in calls[last + 1 :]:
+        module = model.get_submodule(call.path)
+        behaviour = _behaviour(module, call.output) if _may_be_a_norm(module) else NormBehaviour("other")
+        width = call.output.shape[1] if call.output.ndim > 1 else 0
+        if behaviour.known and call.output.numel() == len(stream) * width:
+            reason = (
+                f"{call.path} normalises what is pooled of a picture, one row each, and is not read, which takes "
+                f"{4 * width} pictures; {found.reason}"
+            )
+            text = f"the output of {call.path} ({type(module).__name__}), of what is pooled, is what the head is given"
+            return replace(_found(model, call, calls, behaviour, text), placement="pre", reason=reason)
+    return None
 
 
 def _normalised_again(

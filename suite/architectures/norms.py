@@ -1,7 +1,7 @@
 """What is known of a norm once it is found: its place, its behaviour, its effective scale; and the law of random
 initialisation, by which a final norm starts at scales of one and shifts of zero."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -70,7 +70,8 @@ class FinalNorm:
     """The final norm of an architecture, or the reason why there is none (`path` None).
 
     `rows_per_item` is how many rows of its output one item of the minimal input gave: for images, what a picture gives.
-    `naming` is how transformers leads the names that a checkpoint stores to its own.
+    `naming` is how transformers leads the names that a checkpoint stores to its own. Where there is none, `pooled` is
+    that of what a head pools, one row an item, if its library counts it.
     """
 
     path: str | None
@@ -82,6 +83,11 @@ class FinalNorm:
     reason: str | None = None
     evidence: tuple[str, ...] = field(default=())
     naming: Naming = field(default_factory=Naming)
+    pooled: "FinalNorm | None" = None
+
+    def named(self, naming: Naming) -> "FinalNorm":
+        """The same with the names that a checkpoint stores."""
+        return replace(self, naming=naming, pooled=self.pooled and self.pooled.named(naming))
 
     @property
     def family(self) -> str:

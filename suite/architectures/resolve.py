@@ -33,8 +33,11 @@ class Resolved:
     @property
     def final_in_whole(self) -> FinalNorm:
         """The final norm by its path in the whole model."""
-        path = self.final.path
-        return replace(self.final, path=f"{self.part}.{path}") if self.part and path is not None else self.final
+        return self.in_whole(self.final)
+
+    def in_whole(self, norm: FinalNorm) -> FinalNorm:
+        """A norm of the part by its path in the whole model."""
+        return replace(norm, path=f"{self.part}.{norm.path}") if self.part and norm.path is not None else norm
 
 
 def resolve(model: nn.Module, modality: str, stack: str, config: Any = None) -> Resolved:
@@ -47,9 +50,9 @@ def resolve(model: nn.Module, modality: str, stack: str, config: Any = None) -> 
     if config is not None and takes_large(part):
         final, inputs = search(build_model(config, "meta").get_submodule(path))
         if final.path is not None:
-            return Resolved(path, replace(final, naming=naming(model)), _tensors(inputs))
+            return Resolved(path, final.named(naming(model)), _tensors(inputs))
     final, inputs = search(part)
-    return Resolved(path, replace(final, naming=naming(model)), _tensors(inputs))
+    return Resolved(path, final.named(naming(model)), _tensors(inputs))
 
 
 def resolve_without_weights(config: Any, modality: str = "text", stack: str = "encoder") -> Resolved:

@@ -22,6 +22,7 @@ ATTEMPTS = 4
 FIRST_WAIT_SECONDS, _LONGEST_FLOOR_SECONDS = 0.5, 30.0
 REQUEST_SECONDS = 300.0  # for one ranged answer
 SLOWEST_BYTES_PER_SECOND = 1000  # of a longer one, after its first IDLE_SECONDS
+_COMPRESSIONS = ("gzip", "x-gzip", "deflate", "br", "zstd", "compress")  # of S3, aws-chunked is none
 _REDIRECTS = 10
 _PASSING = (429, 500, 502, 503, 504)
 
@@ -120,6 +121,12 @@ class Requests:
         status = answer.status_code
         if status not in _PASSING:
             LIMITS.answered(self._host)
+        packed = answer.headers.get("Content-Encoding", "").strip().lower()
+        if status < 300 and packed in _COMPRESSIONS:
+            raise CheckpointError(
+                f"{called}: the server compresses its answers ({packed}), though it is asked for bytes as they are; "
+                "serve the checkpoint without, or download it and name the folder"
+            )
         if status < 300 or status == 416:
             return
         if status in _PASSING:

@@ -196,7 +196,7 @@ def _holds_weights(folder: Path) -> bool:
     try:
         return any(
             path.name.endswith(_BELOW) and not path.name.startswith(("optimizer", "adapter_", "training_args"))
-            for path in folder.iterdir()
+            for path in (*folder.iterdir(), *folder.glob("mp_rank_00*/*"))  # the latter of Megatron's ranks
             if path.is_file() and not is_hidden(path.name) and not folder.name.startswith("optimizer")
         )
     except OSError:

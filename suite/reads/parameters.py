@@ -89,6 +89,8 @@ def read_parameters(checkpoint: Checkpoint, verify: bool = False) -> ParametersR
         final = _resolve(raw_config, verify)
         if told and told.module and final.path is None and (known := _as_told(told, entries)):
             return _read_final(checkpoint, known, entries)  # of what is pooled, which transformers' wrapper leaves out
+        if final.pooled is not None:
+            return _read_final(checkpoint, replace(final.pooled, reason=None), entries)
         if told and told.name and final.path and not told.module:
             names = (Renaming(f"^{re.escape(told.name)}\\.", f"{final.path}."),)
             final = replace(final, naming=final.naming.further(names))
@@ -164,7 +166,7 @@ def _read_final(checkpoint: Checkpoint, final: FinalNorm, entries: dict[str, Ten
                 f"the configuration says {final.hidden_size}"
             )
     norm = effective_norm(behaviour, weight_D, shift_D, final.hidden_size)
-    lens, rms = translation.dialect == TRANSFORMER_LENS, final.family == "rmsnorm"
+    lens, rms = (translation.dialect or "").startswith(TRANSFORMER_LENS), final.family == "rmsnorm"
     centred = writes_centred(checkpoint, entries, final.hidden_size) if lens or rms else None
     evidence = [
         *final.evidence,

@@ -4,6 +4,7 @@ Names and forms: github.com/ggml-org/llama.cpp, `gguf-py/gguf/tensor_mapping.py`
 """
 
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -123,9 +124,10 @@ def _readable(tensors: Tensors) -> None:
     """Refuse types of which the values are not known here."""
     for name in tensors:
         if tensors[name].dtype not in ITEM_BYTES:
+            install = "" if find_spec("gguf") else "pip install 'deadbench[gguf]', or "
             raise CheckpointError(
-                f"{name} is {tensors[name].dtype}, whose values are not unpacked here; give a file of F32, F16, BF16 "
-                "or Q8_0 (llama-quantize --allow-requantize … Q8_0)"
+                f"{name} is {tensors[name].dtype}, whose values are not unpacked here; {install}give a file of F32, "
+                "F16, BF16 or Q8_0 (llama-quantize --allow-requantize … Q8_0)"
             )
 
 

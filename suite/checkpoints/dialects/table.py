@@ -11,6 +11,7 @@ from deadbench.suite.checkpoints.dialects import (
     megatron,
     nanogpt,
     open_clip,
+    transformer_bridge,
     transformer_lens,
 )
 from deadbench.suite.checkpoints.dialects.tensors import Tensors, as_floats
@@ -53,6 +54,15 @@ DIALECTS = (
             "gpt2": transformer_lens.as_gpt2,
             "gpt_neox": transformer_lens.as_neox,
             **dict.fromkeys(("llama", "mistral", "qwen2"), transformer_lens.as_llama),
+        },
+    ),
+    Dialect(
+        "TransformerLens 4",
+        transformer_bridge.is_transformer_bridge,
+        {
+            "gpt2": transformer_bridge.as_gpt2,
+            "gpt_neox": transformer_bridge.as_neox,
+            **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), transformer_bridge.as_llama),
         },
     ),
     Dialect("fairseq", fairseq.is_fairseq, {"opt": fairseq.as_opt}, alone=False),

@@ -4,10 +4,12 @@ The metadata are the configuration: which architecture, how wide, and an epsilon
 header is read in order, since its strings say nowhere how long they are together; arrays of numbers are passed over.
 """
 
+import functools
 import itertools
 import math
 import struct
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -43,6 +45,11 @@ _TYPES = {
     21: ("IQ3_S", 256, 110), 22: ("IQ2_S", 256, 82), 23: ("IQ4_XS", 256, 136), 29: ("IQ1_M", 256, 56),
     34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66), 39: ("MXFP4", 32, 17),
 }  # fmt: skip
+# Those whose values the package `gguf` unpacks, where it is installed.
+_BY_PACKAGE = (
+    "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS",
+    "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0", "MXFP4",
+)  # fmt: skip
 
 
 def read_gguf(files: Files, name: str) -> Contents:
@@ -60,9 +67,9 @@ def read_gguf(files: Files, name: str) -> Contents:
         entries += held
     _check_names(name, entries)
     norm, config = norm_of(facts, {entry.name for entry in entries}), config_of(facts, entries)
-    return Contents(
-        [_as_values(entry, adds_one(config)) for entry in entries], None, config, norm=norm, unfit=unfit(facts)
-    )
+    whole_scales, package = adds_one(config), find_spec("gguf") is not None
+    entries = [_as_values(entry, whole_scales, package) for entry in entries]
+    return Contents(entries, None, config, norm=norm, unfit=unfit(facts))
 
 
 def _further_parts(facts: dict[str, Any], name: str) -> list[str]:
@@ -196,12 +203,17 @@ def _entry(file: str, name: str, shape: tuple[int, ...], kind: int, offset: int,
     return TensorEntry(name, file, dtype, shape, start + offset, end)
 
 
-def _as_values(entry: TensorEntry, whole_scales: bool) -> TensorEntry:
+def _as_values(entry: TensorEntry, whole_scales: bool, package: bool) -> TensorEntry:
     """A tensor whose values are to be had: unpacked, and of a scale that is stored as its sum with one, less one."""
     if entry.dtype == "Q8_0":
         rows, blocks = math.prod(entry.shape[:-1]), entry.shape[-1] // 32
         packed = replace(entry, dtype="U8", shape=(rows, blocks * 34))
         return replace(entry, dtype="F32", parts=(packed,), made=_unpacked)
+    if entry.dtype in _BY_PACKAGE and package:
+        block, block_bytes = next(each[1:] for each in _TYPES.values() if each[0] == entry.dtype)
+        shape = (math.prod(entry.shape[:-1]), entry.shape[-1] // block * block_bytes)
+        made = functools.partial(_unpacked_by_package, kind=entry.dtype)
+        return replace(entry, dtype="F32", parts=(replace(entry, dtype="U8", shape=shape),), made=made)
     if whole_scales and entry.name.endswith("norm.weight") and entry.dtype in ("F32", "F16", "BF16"):
 
         def less_one(values: Values, dtype: str = entry.dtype) -> Values:
@@ -216,4 +228,14 @@ def _unpacked(raw: Values) -> Values:
     blocks = np.ascontiguousarray(raw).reshape(-1, 34)
     scales = np.ascontiguousarray(blocks[:, :2]).view(np.float16).astype(np.float32)
     values: Values = (scales * blocks[:, 2:].view(np.int8)).view(np.uint32)
+    return values
+
+
+def _unpacked_by_package(raw: Values, kind: str) -> Values:
+    """Rows of blocks of another type as float32, by llama.cpp's own package."""
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    rows = np.ascontiguousarray(raw)
+    values: Values = np.ascontiguousarray(dequantize(rows, GGMLQuantizationType[kind]), np.float32).view(np.uint32)
     return values

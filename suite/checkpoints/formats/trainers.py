@@ -1,6 +1,10 @@
-"""Where training frameworks keep a model: in the folder that is given, or in the one that their `latest` names."""
+"""Where training frameworks keep a model: in the folder that is given, or in the one below that their `latest` names.
+
+Without that file, a folder of this machine that holds the weights of one step alone is that step's.
+"""
 
 import re
+from pathlib import Path
 
 from deadbench.suite.checkpoints.files import Files
 from deadbench.suite.checkpoints.formats.neox import FIRST_LAYER, layer_files
@@ -8,6 +12,7 @@ from deadbench.suite.checkpoints.formats.zero3 import FIRST_RANK
 from deadbench.suite.checkpoints.strict_json import shown
 from deadbench.suite.errors import CheckpointError
 
+_STEPS = re.compile(r"iter_\d{7,}|global_step\d+|release")
 _POINTERS = {"latest": "{}", "latest_checkpointed_iteration.txt": "iter_{:0>7}"}
 _DEEPSPEED, _MEGATRON = "mp_rank_00_model_states.pt", "mp_rank_00{}/model_optim_rng.pt"
 
@@ -30,7 +35,15 @@ def trainers_files(files: Files) -> tuple[str, tuple[str, ...], str] | None:
             if found is None:
                 raise CheckpointError(f"{pointer}: names {folder}, where no weights are; copy that folder too")
             return found
-    return None
+    found_in = [found for name in _steps(files) if (found := _inside(files, f"{name}/"))]
+    return found_in[0] if len(found_in) == 1 else None  # of several, who says that there are no weights names them
+
+
+def _steps(files: Files) -> list[str]:
+    """The folders of steps in one of this machine, whose pointer was not copied with them."""
+    folder: Path | None = getattr(files, "folder", None)
+    below = () if folder is None else folder.iterdir()
+    return sorted(path.name for path in below if _STEPS.fullmatch(path.name) and path.is_dir())
 
 
 def _inside(files: Files, folder: str) -> tuple[str, tuple[str, ...], str] | None:

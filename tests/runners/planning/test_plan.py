@@ -17,6 +17,7 @@ from deadbench.runners.planning.needs import needs
 from deadbench.runners.planning.plan import make_plan
 from deadbench.runners.planning.sizes import measure
 from deadbench.suite.architectures.build import build_config
+from deadbench.suite.architectures.norms import FinalNorm, NormBehaviour
 from deadbench.suite.registry.loading import load_registry
 from tests.conftest import ROOT
 
@@ -408,3 +409,12 @@ def test_planned_memory_is_within_15_percent_of_the_measured_peak(config, engine
     assert planned_engine == engine
     assert planned - PROCESS_BYTES == pytest.approx(peak - overhead, rel=0.15)
     assert planned == pytest.approx(peak, rel=0.15)
+
+
+def test_a_norm_of_what_is_pooled_is_named_where_nothing_can_be_planned(monkeypatch):
+    pooled = FinalNorm("fc_norm", NormBehaviour("layernorm"), "pre", 32, 2, 1, "fc_norm normalises what is pooled")
+    none = FinalNorm(None, NormBehaviour("none"), None, None, 2, reason="it ends in a map", pooled=pooled)
+    monkeypatch.setattr("deadbench.runners.planning.sizes.locate_final_norm", lambda config, part: none)
+    config = build_config({"model_type": "gpt2", "vocab_size": 99, "n_embd": 32, "n_layer": 2, "n_head": 4})
+    with pytest.raises(ValueError, match="^fc_norm normalises what is pooled$"):
+        measure(config, 8)

@@ -28,6 +28,7 @@ CASES = [
     (writers.litgpt, writers.LLAMA), (writers.litgpt, writers.NEOX), (writers.litgpt, writers.QWEN2),
     (writers.litgpt_of_before, writers.LLAMA),
     (writers.lens, writers.GPT2), (writers.lens, writers.NEOX), (writers.lens, writers.LLAMA),
+    (writers.bridge, writers.GPT2), (writers.bridge, writers.NEOX), (writers.bridge, writers.QWEN2),
     (writers.neox_layers, writers.NEOX),
     (writers.megatron, writers.LLAMA), (writers.megatron_of_before, writers.GPT2),
     (writers.megatron_in_stages, writers.GPT2),
@@ -37,6 +38,8 @@ CASES = [
     (writers.llama_cpp, writers.LLAMA), (writers.llama_cpp, writers.GPT2), (writers.llama_cpp, writers.NEOX),
     (writers.llama_cpp, writers.QWEN2), pytest.param(writers.open_clip, writers.CLIP, marks=pytest.mark.slow),
 ]  # fmt: skip
+
+BESIDE, HEADS = "stored beside the model, and not loaded", {"gpt2": "lm_head", "gpt_neox": "embed_out"}
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +66,11 @@ def test_rows_are_those_of_transformers_own_files(write, config, saved, tmp_path
     state, expected = saved(config)
     found = rows(write(tmp_path, state, config), READS)
     for read in READS:
-        assert without(found[read], expected[read]) == without(expected[read]), read
+        ours, theirs = without(found[read], expected[read]), without(expected[read])
+        if write is writers.bridge and read == "trained" and config is not writers.QWEN2:  # logits have a shift there
+            told = ours[0].pop("engine_detail").partition("; ")
+            assert told == (theirs[0].pop("engine_detail"), "; ", f"{BESIDE}: {HEADS[config['model_type']]}.bias")
+        assert ours == theirs, read
         assert found[read][0]["source_format"] != "safetensors"
 
 
@@ -144,7 +151,7 @@ def test_folded_norms_have_scales_of_one(config, saved, tmp_path):
     assert (result["final_norm_tensor"], result["scale_harmonic"]) == (None, 1.0)
     assert any("LayerNormPre" in line for line in result["evidence"])
     assert np.allclose(direction_D, 0.25)
-    found = rows(path, READS)
+    found = rows(path, (*READS, "functional"))
     assert found["trained"][0]["scale_harmonic"] == found["parameters"][0]["scale_harmonic"] == 1.0
 
 
@@ -253,9 +260,12 @@ def test_timm_by_its_own_name(pool, tmp_path):
     expected = 64 / float((1 / norm.weight.detach().double() ** 2).sum())
     assert by_table["scale_harmonic"] == pytest.approx(expected, rel=1e-12)
     assert (by_table["family"], by_table["eps"]) == ("layernorm", 1e-6)
-    if pool == "token":
-        assert found["trained"][0]["scale_harmonic"] == found["parameters"][0]["scale_harmonic"]
-        assert found["parameters"][0]["scale_harmonic"] == pytest.approx(expected, rel=1e-12)
+    trained, parameters = found["trained"][0], found["parameters"][0]
+    assert trained["scale_harmonic"] == parameters["scale_harmonic"] == pytest.approx(expected, rel=1e-12)
+    for key in ("family", "final_norm", "final_norm_tensor", "placement", "eps", "hidden_size", "num_blocks"):
+        assert trained[key] == parameters[key], key
+    assert (trained["depth"] is None) == (pool == "avg")  # whose norm has one row a picture, as the row says
+    assert ("one row each" in (trained["error"] or "")) == (pool == "avg")
 
 
 def test_a_model_that_deepspeed_holds_in_parts(saved, tmp_path):

@@ -90,6 +90,35 @@ def test_a_norm_of_the_pooled_token_is_not_the_final_one():
     assert (found.path, found.family) == (None, "none")
 
 
+class Wrapped(nn.Module):
+    """As transformers wraps a model of timm: features, and a head that pools them."""
+
+    main_input_name = "pixel_values"
+
+    def __init__(self, model_type, norm):
+        super().__init__()
+        self.config = SimpleNamespace(model_type=model_type, image_size=8, num_channels=3)
+        self.stem, self.norm_pre, self.norm = nn.Conv2d(3, 12, 2, 2), nn.Identity(), norm
+
+    def forward(self, pixel_values):
+        stream = self.norm_pre(self.stem(pixel_values))
+        pooled = self.norm(stream.mean((2, 3)))
+        return {"last_hidden_state": stream, "pooler_output": pooled}
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_of_timms_models_without_a_final_norm_that_of_the_pooled_row_is_told(device):
+    """transformers' own that pool alike have none: their last hidden state is what is read."""
+    found = find_final_norm(Wrapped("timm_wrapper", nn.LayerNorm(12, 1e-6)).to(device))
+    assert (found.path, found.family) == (None, "none")
+    pooled = found.pooled
+    assert (pooled.path, pooled.family, pooled.placement, pooled.rows_per_item) == ("norm", "layernorm", "pre", 1)
+    assert (pooled.behaviour.eps, pooled.hidden_size) == (1e-6, 12)
+    assert pooled.reason.startswith("norm normalises what is pooled of a picture, one row each, and is not read, which")
+    assert find_final_norm(Wrapped("convnext", nn.LayerNorm(12)).to(device)).pooled is None
+    assert find_final_norm(Wrapped("timm_wrapper", nn.Linear(12, 12)).to(device)).pooled is None
+
+
 def test_a_norm_that_another_follows_is_not_final():
     # Hiera's last stage here is one block that projects its normalised input: all flows through layernorm_before.
     hiera = {"embed_dim": 32, "depths": [1, 1], "num_heads": [1, 2], "query_stride": [2, 2], "masked_unit_size": [2, 2]}

@@ -1,6 +1,7 @@
 """Servers for the tests of remote reads: nginx laid out as a Hub, and one that misbehaves as it is told to."""
 
 import contextlib
+import gzip
 import http.server
 import json
 import shutil
@@ -157,6 +158,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         data = path.read_bytes() if size < 2**30 else b""  # of larger files, mostly holes, ranges alone are served
         if fault == "huge":  # a terabyte that nobody must ask for
             return self._body(200, data, _ETAG, length=10**12)
+        if fault == "gzip":
+            packed = gzip.compress(data)
+            return self._body(200, packed, _ETAG | {"Content-Encoding": "gzip"}, length=len(packed))
         if asked is None or fault in ("no ranges", "no length"):
             return self._body(200, data, _ETAG, length=None if fault == "no length" else len(data))
         start, end = asked.removeprefix("bytes=").split("-")

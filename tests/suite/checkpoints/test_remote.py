@@ -175,6 +175,7 @@ def test_what_passes_is_tried_again(server, faults):
         ("reset", "the answer is cut off .* in 4 attempts", 4),
         ("other range", "answers with another range", 1),
         ("huge", "ignores Range requests, so 1,000,000,000,000 bytes would be downloaded", 1),
+        ("gzip", r"the server compresses its answers \(gzip\), though it is asked for bytes as they are", 1),
         ("no length", "ignores Range requests and tells no length", 1),
     ],
 )

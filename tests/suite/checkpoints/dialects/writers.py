@@ -176,6 +176,40 @@ def lens(folder, state, config):
     return folder / "model.pt"
 
 
+def bridge(folder, state, config):
+    """The state dict of a TransformerBridge, of TransformerLens since version 4, without processing."""
+    parts = {"input_layernorm": "ln1", "post_attention_layernorm": "ln2", "ln_1": "ln1", "ln_2": "ln2",
+             "attention.dense": "attn.o", "attn.c_proj": "attn.o", "mlp.c_fc": "mlp.in", "mlp.c_proj": "mlp.out",
+             "mlp.dense_h_to_4h": "mlp.in", "mlp.dense_4h_to_h": "mlp.out", "mlp.gate_proj": "mlp.gate",
+             "mlp.up_proj": "mlp.in", "mlp.down_proj": "mlp.out"}  # fmt: skip
+    parts |= {f"self_attn.{kind}_proj": f"attn.{kind}" for kind in "qkvo"}
+    outside = {"wte": "embed", "wpe": "pos_embed", "embed_in": "embed", "embed_tokens": "embed", "ln_f": "ln_final",
+               "final_layer_norm": "ln_final", "norm": "ln_final", "embed_out": "unembed",
+               "lm_head": "unembed"}  # fmt: skip
+    begin = {"gpt2": "transformer.h.", "gpt_neox": "gpt_neox.layers."}.get(config["model_type"], "model.layers.")
+    made = {
+        f"{outside[name.split('.')[-2]]}.{name.split('.')[-1]}": tensor
+        for name, tensor in state.items()
+        if not name.startswith(begin)
+    }
+    made["unembed.bias"] = torch.zeros(97)
+    if "unembed.weight" not in made:
+        made["unembed.weight"] = made["embed.weight"]
+    for number, name, tensor in blocks(state, begin):
+        module, _, which = name.rpartition(".")
+        if module in parts:
+            made[f"blocks.{number}.{parts[module]}.{which}"] = tensor
+            continue
+        if module == "attn.c_attn":
+            three = tensor.T.chunk(3) if which == "weight" else tensor.chunk(3)
+        else:
+            three = [tensor.reshape(2, 3, 8, *tensor.shape[1:])[:, at].flatten(0, 1) for at in range(3)]
+        made |= {f"blocks.{number}.attn.{k}.{which}": t.contiguous() for k, t in zip("qkv", three, strict=True)}
+    (folder / "config.json").write_text(json.dumps(config))
+    torch.save(made, folder / "model.pt")
+    return folder / "model.pt"
+
+
 def cut(tensor, ranks, axis):
     return [part.contiguous() for part in tensor.chunk(ranks, axis)]
 

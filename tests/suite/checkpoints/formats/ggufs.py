@@ -4,7 +4,7 @@ import struct
 
 import numpy as np
 
-TYPES = {"F32": (0, "<f4"), "F16": (1, "<f2"), "BF16": (30, "<u2"), "Q8_0": (8, "packed")}
+TYPES = {"F32": (0, "<f4"), "F16": (1, "<f2"), "BF16": (30, "<u2"), "Q8_0": (8, "packed"), "Q4_0": (2, "packed")}
 
 
 def q8_0(values):
@@ -14,6 +14,18 @@ def q8_0(values):
     whole = np.rint(wide / np.maximum(scales.astype("f4"), 1e-9)).clip(-127, 127).astype("i1")
     packed = np.concatenate([scales.view("u1").reshape(-1, 2), whole.view("u1")], 1)
     return packed.tobytes(), (scales.astype("f4") * whole).reshape(values.shape)
+
+
+def q4_0(values):
+    """The same of Q4_0: 16 bytes, of which the lower halves are the first 16 integers."""
+    wide = np.asarray(values, "<f4").reshape(-1, 32)
+    scales = (np.abs(wide).max(1, keepdims=True) / 7).astype("<f2")
+    whole = (np.rint(wide / np.maximum(scales.astype("f4"), 1e-9)).clip(-8, 7) + 8).astype("u1")
+    packed = np.concatenate([scales.view("u1").reshape(-1, 2), whole[:, :16] | whole[:, 16:] << 4], 1)
+    return packed.tobytes(), (scales.astype("f4") * (whole.astype("f4") - 8)).reshape(values.shape)
+
+
+PACKED = {8: q8_0, 2: q4_0}
 
 
 def text(value):
@@ -46,7 +58,7 @@ def gguf(facts, tensors, types=None, alignment=32, version=3):
         axes = struct.pack(f"<{values.ndim}Q", *values.shape[::-1])
         infos += text(name) + struct.pack("<I", values.ndim) + axes + struct.pack("<IQ", kind, len(data))
         if form == "packed":
-            data += q8_0(values)[0]
+            data += PACKED[kind](values)[0]
             continue
         wide = np.asarray(values, "<f4")
         data += (wide.view("<u4") >> 16).astype("<u2").tobytes() if form == "<u2" else wide.astype(form).tobytes()

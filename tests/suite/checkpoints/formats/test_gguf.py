@@ -1,6 +1,9 @@
 """GGUF: the metadata tell the architecture and the family; a header that lies is one line."""
 
 import struct
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -13,7 +16,7 @@ from deadbench.suite.errors import CheckpointError
 from deadbench.suite.reads.classify import classify
 from deadbench.suite.reads.norms_table import list_norms
 from deadbench.suite.reads.parameters import read_parameters
-from tests.suite.checkpoints.formats.ggufs import gguf, llama_like
+from tests.suite.checkpoints.formats.ggufs import gguf, llama_like, q4_0
 from tests.suite.checkpoints.formats.memory import MemoryFiles
 from tests.suite.checkpoints.servers import misbehaving
 
@@ -103,6 +106,40 @@ def test_tensors_of_every_float_type_and_alignment():
         assert np.array_equal(read_raw(files, found["b"]).view("f2"), values.astype("f2"))
         expected = (values[0].view("u4") & 0xFFFF0000).view("f4")
         assert np.array_equal(read_vector(files, found["c"]), expected.astype(float))
+
+
+def test_other_types_are_unpacked_by_llama_cpps_own_package(tmp_path, monkeypatch):
+    """Where it is installed; else a line says how to get it, and the norm is read all the same."""
+    wide = np.random.default_rng(1).normal(size=(4, 64)).astype("f4")
+    maps = dict.fromkeys(("token_embd.weight", "output.weight"), wide)
+    tensors = maps | {"blk.0.attn_norm.weight": np.ones(64), "output_norm.weight": np.ones(64)}
+    file = tmp_path / "model.gguf"
+    file.write_bytes(gguf(llama_like("llama", 64, 1, RMS), tensors, dict.fromkeys(maps, "Q4_0")))
+
+    def dequantize(rows, kind):
+        blocks = rows.reshape(-1, 18)
+        halves = np.concatenate([blocks[:, 2:] & 15, blocks[:, 2:] >> 4], 1).astype("f4") - kind
+        return (blocks[:, :2].copy().view("<f2").astype("f4") * halves).reshape(len(rows), -1)
+
+    package, quants = ModuleType("gguf"), ModuleType("gguf.quants")
+    package.__spec__, package.GGMLQuantizationType, quants.dequantize = (
+        ModuleSpec("gguf", None),
+        {"Q4_0": 8},
+        dequantize,
+    )
+    monkeypatch.setitem(sys.modules, "gguf", package)
+    monkeypatch.setitem(sys.modules, "gguf.quants", quants)
+    checkpoint = Checkpoint(str(file))
+    entry = checkpoint.headers()["model.embed_tokens.weight"]
+    assert (entry.dtype, entry.shape, checkpoint.translation().unfit) == ("F32", (4, 64), None)
+    assert np.array_equal(read_raw(checkpoint, entry).view("f4"), q4_0(wide)[1])
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    for module in ("formats.gguf", "dialects.llama_cpp"):
+        monkeypatch.setattr(f"deadbench.suite.checkpoints.{module}.find_spec", lambda name: None)
+    checkpoint = Checkpoint(str(file))
+    told = "token_embd.weight is Q4_0, whose values are not unpacked here; pip install 'deadbench[gguf]', or give"
+    assert told in str(checkpoint.translation().unfit)
+    assert classify(str(file))[0]["scale_harmonic"] == 1
 
 
 @pytest.mark.parametrize("source", ["the folder", "its first file"])

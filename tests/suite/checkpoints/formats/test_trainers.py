@@ -186,6 +186,40 @@ def test_megatrons_arguments_that_cannot_be_read(tiny, tmp_path):
     assert (result["error"], result["scale_harmonic"]) == (None, expected["scale_harmonic"])
 
 
+@pytest.mark.parametrize("form", [deepspeed, deepspeed_zero3, gpt_neox, torch_dist])
+def test_a_pointer_that_was_not_copied(form, tiny, tmp_path):
+    """The only step is meant; of two nobody says which."""
+    form(tmp_path, tiny[1])
+    shutil.copy(tiny[0] / "config.json", tmp_path)
+    pointer = next(path for path in tmp_path.iterdir() if path.name.startswith("latest"))
+    pointer.unlink()
+    result, expected = classify(str(tmp_path))[0], classify(str(tiny[0]))[0]
+    assert (result["error"], result["scale_harmonic"]) == (None, expected["scale_harmonic"])
+    (step,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    further = step.with_name(step.name + "1")
+    shutil.copytree(step, further)
+    told = f"in a folder below; give {tmp_path.name}/{step.name} or {tmp_path.name}/{further.name}"
+    assert told in classify(str(tmp_path))[0]["error"]
+    pointer.write_text(step.name.removeprefix("iter_").lstrip("0"))
+    assert classify(str(tmp_path))[0]["scale_harmonic"] == expected["scale_harmonic"]
+
+
+def test_megatrons_folder_without_its_pointer(tmp_path):
+    """It has no config.json either, which the only step's arguments make up for."""
+    args = argparse.Namespace(num_layers=2, hidden_size=16, normalization="RMSNorm", norm_epsilon=1e-6)
+    for step in (300, 400):
+        below = tmp_path / f"iter_{step:07d}" / "mp_rank_00"
+        below.mkdir(parents=True)
+        model = {"decoder.final_layernorm.weight": torch.full((16,), step / 100)}
+        torch.save({"model": model, "args": args, "iteration": step}, below / "model_optim_rng.pt")
+    told = f"give {tmp_path.name}/iter_0000300 or {tmp_path.name}/iter_0000400"
+    assert told in classify(str(tmp_path))[0]["error"]
+    shutil.rmtree(below.parent)
+    result, _ = classify(str(tmp_path))
+    assert (result["error"], result["source_step"]) == (None, 300)
+    assert result["scale_harmonic"] == pytest.approx(9, rel=1e-12)
+
+
 @pytest.mark.parametrize(
     ("pointer", "message"),
     [("../../etc", "which is no folder of a checkpoint"), ("global_step7", "where no weights are"), ("", "no folder")],
