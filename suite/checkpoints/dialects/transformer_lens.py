@@ -122,9 +122,8 @@ def _norms(tensors: Tensors, of: str) -> None:
     tensors.leave_out(_BUFFERS)
     first, second, last = _NORMS_OF[of]
     folded = is_folded(tensors)
-    if (
-        folded and of != "llama"
-    ):  # the shift of the last norm became one of logits, for which the published class has no place
+    if folded and of != "llama":
+        # The shift of the last norm became one of logits, for which the published class has no place.
         tensors.rename({"unembed.b_U": "embed_out.bias" if of == "gpt_neox" else "lm_head.bias"})
     tensors.leave_out_zeros(["unembed.b_U"])
     places: list[tuple[str, str, int | None]] = [("ln_final", last, None)]
