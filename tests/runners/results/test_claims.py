@@ -121,7 +121,7 @@ def test_who_died_between_storing_and_letting_go_leaves_nothing_either(driver, s
     clock.now += LEASE + 1
     c.beat()
     b.end({"read", "read of one that lives"})
-    assert left(store) == ["a.beat", "c.beat", "read of one that lives.1", "unread.1"], "what others may take over stays"
+    assert left(store) == ["a.beat", "c.beat", "read of one that lives.1", "unread.1"], "others may take it"
     clock.now += LEASE + 1
     d = driver("d", clock)
     clock.now += LEASE + 1
