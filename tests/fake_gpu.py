@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from deadbench.runners.engines import device
-from deadbench.suite.spectra import solvers
+from deadbench.suite.spectra import solver_checks, solvers
 
 GPU = torch.device("cuda", 0)
 # Their results, or the shapes of these, are told to the host.
@@ -198,7 +198,7 @@ def fake_gpu(monkeypatch: Any) -> Iterator[FakeGpu]:
     for name, value in (free | {"get_device_name": "a fake GPU"}).items():
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
     monkeypatch.setattr(solvers, "WAYS", dict(solvers.WAYS))
-    solvers._drawn.cache_clear()
+    solver_checks._drawn.cache_clear()
     before = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     try:
@@ -206,7 +206,7 @@ def fake_gpu(monkeypatch: Any) -> Iterator[FakeGpu]:
             monkeypatch.setattr(device, "_event", lambda device: Event(gpu))
             yield gpu
     finally:
-        solvers._drawn.cache_clear()
+        solver_checks._drawn.cache_clear()
         torch.__future__.set_overwrite_module_params_on_conversion(before)
 
 

@@ -1,18 +1,24 @@
 """`deadbench doctor`: whether this machine, or each node of a cluster, can do the reads."""
 
 import json
-from typing import Annotated
+import socket
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from deadbench.runners.cli.console import EXIT_FALSE, Debug, Json
+from deadbench.suite.errors import one_line
+
+if TYPE_CHECKING:
+    from deadbench.runners.doctor.lines import Line
 
 _SIGNS = {"ok": "ok", "wrong": "WRONG", "skipped": "-"}
 
 
 def doctor(
     address: Annotated[
-        str | None, typer.Option(help="Ray whose nodes are examined: auto, host:port. \\[default: this machine]")
+        str | None, typer.Option(help="Ray whose nodes are examined: auto, host:port. \\[default: none, this machine]")
     ] = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -30,10 +36,8 @@ def doctor(
     """
     from dataclasses import asdict
 
-    from deadbench.runners.doctor.examine import examine_here
-
     lines = []
-    for line in examine_here(address):
+    for line in _examined(None if address in ("", "none") else address):
         lines.append(line)
         if not as_json:
             print(f"{_SIGNS[line.verdict]:<6}{line.node}  {line.check}: {line.told}", flush=True)
@@ -44,3 +48,16 @@ def doctor(
         print(f"{len(wrong)} of {len(lines)} are wrong" if wrong else "all is well")
     if wrong:
         raise typer.Exit(EXIT_FALSE)
+
+
+def _examined(address: str | None) -> "Iterator[Line]":
+    """The lines, as they come; one, where this process cannot even import what would examine."""
+    from deadbench.runners.doctor.lines import Line
+
+    try:
+        from deadbench.runners.doctor.examine import examine_here
+    except (ImportError, OSError) as error:  # of a library that torch loads by itself
+        told = f"what reads need cannot be imported ({one_line(error, 300)}); install it anew in a fresh environment"
+        yield Line(socket.gethostname(), "imports", "wrong", told)
+        return
+    yield from examine_here(address)

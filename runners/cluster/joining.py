@@ -95,7 +95,9 @@ def connect(address: str | None, say: Callable[[str], None] = lambda line: None)
     except Exception as error:
         if scratch is not None:
             scratch.close()
-        raise JoinError(f"Ray at {target!r} cannot be joined ({one_line(error, 300)})") from error
+        raise JoinError(
+            f"Ray at {target!r} cannot be joined ({one_line(error, 300)}); it is local, auto or HOST:PORT"
+        ) from error
     return Connection(scratch)
 
 

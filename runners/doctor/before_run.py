@@ -8,8 +8,9 @@ from deadbench.runners.doctor.facts import Facts, facts, gpus_of_driver
 from deadbench.runners.doctor.lines import node_lines
 from deadbench.suite.errors import message, one_line
 
-# Versions were compared when the cluster was joined; threads are an actor's, and vLLM not every run's.
-_CHECKS = ("gpus", "gpu memory", "memory", "shared memory", "disk", "network")
+# Versions were compared when the cluster was joined, checkpoints may all be local, threads are an actor's, and vLLM not
+# every run's.
+_CHECKS = ("gpus", "gpu memory", "memory", "shared memory", "disk", "open files", "network")
 _FATAL = "gpus"  # every read there would fail, or run on another's GPU
 _SETTLED_SECONDS = 2.0
 _SECONDS = 30.0  # of all nodes together; most of it the import of torch

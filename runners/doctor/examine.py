@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator
 
-from deadbench.runners.doctor.lines import Line
+from deadbench.runners.doctor.lines import Line, line_of
+from deadbench.runners.doctor.node_checks import UnwellError
 from deadbench.runners.doctor.one_process import examine_process
 from deadbench.runners.doctor.over_ray import examine_nodes
 from deadbench.runners.doctor.rates import keep
-from deadbench.runners.planning.seconds import Work, projected
+from deadbench.runners.planning.seconds import Rates, Work, projected, rates_file
+from deadbench.suite.storage import refusal
 
 # (name, parameters, hidden size, blocks): what times are projected for.
 _SIZES = (("8B", 8e9, 4096, 32), ("70B", 70e9, 8192, 80))
@@ -34,4 +36,12 @@ def examine_here(address: str | None = None) -> Iterator[Line]:
             )
             yield Line("all", f"projected {name}", "ok", told)
     if rates:
-        yield Line("all", "rates kept", "ok", str(keep(rates)))
+        yield line_of("all", "rates kept", lambda: _kept(rates))
+
+
+def _kept(rates: list[Rates]) -> str:
+    """Raise UnwellError where they cannot be."""
+    try:
+        return str(keep(rates))
+    except OSError as error:
+        raise UnwellError(f"{rates_file()}: {refusal(error)}; set DEADBENCH_CACHE to a folder of your own") from error

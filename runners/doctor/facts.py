@@ -2,9 +2,12 @@
 
 import importlib.util
 import os
+import resource
 import shutil
 import socket
+import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,6 +31,8 @@ class Facts:
         node: its name; `num_nodes` of the cluster.
         cpus: of the node; `threads` of torch in this process.
         memory, shared, disk: bytes free in host memory, in /dev/shm (None: there is none), in the temporary folder.
+        cache: bytes free where checkpoints are kept (None: nothing can be written there).
+        files: how many a process may have open, at most.
         address: Ray's for the node (None: no Ray), and `gloo_address`, where ranks on it would listen.
         given: how many GPUs this process was given by Ray, or by the driver where there is no Ray; `gpus`: those that
             torch has, of `num_gpus` on the node.
@@ -43,6 +48,8 @@ class Facts:
     memory: int
     shared: int | None
     disk: int
+    cache: int | None
+    files: int
     address: str | None
     gloo_address: str | None
     given: int
@@ -78,7 +85,9 @@ def facts(num_nodes: int = 1, num_gpus: int | None = None, address: str | None =
         torch.get_num_threads(),
         psutil.virtual_memory().available,
         shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else None,
-        shutil.disk_usage(tempfile.gettempdir()).free,
+        _room(tempfile.gettempdir) or 0,
+        _room(_cache),
+        _most_files(),
         address,
         None if address is None else gloo_address(address),
         seen if assigned is None else assigned,
@@ -114,6 +123,28 @@ def gloo_address(address: str) -> str | None:
         return socket.gethostbyname(socket.gethostname())
     except OSError:
         return None
+
+
+def _cache() -> str:
+    from deadbench.suite.checkpoints.download_cache import cache_folder
+
+    folder = cache_folder().absolute()
+    return str(next(each for each in (folder, *folder.parents) if os.path.exists(each)))
+
+
+def _room(folder: Callable[[], str]) -> int | None:
+    """Bytes free in a folder; None where nothing can be written into it, or there is none."""
+    try:
+        place = folder()
+        return shutil.disk_usage(place).free if os.path.isdir(place) and os.access(place, os.W_OK) else None
+    except OSError:
+        return None
+
+
+def _most_files() -> int:
+    """Ray and vLLM raise the soft limit to the hard one by themselves."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if hard == resource.RLIM_INFINITY else hard
 
 
 def _driver() -> str | None:

@@ -1,5 +1,6 @@
 """What a node must be: one function a check over its `Facts`, and the table of them."""
 
+import sys
 from collections.abc import Callable
 from ipaddress import ip_address
 
@@ -7,6 +8,7 @@ from deadbench.runners.cluster.node_versions import differences
 from deadbench.runners.doctor.facts import Facts
 
 _LEAST_MEMORY, _LEAST_SHARED, _LEAST_DISK = 4e9, 64e6, 2e9
+_LEAST_FILES = 1024
 _FREE_GPU = 0.9  # of its memory, where nothing of ours runs: less is another's, or a process that was left over
 _VLLM = "0.32."
 
@@ -84,6 +86,24 @@ def disk(found: Facts, here: dict[str, str | None]) -> str:
     return _enough(found.disk, _LEAST_DISK, "are free in the temporary folder", "make room, or set TMPDIR")
 
 
+def cache(found: Facts, here: dict[str, str | None]) -> str:
+    """Room for checkpoints from the web, and for measured rates."""
+    todo = "set DEADBENCH_CACHE to a folder on another disk"
+    if found.cache is None:
+        raise UnwellError(f"nothing can be written where checkpoints are kept; {todo}")
+    return _enough(found.cache, _LEAST_DISK, "are free where checkpoints are kept", f"make room, or {todo}")
+
+
+def open_files(found: Facts, here: dict[str, str | None]) -> str:
+    """As many as Ray's connections and vLLM's processes take."""
+    if found.files < _LEAST_FILES:
+        raise UnwellError(
+            f"a process may have {found.files} files open, and {_LEAST_FILES} are the least; ulimit -n 65536 (docker "
+            "run --ulimit nofile=65536)"
+        )
+    return "any number" if found.files == sys.maxsize else f"{found.files} at most"
+
+
 def network(found: Facts, here: dict[str, str | None]) -> str:
     """Ranks would meet where Ray does, and other nodes can come there."""
     if found.address is None:
@@ -128,6 +148,8 @@ NODE_CHECKS: dict[str, Callable[[Facts, dict[str, str | None]], str]] = {
     "memory": memory,
     "shared memory": shared_memory,
     "disk": disk,
+    "cache": cache,
+    "open files": open_files,
     "network": network,
     "vllm": vllm,
 }

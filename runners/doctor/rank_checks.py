@@ -141,7 +141,8 @@ class Group:
             ready = wait(list(waiting), max(0.0, until - time.monotonic()))
             if not ready:
                 silent = min(waiting.values())
-                raise UnwellError(f"rank {silent} of {self.size} said nothing for {_ANSWER_SECONDS:g} s")
+                told = f"rank {silent} of {self.size} said nothing for {_ANSWER_SECONDS:g} s"
+                raise UnwellError(f"{told}; see that the interface lo is up")
             for pipe in ready:  # whoever fails is told, while others wait for it
                 rank = waiting.pop(pipe)  # type: ignore[call-overload]
                 said[rank] = self._received(rank)

@@ -70,7 +70,7 @@ class Sharing:
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         with contextlib.suppress(Exception):  # what stays lapses
-            self._claims.end()
+            self._claims.end({name_of(read) for read in self._settled_reads(self._settled)})
 
     def take(self, job: ModelJob, checkpoints: int | None = None) -> tuple[ModelJob, ModelJob]:
         """What of `job` to read now, and what of it others have or may have; what is in the results is in neither.
@@ -128,8 +128,7 @@ class Sharing:
         """Reads of this run that others have stored, with their outcomes, since the last call."""
         new = [identity for identity in self._settled if identity in self._jobs and identity not in self._told]
         self._told |= set(new)
-        reads = {read.identity(): read for identity in new for read in self._jobs[identity].reads}
-        return [(reads[identity], self._settled[identity]) for identity in new]
+        return [(read, self._settled[read.identity()]) for read in self._settled_reads(new)]
 
     def waiting(self, jobs: Iterable[ModelJob]) -> None:
         """Nothing is left to do but to wait for others: say for whom, when that changes."""
@@ -139,6 +138,12 @@ class Sharing:
             named = ", ".join(self._claims.describe(holder) for holder in sorted(holders))
             self._say(f"waiting for {len(reads)} reads that are claimed by {named}")
         self._waits_for = holders
+
+    def _settled_reads(self, identities: Iterable[Identity]) -> list[ReadJob]:
+        """Those of this run's reads that are of `identities`, in the order of these."""
+        wanted = [identity for identity in identities if identity in self._jobs]
+        reads = {read.identity(): read for identity in wanted for read in self._jobs[identity].reads}
+        return [reads[identity] for identity in wanted]
 
     def _remember(self, rows: Iterable[dict[str, Any]]) -> None:
         for row in rows:

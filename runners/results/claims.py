@@ -14,7 +14,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -167,14 +167,20 @@ class Claims:
         if self.works:
             self._each(lambda each: self._remove(each[0], each[1]), mine)
 
-    def end(self) -> None:
-        """Give all back and leave; take away what owners left that died and have no claim any more."""
+    def end(self, finished: Collection[str] = ()) -> None:
+        """Give all back and leave; take away what owners left that died and have no claim any more but to `finished`.
+
+        Who dies after it stored a read, and before it let go, leaves a claim that nobody ever needs to take over.
+        """
         self.give_back(list(self._held))
         self._over.set()
         if not self.works:
             return
         with contextlib.suppress(Exception), self._beating:
             self.look()
+            for name in [name for name, owner in self._claimed_by.items() if owner in self._dead and name in finished]:
+                self._remove(name, self._there[name])
+                del self._claimed_by[name]
             gone = {owner for owner in self._dead if owner not in self._claimed_by.values()}
             for owner in (self._owner, *gone):
                 with contextlib.suppress(FileNotFoundError):

@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from deadbench.suite.spectra.solvers import add_gram, check_gram, solvers
+from deadbench.suite.spectra.solver_checks import check_gram, probe, square_along
+from deadbench.suite.spectra.solvers import Checked, add_gram, solvers
 from deadbench.suite.spectra.triangular import (
     CERTIFIED_RELATIVE_ERROR,
     GRAM_ERROR,
@@ -32,13 +33,17 @@ class Gram:
         self.sum_D = torch.zeros(hidden_size, dtype=torch.float64, device=device)
         self.upper_DD = torch.zeros(hidden_size, hidden_size, dtype=torch.float64, device=device)
         self.squares = torch.zeros((), dtype=torch.float64, device=device)  # of the rows: the trace, formed otherwise
+        # Where what forms it is to be checked: of the rows along a random vector, which sees all of the matrix.
+        self.along = torch.zeros_like(self.squares)
+        checked = isinstance(solvers(self.squares), Checked)
+        self._probe_D1 = probe(self.upper_DD)[:, :1].contiguous() if checked else None
 
     def empty_copy(self) -> "Gram":
         """One that expects the same rows, and has none."""
         after = copy.copy(self)
         after.count = 0
         after.sum_D, after.upper_DD = torch.zeros_like(self.sum_D), torch.zeros_like(self.upper_DD)
-        after.squares = torch.zeros_like(self.squares)
+        after.squares, after.along = torch.zeros_like(self.squares), torch.zeros_like(self.along)
         return after
 
     def mean(self) -> Float[Tensor, " D"]:
@@ -50,9 +55,7 @@ class Gram:
         length_N = torch.linalg.vector_norm(rows_ND, dim=-1)
         if float(length_N.max()) ** 2 > _GATE * self.typical_square:
             return False
-        add_gram(self.upper_DD, rows_ND)
-        self.squares += length_N.square().sum()
-        self.sum_D += rows_ND.sum(0)
+        self._square(rows_ND, length_N)
         self.count += len(rows_ND)
         return True
 
@@ -66,24 +69,48 @@ class Gram:
         if fine is not None:
             taken = taken & fine
         rows_ND, length_N = torch.where(taken, rows_ND, 0.0), torch.where(taken, length_N, 0.0)
+        self._square(rows_ND, length_N)
+        refused: Tensor = ~taken
+        return refused
+
+    def _square(self, rows_ND: Tensor, length_N: Tensor) -> None:
         add_gram(self.upper_DD, rows_ND)
         self.squares += length_N.square().sum()
         self.sum_D += rows_ND.sum(0)
-        refused: Tensor = ~taken
-        return refused
+        if self._probe_D1 is not None:
+            self.along += (rows_ND @ self._probe_D1).square().sum()
+
+    def check(self) -> None:
+        """Compare the matrix with what its rows gave otherwise.
+
+        Raises:
+            DeviceError: the device's matrix products are wrong.
+        """
+        check_gram(self.upper_DD, self.squares, None if self._probe_D1 is None else self.along)
+
+    def take_for_right(self) -> None:
+        """What the matrix itself says, as what its rows gave: it is restored, or of parts that were checked."""
+        self.squares = self.upper_DD.diagonal().sum()
+        if self._probe_D1 is not None:
+            self.along = square_along(self.upper_DD)
 
     def add_gram(self, other: "Gram", shift_D: Float[Tensor, " D"] | None) -> None:
         """Add the rows of another Gram matrix, each with `shift_D` added to it.
 
         The rows need not be there for that: `sum (w + d)(w + d)^T = G + s d^T + d s^T + n d d^T`.
+
+        Raises:
+            DeviceError: the device's matrix products are wrong.
         """
+        self.check()
+        other.check()
         self.upper_DD += other.upper_DD
         self.sum_D += other.sum_D
         self.count += other.count
         if shift_D is not None:
             self.upper_DD.addr_(other.sum_D + other.count * shift_D, shift_D).addr_(shift_D, other.sum_D)
             self.sum_D += other.count * shift_D
-        self.squares = self.upper_DD.diagonal().sum()
+        self.take_for_right()
 
     def scatter(self) -> Float[Tensor, "D D"]:
         """`sum (w - mean w)(w - mean w)^T`: its upper triangle; what is below the diagonal means nothing.
@@ -91,7 +118,7 @@ class Gram:
         Raises:
             DeviceError: the device's matrix products are wrong.
         """
-        check_gram(self.upper_DD, self.squares)
+        self.check()
         return self.upper_DD.addr(self.sum_D, self.sum_D, alpha=-1 / self.count)
 
     def off_centre(self) -> float:

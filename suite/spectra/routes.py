@@ -54,7 +54,12 @@ class _Squared:
         return after
 
     def to_arrow(self) -> pa.RecordBatch:
-        """The exact state, as one row of `GRAM_STATE`."""
+        """The exact state, as one row of `GRAM_STATE`.
+
+        Raises:
+            DeviceError: the device's matrix products are wrong.
+        """
+        self.gram.check()  # whoever restores it no longer can
         columns = {
             "count": self.gram.count,
             "typical_square": self.gram.typical_square,
@@ -253,7 +258,7 @@ def restored(state: pa.StructScalar, hidden_size: int, device: torch.device) -> 
     gram.count = row["count"].as_py()
     gram.sum_D = tensor(row["sum"], hidden_size, device=device)
     gram.upper_DD = upper(row["upper"], hidden_size, hidden_size, device)
-    gram.squares = gram.upper_DD.diagonal().sum()
+    gram.take_for_right()
     if row["whitener"].is_valid:
         return Whitened(gram, upper(row["whitener"], hidden_size, hidden_size, device))
     if row["dead_size"].is_valid:

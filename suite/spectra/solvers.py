@@ -7,24 +7,17 @@ vectors (Freivalds 1979). A solver that was wrong once is not asked again: the C
 """
 
 from collections.abc import Callable, Iterator
-from functools import lru_cache
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from deadbench.suite.spectra.directions import FLOAT64_EPS
+from deadbench.suite.spectra import solver_checks
 
 _PANELS, _NARROWEST_PANEL = 8, 96
 _NARROWER_WASTE = 192  # beyond `_PANELS` of the narrowest: cores are busier with fewer, wider ones
-_CERTIFIED = 32 * FLOAT64_EPS  # of the largest eigenvalue; a check rounds too, and by sqrt(D)
-_NAMES = {"triangle": "qr", "orthonormal": "qr", "solve": "a triangular solve"}
-_TRACE = 1e-9  # of a Gram matrix, relative: sums of N squares in another order
-
-
-class DeviceError(RuntimeError):
-    """A device whose plain matrix products are wrong: nothing that it says can be used."""
+_NAMES = {"triangle": "qr", "orthonormal": "qr", "solve": "a triangular solve", "square": "a product of triangles"}
 
 
 class Lapack:
@@ -55,6 +48,10 @@ class Lapack:
         solution_DK: Tensor = torch.linalg.solve_triangular(factor_DD, columns_DK, upper=upper)
         return solution_DK
 
+    def square(self, factor_DD: Tensor) -> Tensor:
+        """`gram_of_triangle`."""
+        return gram_of_triangle(factor_DD)
+
     def offered(self, lower_DD: Tensor, columns_DK: Tensor) -> tuple[Tensor, Tensor | None]:
         """(`solve` with a lower triangular factor, whether it is right, None: it is); nobody waits for the answer."""
         return self.solve(lower_DD, columns_DK, upper=False), None
@@ -84,7 +81,7 @@ class Checked:
             whole_DD = matrix_DD.triu() if uplo == "U" else matrix_DD.tril()
             whole_DD = whole_DD + whole_DD.T
             whole_DD.diagonal().mul_(0.5)
-            return why_not_eigenpairs(whole_DD, *found)
+            return solver_checks.why_not_eigenpairs(whole_DD, *found)
 
         return self._asked("eigh", wrong, matrix_DD, uplo)  # type: ignore[no-any-return]
 
@@ -93,25 +90,20 @@ class Checked:
 
         def wrong(found: tuple[Tensor, bool]) -> str | None:
             factor_DD, exists = found
-            if not exists:
-                return None
-            upper_DD = matrix_DD.triu()
-            probe_D2 = _probe(matrix_DD)
-            size = matrix_DD.diagonal().sum() * probe_D2.norm()  # the largest eigenvalue, from above
-            expected = upper_DD @ probe_D2 + upper_DD.T @ probe_D2 - upper_DD.diagonal()[:, None] * probe_D2
-            return _differs(factor_DD.T @ (factor_DD @ probe_D2), expected, size)
+            return solver_checks.why_not_root(matrix_DD, factor_DD) if exists else None
 
         return self._asked("cholesky", wrong, matrix_DD)  # type: ignore[no-any-return]
 
     def triangle(self, rows_ND: Tensor) -> Tensor:
-        """As `Lapack.triangle`: R has the rows' Gram matrix, and is triangular."""
+        """As `Lapack.triangle`: R is triangular, has the rows' Gram matrix, and makes them orthonormal."""
+
+        def divided(factor_KK: Tensor, columns_K2: Tensor) -> Tensor:
+            found = self._device.solve(factor_KK, columns_K2, upper=True)
+            overflows = not bool(torch.isfinite(found.norm().square()))  # no fault of the solver's
+            return found if overflows else self.solve(factor_KK, columns_K2, upper=True)
 
         def wrong(factor_KD: Tensor) -> str | None:
-            if bool(factor_KD.tril(-1).any()):
-                return "is not triangular"
-            probe_D2 = _probe(rows_ND)
-            found, expected = factor_KD.T @ (factor_KD @ probe_D2), rows_ND.T @ (rows_ND @ probe_D2)
-            return _differs(found, expected, rows_ND.norm().square() * probe_D2.norm())
+            return solver_checks.why_not_triangle(rows_ND, factor_KD, divided)
 
         return self._asked("triangle", wrong, rows_ND)  # type: ignore[no-any-return]
 
@@ -119,8 +111,7 @@ class Checked:
         """As `Lapack.orthonormal`: Q is orthonormal, and spans the columns."""
 
         def wrong(basis_DK: Tensor) -> str | None:
-            left_DK = columns_DK - basis_DK @ (basis_DK.T @ columns_DK)
-            return _not_orthonormal(basis_DK) or _differs(left_DK, torch.zeros_like(left_DK), columns_DK.norm())
+            return solver_checks.why_not_basis(columns_DK, basis_DK)
 
         return self._asked("orthonormal", wrong, columns_DK)  # type: ignore[no-any-return]
 
@@ -128,9 +119,17 @@ class Checked:
         """As `Lapack.solve`: small residual."""
 
         def wrong(solution_DK: Tensor) -> str | None:
-            return _differs(*_solved(factor_DD, solution_DK, columns_DK))
+            return solver_checks.why_not_solution(factor_DD, solution_DK, columns_DK)
 
         return self._asked("solve", wrong, factor_DD, columns_DK, upper=upper)  # type: ignore[no-any-return]
+
+    def square(self, factor_DD: Tensor) -> Tensor:
+        """As `Lapack.square`: two random vectors see the same in it as in the factor."""
+
+        def wrong(lower_DD: Tensor) -> str | None:
+            return solver_checks.why_not_square(factor_DD, lower_DD)
+
+        return self._asked("square", wrong, factor_DD)  # type: ignore[no-any-return]
 
     def offered(self, lower_DD: Tensor, columns_DK: Tensor) -> tuple[Tensor, Tensor | None]:
         """As `Lapack.offered`. What is said to be wrong is to be asked of `solve`, which finds it out by itself."""
@@ -142,8 +141,7 @@ class Checked:
             raise
         except RuntimeError:
             return self.solve(lower_DD, columns_DK, upper=False), None
-        product, expected, size = _solved(lower_DD, found, columns_DK)
-        return found, (product - expected).norm() <= _CERTIFIED * size
+        return found, solver_checks.is_solution(lower_DD, found, columns_DK)
 
     def _asked(self, method: str, wrong: Callable[[Any], str | None], *given: Any, **options: Any) -> Any:
         """What the device says, if it is right; else what the CPU says."""
@@ -180,41 +178,6 @@ def remarks() -> list[str]:
     return [line for way in WAYS.values() if isinstance(way, Checked) for line in way.told()]
 
 
-def why_not_eigenpairs(
-    matrix_DD: Float[Tensor, "D D"], values_D: Float[Tensor, " D"], vectors_DD: Float[Tensor, "D D"]
-) -> str | None:
-    """Why these are not all eigenpairs of a symmetric matrix, to the certificate, in words; None if they are.
-
-    Within `|A v - l v|` of l there is an eigenvalue; orthogonality and the trace say that none is there twice.
-
-    Example:
-        >>> why_not_eigenpairs(torch.eye(2), torch.ones(2), torch.eye(2)) is None
-        True
-    """
-    allowed = _CERTIFIED * max(1.0, len(values_D) ** 0.5 / 16)
-    largest = values_D.abs().max()
-    residual = torch.linalg.vector_norm(matrix_DD @ vectors_DD - vectors_DD * values_D, dim=0).max()
-    trace = (values_D.sum() - matrix_DD.diagonal().sum()).abs()
-    error = torch.maximum(residual, trace / len(values_D))
-    if not float(error) <= allowed * float(largest):
-        return f"is wrong by {float(error / largest):.1e} of the largest eigenvalue ({allowed:.1e} allowed)"
-    return _not_orthonormal(vectors_DD)
-
-
-def check_gram(upper_DD: Float[Tensor, "D D"], squares: Float[Tensor, ""]) -> None:
-    """Compare the trace of a Gram matrix with the sum of its rows' squares, which no matrix product formed.
-
-    Raises:
-        DeviceError: they are not the same.
-    """
-    trace = upper_DD.diagonal().sum()
-    if not float((trace - squares).abs()) <= _TRACE * float(squares):
-        raise DeviceError(
-            f"matrix products on {upper_DD.device.type} are wrong: a Gram matrix of trace {float(trace):.6e} for rows "
-            f"whose squares come to {float(squares):.6e}"
-        )
-
-
 def add_gram(upper_DD: Float[Tensor, "D D"], rows_ND: Float[Tensor, "N D"]) -> None:
     """Add the upper block triangle of `rows^T rows`: in 8 panels 9/16 of the flops of the whole product.
 
@@ -237,39 +200,6 @@ def _panels(hidden_size: int) -> Iterator[tuple[int, int]]:
     narrowest = _NARROWEST_PANEL if hidden_size <= _PANELS * _NARROWEST_PANEL else _NARROWER_WASTE
     step = max(narrowest, -(-hidden_size // _PANELS))
     return ((start, min(start + step, hidden_size)) for start in range(0, hidden_size, step))
-
-
-def _not_orthonormal(columns_DK: Tensor) -> str | None:
-    if not columns_DK.shape[1]:
-        return None
-    products_KK = columns_DK.T @ columns_DK
-    products_KK.diagonal().sub_(1)
-    worst = float(torch.linalg.vector_norm(products_KK, dim=0).max())
-    allowed = _CERTIFIED / 4 * max(8.0, len(columns_DK) ** 0.5)
-    return None if worst <= allowed else f"is not orthonormal by {worst:.1e} ({allowed:.1e} allowed)"
-
-
-def _solved(factor_DD: Tensor, solution_DK: Tensor, columns_DK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What a solution makes of two random vectors, what it should, and the size of what was rounded."""
-    probe_K2 = _probe(columns_DK)
-    size = (factor_DD.norm() * solution_DK.norm() + columns_DK.norm()) * probe_K2.norm()
-    return factor_DD @ (solution_DK @ probe_K2), columns_DK @ probe_K2, size
-
-
-def _probe(like: Tensor) -> Tensor:
-    """Two random vectors, the same each time."""
-    return _drawn(like.shape[1], like.device)
-
-
-@lru_cache(maxsize=4)
-def _drawn(length: int, device: torch.device) -> Tensor:
-    return torch.randn(length, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(device)
-
-
-def _differs(found: Tensor, expected: Tensor, size: Tensor) -> str | None:
-    """Whether two products that should be equal are not, to the rounding of what is of `size`."""
-    error, allowed = float((found - expected).norm()), _CERTIFIED * float(size)
-    return None if error <= allowed else f"is wrong by {error / float(size):.1e} ({_CERTIFIED:.1e} allowed)"
 
 
 def _moved(value: Any, device: torch.device) -> Any:

@@ -9,7 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from deadbench.suite.spectra.directions import FLOAT64_EPS
-from deadbench.suite.spectra.solvers import gram_of_triangle, solvers
+from deadbench.suite.spectra.solver_checks import divisible
+from deadbench.suite.spectra.solvers import solvers
 
 CERTIFIED_RELATIVE_ERROR = 1e-6
 GRAM_ERROR = 32 * FLOAT64_EPS  # |error of an eigenvalue| <= this * l_1, when rows enter a Gram matrix unwhitened
@@ -37,7 +38,8 @@ def decompose(factor_DD: Float[Tensor, "D D"]) -> tuple[Float[Tensor, " D"], Flo
     are not, the subspace below is found by inverse iteration on R (Golub, Van Loan, 8.2), as accurate as an SVD. Where
     many are not, or the iteration finds no gap, it is the SVD.
     """
-    values_D, vectors_DD = solvers(factor_DD).eigh(gram_of_triangle(factor_DD), "L")  # ascending; vectors are columns
+    solver = solvers(factor_DD)
+    values_D, vectors_DD = solver.eigh(solver.square(factor_DD), "L")  # ascending; vectors are columns
     if not factor_DD.any():  # rows that are all the same
         return values_D, vectors_DD.T
     uncertain = int((values_D <= values_D[-1] * (GRAM_ERROR / CERTIFIED_RELATIVE_ERROR)).sum())
@@ -58,7 +60,7 @@ def decompose(factor_DD: Float[Tensor, "D D"]) -> tuple[Float[Tensor, " D"], Flo
 def _bottom_subspace(factor_DD: Tensor, start_DK: Tensor) -> tuple[Tensor, Tensor] | None:
     """(squared singular values, ascending; right singular vectors) of the bottom K; None where it does not settle."""
     # Directions below rounding are one as good as the other; unbounded, the deepest would drown the rest of the basis.
-    solvable_DD = _divisible(factor_DD, FLOAT64_EPS)
+    solvable_DD = divisible(factor_DD, FLOAT64_EPS)
     basis_DK, before_K = start_DK, torch.full((start_DK.shape[1],), torch.inf).to(start_DK)
     solver = solvers(factor_DD)
     rounding = FLOAT64_EPS * float(factor_DD.norm())
@@ -83,7 +85,7 @@ def smallest_singular_pair(
     """
     if not factor_DD.any():
         return 0.0, torch.eye(len(factor_DD), dtype=torch.float64, device=factor_DD.device)[0]
-    factor_DD = _divisible(factor_DD, 1e-60)  # zero for all purposes, even squared
+    factor_DD = divisible(factor_DD, 1e-60)  # zero for all purposes, even squared
     inverse_squares_K, ritz_DK = _inverse_lanczos(factor_DD, steps, tolerance, 0.0)
     bottom_D = ritz_DK[:, -1] / ritz_DK[:, -1].norm()
     # Both are from above. Of a rough vector `|R b|` is too large by whatever there is in it of the largest direction.
@@ -127,13 +129,3 @@ def _inverse_lanczos(factor_DD: Tensor, steps: int, tolerance: float, below: flo
             break
         tridiagonal_KK[step, step + 1] = tridiagonal_KK[step + 1, step] = residual
     return values_K, basis_KD[: len(values_K)].T @ vectors_KK.to(basis_KD)
-
-
-def _divisible(factor_DD: Tensor, least: float) -> Tensor:
-    """R that can be solved with: diagonal elements of an exactly dead direction raised to `least` of its size."""
-    bound = least * float(factor_DD.norm())
-    small_D = factor_DD.diagonal().abs() < bound
-    if bool(small_D.any()):
-        factor_DD = factor_DD.clone()
-        factor_DD.diagonal()[small_D] = bound
-    return factor_DD

@@ -156,6 +156,21 @@ def test_a_kill_leaves_the_old_file_and_perhaps_one_that_no_reader_takes(user, p
     assert all(Path(name).name.startswith(".") or name.startswith("_tmp/") for name in left)
 
 
+def test_a_pipe_or_a_device_is_written_to_and_not_replaced(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    (tmp_path / "link").symlink_to(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        write_whole(pipe, b"one, ")
+        write_whole(tmp_path / "link", b"two")
+        assert os.read(reader, 99) == b"one, two"
+    finally:
+        os.close(reader)
+    assert pipe.is_fifo(), "root can rename a file to /dev/null, and has no such device any more"
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["link", "pipe"]
+
+
 def test_a_link_stays_a_link_and_no_folder_is_made(tmp_path):
     (tmp_path / "target").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "target" / "file")

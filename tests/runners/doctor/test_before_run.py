@@ -18,7 +18,7 @@ from tests.runners.doctor.test_broken_machines import BROKEN, WELL
 from tests.runners.sleepers import sleeping_jobs
 
 FATAL = {"an old driver", "a CPU torch", "all GPUs for one rank", "fewer GPUs than were given"}
-NOT_ASKED = {"another version", "one thread", "half a vLLM", "an old vLLM"}
+NOT_ASKED = {"another version", "one thread", "half a vLLM", "an old vLLM", "a read-only home", "no room in the cache"}
 
 
 @pytest.mark.parametrize("name", BROKEN)

@@ -16,9 +16,9 @@ from deadbench.suite.spectra.solvers import Checked, Lapack
 
 VERSIONS = {"python": "3.11", "ray": "2.60.0", "deadbench": "0.1.0", "torch": "2.13.0", "transformers": "5.19.0"}
 WELL = Facts(
-    node="n1", num_nodes=2, cpus=192, threads=23, memory=int(9e11), shared=int(6e10), disk=int(1e12),
-    address="10.0.0.7", gloo_address="10.0.0.7", given=1, gpus=(Gpu("H200", int(141e9), int(140e9)),), num_gpus=8,
-    torch="2.13.0", built="13.0", driver="580.95", versions=VERSIONS, vllm="0.32.0",
+    node="n1", num_nodes=2, cpus=192, threads=23, memory=int(9e11), shared=int(6e10), disk=int(1e12), cache=int(1e12),
+    files=65536, address="10.0.0.7", gloo_address="10.0.0.7", given=1, gpus=(Gpu("H200", int(141e9), int(140e9)),),
+    num_gpus=8, torch="2.13.0", built="13.0", driver="580.95", versions=VERSIONS, vllm="0.32.0",
 )  # fmt: skip
 BROKEN = {
     "an old driver": ({"gpus": (), "driver": "470.1"}, "gpus", "driver 470.1 is too old for that"),
@@ -32,6 +32,9 @@ BROKEN = {
     ),
     "an address that no interface has": ({"gloo_address": "127.0.1.1"}, "network", "ranks would listen at 127.0.1.1"),
     "no room on the disk": ({"disk": int(1e8)}, "disk", "0.1 GB are free in the temporary folder"),
+    "a read-only home": ({"cache": None}, "cache", "nothing can be written where checkpoints are kept; set DEADBENCH"),
+    "no room in the cache": ({"cache": int(1e8)}, "cache", "0.1 GB are free where checkpoints are kept"),
+    "few open files": ({"files": 256}, "open files", "256 files open, and 1024 are the least; ulimit -n 65536"),
     "a CPU torch": ({"gpus": (), "built": None}, "gpus", "a CPU build"),
     "all GPUs for one rank": ({"gpus": WELL.gpus * 8}, "gpus", "unset RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"),
     "too little memory": ({"memory": int(1e9)}, "memory", "1.0 GB of host memory are free"),

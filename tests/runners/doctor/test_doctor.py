@@ -56,6 +56,23 @@ def test_the_exit_code_is_1_where_a_line_is_wrong(deadbench, monkeypatch, verdic
     assert out.splitlines()[-1] == ("1 of 1 are wrong" if code else "all is well")
 
 
+def test_a_torch_that_cannot_be_imported_is_a_red_line_and_one_document(deadbench, monkeypatch):
+    monkeypatch.setitem(sys.modules, "deadbench.runners.doctor.examine", None)
+    code, out, _ = deadbench("doctor", "--json")
+    (line,) = json.loads(out)["lines"]
+    assert (code, line["check"], line["verdict"]) == (1, "imports", "wrong")
+    assert "install it anew" in line["told"]
+
+
+def test_rates_that_cannot_be_kept_are_a_red_line(deadbench, kept, monkeypatch):
+    kept.parent.touch()
+    monkeypatch.setattr(examine, "examine_process", lambda: Examined((), RATES))
+    code, out, _ = deadbench("doctor", "--address", "none", "--json")
+    (line,) = (line for line in json.loads(out)["lines"] if line["verdict"] == "wrong")
+    assert (code, line["check"]) == (1, "rates kept")
+    assert "set DEADBENCH_CACHE to a folder of your own" in line["told"]
+
+
 def test_rates_are_kept_beside_those_of_other_devices(kept):
     assert keep([RATES]) == kept
     keep([Rates("cpu", 0.0, 1.0, 2.0, 2.0, 3.0)])

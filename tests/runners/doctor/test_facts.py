@@ -75,7 +75,23 @@ def test_a_full_disk_and_little_memory_are_red(machine, monkeypatch):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=GIB))
     assert list(wrong()) == ["memory"]
     monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=GIB))
-    assert list(wrong()) == ["memory", "disk"]
+    assert list(wrong()) == ["memory", "disk", "cache"]
+
+
+def test_a_cache_that_takes_nothing_no_temporary_folder_and_few_files_are_red(machine, monkeypatch, tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    monkeypatch.setenv("DEADBENCH_CACHE", str(file / "checkpoints"))
+    assert list(wrong()) == ["cache"]
+    monkeypatch.setenv("DEADBENCH_CACHE", str(tmp_path / "not" / "yet" / "there"))
+    assert wrong() == {}
+    monkeypatch.setattr(facts.os, "access", lambda place, how: False)  # root may write anywhere but on a read-only disk
+    assert list(wrong()) == ["disk", "cache"]
+    monkeypatch.undo()
+    monkeypatch.setattr(facts.resource, "getrlimit", lambda what: (64, 256))
+    assert facts._most_files() == 256
+    monkeypatch.setattr(facts.resource, "getrlimit", lambda what: (64, facts.resource.RLIM_INFINITY))
+    assert facts._most_files() > 2**40
 
 
 def test_a_hostname_that_resolves_to_loopback_is_red(machine, monkeypatch):

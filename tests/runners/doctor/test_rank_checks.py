@@ -70,7 +70,7 @@ def test_the_slowest_rank_is_the_rate_and_other_bits_are_named():
     [
         ([("NCCL error: no route", None)], "reduce", "rank 1 of 2: NCCL error: no route"),
         ([None], "reduce", "rank 1 of 2 died (exit code 1)"),
-        ([], "reduce", "rank 1 of 2 said nothing for 0 s"),
+        ([], "reduce", "rank 1 of 2 said nothing for 0 s; see that the interface lo is up"),
         ([WELL[0], ("the canary", None)], "tensor parallel", "rank 1 of 2: the canary"),
     ],
 )

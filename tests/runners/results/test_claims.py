@@ -112,6 +112,25 @@ def test_a_silent_owners_claims_lapse_by_the_clock_of_who_looks(driver, store):
 
 
 @pytest.mark.parametrize("store", ["local"], indirect=True)
+def test_who_died_between_storing_and_letting_go_leaves_nothing_either(driver, store):
+    clock = Clock(0.0)
+    a, b, c = driver("a"), driver("b", clock), driver("c")
+    take(a, "read", "unread")
+    take(c, "read of one that lives")
+    b.look()
+    clock.now += LEASE + 1
+    c.beat()
+    b.end({"read", "read of one that lives"})
+    assert left(store) == ["a.beat", "c.beat", "read of one that lives.1", "unread.1"], "others may take it"
+    clock.now += LEASE + 1
+    d = driver("d", clock)
+    clock.now += LEASE + 1
+    c.beat()
+    d.end({"unread"})
+    assert left(store) == ["c.beat", "read of one that lives.1"]
+
+
+@pytest.mark.parametrize("store", ["local"], indirect=True)
 def test_who_stood_still_and_was_succeeded_by_one_that_has_ended_finds_that(driver):
     clock = Clock(0.0)
     a, b = driver("a"), driver("b", clock)

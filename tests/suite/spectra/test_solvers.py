@@ -10,14 +10,13 @@ from torch import Tensor
 
 from deadbench.suite.spectra import solvers as place
 from deadbench.suite.spectra.covariance import CovarianceFactor
+from deadbench.suite.spectra.solver_checks import DeviceError, why_not_eigenpairs
 from deadbench.suite.spectra.solvers import (
     Checked,
-    DeviceError,
     Lapack,
     add_gram,
     gram_of_triangle,
     remarks,
-    why_not_eigenpairs,
 )
 
 _D = 40
@@ -78,8 +77,70 @@ class Failing(Lapack):
         raise torch.linalg.LinAlgError("linalg.eigh: The algorithm failed to converge\nmore of it")
 
 
+class OutOfOrder(Lapack):
+    def eigh(self, matrix_DD: Tensor, uplo: str) -> tuple[Tensor, Tensor]:
+        values_D, vectors_DD = super().eigh(matrix_DD, uplo)
+        return values_D[[1, 0, *range(2, _D)]], vectors_DD[:, [1, 0, *range(2, _D)]]  # each pair is right
+
+
+class OneMissing(Lapack):
+    def eigh(self, matrix_DD: Tensor, uplo: str) -> tuple[Tensor, Tensor]:
+        values_D, vectors_DD = super().eigh(matrix_DD, uplo)
+        return values_D[1:], vectors_DD[:, 1:]  # and it is so small that the trace does not tell
+
+
+class Infinite(Lapack):
+    def eigh(self, matrix_DD: Tensor, uplo: str) -> tuple[Tensor, Tensor]:
+        values_D, vectors_DD = super().eigh(matrix_DD, uplo)
+        return torch.cat([values_D[:-1], values_D.new_tensor([torch.inf])]), vectors_DD
+
+
+class NotTriangular(Lapack):
+    def cholesky(self, matrix_DD: Tensor) -> tuple[Tensor, bool]:
+        values_D, vectors_DD = torch.linalg.eigh(matrix_DD, UPLO="U")  # another root of the same matrix
+        return values_D.clamp(min=0).sqrt()[:, None] * vectors_DD.T, bool(values_D[0] > 0)
+
+
+class WrongAtTheBottom(Lapack):
+    def triangle(self, rows_ND: Tensor) -> Tensor:
+        factor_KD = super().triangle(rows_ND).clone()
+        factor_KD[-1, -1] *= 1.5  # whose square is less than the rounding of the largest's
+        return factor_KD
+
+
+class OtherLastColumn(Lapack):
+    def orthonormal(self, columns_DK: Tensor) -> Tensor:
+        basis_DK = super().orthonormal(columns_DK).clone()
+        left_D = torch.ones(_D, dtype=torch.float64)
+        for _ in range(2):
+            left_D = left_D - basis_DK @ (basis_DK.T @ left_D)
+        basis_DK[:, -1] = left_D / left_D.norm()
+        return basis_DK
+
+
+class PartOfASquare(Lapack):
+    def square(self, factor_DD: Tensor) -> Tensor:
+        lower_DD = super().square(factor_DD)
+        lower_DD[20:30, :5] *= 1 + 1e-6
+        return lower_DD
+
+
+# What is asked of it, and whether a kind of rows asks for that.
+FURTHER = [
+    (OutOfOrder(), "eigh", "plain", "do not ascend"),
+    (OneMissing(), "eigh", "dead", "gives 39 eigenvalues of 40"),
+    (Infinite(), "eigh", "plain", "is wrong by nan"),
+    (NotTriangular(), "cholesky", "many dead", "is not triangular"),
+    (WrongAtTheBottom(), "triangle", "graded", "is wrong by"),
+    (OtherLastColumn(), "orthonormal", "dead", "of a column"),
+    (PartOfASquare(), "square", "dead", "is wrong by"),
+]
+
+
 def rows(kind: str) -> torch.Tensor:
     """`plain`: all directions alike; `dead`: one 1e-8 as long; `many dead`: so many that rows are whitened."""
+    if kind == "graded":
+        return rows("plain") * torch.logspace(0, -9, _D, dtype=torch.float64)
     rows_ND = torch.randn(12 * _D, _D, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     rows_ND[:, : {"plain": 0, "dead": 1, "many dead": 12}[kind]] *= 1e-8
     return rows_ND
@@ -136,6 +197,24 @@ def test_a_wrong_solver_is_named_once_and_the_spectrum_is_the_cpus(device, kind,
     assert remarks() == [], "once is enough"
 
 
+@pytest.mark.parametrize(("fake", "asked", "kind", "told"), FURTHER, ids=[type(each[0]).__name__ for each in FURTHER])
+def test_what_looks_right_is_found_out_too(device, fake, asked, kind, told):
+    expected = spectrum(kind)
+    checked = device(fake)
+    np.testing.assert_allclose(spectrum(kind).eigenvalues_D, expected.eigenvalues_D, rtol=1e-9)
+    (line,) = remarks()
+    assert asked in checked.distrusted
+    assert told in line
+
+
+@pytest.mark.parametrize("kind", ["plain", "rank-deficient", "nothing", "graded"])
+def test_a_right_device_is_not_accused(kind):
+    rows_ND = {"rank-deficient": rows("plain")[:, :9] @ rows("plain")[:9], "nothing": 0 * rows("plain")}
+    checked = Checked("fake", Lapack())
+    checked.square(checked.triangle(rows_ND.get(kind, rows("graded") if kind == "graded" else rows("plain"))))
+    assert checked.told() == []
+
+
 def test_a_solver_that_was_right_in_everything_else_is_still_asked(device):
     checked = device(FirstTwice())
     spectrum("dead")
@@ -157,6 +236,23 @@ def test_matrix_products_that_are_wrong_end_the_read(monkeypatch):
     monkeypatch.setattr("deadbench.suite.spectra.gram.add_gram", lambda upper_DD, rows_ND: upper_DD.add_(1.0))
     with pytest.raises(DeviceError, match="matrix products on cpu are wrong: a Gram matrix of trace"):
         spectrum("plain")
+
+
+@pytest.mark.parametrize("then", ["finish", "pack", "merge"])
+def test_one_panel_of_a_product_that_is_wrong_ends_the_read_before_its_gram_matrix_goes_on(device, monkeypatch, then):
+    def wrong(upper_DD, rows_ND):
+        add_gram(upper_DD, rows_ND)
+        upper_DD[:5, 20:30] *= 1 + 1e-6  # of which the trace knows nothing
+
+    device(Lapack())
+    factor = CovarianceFactor(_D)
+    factor.update(rows("plain"))  # the route is decided
+    after = factor.successor()
+    monkeypatch.setattr("deadbench.suite.spectra.gram.add_gram", wrong)
+    after.update(rows("plain"))
+    does = {"finish": after.finish, "pack": after.to_arrow, "merge": lambda: factor.merge(after)}
+    with pytest.raises(DeviceError, match="matrix products on cpu are wrong: along a random vector"):
+        does[then]()
 
 
 def test_eigenpairs_are_right_at_the_certificate_and_wrong_above_it():
