@@ -121,7 +121,8 @@ def write_whole(path: str | Path, data: bytes, fs: Any = None, aside: str | None
     """Write `data` to `path` of `fs` (None: of this machine) whole or not at all: the old file stays, or there is none.
 
     Where files are renamed it is written to `aside` on the same file system (None: beside `path`), flushed to the disk
-    and renamed into place; a link stays a link. An object store gets one write, published when it has all of it.
+    and renamed into place; a link stays a link, and a device or a pipe is written into. An object store gets one write,
+    published when it has all of it.
 
     Raises:
         OSError, or what the library of `fs` raises: no such folder, the disk is full or gone, or the store refuses.
@@ -130,12 +131,23 @@ def write_whole(path: str | Path, data: bytes, fs: Any = None, aside: str | None
     if not renames(fs):
         fs.pipe_file(str(path), data)
         return
+    if is_local(fs) and os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        _write_into(path, data)
+        return
     final = os.path.realpath(path) if is_local(fs) else str(path)
     folder, _, name = final.rpartition("/")
     aside = aside or f"{folder}/.{name}-{uuid.uuid4().hex[:8]}"
     with written_aside(aside, fs) as file:
         file.write(data)
     put_in_place(aside, final, fs)
+
+
+def _write_into(path: str | Path, data: bytes) -> None:
+    """Write to what is no file, such as /dev/null, in whose place a file would be everybody's harm."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK)  # a pipe that nobody reads is refused, not waited for
+    os.set_blocking(descriptor, True)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
 
 
 def can_create_new(fs: Any) -> bool:

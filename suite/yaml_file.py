@@ -75,7 +75,7 @@ def parse_yaml(raw: bytes, called: str) -> Any:
         return found
     except RecursionError as error:
         raise YamlError(f"{called}: not YAML (nested too deeply)") from error
-    except (yaml.YAMLError, ValueError, TypeError) as error:  # of a date, or of bytes, that are none; of lists as keys
+    except Exception as error:  # whatever values that are none of their tag's make the constructors raise
         problem, mark = getattr(error, "problem", None) or first_line(error), getattr(error, "problem_mark", None)
         raise YamlError(f"{called}: not YAML ({f'line {mark.line + 1}: ' if mark else ''}{plain(problem)})") from error
 

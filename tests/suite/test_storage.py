@@ -167,6 +167,20 @@ def test_a_link_stays_a_link_and_no_folder_is_made(tmp_path):
         write_whole(tmp_path / "none" / "file", b"1")
 
 
+def test_a_pipe_is_written_into_and_no_file_takes_its_place(tmp_path):
+    """As root, a page that was to go to /dev/null would else be a file there, for everybody."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(OSError, match="No such device"):
+        write_whole(pipe, b"nobody reads")
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_whole(pipe, b"page")
+    assert os.read(reader, 9) == b"page"
+    os.close(reader)
+    assert pipe.is_fifo()
+    assert os.listdir(tmp_path) == ["pipe"]
+
+
 def test_an_object_store_gets_one_write_of_the_whole(monkeypatch):
     memory = fsspec.filesystem("memory")
     calls = []

@@ -130,6 +130,16 @@ def test_aliases_that_multiply_are_counted_as_what_they_become(tmp_path_factory,
         assert width ** (levels - 1) * seed <= 200_000
 
 
+@pytest.mark.parametrize("tag", ["bool", "int", "float", "null", "str", "map", "seq", "merge", "value"])
+@pytest.mark.parametrize("written", ["maybe", "[a]", "{a: b}", '""', "-", "0x", "1:_", "."])
+def test_a_yaml_tag_over_what_is_none_of_it_is_a_value_or_one_line(tag, written):
+    """PyYAML asks a dict for `maybe` where a bool was said: a KeyError, which named nothing."""
+    try:
+        parse_yaml(f"models: !!{tag} {written}".encode(), "registry")
+    except YamlError as error:
+        clean(error)
+
+
 def test_a_file_of_more_values_than_are_written_is_refused_while_it_is_parsed(monkeypatch):
     monkeypatch.setattr(yaml_file, "_MAX_VALUES", 1000)
     assert len(yaml_file.parse_yaml(b"[" + b"a," * 900 + b"]", "x")) == 900
