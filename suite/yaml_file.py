@@ -24,6 +24,7 @@ class YamlError(ValueError):
 
 # What YAML 1.1 has beside JSON's types: neither JSON nor Arrow holds it, and a date is text to YAML 1.2.
 _NOT_JSON = {f"tag:yaml.org,2002:{name}" for name in ("timestamp", "binary", "set", "omap", "pairs")}
+_NUMBERS = {"tag:yaml.org,2002:int", "tag:yaml.org,2002:float"}
 _MAX_DEPTH, _MAX_BITS = 40, 1024
 _MAX_VALUES = 200_000  # as written, and with aliases of aliases, which make many of few; the parser needs 2 kB for each
 _TOO_MANY = f"more than {_MAX_VALUES:,} values"
@@ -46,6 +47,14 @@ class UniqueKeyLoader(_SafeLoader):
                 )
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+    def construct_scalar(self, node: yaml.ScalarNode) -> Any:
+        """A value as it is written; of millions of digits, or of as many sixties, a number would be hours in making."""
+        if node.tag in _NUMBERS and len(node.value) > _MAX_BITS:
+            raise yaml.MarkedYAMLError(
+                problem=f"a number of more than {_MAX_BITS} digits", problem_mark=node.start_mark
+            )
+        return super().construct_scalar(node)
 
 
 UniqueKeyLoader.yaml_constructors = {
