@@ -48,7 +48,7 @@ class UniqueKeyLoader(_SafeLoader):
             seen.add(key)
         return super().construct_mapping(node, deep)
 
-    def construct_scalar(self, node: yaml.ScalarNode) -> Any:
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
         """A value as it is written; of millions of digits, or of as many sixties, a number would be hours in making."""
         if node.tag in _NUMBERS and len(node.value) > _MAX_BITS:
             raise yaml.MarkedYAMLError(
