@@ -1,8 +1,11 @@
 """How one value of a frame reads to a person: rounded by its column's name and unit, in one line, null as a dash."""
 
+import functools
 import math
+import re
 from collections.abc import Iterator
 from datetime import datetime
+from itertools import islice
 from typing import Any
 
 import polars as pl
@@ -62,6 +65,9 @@ ERRORS = {
     "candidate": ("candidate_error",),
 }
 MAX_LISTED = 8  # of a list's items; json and csv have all
+# Of one text, of which a stranger may have a hundred thousand letters: each place in it takes time to be looked at.
+_MOST_LETTERS, _MOST_PLACES = 20_000, 50
+_PLACE = re.compile(r"[A-Za-z0-9+.-]{0,40}://")
 _DECIMALS = {
     "alignment": 4, "containment": 4, "deepening": 2, "worst_block_ratio": 3, "ratio": 3, "bottom_weights": 2,
     "deepening_as_executed": 2, "weights": 2, "precision_slope": 2, "angle": 2, "angle_from_first": 2,
@@ -116,9 +122,19 @@ def told(words: str, limit: int | None = MAX_LINE) -> str:
     return plain(without_secrets(words), limit)
 
 
+@functools.lru_cache(4096)  # a model's name is asked for by each table and each plot
 def without_secrets(words: str) -> str:
-    """The same as it stands there; only where a URL is can a secret of one be."""
-    return scrubbed(words) if "://" in words else words
+    """The same as it stands there; only where a URL is can a secret of one be. It ends after `_MOST_PLACES` of them."""
+    return scrubbed(_begun(words)) if "://" in words else words
+
+
+def _begun(words: str) -> str:
+    """`words` as far as they are looked through for secrets, which is up to a place and never into one."""
+    begun = words[:_MOST_LETTERS]
+    starts = [found.start() for found in islice(_PLACE.finditer(begun), _MOST_PLACES + 1)]
+    if len(words) == len(begun) and len(starts) <= _MOST_PLACES:
+        return words
+    return f"{begun[: starts[-1]] if starts else begun}…"
 
 
 def magnitude(count: int) -> str:

@@ -3,6 +3,7 @@
 Every file's footer is checked first, so that a stranger's, a torn or a newer file is named and not averaged in.
 """
 
+import hashlib
 import io
 import os
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from polars.io.plugins import register_io_source
 
@@ -27,6 +29,7 @@ from deadbench.suite.table_pages import PagesError
 from deadbench.suite.table_sizes import FileSize, size_of, too_large
 
 _FRAME_BYTES = 2**26  # decoded together
+_TEXT_BYTES = 2**14  # of one text; ours have a thousand
 _KEPT_BYTES = 2**26  # of a table that is decoded once: many files of a few rows take longer to open than to hold
 # Microseconds from 1970 of the years that there are dates of; what a stranger's file has beyond is no time.
 _FIRST, _LAST = (
@@ -120,7 +123,7 @@ class _Rows:
         for where, source in self._files:
             try:
                 for batch in batches_of(_opened(source), schema, self._batch_rows):
-                    held.append(batch)
+                    held.append(_with_short_texts(batch))
                     rows += len(batch)
                     if rows >= self._batch_rows:
                         yield pa.Table.from_batches(held, schema)
@@ -206,6 +209,23 @@ def _name(path: str) -> str:
 
 def _opened(source: str | bytes) -> str | io.BytesIO:
     return io.BytesIO(source) if isinstance(source, bytes) else source
+
+
+def _with_short_texts(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The batch with a stranger's longest texts cut: every table and plot goes through all of each name."""
+    for place, column in enumerate(batch.columns):
+        if pa.types.is_string(column.type) and (pc.max(pc.binary_length(column)).as_py() or 0) > _TEXT_BYTES:
+            short = pa.array(map(_short, column.to_pylist()), pa.string())
+            batch = batch.set_column(place, batch.schema.field(place), short)
+    return batch
+
+
+def _short(words: str | None) -> str | None:
+    """A text's beginning where it is too long, with what tells it from another that begins so."""
+    if words is None or len(words) <= _TEXT_BYTES // 2:
+        return words
+    told = hashlib.sha256(words.encode()).hexdigest()[:16]
+    return f"{words[: _TEXT_BYTES // 4]}… ({len(words):,} letters, {told})"
 
 
 def _check_file(where: str, source: str | bytes, table: str) -> FileSize:

@@ -121,8 +121,8 @@ def write_whole(path: str | Path, data: bytes, fs: Any = None, aside: str | None
     """Write `data` to `path` of `fs` (None: of this machine) whole or not at all: the old file stays, or there is none.
 
     Where files are renamed it is written to `aside` on the same file system (None: beside `path`), flushed to the disk
-    and renamed into place; a link stays a link, and a device or a pipe, as /dev/null, is written to. An object store
-    gets one write, published when it has all of it.
+    and renamed into place; a link stays a link, and a device or a pipe is written into. An object store gets one write,
+    published when it has all of it.
 
     Raises:
         OSError, or what the library of `fs` raises: no such folder, the disk is full or gone, or the store refuses.
@@ -131,8 +131,8 @@ def write_whole(path: str | Path, data: bytes, fs: Any = None, aside: str | None
     if not renames(fs):
         fs.pipe_file(str(path), data)
         return
-    if is_local(fs) and _is_stream(path):
-        Path(path).write_bytes(data)
+    if is_local(fs) and os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        _write_into(path, data)
         return
     final = os.path.realpath(path) if is_local(fs) else str(path)
     folder, _, name = final.rpartition("/")
@@ -142,13 +142,12 @@ def write_whole(path: str | Path, data: bytes, fs: Any = None, aside: str | None
     put_in_place(aside, final, fs)
 
 
-def _is_stream(path: str | Path) -> bool:
-    """Whether what is there takes bytes and keeps none: whoever renames a file to it has taken it from everybody."""
-    try:
-        mode = os.stat(path).st_mode
-    except OSError:
-        return False
-    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+def _write_into(path: str | Path, data: bytes) -> None:
+    """Write to what is no file, such as /dev/null, in whose place a file would be everybody's harm."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK)  # a pipe that nobody reads is refused, not waited for
+    os.set_blocking(descriptor, True)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
 
 
 def can_create_new(fs: Any) -> bool:

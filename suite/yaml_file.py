@@ -24,6 +24,7 @@ class YamlError(ValueError):
 
 # What YAML 1.1 has beside JSON's types: neither JSON nor Arrow holds it, and a date is text to YAML 1.2.
 _NOT_JSON = {f"tag:yaml.org,2002:{name}" for name in ("timestamp", "binary", "set", "omap", "pairs")}
+_NUMBERS = {"tag:yaml.org,2002:int", "tag:yaml.org,2002:float"}
 _MAX_DEPTH, _MAX_BITS = 40, 1024
 _MAX_VALUES = 200_000  # as written, and with aliases of aliases, which make many of few; the parser needs 2 kB for each
 _TOO_MANY = f"more than {_MAX_VALUES:,} values"
@@ -46,6 +47,14 @@ class UniqueKeyLoader(_SafeLoader):
                 )
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        """A value as it is written; of millions of digits, or of as many sixties, a number would be hours in making."""
+        if node.tag in _NUMBERS and len(node.value) > _MAX_BITS:
+            raise yaml.MarkedYAMLError(
+                problem=f"a number of more than {_MAX_BITS} digits", problem_mark=node.start_mark
+            )
+        return super().construct_scalar(node)
 
 
 UniqueKeyLoader.yaml_constructors = {
@@ -75,7 +84,7 @@ def parse_yaml(raw: bytes, called: str) -> Any:
         return found
     except RecursionError as error:
         raise YamlError(f"{called}: not YAML (nested too deeply)") from error
-    except (yaml.YAMLError, ValueError, TypeError) as error:  # of a date, or of bytes, that are none; of lists as keys
+    except Exception as error:  # whatever values that are none of their tag's make the constructors raise
         problem, mark = getattr(error, "problem", None) or first_line(error), getattr(error, "problem_mark", None)
         raise YamlError(f"{called}: not YAML ({f'line {mark.line + 1}: ' if mark else ''}{plain(problem)})") from error
 

@@ -151,7 +151,7 @@ def _versions(stored: list[str]) -> str:
     """`torch 2.13.0, ray 2.60.0`; where the reads differ, all versions of a package."""
     found: dict[str, set[str]] = {}
     for text in stored:
-        with contextlib.suppress(ValueError, AttributeError):
+        with contextlib.suppress(ValueError, AttributeError, RecursionError):
             for package, version in json.loads(text).items():
                 found.setdefault(str(package), set()).add(str(version))
     return ", ".join(f"{package} {' and '.join(sorted(versions))}" for package, versions in found.items())

@@ -254,7 +254,7 @@ def _versions(stored: list[str | None], made: list[str | None]) -> dict[str, tup
     for texts in (stored, made):
         told: dict[str, Any] = {}
         for text in texts:
-            with contextlib.suppress(ValueError, TypeError):
+            with contextlib.suppress(ValueError, TypeError, RecursionError):
                 told |= json.loads(text or "{}")
         found.append(told)
     then, now = found

@@ -9,13 +9,14 @@ from deadbench.runners.jobs.events import Progress
 from deadbench.runners.reporting.progress import Reporter
 from deadbench.runners.reporting.run_record import read_record
 from deadbench.runners.results.claims import BEAT_SECONDS, FOLDER, LEASE_SECONDS
-from deadbench.runners.results.reader import ResultReader, StoreError
+from deadbench.runners.results.reader import DamagedError, ResultReader, StoreError
 from deadbench.runners.results.signs_of_life import facts_of, has_died
 from deadbench.suite.schema import KEY
 from deadbench.suite.storage import is_url
 
 _LOOK_SECONDS = 2.0  # between two looks at a folder of this machine; at a remote place it is a beat
 _PATIENCE_SECONDS = 600.0  # for which a place that does not answer is asked again
+_MOST = 2**63  # which no count is
 _LATEST = 50  # runs among which one that goes on is looked for
 
 Ending = Literal["finished", "interrupted", "stopped", "gone"]
@@ -64,7 +65,8 @@ def follow(location: str, run_id: str | None, kind: type[Reporter] = Reporter) -
     """Tell of a run until it ends; of `run_id`, else of the latest one in the result set at `location`.
 
     Raises:
-        ValueError: there is no such run, or the place cannot be read for longer than the patience.
+        ValueError: there is no such run, a file there is damaged, or the place cannot be read for longer than the
+            patience.
         KeyboardInterrupt: the run does not notice.
     """
     reader = ResultReader(location)
@@ -97,7 +99,7 @@ class _Watch:
                 ending = self._look()
                 self._answered = time.monotonic()
             except StoreError as error:
-                if time.monotonic() - self._answered > _PATIENCE_SECONDS:
+                if isinstance(error, DamagedError) or time.monotonic() - self._answered > _PATIENCE_SECONDS:
                     raise
                 self._reporter.say(f"{error}; tried again")
                 ending = None
@@ -163,13 +165,16 @@ def _progress(told: Any) -> Progress | None:
         return None
     counts = (told["done"], told["total"], told["device_bytes"] or 0)
     words = (told["label"], told["phase"], told["unit"])
-    fits = all(isinstance(each, str) for each in words) and all(isinstance(each, (int, float)) for each in counts)
+    fits = all(isinstance(each, str) for each in words) and all(
+        isinstance(each, (int, float)) and 0 <= each < _MOST for each in counts
+    )
     return Progress(**told) if fits else None
 
 
 def _time(told: Any) -> datetime:
     """A record's time; long ago where it is none."""
     try:
-        return datetime.fromisoformat(told)
+        time = datetime.fromisoformat(told)
     except (TypeError, ValueError):
-        return datetime.min.replace(tzinfo=UTC)
+        time = datetime.min
+    return time if time.tzinfo else time.replace(tzinfo=UTC)

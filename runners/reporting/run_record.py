@@ -90,11 +90,14 @@ def read_record(text: str | None, named: str) -> dict[str, Any]:
     """
     try:
         record = json.loads(text or "")
-    except ValueError:
+    except (ValueError, RecursionError):
         record = None
     reads = record.get("reads") if isinstance(record, dict) else None
     known = isinstance(reads, list) and all(
-        isinstance(each, dict) and {*KEY, "status"} <= each.keys() for each in reads
+        isinstance(each, dict)
+        and {*KEY, "status"} <= each.keys()
+        and not any(isinstance(each[name], (list, dict)) for name in KEY)
+        for each in reads
     )
     if not known or not isinstance(record.get("status"), str):
         raise ValueError(f"{named} has no record of a run; `deadbench run` writes one, runs/RUN_ID/run.json")

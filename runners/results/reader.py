@@ -21,6 +21,10 @@ class StoreError(ValueError):
     """A result set that cannot be written or continued; one line, exit code 2."""
 
 
+class DamagedError(StoreError):
+    """A file of a result set that is not one of ours, which asking again does not mend."""
+
+
 class ResultReader:
     """One result set, in a local folder or behind an fsspec URI."""
 
@@ -90,7 +94,7 @@ class ResultReader:
         sizes[path] = size
         if why := too_large(table, sizes):
             del sizes[path]  # it may be moved away
-            raise StoreError(f"{self._named}: {why}")
+            raise DamagedError(f"{self._named}: {why}")
 
     def read_text(self, path: str) -> str | None:
         """A document that `write_text` stored; None where there is none.
@@ -154,4 +158,4 @@ class ResultReader:
         try:
             yield
         except (pa.ArrowException, OSError, ValueError, MemoryError, OverflowError) as error:
-            raise StoreError(f"{self._named}: {path} cannot be read as parquet; move it away") from error
+            raise DamagedError(f"{self._named}: {path} cannot be read as parquet; move it away") from error

@@ -45,7 +45,7 @@ def facts_of(beat: bytes | None) -> dict[str, Any]:
     """What a sign of life says; nothing where it is none."""
     try:
         facts = json.loads(beat or b"{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return facts if isinstance(facts, dict) else {}
 

@@ -160,7 +160,7 @@ def _has_no_files(folder: Path) -> bool:
     try:
         told = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
         tokenizer_class = getattr(transformers, str(told["tokenizer_class"]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
     return getattr(tokenizer_class, "vocab_files_names", None) == {}
 

@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from deadbench.analysis.cells import magnitude, text
+from deadbench.analysis.cells import magnitude, text, without_secrets
 from deadbench.analysis.formats import escaped, render, rich_table
 from deadbench.analysis.leaderboard import leaderboard
 from deadbench.analysis.results import ResultsError
@@ -87,6 +87,23 @@ def test_whatever_a_strangers_rows_say_is_printable_and_without_secrets_in_every
         assert [line for line in text.split("\n") if not line.isprintable()] == []
         assert "t0psecret" not in text
     assert "t0psecret" not in printed(frame, "rows")
+
+
+@settings(max_examples=60, derandomize=True, deadline=None)
+@given(
+    before=st.integers(0, 300),
+    words=st.sampled_from(["a", "http://a ", "a://", "s3://b/c "]),
+    gap=st.integers(0, 20_100),
+)
+@example(before=50, words="http://a ", gap=0)
+@example(before=0, words="a", gap=19_985)
+def test_a_text_ends_after_fifty_places_and_never_within_one(before, words, gap):
+    text = words * before + "x" * gap + "http://u:hunter2hunter2@host/m?token=abcdefgh " + words * 11_000
+    shown = without_secrets(text)
+    assert shown.count("://") <= 50
+    assert len(shown) <= 20_001
+    assert "hunter2" not in shown
+    assert "abcdefgh" not in shown
 
 
 @pytest.mark.parametrize("format", ["html", "latex", "md", "table"])

@@ -109,6 +109,17 @@ def test_a_version_that_is_no_number(spectra, tmp_path):
             scan(location)
 
 
+def test_names_of_a_hundred_thousand_letters_are_cut_and_stay_different(result_set, read):
+    """Each table and each plot goes through all of a name, and a page has a dozen of them."""
+    long = ["a" * 100_000, "a" * 99_999 + "b", "\x1b\u202e" * 50_000, "é" * 8192]
+    found = collected(scan(result_set([read(name) for name in long])))["model"].to_list()
+    assert found[3] == long[3], "as long as it may be"
+    assert len(set(found)) == 4
+    assert [(cut[:4096], cut[4096:].partition(" letters, ")[0]) for cut in found[:3]] == [
+        (name[:4096], "… (100,000") for name in long[:3]
+    ]
+
+
 @pytest.mark.parametrize("kept", [2**26, 0])
 def test_what_polars_asks_for_is_what_it_gets(result_set, read, tmp_path, monkeypatch, kept):
     """The same rows in the same order, whether a table is decoded once or anew; of a large one only what is wanted."""

@@ -156,21 +156,6 @@ def test_a_kill_leaves_the_old_file_and_perhaps_one_that_no_reader_takes(user, p
     assert all(Path(name).name.startswith(".") or name.startswith("_tmp/") for name in left)
 
 
-def test_a_pipe_or_a_device_is_written_to_and_not_replaced(tmp_path):
-    pipe = tmp_path / "pipe"
-    os.mkfifo(pipe)
-    (tmp_path / "link").symlink_to(pipe)
-    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
-    try:
-        write_whole(pipe, b"one, ")
-        write_whole(tmp_path / "link", b"two")
-        assert os.read(reader, 99) == b"one, two"
-    finally:
-        os.close(reader)
-    assert pipe.is_fifo(), "root can rename a file to /dev/null, and has no such device any more"
-    assert sorted(each.name for each in tmp_path.iterdir()) == ["link", "pipe"]
-
-
 def test_a_link_stays_a_link_and_no_folder_is_made(tmp_path):
     (tmp_path / "target").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "target" / "file")
@@ -180,6 +165,22 @@ def test_a_link_stays_a_link_and_no_folder_is_made(tmp_path):
     assert os.listdir(tmp_path / "target") == ["file"]
     with pytest.raises(FileNotFoundError):
         write_whole(tmp_path / "none" / "file", b"1")
+
+
+def test_a_pipe_is_written_into_and_no_file_takes_its_place(tmp_path):
+    """As root, a page that was to go to /dev/null would else be a file there, for everybody."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    (tmp_path / "link").symlink_to(pipe)
+    with pytest.raises(OSError, match="No such device"):
+        write_whole(pipe, b"nobody reads")
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_whole(pipe, b"one, ")
+    write_whole(tmp_path / "link", b"two")
+    assert os.read(reader, 99) == b"one, two"
+    os.close(reader)
+    assert pipe.is_fifo()
+    assert sorted(os.listdir(tmp_path)) == ["link", "pipe"]
 
 
 def test_an_object_store_gets_one_write_of_the_whole(monkeypatch):

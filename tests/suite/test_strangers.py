@@ -130,6 +130,25 @@ def test_aliases_that_multiply_are_counted_as_what_they_become(tmp_path_factory,
         assert width ** (levels - 1) * seed <= 200_000
 
 
+@pytest.mark.parametrize("tag", ["bool", "int", "float", "null", "str", "map", "seq", "merge", "value"])
+@pytest.mark.parametrize("written", ["maybe", "[a]", "{a: b}", '""', "-", "0x", "1:_", "."])
+def test_a_yaml_tag_over_what_is_none_of_it_is_a_value_or_one_line(tag, written):
+    """PyYAML asks a dict for `maybe` where a bool was said: a KeyError, which named nothing."""
+    try:
+        parse_yaml(f"models: !!{tag} {written}".encode(), "registry")
+    except YamlError as error:
+        clean(error)
+
+
+@pytest.mark.parametrize(
+    "digits", ["1" + ":59" * 300_000, "1" + ":59" * 300_000 + ".5", "0b" + "1" * 900_000, "9" * 900_000]
+)
+def test_a_number_of_a_million_digits_is_refused_before_it_is_one(digits):
+    """Five million sixties, in a file of the size that is read, were hours: each makes the number longer."""
+    with pytest.raises(YamlError, match=r"registry: not YAML \(line 1: a number of more than 1024 digits\)"):
+        parse_yaml(f"models: {digits}".encode(), "registry")
+
+
 def test_a_file_of_more_values_than_are_written_is_refused_while_it_is_parsed(monkeypatch):
     monkeypatch.setattr(yaml_file, "_MAX_VALUES", 1000)
     assert len(yaml_file.parse_yaml(b"[" + b"a," * 900 + b"]", "x")) == 900

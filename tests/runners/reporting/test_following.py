@@ -1,6 +1,7 @@
 """A run followed by its result set alone: rows as they come, where its driver is, and how it ends. Without Ray."""
 
 import json
+import math
 from dataclasses import asdict
 
 import pytest
@@ -12,6 +13,7 @@ from deadbench.runners.reporting.progress import Reporter
 from deadbench.runners.reporting.run_record import RunRecord
 from deadbench.runners.results.claims import LEASE_SECONDS, Claims
 from deadbench.runners.results.store import ResultStore
+from deadbench.suite.schema import KEY
 from tests.runners.sleepers import sleeping_jobs
 
 
@@ -150,7 +152,28 @@ def test_a_place_that_does_not_answer_for_a_while_is_asked_again(elsewhere, monk
     assert "timed out); tried again" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("text", [None, "{", "[]", '{"status": "running", "reads": [{}]}', '{"reads": []}'])
+def test_a_file_that_is_none_of_ours_is_told_at_once(elsewhere, tmp_path):
+    (tmp_path / "out" / "reads").mkdir(exist_ok=True)
+    (tmp_path / "out" / "reads" / "0.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match=r"0\.parquet cannot be read as parquet; move it away"):
+        follow(elsewhere.out, None)
+    assert elsewhere.now == 1000.0
+
+
+def test_a_record_whose_time_has_no_zone_is_followed(elsewhere):
+    elsewhere.record._facts["started_at"] = "2026-01-01T00:00:00"
+    elsewhere.record._write()
+    elsewhere.steps = [lambda: elsewhere.stores(elsewhere.reads[0], run_id="another"), elsewhere.ends]
+    assert follow(elsewhere.out, None).ending == "finished"
+
+
+_LISTED_KEY = json.dumps({"status": "running", "reads": [{key: [] for key in (*KEY, "status")}]})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [None, "{", "[]", '{"status": "running", "reads": [{}]}', '{"reads": []}', "[" * 5000, _LISTED_KEY],
+)
 def test_what_is_no_record_is_one_line(elsewhere, text):
     if text is not None:
         elsewhere.store.write_text("runs/x/run.json", text)
@@ -167,6 +190,9 @@ def test_what_is_no_record_is_one_line(elsewhere, text):
         [{"label": "m"}],
         [asdict(Progress("m", "x")) | {"label": []}],
         [asdict(Progress("m", "x", "many"))],
+        [asdict(Progress("m", "x", math.inf, 10))],
+        [asdict(Progress("m", "x", math.nan, -1))],
+        [asdict(Progress("m", "x", 10**400, 10**400))],
     ],
 )
 def test_signs_of_another_version_say_nothing(elsewhere, at, capsys):

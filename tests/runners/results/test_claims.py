@@ -180,7 +180,7 @@ def test_a_dead_process_of_this_machine_is_seen_at_once(driver, monkeypatch):
 
 
 @pytest.mark.parametrize("store", ["local"], indirect=True)
-@pytest.mark.parametrize("sign", [b"", b"[", b"[1]", b'{"company": 7, "pid": "x"}', b"\xff"])
+@pytest.mark.parametrize("sign", [b"", b"[", b"[1]", b'{"company": 7, "pid": "x"}', b"\xff", b"[" * 5000])
 def test_signs_of_life_that_are_none_are_only_signs(driver, store, sign):
     b = driver("b")
     fs, root = store.place()
