@@ -27,6 +27,7 @@ TWIN = TWINS / "layernorm" / "step4096"
 OPTIONAL = {
     "vllm": "the extra [vllm]",
     "peft": "the extra [peft]",
+    "gguf": "the extra [gguf]",
     "lightning": "the extra [lightning]",
     "mlflow": "the extra [mlflow]",
     "tensorboard": "the extra [tensorboard]",
