@@ -74,14 +74,28 @@ def shown_place(location: str) -> str:
 
 def scrubbed(text: str) -> str:
     """`text` with the places in it as `shown_place` has them; `***` for tokens, headers, and secrets that are known."""
-    for secret in _known():
-        text = text.replace(secret, "***")
-    text, found = _with_shown_urls(_FOLDED.sub(r"\1/", text)), ""
+    text, found = _with_shown_urls(_FOLDED.sub(r"\1/", _starred(text))), ""
     while text != found:  # what is left of a cut URL may begin another
         found, text = text, _with_shown_urls(text)
     for pattern in _TOLD:
         text = pattern.sub(r"\1***", text)
     return _TOKEN.sub("***", _HEADER.sub(r"\1***", text))
+
+
+def _starred(text: str) -> str:
+    """`***` for what is known to be secret; where two of it, or one and a token, lie over each other, one for both."""
+    there = [secret for secret in _known() if secret in text]
+    spans = [found.span() for secret in there for found in re.finditer(re.escape(secret), text)]
+    if not spans:
+        return text
+    tokens = (found.span() for found in _TOKEN.finditer(text))
+    spans += [token for token in tokens if any(start < token[1] and token[0] < stop for start, stop in spans)]
+    kept, end = list[str](), 0
+    for start, stop in sorted(spans):
+        if start >= end:
+            kept += (text[end:start], "***")
+        end = max(end, stop)
+    return "".join(kept) + text[end:]
 
 
 def shown_command(words: Sequence[str]) -> str:
@@ -196,8 +210,7 @@ def _remember(secret: str) -> None:
 
 
 def _known() -> list[str]:
-    """Secrets of places and of the environment, the longest first: one may be part of another."""
+    """Secrets of places and of the environment."""
     told = (os.environ.get(name, "") for name in _VARIABLES)
     with _KNOWING:
-        known = [*_KNOWN, *(value for value in told if len(value) >= _TELLING)]
-    return sorted(known, key=len, reverse=True)
+        return [*_KNOWN, *(value for value in told if len(value) >= _TELLING)]

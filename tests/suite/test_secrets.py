@@ -143,6 +143,13 @@ def test_tokens_are_known_by_their_form(token, around):
     assert shown_place(f"./models-{token}/b") == "./models-***/b"
 
 
+def test_secrets_that_lie_over_each_other_are_one():
+    shown_place("s3://u:abcdefgh@host/b")
+    shown_place("s3://u:ghijklmnop@host/b")
+    assert scrubbed("of hf_abcdefghijklmnopqr and abcdefghijklmnop, hf_0123456789abcdefg") == "of *** and ***, ***"
+    assert scrubbed("abcdefghabcdefgh") == "******"
+
+
 @settings(deadline=None, derandomize=True)
 @given(
     secret=PLAIN,
