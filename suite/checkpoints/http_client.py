@@ -19,6 +19,7 @@ import httpcore2
 import httpx2
 
 HEAD_SECONDS = 30.0  # for an answer's status and headers, however many 1xx come before
+HEAD_BYTES = 2**20  # of those, and of what comes with them
 IDLE_SECONDS = 30.0  # without a byte
 _CONNECTIONS = 64
 
@@ -54,8 +55,8 @@ def is_inside(host: str) -> bool:
 
 @contextlib.contextmanager
 def within(seconds: float) -> Iterator[None]:
-    """What this thread waits for inside, it waits for no longer than `seconds` in all."""
-    _WAITING.until = time.monotonic() + seconds
+    """What this thread waits for inside, it waits for no longer than `seconds` in all, nor takes above `HEAD_BYTES`."""
+    _WAITING.until, _WAITING.room = time.monotonic() + seconds, HEAD_BYTES
     try:
         yield
     finally:
@@ -64,6 +65,7 @@ def within(seconds: float) -> Iterator[None]:
 
 class _Waiting(threading.local):
     until: float | None = None
+    room = 0
 
 
 _WAITING = _Waiting()
@@ -123,7 +125,12 @@ class _Stream(httpcore2.NetworkStream):
             if left <= 0:
                 raise httpcore2.ReadTimeout("no answer within the time that its head has")
             timeout = left if timeout is None else min(timeout, left)
-        return self._plain.read(max_bytes, timeout)
+        data = self._plain.read(max_bytes, timeout)
+        if _WAITING.until is not None:
+            _WAITING.room -= len(data)
+            if _WAITING.room < 0:
+                raise httpcore2.RemoteProtocolError(f"more than {HEAD_BYTES:,} bytes before an answer's body")
+        return data
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
         self._plain.write(buffer, timeout)

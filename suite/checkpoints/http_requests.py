@@ -18,7 +18,7 @@ from deadbench.suite.checkpoints.http_client import HEAD_SECONDS, IDLE_SECONDS, 
 from deadbench.suite.checkpoints.rate_limits import LIMITS, named_wait, number
 from deadbench.suite.errors import ChangedError, CheckpointError, UnreachableError, first_line
 
-ATTEMPTS = 4
+ATTEMPTS, SILENT_ATTEMPTS = 4, 2  # the latter of a server that says nothing for so long
 FIRST_WAIT_SECONDS, _LONGEST_FLOOR_SECONDS = 0.5, 30.0
 REQUEST_SECONDS = 300.0  # for one ranged answer
 SLOWEST_BYTES_PER_SECOND = 1000  # of a longer one, after its first IDLE_SECONDS
@@ -160,9 +160,10 @@ def _tried_again(called: str, attempt: int) -> Iterator[None]:
         broken = isinstance(error, (CutOffError, httpx2.ReadError, httpx2.RemoteProtocolError))
         # Nobody answers at that address: asking again helps no more than a look at the address.
         hopeless = isinstance(error, (httpx2.ConnectError, httpx2.UnsupportedProtocol, InsideError))
-        if hopeless or attempt + 1 == ATTEMPTS:
+        attempts = SILENT_ATTEMPTS if isinstance(error, httpx2.TimeoutException) else ATTEMPTS
+        if hopeless or attempt + 1 >= attempts:
             what = "the answer is cut off" if broken else "cannot be reached"
-            tried = "" if hopeless else f" in {ATTEMPTS} attempts"
+            tried = "" if hopeless else f" in {attempt + 1} attempts"
             text = f"{called}: {what} ({first_line(error)}){tried}; check the address and the network"
             raise (CheckpointError if broken else UnreachableError)(text) from error
         time.sleep(FIRST_WAIT_SECONDS * 2**attempt)

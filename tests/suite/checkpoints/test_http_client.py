@@ -169,6 +169,19 @@ def test_an_answers_head_has_its_time(pieces, monkeypatch):
         assert 1 <= len(asked) <= 2
 
 
+def test_an_answers_head_has_its_length(monkeypatch):
+    monkeypatch.setattr(http_requests, "FIRST_WAIT_SECONDS", 0.01)
+
+    def without_end(connection):
+        with contextlib.suppress(OSError):
+            while True:
+                connection.sendall(b"HTTP/1.1 102 Processing\r\n\r\n" * 1000)
+
+    told = r"is cut off \(more than 1,048,576 bytes before an answer's body"
+    with answering(without_end) as (port, _), pytest.raises(CheckpointError, match=told):
+        HttpFolder("m", f"http://127.0.0.1:{port}/m").size("file")
+
+
 def test_a_body_that_trickles_is_given_up(monkeypatch, tmp_path):
     monkeypatch.setattr(http_requests, "IDLE_SECONDS", 0.1)
     monkeypatch.setattr(http_requests, "ATTEMPTS", 2)
