@@ -8,7 +8,7 @@ import json
 import re
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, PrivateAttr, Tag, field_validator, model_validator
 
 from deadbench.suite.read_specs import DEFAULT_READS, READ_SPECS
 
@@ -240,6 +240,8 @@ class Registry(Strict):
     protocols: dict[str, Protocol] = {"standard": Protocol()}
     suites: dict[str, Suite]
     models: list[Model]
+    _indexed: list[Model] | None = PrivateAttr(None)
+    _by_id: dict[str, Model] = PrivateAttr({})
 
     @model_validator(mode="before")
     @classmethod
@@ -251,10 +253,11 @@ class Registry(Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        ids = [m.id for m in self.models]
-        for model_id in ids:
-            if ids.count(model_id) > 1:
-                raise ValueError(f"{model_id}: duplicate id; every model needs its own")
+        ids = dict[str, None]()
+        for model in self.models:
+            if model.id in ids:
+                raise ValueError(f"{model.id}: duplicate id; every model needs its own")
+            ids[model.id] = None
         if "standard" not in self.protocols:
             raise ValueError("protocols: 'standard' is missing; it is used for models named on the command line")
         for name, suite in self.suites.items():
@@ -269,7 +272,9 @@ class Registry(Strict):
 
     def model(self, model_id: str) -> Model | None:
         """The model of that id, None if there is none."""
-        return next((m for m in self.models if m.id == model_id), None)
+        if self._indexed is not self.models:  # a copy may have others
+            self._indexed, self._by_id = self.models, {model.id: model for model in self.models}
+        return self._by_id.get(model_id)
 
     def default_suite(self) -> str | None:
         """The suite that is read where none is named: `quick`, else the first one; None where there is none."""

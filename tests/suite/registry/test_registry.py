@@ -258,3 +258,13 @@ def test_a_pasted_configuration_keeps_its_numbers(tmp_path, eps):
     (model,) = load_registry(path).models
     assert model.config == {"model_type": "vit", "layer_norm_eps": float(eps)}
     assert model.revision == "12e45678"
+
+
+def test_a_registry_is_asked_for_its_own_models_and_a_copy_for_the_copys(tmp_path):
+    path = tmp_path / "models.yaml"
+    path.write_text("models:\n- {id: a, source: org/a}\n- {id: b, source: org/b}\n")
+    registry = load_registry(path)
+    assert (registry.model("b").source, registry.model("c")) == ("org/b", None)
+    fewer = registry.model_copy(update={"models": registry.models[:1]})
+    assert (fewer.model("a").source, fewer.model("b")) == ("org/a", None)
+    assert registry.model("b") is registry.models[1]
