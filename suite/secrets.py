@@ -85,17 +85,21 @@ def scrubbed(text: str) -> str:
 def _starred(text: str) -> str:
     """`***` for what is known to be secret; where two of it, or one and a token, lie over each other, one for both."""
     there = [secret for secret in _known() if secret in text]
-    spans = [found.span() for secret in there for found in re.finditer(re.escape(secret), text)]
-    if not spans:
+    if not there:
         return text
-    tokens = (found.span() for found in _TOKEN.finditer(text))
-    spans += [token for token in tokens if any(start < token[1] and token[0] < stop for start, stop in spans)]
-    kept, end = list[str](), 0
-    for start, stop in sorted(spans):
-        if start >= end:
-            kept += (text[end:start], "***")
-        end = max(end, stop)
-    return "".join(kept) + text[end:]
+    spans = [(*found.span(), True) for secret in there for found in re.finditer(re.escape(secret), text)]
+    spans += [(*found.span(), False) for found in _TOKEN.finditer(text)]
+    kept, done = list[str](), 0
+    start, stop, is_known = 0, 0, False  # of what lies over each other
+    for begin, end, known in [*sorted(spans), (len(text), len(text), False)]:
+        if begin < stop:
+            stop, is_known = max(stop, end), is_known or known
+            continue
+        if is_known:
+            kept += (text[done:start], "***")
+            done = stop
+        start, stop, is_known = begin, end, known
+    return "".join(kept) + text[done:]
 
 
 def shown_command(words: Sequence[str]) -> str:

@@ -11,11 +11,8 @@ from deadbench.suite.architectures import watched
 from deadbench.suite.errors import InputError
 from deadbench.suite.plain_text import plain
 
-_CPU_SECONDS, _SECONDS, _MEMORY_BYTES = (
-    10,
-    18.0,
-    5 * 2**28,
-)  # time as a configuration has; a large vocabulary takes more memory
+_CPU_SECONDS, _SECONDS = 10, 18.0  # as those of a configuration's trial
+_MEMORY_BYTES = 5 * 2**28  # a large vocabulary takes more than a configuration
 _PROCESS = "deadbench.suite.inputs.tokenizer_process"
 _CHARACTERS = 100_000  # of the text that is to be read
 _ODD = ("", "a", " ", "\n\n", "\0", "e\u0301\u202e", "\U0001f469\u200d\U0001f4bb", "\ufffd", "a" * 1000)
