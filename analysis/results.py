@@ -29,7 +29,7 @@ from deadbench.suite.table_pages import PagesError
 from deadbench.suite.table_sizes import FileSize, size_of, too_large
 
 _FRAME_BYTES = 2**26  # decoded together
-_TEXT_BYTES = 2**14  # of one text; ours have a thousand
+_MOST_LETTERS, _FIRST_LETTERS = 2**13, 2**12  # of one text, and of what is left of a longer one; ours have a thousand
 _KEPT_BYTES = 2**26  # of a table that is decoded once: many files of a few rows take longer to open than to hold
 # Microseconds from 1970 of the years that there are dates of; what a stranger's file has beyond is no time.
 _FIRST, _LAST = (
@@ -214,7 +214,7 @@ def _opened(source: str | bytes) -> str | io.BytesIO:
 def _with_short_texts(batch: pa.RecordBatch) -> pa.RecordBatch:
     """The batch with a stranger's longest texts cut: every table and plot goes through all of each name."""
     for place, column in enumerate(batch.columns):
-        if pa.types.is_string(column.type) and (pc.max(pc.binary_length(column)).as_py() or 0) > _TEXT_BYTES:
+        if pa.types.is_string(column.type) and (pc.max(pc.binary_length(column)).as_py() or 0) > _MOST_LETTERS:
             short = pa.array(map(_short, column.to_pylist()), pa.string())
             batch = batch.set_column(place, batch.schema.field(place), short)
     return batch
@@ -222,10 +222,10 @@ def _with_short_texts(batch: pa.RecordBatch) -> pa.RecordBatch:
 
 def _short(words: str | None) -> str | None:
     """A text's beginning where it is too long, with what tells it from another that begins so."""
-    if words is None or len(words) <= _TEXT_BYTES // 2:
+    if words is None or len(words) <= _MOST_LETTERS:
         return words
     told = hashlib.sha256(words.encode()).hexdigest()[:16]
-    return f"{words[: _TEXT_BYTES // 4]}… ({len(words):,} letters, {told})"
+    return f"{words[:_FIRST_LETTERS]}… ({len(words):,} letters, {told})"
 
 
 def _check_file(where: str, source: str | bytes, table: str) -> FileSize:

@@ -120,6 +120,11 @@ def test_names_of_a_hundred_thousand_letters_are_cut_and_stay_different(result_s
     ]
 
 
+def test_a_text_is_cut_or_not_whatever_stands_beside_it(result_set, read):
+    location = result_set([read("c" * 8193), read("m")])
+    assert collected(scan(location))["model"].to_list()[0].startswith("c" * 4096 + "… (8,193 letters, ")
+
+
 @pytest.mark.parametrize("kept", [2**26, 0])
 def test_what_polars_asks_for_is_what_it_gets(result_set, read, tmp_path, monkeypatch, kept):
     """The same rows in the same order, whether a table is decoded once or anew; of a large one only what is wanted."""
