@@ -24,6 +24,8 @@ TAP_STATE = pa.schema(
     }
 )
 
+_PART_ROWS = 1024  # in float64 at once: what fits a cache
+
 
 class Tap:
     """One place in the stream: the rows of the first and of the second half of the tokens, apart."""
@@ -39,7 +41,8 @@ class Tap:
 
     def update(self, acts_ND: Float[Tensor, "N D"], questions: Questions = AT_ONCE) -> None:
         """Add rows, in the order of the tokens; they must stay as they are until `questions` are settled."""
-        self._marks.append(acts_ND.to(self.first.device, torch.float64) @ self._probe_D)
+        at_once = _PART_ROWS if self.first.device.type == "cpu" else max(1, len(acts_ND))
+        self._marks += [part.to(self.first.device, torch.float64) @ self._probe_D for part in acts_ND.split(at_once)]
         head = max(0, min(len(acts_ND), self._half_tokens - self._seen))
         self._seen += len(acts_ND)
         if head:

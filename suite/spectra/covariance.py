@@ -15,6 +15,7 @@ from deadbench.suite.spectra.arrow_state import VECTOR, fields, struct, tensor, 
 from deadbench.suite.spectra.qr import Qr
 from deadbench.suite.spectra.questions import AT_ONCE, Questions
 from deadbench.suite.spectra.routes import GRAM_STATE, Lifted, Plain, Whitened, cheapest, restored
+from deadbench.suite.spectra.solvers import spaced_rows
 from deadbench.suite.spectra.spectrum import Spectrum
 from deadbench.suite.spectra.triangular import resolution_and_floor
 
@@ -123,7 +124,7 @@ class CovarianceFactor:
             # Rounded to float32, so that taking it off float32 rows is exact.
             self.offset_D = parts[0].double().mean(0).float().double()
         for part in parts:
-            self._take(part.to(torch.float64, copy=True).sub_(self.offset_D))
+            self._take(spaced_rows(*part.shape, self.device).copy_(part).sub_(self.offset_D))
 
     def successor(self) -> "CovarianceFactor":
         """An empty accumulator for more rows of the same kind, which need not decide its route again."""

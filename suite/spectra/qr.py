@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from deadbench.suite.spectra.arrow_state import StateError, tensor, triangle, upper, vector
-from deadbench.suite.spectra.solvers import solvers
+from deadbench.suite.spectra.solvers import solvers, spaced_rows
 from deadbench.suite.spectra.triangular import decompose, smallest_singular_pair
 
 _METHODS = ("qr", "whitened-gram", "lifted-gram", "gram")  # the later, the weaker its certificate
@@ -39,7 +39,9 @@ class Qr:
 
     def release(self) -> Float[Tensor, "N D"]:
         """The rows that waited, at least one; none wait any more."""
-        rows_ND = torch.cat(self.waiting) if len(self.waiting) > 1 else self.waiting[0]
+        rows_ND = self.waiting[0]
+        if len(self.waiting) > 1:
+            rows_ND = torch.cat(self.waiting, out=spaced_rows(self.num_waiting, *rows_ND.shape[1:], rows_ND.device))
         self.waiting, self.num_waiting = [], 0
         return rows_ND
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from deadbench.suite.spectra.arrow_state import VECTOR, fields, struct, tensor, triangle, upper, vector
 from deadbench.suite.spectra.gram import Gram
 from deadbench.suite.spectra.qr import Qr
-from deadbench.suite.spectra.solvers import solvers
+from deadbench.suite.spectra.solvers import solvers, spaced_rows
 
 GRAM_STATE = pa.schema(
     {
@@ -164,7 +164,8 @@ class Lifted(_Squared):
         return self.empty()
 
     def _stretched(self, rows_KD: Tensor, by_K: Tensor) -> Tensor:
-        return torch.addmm(rows_KD, rows_KD @ self.dead_DK * by_K, self.dead_DK.T)
+        stretched_KD = spaced_rows(*rows_KD.shape, rows_KD.device)
+        return torch.addmm(rows_KD, rows_KD @ self.dead_DK * by_K, self.dead_DK.T, out=stretched_KD)
 
     def _coordinates(self) -> dict[str, pa.Array]:
         return {"dead": vector(self.dead_DK), "dead_size": vector(self.size_K)}
