@@ -124,7 +124,7 @@ class CovarianceFactor:
             # Rounded to float32, so that taking it off float32 rows is exact.
             self.offset_D = parts[0].double().mean(0).float().double()
         for part in parts:
-            self._take(spaced_rows(*part.shape, self.device).copy_(part).sub_(self.offset_D))
+            self._take(spaced_rows(part.shape, self.device).copy_(part).sub_(self.offset_D))
 
     def successor(self) -> "CovarianceFactor":
         """An empty accumulator for more rows of the same kind, which need not decide its route again."""

@@ -41,7 +41,7 @@ class Qr:
         """The rows that waited, at least one; none wait any more."""
         rows_ND = self.waiting[0]
         if len(self.waiting) > 1:
-            rows_ND = torch.cat(self.waiting, out=spaced_rows(self.num_waiting, *rows_ND.shape[1:], rows_ND.device))
+            rows_ND = torch.cat(self.waiting, out=spaced_rows((self.num_waiting, rows_ND.shape[1]), rows_ND.device))
         self.waiting, self.num_waiting = [], 0
         return rows_ND
 

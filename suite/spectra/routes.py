@@ -164,7 +164,7 @@ class Lifted(_Squared):
         return self.empty()
 
     def _stretched(self, rows_KD: Tensor, by_K: Tensor) -> Tensor:
-        stretched_KD = spaced_rows(*rows_KD.shape, rows_KD.device)
+        stretched_KD = spaced_rows(rows_KD.shape, rows_KD.device)
         return torch.addmm(rows_KD, rows_KD @ self.dead_DK * by_K, self.dead_DK.T, out=stretched_KD)
 
     def _coordinates(self) -> dict[str, pa.Array]:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from deadbench.suite.spectra import solver_checks
 
-_PANELS, _NARROWEST_PANEL = 8, 96
-_NARROW_UP_TO, _NARROWER_WASTE = 1024, 192  # of wider matrices: cores are busier with fewer, wider panels
+_NARROW_PANEL, _NARROW_UP_TO = 96, 1024  # columns of matrices up to that width
+_WIDE_PANEL, _PANELS = 192, 8  # of wider ones at least and at most: cores are busier with fewer, wider panels
 _BETWEEN_ROWS = 8  # float64, a line of the cache
 _NAMES = {"triangle": "qr", "orthonormal": "qr", "solve": "a triangular solve", "square": "a product of triangles"}
 
@@ -188,14 +188,14 @@ def add_gram(upper_DD: Float[Tensor, "D D"], rows_ND: Float[Tensor, "N D"]) -> N
         upper_DD[start:stop, start:].addmm_(rows_ND[:, start:stop].T, rows_ND[:, start:])
 
 
-def spaced_rows(num_rows: int, hidden_size: int, device: torch.device) -> Float[Tensor, "N D"]:
-    """Memory for rows that are to be multiplied, a line of the cache between them.
+def spaced_rows(shape: tuple[int, ...], device: torch.device) -> Float[Tensor, "N D"]:
+    """Memory for (N, D) rows that are to be multiplied, a line of the cache between them.
 
     Where D is a power of two, a column's numbers would else be kept in a few places of the cache that they push each
     other out of: products took up to 1.3 times as long. What is computed is the same.
     """
-    apart = torch.empty(num_rows, hidden_size + _BETWEEN_ROWS, dtype=torch.float64, device=device)
-    return apart[:, :hidden_size]
+    num_rows, hidden_size = shape
+    return torch.empty(num_rows, hidden_size + _BETWEEN_ROWS, dtype=torch.float64, device=device)[:, :hidden_size]
 
 
 def gram_of_triangle(factor_DD: Float[Tensor, "D D"]) -> Float[Tensor, "D D"]:
@@ -208,8 +208,8 @@ def gram_of_triangle(factor_DD: Float[Tensor, "D D"]) -> Float[Tensor, "D D"]:
 
 def _panels(hidden_size: int) -> Iterator[tuple[int, int]]:
     """(first, end) of the columns that are multiplied at once."""
-    narrowest = _NARROWEST_PANEL if hidden_size <= _NARROW_UP_TO else _NARROWER_WASTE
-    step = narrowest if hidden_size <= _NARROW_UP_TO else max(narrowest, -(-hidden_size // _PANELS))
+    wide = max(_WIDE_PANEL, -(-hidden_size // _PANELS))
+    step = _NARROW_PANEL if hidden_size <= _NARROW_UP_TO else wide
     return ((start, min(start + step, hidden_size)) for start in range(0, hidden_size, step))
 
 

@@ -20,6 +20,7 @@ from deadbench.suite.inputs.tokens import token_batches
 from deadbench.suite.reads.final_norm import FinalNormRead
 from deadbench.suite.reads.residual import ResidualRead
 from deadbench.suite.spectra.covariance import CovarianceFactor
+from deadbench.suite.spectra.solvers import add_gram, spaced_rows
 
 SMALL_GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 2, "vocab_size": 500}
 
@@ -169,6 +170,18 @@ def test_cost_of_a_token(benchmark, sized, hidden_size, method):
     if benchmark.stats is not None:
         benchmark.extra_info["us_per_token"] = 1e6 * benchmark.stats.stats.median / len(batch)
         benchmark.extra_info["in_gemms_of_2D2"] = benchmark.stats.stats.median / gemm
+
+
+@pytest.mark.benchmark(group="Gram matrix of 1024 rows, D = 1024, float64")
+@pytest.mark.parametrize("lie", ["one behind the other", "a line of the cache apart"])
+def test_rows_apart(benchmark, sized, lie):
+    D = sized(1024, 64)
+    rows, upper = torch.randn(1024, D, dtype=torch.float64), torch.zeros(D, D, dtype=torch.float64)
+    if lie == "a line of the cache apart":
+        rows = spaced_rows(rows.shape, rows.device).copy_(rows)
+        assert rows.stride(0) > D
+    benchmark.pedantic(add_gram, args=(upper, rows), rounds=20, warmup_rounds=2)
+    assert bool(upper.diagonal().all())
 
 
 @pytest.mark.benchmark(group="cost does not grow with the rows seen: 2048 more rows, D = 768")
