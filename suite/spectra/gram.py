@@ -52,12 +52,20 @@ class Gram:
 
     def add(self, rows_ND: Float[Tensor, "N D"]) -> bool:
         """Add rows; False, with nothing added, where a row is too long to be squared safely."""
-        length_N = torch.linalg.vector_norm(rows_ND, dim=-1)
-        if float(length_N.max()) ** 2 > _GATE * self.typical_square:
+        square_N = torch.linalg.vector_norm(rows_ND, dim=-1).square()
+        if not self.resolves(square_N):
             return False
-        self._square(rows_ND, length_N)
-        self.count += len(rows_ND)
+        self.add_resolved(rows_ND, square_N)
         return True
+
+    def resolves(self, square_N: Float[Tensor, " N"]) -> bool:
+        """Whether no row of these |w|^2 is too long to be squared safely."""
+        return float(square_N.max()) <= _GATE * self.typical_square
+
+    def add_resolved(self, rows_ND: Float[Tensor, "N D"], square_N: Float[Tensor, " N"]) -> None:
+        """Add rows, and what their |w|^2 are, that it `resolves`."""
+        self._square(rows_ND, square_N)
+        self.count += len(rows_ND)
 
     def offer(self, rows_ND: Float[Tensor, "N D"], fine: Bool[Tensor, ""] | None = None) -> Bool[Tensor, ""]:
         """`add` that does not wait for the device: whether it refused. Where it did not, `count` is yet to be raised.
@@ -69,13 +77,13 @@ class Gram:
         if fine is not None:
             taken = taken & fine
         rows_ND, length_N = torch.where(taken, rows_ND, 0.0), torch.where(taken, length_N, 0.0)
-        self._square(rows_ND, length_N)
+        self._square(rows_ND, length_N.square())
         refused: Tensor = ~taken
         return refused
 
-    def _square(self, rows_ND: Tensor, length_N: Tensor) -> None:
+    def _square(self, rows_ND: Tensor, square_N: Tensor) -> None:
         add_gram(self.upper_DD, rows_ND)
-        self.squares += length_N.square().sum()
+        self.squares += square_N.sum()
         self.sum_D += rows_ND.sum(0)
         if self._probe_D1 is not None:
             self.along += (rows_ND @ self._probe_D1).square().sum()

@@ -132,8 +132,13 @@ class Lifted(_Squared):
         self.dead_DK, self.size_K = dead_DK, size_K
 
     def take(self, rows_ND: Float[Tensor, "N D"]) -> bool:
-        """Add rows; False, with nothing added, where one is too long."""
-        return self.gram.add(self._stretched(rows_ND, 1 / self.size_K - 1))
+        """Add rows, which are stretched where they lie; False, with nothing done, where one is too long."""
+        along_NK = rows_ND @ self.dead_DK
+        square_N = torch.linalg.vector_norm(rows_ND, dim=-1).square() + along_NK.square() @ (self.size_K**-2 - 1)
+        if not self.gram.resolves(square_N):
+            return False
+        self.gram.add_resolved(rows_ND.addmm_(along_NK * (1 / self.size_K - 1), self.dead_DK.T), square_N)
+        return True
 
     def offer(self, rows_ND: Float[Tensor, "N D"]) -> Bool[Tensor, ""]:
         """As `Plain.offer`."""
@@ -164,8 +169,7 @@ class Lifted(_Squared):
         return self.empty()
 
     def _stretched(self, rows_KD: Tensor, by_K: Tensor) -> Tensor:
-        stretched_KD = spaced_rows(rows_KD.shape, rows_KD.device)
-        return torch.addmm(rows_KD, rows_KD @ self.dead_DK * by_K, self.dead_DK.T, out=stretched_KD)
+        return torch.addmm(rows_KD, rows_KD @ self.dead_DK * by_K, self.dead_DK.T)
 
     def _coordinates(self) -> dict[str, pa.Array]:
         return {"dead": vector(self.dead_DK), "dead_size": vector(self.size_K)}
@@ -232,7 +236,7 @@ class Whitened(_Squared):
 def cheapest(rows_ND: Float[Tensor, "N D"]) -> Plain | Lifted | None:
     """The route for rows like these, which are in it; None where only whitening would be certified."""
     place = rows_ND.shape[1], rows_ND.device
-    plain = Plain(Gram(*place, float(rows_ND.square().sum()) / len(rows_ND)))
+    plain = Plain(Gram(*place, float(rows_ND.norm()) ** 2 / len(rows_ND)))
     dead_DK = plain.gram.unresolved() if plain.take(rows_ND) else None
     if dead_DK is None:
         return None
@@ -245,7 +249,8 @@ def cheapest(rows_ND: Float[Tensor, "N D"]) -> Plain | Lifted | None:
         return None
     # In the end every direction is about as long as the typical one.
     lifted = Lifted(Gram(*place, rows_ND.shape[1] * typical**2), dead_DK, size_K)
-    return lifted if lifted.take(rows_ND) and lifted.gram.certified() else None
+    copied_ND = spaced_rows(rows_ND.shape, rows_ND.device).copy_(rows_ND)  # else they still want a route
+    return lifted if lifted.take(copied_ND) and lifted.gram.certified() else None
 
 
 def restored(state: pa.StructScalar, hidden_size: int, device: torch.device) -> Plain | Lifted | Whitened:
