@@ -19,16 +19,17 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from deadbench.runners.engines.generator_jump import FILLS, moved_on, words_drawn
 from deadbench.suite.architectures.build import build_model
 
 _DEFERRED_ELEMENTS = 2**14  # smaller tensors are made at once: norms, biases, tables
-_CHUNK_ELEMENTS = 2**20  # the generator is moved on by drawing so many values at a time, in the cache
-_FILLS = {torch.ops.aten.uniform_.default, torch.ops.aten.normal_.default}
+_CHUNK_ELEMENTS = 2**17  # so many values are drawn at a time, in the cache
+_FEWEST_JUMPED = 2**20  # values for which the generator is moved on at once: fewer are drawn as soon
 # These look at values and do nothing to a meta tensor: each is recorded whole.
 _LOOKING = {name: getattr(nn.init, name) for name in ("_no_grad_trunc_normal_", "orthogonal_", "dirac_", "sparse_")}
 _DIRAC = _LOOKING["dirac_"]  # which draws nothing
 _ONE_AT_A_TIME = threading.Lock()
-_OVERWRITES = _FILLS | {torch.ops.aten.zero_.default, torch.ops.aten.fill_.Scalar, *_LOOKING.values()}
+_OVERWRITES = FILLS | {torch.ops.aten.zero_.default, torch.ops.aten.fill_.Scalar, *_LOOKING.values()}
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,10 @@ class _Step:
 class DeferredInit(TorchDispatchMode):
     """Inside `with`, large empty tensors are made on the meta device, and what is done to them is recorded."""
 
-    def __init__(self) -> None:
+    def __init__(self, at_least: int | None = None) -> None:
+        """`at_least`: so many elements are large; None: `_DEFERRED_ELEMENTS`."""
         super().__init__()
+        self._at_least = _DEFERRED_ELEMENTS if at_least is None else at_least
         self._storages: dict[int, torch.UntypedStorage] = {}  # kept, so that no address is used twice
         self._writers: dict[int, list[_Step]] = {}
         self._count = 0
@@ -90,7 +93,7 @@ class DeferredInit(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Record `func` where it makes or writes a deferred tensor."""
         kwargs = kwargs or {}
-        if func is torch.ops.aten.empty.memory_format and math.prod(args[0]) >= _DEFERRED_ELEMENTS:
+        if func is torch.ops.aten.empty.memory_format and math.prod(args[0]) >= self._at_least:
             out = func(*args, **{**kwargs, "device": torch.device("meta")})
             self._remember(out)
             return out
@@ -140,9 +143,13 @@ class DeferredInit(TorchDispatchMode):
         return out
 
     def _move_generator_on(self, func: Any, args: Any, kwargs: Any) -> None:
-        """Draw what `func` would draw and throw it away, a piece at a time where pieces draw the same."""
+        """As if `func` had drawn: at once, or a piece at a time and thrown away where pieces draw the same."""
         target: Any = args[0] if args else None
-        if func in _FILLS and _in_order(target):
+        if func in FILLS and _in_order(target):
+            words = words_drawn(func, target.numel()) if target.numel() >= _FEWEST_JUMPED else None
+            if words is not None:
+                torch.set_rng_state(moved_on(torch.get_rng_state(), words))
+                return
             # One piece of memory for all: freed ones between the tape's small objects would never be given back.
             for piece in _pieces(target.view(-1)):
                 func(self._piece[: len(piece)], *args[1:], **kwargs)
@@ -156,7 +163,7 @@ class DeferredInit(TorchDispatchMode):
             torch.set_rng_state(step.generator)
         elif step.generator is not None and step.function is not _DIRAC:
             kwargs = kwargs | {"generator": torch.Generator().set_state(step.generator)}
-        if step.function in _FILLS and _in_order(args[0]):
+        if step.function in FILLS and _in_order(args[0]):
             for piece in _pieces(args[0].view(-1)):
                 step.function(piece, *args[1:], **kwargs)
             return

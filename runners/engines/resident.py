@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from deadbench.runners.engines.base import Blocks, ForwardPass, Swept, mismatch
 from deadbench.runners.engines.device import Moment
+from deadbench.runners.engines.random_weights import drawn_side_by_side
 from deadbench.runners.engines.stored_state import stored_state
 from deadbench.suite.architectures.build import build_model, build_published, published_class
 from deadbench.suite.architectures.no_network import nothing_fetched
@@ -63,11 +64,9 @@ class TorchEngine:
 
         With `published` the published class takes AutoModel's place: the same body with its heads.
         """
-        import transformers
-
         started = time.perf_counter()
-        transformers.set_seed(seed)
-        model = (build_published if published else build_model)(config).to(self.device, dtype)
+        build = build_published if published else build_model
+        model = drawn_side_by_side(lambda: build(config), seed, self.device, dtype)
         self.load_seconds = time.perf_counter() - started
         return model
 

@@ -18,7 +18,7 @@ _CHOLESKY, _QR_OF_D, _QR_OF_2D = 1 / 3, 4 / 3, 10 / 3  # the same of factors of 
 _FACTORS = {"random": 3 * _CHOLESKY + _QR_OF_D, "trained": 3 * _CHOLESKY + 2 * _QR_OF_D + 2 * _QR_OF_2D}
 _COLUMNS = 70  # of a site that are solved one after another, each as long as D steps of
 _STEP_SECONDS = {"gpu": 1e-7, "cpu": 0.0}  # which wait for each other
-_DRAWN = 5e7  # random weights a second, which one process draws on the CPU
+_DRAWN = 1e8  # random weights a second, which one thread draws; where a model is held whole, several do
 _DISK = 1e9  # bytes a second of a checkpoint
 _ALIKE = 0.1  # of their memory, by which GPUs of one kind differ: 80 GB are 85e9 bytes
 

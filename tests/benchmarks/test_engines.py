@@ -87,6 +87,29 @@ def pass_seconds(rank, meeting, config, rounds, answers):
     answers.put((rank, best, taps))
 
 
+@pytest.mark.benchmark(group="random weights of a model that is held whole, drawn")
+@pytest.mark.parametrize("how", ["as it is built", "by all cores"])
+def test_random_weights(benchmark, llama, how):
+    import torch
+
+    from deadbench.runners.engines.random_weights import drawn_side_by_side
+    from deadbench.suite.architectures.build import build_config, build_model
+
+    config = build_config(llama)
+
+    def as_built():
+        torch.manual_seed(0)
+        return build_model(config).to(torch.float32)
+
+    def by_all_cores():
+        return drawn_side_by_side(lambda: build_model(config), 0, torch.device("cpu"), torch.float32)
+
+    model = benchmark.pedantic(as_built if how == "as it is built" else by_all_cores, rounds=3)
+    assert sum(p.numel() for p in model.parameters() if not p.is_meta) == sum(
+        p.numel() for p in as_built().parameters()
+    )
+
+
 @pytest.mark.bench  # at a small size it is test_two_ranks of the worker
 @pytest.mark.benchmark(group="two ranks (gloo): forward pass with every tap read beside the bare pass")
 def test_reads_on_two_ranks_beside_their_bare_forward(benchmark, llama):
