@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from deadbench.runners.doctor.device_checks import DEVICE_CHECKS, Bench
 from deadbench.runners.doctor.facts import facts
+from deadbench.runners.doctor.hub_check import hub
 from deadbench.runners.doctor.lines import Line, line_of, node_lines
 from deadbench.runners.doctor.planned_memory import planned_memory
 from deadbench.runners.doctor.rank_checks import rank_lines
@@ -45,6 +46,7 @@ def examine_process(
 
     found = facts(num_nodes, num_gpus, address)
     lines = [*node_lines(found, found.versions if here is None else here)]
+    lines.append(line_of(found.node, "hub", hub))
     bench = Bench(torch.device("cuda" if found.gpus else "cpu"))
     lines += device_lines(found.node, bench)
     lines += [line_of(found.node, name, read) for name, read in READ_CHECKS.items()]
