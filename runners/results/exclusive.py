@@ -17,7 +17,8 @@ def makes_once(make: Callable[[bytes], None], content: Callable[[], bytes | None
         first: of the file that must stay.
     """
     for pause in _PAUSES:
-        time.sleep(pause)
+        if pause:
+            time.sleep(pause)
         with contextlib.suppress(Exception):
             make(first)
         with contextlib.suppress(Exception):
