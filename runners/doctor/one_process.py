@@ -14,8 +14,9 @@ from deadbench.runners.doctor.small_models import state_spaces
 from deadbench.runners.doctor.vllm_check import vllm_start, vllm_state_space
 from deadbench.runners.planning.seconds import Rates
 
-# By the name of its line.
+# By the name of its line; where reads get their checkpoints from is the first.
 READ_CHECKS: dict[str, Callable[[], str]] = {
+    "hub": hub,
     "twin": twin,
     "state space": state_spaces,
     "planned memory": planned_memory,
@@ -46,7 +47,6 @@ def examine_process(
 
     found = facts(num_nodes, num_gpus, address)
     lines = [*node_lines(found, found.versions if here is None else here)]
-    lines.append(line_of(found.node, "hub", hub))
     bench = Bench(torch.device("cuda" if found.gpus else "cpu"))
     lines += device_lines(found.node, bench)
     lines += [line_of(found.node, name, read) for name, read in READ_CHECKS.items()]

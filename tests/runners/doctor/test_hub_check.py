@@ -7,7 +7,7 @@ import threading
 import pytest
 from huggingface_hub import constants
 
-from deadbench.runners.doctor import hub_check
+from deadbench.runners.doctor import hub_check, one_process
 from deadbench.runners.doctor.hub_check import hub
 from deadbench.runners.doctor.lines import line_of
 
@@ -84,6 +84,10 @@ def test_silence_ends_in_time(online, monkeypatch, silent):
         held.set()
     assert line.verdict == "wrong"
     assert "does not answer" in line.told
+
+
+def test_it_is_one_of_the_doctors_lines():
+    assert one_process.READ_CHECKS["hub"] is hub
 
 
 def test_where_the_hub_is_not_wanted_nobody_asks_it(monkeypatch):
