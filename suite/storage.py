@@ -6,6 +6,7 @@ with whatever colons; and a URL is a chain only where its scheme is of a file sy
 """
 
 import contextlib
+import errno
 import os
 import re
 import stat
@@ -125,12 +126,22 @@ def write_whole(path: str | Path, data: bytes, fs: Any = None, aside: str | None
     published when it has all of it.
 
     Raises:
-        OSError, or what the library of `fs` raises: no such folder, the disk is full or gone, or the store refuses.
+        OSError, or what the library of `fs` raises: no such folder, the disk is full or gone, or the store refuses. Of
+            this machine's, its `filename` is `path`: what a full disk refuses has none by itself.
     """
     fs = fs or fsspec.filesystem("file")
     if not renames(fs):
         fs.pipe_file(str(path), data)
         return
+    try:
+        _write_where_renamed(path, data, fs, aside)
+    except OSError as error:
+        if error.errno is None or not is_local(fs):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _write_where_renamed(path: str | Path, data: bytes, fs: Any, aside: str | None) -> None:
     if is_local(fs) and os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
         _write_into(path, data)
         return
@@ -164,12 +175,18 @@ def create_new(path: str, data: bytes, fs: Any) -> None:
 
     Raises:
         FileExistsError, or what the library of `fs` raises: it is there.
+        OSError: it cannot be made, and is not there.
     """
     if not is_local(fs):
         fs.pipe_file(path, data, mode="create")
         return
-    with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666), "wb") as file:
-        file.write(data)
+    with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666), "wb", buffering=0) as file:
+        try:
+            if file.write(data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+        except BaseException:  # a full disk has room for a name
+            _remove(path, fs)
+            raise
 
 
 @contextlib.contextmanager

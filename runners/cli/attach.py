@@ -1,6 +1,7 @@
 """`deadbench attach`: a run that goes on elsewhere, followed to its end."""
 
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -56,7 +57,9 @@ def attach(
 def _follow(address: str, run_id: str | None, as_json: bool) -> int:
     from deadbench.suite.storage import is_url
 
-    if not Path(address).is_dir():
+    if not address.strip():
+        raise UserError("ADDRESS is empty; give a run's --out, or a Ray as http://HOST:8265, HOST:PORT or auto")
+    if not os.path.isdir(address):  # which a name that none can have is not, without an error
         if _RAY.fullmatch(address):
             return _follow_ray(address, run_id, as_json)
         if not is_url(address):

@@ -99,7 +99,8 @@ def compare(
             _show(rows, frames_of_quantised_pair(left.reads, right.reads, show_all=show_all), format, show_all)
         return
     judged = with_drift(judge(rows, rules), right.until, rules)
-    fails = len(broken(judged)) > 0 or (rules.cannot_tell == "fail" and len(undecided(judged)) > 0)
+    failures, unclear = broken(judged), undecided(judged)
+    fails = len(failures) > 0 or (rules.cannot_tell == "fail" and len(unclear) > 0)
     if junit is not None:
         write_whole(junit, junit_xml(judged).encode())
     if page := os.environ.get("GITHUB_STEP_SUMMARY"):
@@ -108,7 +109,7 @@ def compare(
     if format == "github":
         print(github_summary(judged, baseline, candidate), end="")
     elif format != "bencher":
-        _show_judged(judged, format, fails=fails, show_all=show_all)
+        _show_judged(judged, failures, unclear, format, fails=fails, show_all=show_all)
     for line in (headline(judged), *sides(judged, baseline, candidate)):
         say(line)
     for metric in unjudged(judged, rules):
@@ -147,14 +148,20 @@ def _show(rows: "pl.DataFrame", scaling: "dict[str, pl.DataFrame]", format: str,
         print_frames({"compare": shown} | scaling, format)
 
 
-def _show_judged(judged: "pl.DataFrame", format: str, *, fails: bool, show_all: bool) -> None:
-    """Print the checks of a gate that did not pass, or all."""
+def _show_judged(
+    judged: "pl.DataFrame",
+    failures: "pl.DataFrame",
+    unclear: "pl.DataFrame",
+    format: str,
+    *,
+    fails: bool,
+    show_all: bool,
+) -> None:
+    """Print the checks of a gate that did not pass, `failures` and `unclear`, or all."""
     import polars as pl
 
     from deadbench.analysis.formats import plain_rows
-    from deadbench.analysis.gate import broken, undecided
 
-    failures, unclear = broken(judged), undecided(judged)
     shown = judged if show_all else pl.concat([failures, unclear])
     if format == "json":
         verdict = {"passed": not fails, "num_checks": len(judged), "num_broken": len(failures)}

@@ -25,10 +25,10 @@ def doctor(
 ) -> None:
     """Try small steps of every kind that reads take, a line each; exit code 1 if one is not right.
 
-    Of each node: versions, GPUs as torch has them, threads, memory, disk, network; decompositions against their
-    certificates; a bundled model with a known answer, state-space models, and whether a read takes the memory that is
-    planned for it; rates, which are kept in the cache folder. Then a group of ranks, and vLLM where it is installed.
-    One to two minutes in all.
+    Of each node: versions, GPUs as torch has them, threads, memory, disk, network, its clock, the Hub; decompositions
+    against their certificates; a bundled model with a known answer, state-space models, and whether a read takes the
+    memory that is planned for it; rates, which are kept in the cache folder. Then a group of ranks, and vLLM where it
+    is installed. One to two minutes in all.
 
     Example: [bold]deadbench doctor[/bold]
 

@@ -29,7 +29,8 @@ from deadbench.runners.cli.trend import trend
 from deadbench.runners.cli.watch import watch
 from deadbench.suite.errors import message
 from deadbench.suite.idle_threads import let_idle_threads_sleep
-from deadbench.suite.plain_text import MAX_LINE, plain
+from deadbench.suite.plain_text import MAX_LINE, MAX_VALUE, plain
+from deadbench.suite.secrets import scrubbed
 
 app = typer.Typer(
     cls=Group,
@@ -90,6 +91,8 @@ def _explain(error: BaseException) -> int:
 
     if isinstance(error, TyperException):
         text = plain(error.format_message(), MAX_LINE)
+    elif isinstance(error, OSError) and error.errno and isinstance(error.filename, str):
+        text = plain(f"{plain(scrubbed(error.filename), MAX_VALUE)}: {os.strerror(error.errno)}", MAX_LINE)
     else:
         text = message(error, MAX_LINE)
         if not isinstance(error, (UserError, ValueError)):

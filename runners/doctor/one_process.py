@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from deadbench.runners.doctor.device_checks import DEVICE_CHECKS, Bench
 from deadbench.runners.doctor.facts import facts
+from deadbench.runners.doctor.hub_check import hub
 from deadbench.runners.doctor.lines import Line, line_of, node_lines
 from deadbench.runners.doctor.planned_memory import planned_memory
 from deadbench.runners.doctor.rank_checks import rank_lines
@@ -13,8 +14,9 @@ from deadbench.runners.doctor.small_models import state_spaces
 from deadbench.runners.doctor.vllm_check import vllm_start, vllm_state_space
 from deadbench.runners.planning.seconds import Rates
 
-# By the name of its line.
+# By the name of its line; where reads get their checkpoints from is the first.
 READ_CHECKS: dict[str, Callable[[], str]] = {
+    "hub": hub,
     "twin": twin,
     "state space": state_spaces,
     "planned memory": planned_memory,

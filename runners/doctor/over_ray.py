@@ -5,6 +5,7 @@ from typing import Any
 
 from deadbench.runners.cluster.network import free_port
 from deadbench.runners.doctor.before_run import free_gpus
+from deadbench.runners.doctor.clock_check import clock_lines
 from deadbench.runners.doctor.lines import Line, line_of
 from deadbench.runners.doctor.node_checks import UnwellError
 from deadbench.runners.doctor.one_process import Examined, examine_process
@@ -30,6 +31,7 @@ def examine_nodes(address: str) -> Iterator[Examined]:
 
     connection = connect(address)
     try:
+        yield Examined(tuple(clock_lines([node for node in ray.nodes() if node["Alive"]])), None)
         nodes = Nodes(1)
         living = {node["NodeID"]: node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0)}
         free = free_gpus()

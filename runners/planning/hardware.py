@@ -14,6 +14,7 @@ _ASK_SECONDS = 120.0
 NO_RAY = "none"  # the address of a run in one process
 SHARES = (0.125, 0.25, 0.5)  # of one device that a small model may ask for
 _GPU_DEVICES = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd", "/dev/dxg")  # CUDA, ROCm, and either under WSL
+_MOST_DIGITS = 5  # of a shape's counts and sizes: each node that is assumed is one that is gone through
 _USABLE = 0.9  # of a device's memory; the rest is the allocator's, the driver's and other processes'
 
 
@@ -101,6 +102,8 @@ def parse_cluster(text: str, option: str = "--assume") -> Cluster:
     match = re.fullmatch(r"(?:(\d+)x)?(\d+)x(\d+(?:\.\d+)?)GB", text.strip(), re.IGNORECASE)
     if match is None or match[1] == "0" or float(match[3]) == 0:
         raise PlanError(f"{option} {text!r}: give GPUs x memory, such as 1x24GB or 8x80GB, or nodes first: 2x8x141GB")
+    if any(len(count) > _MOST_DIGITS for count in (match[1] or "", match[2], match[3].partition(".")[0])):
+        raise PlanError(f"{option}: a number of more than {_MOST_DIGITS} digits; no cluster is so large")
     nodes, gpus, size = int(match[1] or 1), int(match[2]), float(match[3]) * 1e9
     node = Machine(gpus, size if gpus else 0.0, None if gpus else size)
     return Cluster((node,) * nodes, text, assumed=True)

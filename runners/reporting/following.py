@@ -12,6 +12,7 @@ from deadbench.runners.results.claims import BEAT_SECONDS, FOLDER, LEASE_SECONDS
 from deadbench.runners.results.reader import DamagedError, ResultReader, StoreError
 from deadbench.runners.results.signs_of_life import facts_of, has_died
 from deadbench.suite.schema import KEY
+from deadbench.suite.secrets import scrubbed
 from deadbench.suite.storage import is_url
 
 _LOOK_SECONDS = 2.0  # between two looks at a folder of this machine; at a remote place it is a beat
@@ -87,6 +88,7 @@ class _Watch:
         self._reader, self._run_id, self._host, self._record = reader, run_id, host, record
         self._reporter = reporter
         self._left = {_key(each) for each in record["reads"]}
+        self._stored: dict[tuple[Any, ...], dict[str, Any]] = {}  # its reads' rows, as they came
         self._shown: set[str] = set()
         self._beat: bytes | None = None
         self._heard = self._answered = time.monotonic()
@@ -120,6 +122,7 @@ class _Watch:
         if (ending := self._record["status"]) in get_args(Ending):
             return ending  # type: ignore[no-any-return]
         if silent:
+            self._count_rows()
             return "gone"
         self._tell_progress(facts.get("at"))
         if beat is None and now - self._heard > LEASE_SECONDS and not self._doubted:
@@ -133,8 +136,16 @@ class _Watch:
             ours = row["run_id"] == self._run_id
             if _key(row) in self._left and (ours or (row["finished_at"] and row["finished_at"] >= started)):
                 self._left.discard(_key(row))
+                self._stored[_key(row)] = row
                 label = " ".join(part for part in (row["model"], row["revision"], row["read"]) if part)
                 self._reporter.stored(label, row, by_another=not ours)
+
+    def _count_rows(self) -> None:
+        """Put what is stored into a record that its driver did not live to end."""
+        for each in self._record["reads"]:
+            if (row := self._stored.get(_key(each))) is not None and each["status"] == "planned":
+                by = {} if row["run_id"] == self._run_id else {"by": row["run_id"]}
+                each |= {"status": row["status"], "error": scrubbed(row["error"]) if row["error"] else None} | by
 
     def _tell_progress(self, at: Any) -> None:
         events = {event.label: event for each in (at if isinstance(at, list) else ()) if (event := _progress(each))}

@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from deadbench.runners.results.exclusive import makes_once
 from deadbench.runners.results.signs_of_life import facts_of, has_died, own_facts
 from deadbench.runners.results.store import ResultStore
 from deadbench.suite.storage import can_create_new, create_new, is_local
@@ -114,6 +115,8 @@ class Claims:
                 versions[name] = str([entry.get(key) for key in ("ETag", "etag", "ino", "mtime", "created")])
         foreign = [name for name in self._there if name not in self._held]
         owners = dict(zip(foreign, self._each(lambda n: self._owner_of(n, versions[n]), foreign), strict=True))
+        # Made, or not taken away, by a request whose answer did not come: nobody else would ever succeed one who lives.
+        self._held |= {name: self._there[name] for name, owner in owners.items() if owner == self._owner}
         known = {owner for owner in owners.values() if owner is not None} | set(beats)
         known.discard(self._owner)
         self._dead = {owner for owner, dead in zip(known, self._each(self._lapsed, known), strict=True) if dead}
@@ -179,13 +182,15 @@ class Claims:
             return
         with contextlib.suppress(Exception), self._beating:
             self.look()
+            self.give_back(list(self._held))
             for name in [name for name, owner in self._claimed_by.items() if owner in self._dead and name in finished]:
                 self._remove(name, self._there[name])
                 del self._claimed_by[name]
-            gone = {owner for owner in self._dead if owner not in self._claimed_by.values()}
-            for owner in (self._owner, *gone):
+            for owner in self._dead - {*self._claimed_by.values()}:
                 with contextlib.suppress(FileNotFoundError):
                     self._fs.rm_file(self._path(f"{owner}.beat"))
+        with contextlib.suppress(Exception), self._beating:
+            self._fs.rm_file(self._path(f"{self._owner}.beat"))
             if self._local:
                 os.rmdir(self._folder)  # unless it is another's too
 
@@ -208,20 +213,14 @@ class Claims:
             self.beat()
 
     def _try(self) -> None:
-        """The first sign of life, made exclusively, and a second time, which must be refused."""
-        path, told = self._path(f"{self._owner}.beat"), self._sign_of_life()
-        try:
-            self._make(path, told)
-        except Exception:
+        """The first sign of life, made exclusively, and others over it, which must be refused."""
+        name, told = f"{self._owner}.beat", self._sign_of_life()
+        path = self._path(name)
+        self.works = makes_once(lambda each: self._make(path, each), lambda: self._content(name), told)
+        if not self.works:
             self._fs.pipe_file(path, told)  # raises where nothing can be written, whichever way
-        else:
-            try:
-                self._make(path, told)
-            except Exception:
-                return
-        self.works = False
-        with contextlib.suppress(Exception):
-            self._fs.rm_file(path)
+            with contextlib.suppress(Exception):
+                self._fs.rm_file(path)
 
     def _sign_of_life(self) -> bytes:
         self._beats += 1

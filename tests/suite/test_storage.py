@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 from pathlib import Path
 
 import fsspec
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 
 from deadbench.suite import storage
-from deadbench.suite.storage import is_local, is_url, open_place, read_file, refusal, write_whole
+from deadbench.suite.storage import create_new, is_local, is_url, open_place, read_file, refusal, write_whole
+from tests.conftest import TWINS
 
 
 def plain(folder, monkeypatch):
@@ -104,6 +106,19 @@ def planted(patch, place, error):
         raise error
 
     patch.setattr(target, fail)
+
+
+@pytest.mark.parametrize("place", ["write", "fsync", "rename"])
+def test_what_could_not_be_written_is_named(place, tmp_path, monkeypatch, deadbench):
+    """The kernel names no file where a disk is full."""
+    planted(monkeypatch, place, OSError(28, "No space left on device"))
+    with pytest.raises(OSError, match="No space left") as caught:
+        write_whole(tmp_path / "report.html", b"x")
+    assert (caught.value.errno, caught.value.filename) == (28, str(tmp_path / "report.html"))
+    out = tmp_path / "d.safetensors"
+    code, _, err = deadbench("export", TWINS / "layernorm" / "step4096", "-o", out)
+    assert (code, err) == (1, f"deadbench: {out}: No space left on device\n")
+    assert [*tmp_path.iterdir()] == []
 
 
 @pytest.mark.parametrize("place", ["write", "fsync", "rename"])
@@ -239,3 +254,21 @@ def test_a_file_that_a_person_names_is_neither_waited_for_nor_endless(tmp_path):
             read(tmp_path / "fifo")
     with pytest.raises(CensusError, match=r"/dev/zero: cannot be read \(not a regular file\)"):
         list_sources("/dev/zero")
+
+
+@pytest.mark.parametrize("room", [0, 3])
+def test_a_file_that_a_full_disk_has_only_the_name_of_is_not_there(room, tmp_path):
+    """Else nobody can make it until a lease is over."""
+    path, fs = str(tmp_path / "claim"), fsspec.filesystem("file")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limit[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large|No space left"):
+            create_new(path, b"owner", fs)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert [*tmp_path.iterdir()] == []
+    create_new(path, b"owner", fs)
+    with pytest.raises(FileExistsError):
+        create_new(path, b"another", fs)
+    assert (tmp_path / "claim").read_bytes() == b"owner"

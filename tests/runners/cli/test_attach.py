@@ -52,6 +52,15 @@ def test_ctrl_c_leaves_the_run_and_says_how_to_come_back(deadbench, record, tmp_
     assert json.loads((tmp_path / "out" / "runs" / RUN / "run.json").read_text())["status"] == "running"
 
 
+@pytest.mark.parametrize("address", ["", " ", "x" * 5000, "a\0b", "-/x", "a\x1b[31mb"])
+def test_what_can_be_no_place_is_exit_2_and_one_line(deadbench, address):
+    code, out, err = deadbench("attach", "--", address)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "give a run's --out, or a Ray as" in err
+    assert len(err) <= 301
+    assert err.rstrip("\n").isprintable()
+
+
 def test_a_result_set_without_a_run_is_exit_2(deadbench, tmp_path):
     code, _, err = deadbench("attach", tmp_path)
     assert (code, err) == (2, f"deadbench: {tmp_path}: no run has left its record here; give the --out of a run\n")

@@ -353,7 +353,20 @@ def test_plan_takes_the_arguments_of_run(deadbench, monkeypatch):
     assert flags - ours <= {word.strip(",|│ ") for word in planned.split()}
 
 
-@pytest.mark.parametrize("shape", ["8", "8x80", "x8x80GB", "0x8x80GB", "8x0GB", "-1x80GB"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        "8",
+        "8x80",
+        "x8x80GB",
+        "0x8x80GB",
+        "8x0GB",
+        "-1x80GB",
+        "1000000x8x80GB",
+        f"8x{'9' * 400}GB",
+        f"{'9' * 5000}x80GB",
+    ],
+)
 def test_a_cluster_that_is_none(shape):
     with pytest.raises(PlanError, match="--assume"):
         parse_cluster(shape)

@@ -123,6 +123,22 @@ def test_a_dead_process_of_this_machine_is_gone_at_once(elsewhere):
     assert (follow(elsewhere.out, None).ending, elsewhere.now) == ("gone", 1000.0)
 
 
+def test_what_a_driver_stored_before_it_died_is_counted(elsewhere):
+    """Its record says nothing of it: it is written at the start and at the end."""
+    elsewhere.claims._sign_of_life = lambda: b'{"host": "far", "machine": "another"}'
+    elsewhere.claims.beat()
+    mine, failed, others, _ = elsewhere.reads
+    elsewhere.steps = [
+        lambda: elsewhere.stores(mine),
+        lambda: elsewhere.stores(failed, error="no such norm"),
+        lambda: elsewhere.stores(others, "20260101T000000Z-b"),
+    ]
+    followed = follow(elsewhere.out, None)
+    assert (followed.ending, followed.counts()) == ("gone", {"ok": 1, "failed": 1, "by_others": 1})
+    assert [each["status"] for each in followed.record["reads"]] == ["ok", "failed", "ok", "planned"]
+    assert followed.record["reads"][1]["error"] == "no such norm"
+
+
 def test_where_nothing_is_claimed_it_is_said_and_the_run_is_followed_to_its_end(elsewhere, capsys):
     elsewhere.claims.end()
     elsewhere.steps = [lambda: None] * 60 + [elsewhere.ends]
