@@ -21,6 +21,7 @@ from deadbench.suite.architectures.stored_names import naming
 from deadbench.suite.errors import reason_of
 from deadbench.suite.tracing.flow import (
     Call,
+    Passed,
     cuts,
     hears,
     recorded_calls,
@@ -142,7 +143,7 @@ def _without_stream(model: nn.Module, calls: list[Call]) -> FinalNorm:
     return _nothing("undetermined", f"{name} returns no last hidden state", model)
 
 
-def _before_head(model: nn.Module, calls: list[Call], stream: Tensor) -> Tensor:
+def _before_head(model: nn.Module, calls: list[Call], stream: Tensor) -> Tensor | Passed:
     """What the head was given where the stream is its logits, as of a language model inside one of pictures."""
     heads = [
         part.get_output_embeddings()
@@ -156,7 +157,7 @@ def _before_head(model: nn.Module, calls: list[Call], stream: Tensor) -> Tensor:
     return stream
 
 
-def _by_identity(model: nn.Module, calls: list[Call], stream: Tensor) -> FinalNorm | None:
+def _by_identity(model: nn.Module, calls: list[Call], stream: Tensor | Passed) -> FinalNorm | None:
     """The norm whose output is the stream itself, seen through reshapes and cuts."""
     modules = dict(model.named_modules())
     for call in calls:
@@ -175,7 +176,7 @@ def _may_be_a_norm(module: nn.Module) -> bool:
     return bool(own_vectors(module)) or not any(True for _ in module.children())
 
 
-def _behaviour(module: nn.Module, output: Tensor) -> NormBehaviour:
+def _behaviour(module: nn.Module, output: Passed) -> NormBehaviour:
     """What `module`, which returned `output`, does along its last axis, or along channels ahead of positions."""
     behaviour = probe(module, output.shape[-1])
     if behaviour.family == "other" and output.ndim > 2 and own_vectors(module):
@@ -268,10 +269,10 @@ def _found(model: nn.Module, call: Call, calls: list[Call], behaviour: NormBehav
     return FinalNorm(call.path, behaviour, placement, width, num_blocks, rows, None, (evidence, *behaviour.evidence))
 
 
-def width_and_rows(output: Tensor, behaviour: NormBehaviour) -> tuple[int, int]:
+def width_and_rows(output: Tensor | Passed, behaviour: NormBehaviour) -> tuple[int, int]:
     """The width of a norm that returned `output`, and how many rows of that width one item has."""
     width = output.shape[1 if behaviour.axes_after else -1]
-    return width, output[0].numel() // width if output.ndim > 2 else len(output)
+    return width, output.shape[1:].numel() // width if output.ndim > 2 else output.shape[0]
 
 
 def _ends_a_block(call: Call, calls: list[Call]) -> bool:

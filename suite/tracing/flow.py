@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 _ZERO = 1e-6  # what is drawn to be trained is larger; some models start with matrices of zeros, or of 1e-10
 _DRAWN = 0.02  # standard deviation
@@ -46,18 +47,43 @@ def _is_stream(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 1
 
 
+class Passed:
+    """A tensor that went into a module or came out of it, without its numbers: of a whole pass they are gigabytes.
+
+    Its storage is referred to weakly: the numbers go with the last tensor that has them, and no later storage takes its
+    place while this one is referred to.
+    """
+
+    def __init__(self, tensor: Tensor):
+        self.shape, self.nbytes, self._dtype = tensor.shape, tensor.nbytes, tensor.dtype
+        self.storage = StorageWeakRef(tensor.untyped_storage())
+
+    @property
+    def ndim(self) -> int:
+        """As a tensor has it."""
+        return len(self.shape)
+
+    def numel(self) -> int:
+        """As a tensor has it."""
+        return self.shape.numel()
+
+    def is_floating_point(self) -> bool:
+        """As a tensor has it."""
+        return self._dtype.is_floating_point
+
+
 @dataclass(frozen=True)
 class Call:
     """One call of a module: the first tensor that it was given, if any, and the one that it returned."""
 
     path: str
-    given: Tensor | None
-    output: Tensor
+    given: Passed | None
+    output: Passed
 
 
 @contextlib.contextmanager
 def recorded_calls(model: nn.Module) -> Iterator[list[Call]]:
-    """Every module's calls that return a tensor, in their order; keeping the tensors keeps their storages distinct."""
+    """Every module's calls that return a tensor, in their order."""
     calls: list[Call] = []
 
     def record(path: str) -> Any:
@@ -65,7 +91,7 @@ def recorded_calls(model: nn.Module) -> Iterator[list[Call]]:
             tensor = output[0] if isinstance(output, tuple) and output else output
             if isinstance(tensor, Tensor):
                 given = next((each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)), None)
-                calls.append(Call(path, given, tensor))
+                calls.append(Call(path, None if given is None else Passed(given), Passed(tensor)))
 
         return hook
 
@@ -79,9 +105,13 @@ def recorded_calls(model: nn.Module) -> Iterator[list[Call]]:
             handle.remove()
 
 
-def same_storage(a: Tensor | None, b: Tensor | None) -> bool:
+def same_storage(a: Tensor | Passed | None, b: Tensor | Passed | None) -> bool:
     """Whether both are views of the same numbers."""
-    return a is not None and b is not None and bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
+    return a is not None and b is not None and _place(a) == _place(b)
+
+
+def _place(of: Tensor | Passed) -> int:
+    return int(of.storage.cdata if isinstance(of, Passed) else of.untyped_storage()._cdata)
 
 
 def cuts(model: nn.Module, module: nn.Module, inputs: Mapping[str, Any], stream: Tensor) -> bool:
