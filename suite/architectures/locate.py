@@ -28,7 +28,7 @@ from deadbench.suite.tracing.flow import (
     same_storage,
     stream_of,
     streams_held,
-    without_zeros,
+    zeros_drawn,
 )
 from deadbench.suite.tracing.meta_passes import attempts
 from deadbench.suite.tracing.minimal_inputs import minimal_inputs, placed
@@ -38,6 +38,8 @@ Inputs = Mapping[str, Any]  # keyword arguments of a forward pass
 
 _TIMM = "timm_wrapper"
 _CUT_CANDIDATES = 40  # modules, last called first, among which a norm behind a projection is looked for
+# Of modules, in forward passes that fail: a model may refuse hundreds of inputs, each behind the blocks of its tower.
+_FAILED_CALLS = 12_000
 
 
 def locate_final_norm(config: Any, part: str = "") -> FinalNorm:
@@ -54,7 +56,7 @@ def search_without_weights(skeleton: nn.Module, config: Any, part: str) -> tuple
     whole = skeleton.get_submodule(part)
     found, inputs = search(whole)
     size = sum(values.numel() for values in (*skeleton.parameters(), *skeleton.buffers()))
-    if found.path is None and size <= SMALL_MODEL:
+    if found.path is None and size <= SMALL_MODEL and next(minimal_inputs(whole, "cpu"), None) is not None:
         model = build_model(config).get_submodule(part)
         smaller = smaller_pictures(whole, inputs)
         tried = search(model, smaller)[0] if smaller else None
@@ -80,7 +82,7 @@ def find_final_norm(model: nn.Module, inputs: Inputs | None = None) -> FinalNorm
 
 def search(model: nn.Module, inputs: Inputs | None = None) -> tuple[FinalNorm, Inputs | None]:
     """As `find_final_norm`; and the inputs on which it ended, on the CPU, None if none was of use."""
-    failure, deaf = "", False
+    failure, deaf, failed_calls = "", False, 0
     candidates = minimal_inputs(model, "cpu") if inputs is None else iter([inputs])
     ways = attempts(model)
     for given, attempt in ((given, attempt) for given in candidates for attempt in ways):
@@ -89,7 +91,9 @@ def search(model: nn.Module, inputs: Inputs | None = None) -> tuple[FinalNorm, I
             with torch.no_grad(), attempt(), recorded_calls(model) as calls:
                 output = model(**candidate)
         except Exception as error:
-            failure = failure or reason_of(error)
+            failure, failed_calls = failure or reason_of(error), failed_calls + len(calls)
+            if failed_calls > _FAILED_CALLS:
+                break
             continue
         stream = stream_of(output)
         if stream is None and hasattr(output, "last_hidden_state"):  # it has one, but not of these inputs
@@ -107,9 +111,10 @@ def search(model: nn.Module, inputs: Inputs | None = None) -> tuple[FinalNorm, I
             ended = _by_cutting(model, calls, candidate, stream)
             return replace(ended, pooled=_of_what_is_pooled(model, calls, stream, ended)), given
         failure, deaf = failure or "the last hidden state does not depend on them", True
-    drawn = without_zeros(model) if deaf else None
-    if drawn is not None:
-        return search(drawn, inputs)
+    if deaf:
+        with zeros_drawn(model) as heard:
+            if heard:
+                return search(model, inputs)
     return _nothing("undetermined", f"no minimal input was of use: {failure}", model), None
 
 

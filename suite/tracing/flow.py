@@ -1,7 +1,6 @@
 """What flows out of a model, and through which of its modules: outputs are held fixed, inputs are changed."""
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -152,22 +151,23 @@ def hears(model: nn.Module, inputs: Mapping[str, Any], stream: Tensor) -> bool:
     return other is not None and bool(stream.isfinite().all()) and not torch.equal(other, stream)
 
 
-def without_zeros(model: nn.Module) -> nn.Module | None:
-    """A copy of the model whose matrices of zeros are drawn from a normal law; None if it has none.
+@contextlib.contextmanager
+def zeros_drawn(model: nn.Module) -> Iterator[bool]:
+    """Inside, the model's matrices of zeros are drawn from a normal law; they are put back. False if it has none.
 
     A model that starts with an empty codebook, or with blocks that add nothing, hears no input until it is trained.
     """
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    empty = [name for name, t in tensors.items() if t.ndim > 1 and t.is_floating_point() and _is_zero(t)]
-    if not empty:
-        return None
-    drawn = copy.deepcopy(model)
+    empty = [t.data for t in tensors.values() if t.ndim > 1 and t.is_floating_point() and _is_zero(t)]
+    before = [tensor.clone() for tensor in empty]
     generator = torch.Generator().manual_seed(0)
-    for name in empty:
-        path, _, attribute = name.rpartition(".")
-        tensor = getattr(drawn.get_submodule(path), attribute).data
-        tensor.copy_(_DRAWN * torch.randn(tensor.shape, generator=generator))
-    return drawn
+    try:
+        for tensor in empty:
+            tensor.copy_(_DRAWN * torch.randn(tensor.shape, generator=generator))
+        yield bool(empty)
+    finally:
+        for tensor, zeros in zip(empty, before, strict=True):
+            tensor.copy_(zeros)
 
 
 def _is_zero(tensor: Tensor) -> bool:

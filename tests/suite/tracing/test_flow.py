@@ -8,7 +8,7 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import ModelOutput
 
-from deadbench.suite.tracing.flow import cuts, hears, recorded_calls, same_storage, stream_of
+from deadbench.suite.tracing.flow import cuts, hears, recorded_calls, same_storage, stream_of, zeros_drawn
 
 STATE, OTHER, MAPS = torch.ones(1, 4, 6), torch.zeros(1, 7, 6), torch.ones(1, 8, 2, 2)
 
@@ -93,3 +93,17 @@ def test_of_a_call_the_numbers_go_and_what_shares_them_stays_known(count, views)
     for one, first in zip(layers, groups, strict=True):
         assert [same_storage(one.output, other.output) for other in layers] == [first == each for each in groups]
     assert [tuple(call.output.shape)[-2:] for call in layers] == [(4, 6)] * count
+
+
+def test_matrices_of_zeros_are_drawn_and_put_back():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model.register_buffer("codebook", torch.full((3, 4), 1e-9))
+    nn.init.zeros_(model[1].weight)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with zeros_drawn(model) as drawn:
+        changed = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])]
+        assert drawn
+        assert changed == ["codebook", "1.weight"]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    with zeros_drawn(model[0]) as drawn:
+        assert not drawn
