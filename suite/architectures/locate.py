@@ -32,7 +32,7 @@ from deadbench.suite.tracing.flow import (
 )
 from deadbench.suite.tracing.meta_passes import attempts
 from deadbench.suite.tracing.minimal_inputs import minimal_inputs, placed
-from deadbench.suite.tracing.smaller_pictures import smaller_pictures
+from deadbench.suite.tracing.smaller_pictures import empty_calls, smaller_pictures
 
 Inputs = Mapping[str, Any]  # keyword arguments of a forward pass
 
@@ -60,14 +60,21 @@ def search_without_weights(skeleton: nn.Module, config: Any, part: str) -> tuple
         model = build_model(config).get_submodule(part)
         smaller = smaller_pictures(whole, inputs)
         tried = search(model, smaller)[0] if smaller else None
-        if tried and tried.family == "none":
-            found = tried
-        else:  # what is found has as many rows as whole pictures give
+        rows = _rows_of(whole, inputs, tried) if tried and inputs else 0
+        if tried and (tried.family == "none" or rows):
+            found = replace(tried, rows_per_item=rows)
+        else:
             found, inputs = search(model)
     elif found.family == "none" and found.pooled is None:
         # On meta only identity is seen; a norm behind a copy or a projection would be missed.
         found = _nothing("undetermined", f"{found.reason}, and the model is too large to be tried", skeleton)
     return found.named(naming(skeleton)), inputs
+
+
+def _rows_of(model: nn.Module, inputs: Inputs, norm: FinalNorm) -> int:
+    """Rows that one item of whole pictures gives of a norm that was found on smaller ones; 0 where it is not known."""
+    outputs = [call.output for call in empty_calls(model, inputs) if call.path == norm.path]
+    return width_and_rows(outputs[-1], norm.behaviour)[1] if outputs else 0
 
 
 def find_final_norm(model: nn.Module, inputs: Inputs | None = None) -> FinalNorm:

@@ -1,4 +1,4 @@
-"""Smaller pictures for a model of large ones, of a film one: that nothing in it normalises last, they show sooner."""
+"""Smaller pictures for a model of large ones, of a film one: what normalises last in it they show sooner."""
 
 import contextlib
 from collections.abc import Mapping
@@ -22,14 +22,14 @@ def smaller_pictures(model: nn.Module, inputs: Mapping[str, Any] | None) -> dict
         model: on the meta device.
         inputs: as it takes them; None where none are known.
     """
-    if inputs is None or sum(call.output.nbytes for call in _calls(model, inputs)) <= _LARGE_PASS:
+    if inputs is None or sum(call.output.nbytes for call in empty_calls(model, inputs)) <= _LARGE_PASS:
         return None
     for less in (partial(_corner, 4), partial(_corner, 2), _first_picture):
         smaller = {
             name: less(value) if isinstance(value, Tensor) and value.is_floating_point() else value
             for name, value in inputs.items()
         }
-        if _calls(model, smaller):
+        if empty_calls(model, smaller):
             return smaller
     return None
 
@@ -42,7 +42,7 @@ def _first_picture(pixels: Tensor) -> Tensor:
     return pixels[:, :1] if pixels.ndim == 5 else pixels  # (1, F, C, H, W)
 
 
-def _calls(model: nn.Module, inputs: Mapping[str, Any]) -> list[Call]:
+def empty_calls(model: nn.Module, inputs: Mapping[str, Any]) -> list[Call]:
     """The calls of a pass of a model on the meta device; none where it fails."""
     for attempt in attempts(model):
         with contextlib.suppress(Exception), torch.no_grad(), attempt(), recorded_calls(model) as calls:

@@ -1,5 +1,6 @@
 """The final norm of real architectures, tiny: found by what flows out, not by its name."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -202,15 +203,35 @@ class Films(nn.Module):
 
     main_input_name = "pixel_values_videos"
 
-    def __init__(self):
+    def __init__(self, norm=None):
         super().__init__()
         self.config = SimpleNamespace(image_size=16, num_channels=3, num_frames=8)
-        self.stem, self.last = nn.Conv2d(3, 8, 8, 8), nn.Linear(8, 8)
+        self.stem, self.norm, self.last = nn.Conv2d(3, 8, 8, 8), norm or nn.Tanh(), nn.Linear(8, 8)
 
     def forward(self, pixel_values_videos):
         if pixel_values_videos.shape[-1] != 16:
             raise ValueError("another size")
-        return (self.last(self.stem(pixel_values_videos.flatten(0, 1)).flatten(2).mT),)
+        patches = self.stem(pixel_values_videos.flatten(0, 1)).flatten(2).mT
+        return (self.last(self.norm(patches.reshape(len(pixel_values_videos), -1, 8))),)
+
+
+@pytest.mark.parametrize(("norm", "family", "rows"), [(None, "none", 0), (nn.LayerNorm(8), "layernorm", 32)])
+def test_what_one_picture_shows_of_a_film_has_the_films_rows(monkeypatch, norm, family, rows):
+    films = Films(norm)
+    monkeypatch.setattr(locate_module, "build_model", lambda _: films)
+    monkeypatch.setattr(locate_module, "naming", lambda _: Naming())
+    skeleton = copy.deepcopy(films).to("meta")
+    whole = locate_module.search_without_weights(skeleton, None, "")
+    monkeypatch.setattr(smaller_pictures, "_LARGE_PASS", 1000)
+    seen = []
+    films.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(len(kwargs["pixel_values_videos"][0])), with_kwargs=True
+    )
+    found, inputs = locate_module.search_without_weights(skeleton, None, "")
+    assert (found.family, found.rows_per_item) == (family, rows)
+    assert found == whole[0]
+    assert inputs.keys() == whole[1].keys()
+    assert set(seen) == {1}
 
 
 def test_of_a_film_one_picture_is_tried(monkeypatch):
