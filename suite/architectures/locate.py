@@ -38,8 +38,9 @@ Inputs = Mapping[str, Any]  # keyword arguments of a forward pass
 
 _TIMM = "timm_wrapper"
 _CUT_CANDIDATES = 40  # modules, last called first, among which a norm behind a projection is looked for
-# Of modules, in forward passes that fail: a model may refuse hundreds of inputs, each behind the blocks of its tower.
-_FAILED_CALLS = 12_000
+# Of modules, in forward passes that fail, or as many as so many whole passes have: a model may refuse hundreds of
+# inputs, each behind the blocks of its tower.
+_FAILED_CALLS, _FAILED_PASSES = 12_000, 18
 
 
 def locate_final_norm(config: Any, part: str = "") -> FinalNorm:
@@ -89,7 +90,7 @@ def find_final_norm(model: nn.Module, inputs: Inputs | None = None) -> FinalNorm
 
 def search(model: nn.Module, inputs: Inputs | None = None) -> tuple[FinalNorm, Inputs | None]:
     """As `find_final_norm`; and the inputs on which it ended, on the CPU, None if none was of use."""
-    failure, deaf, failed_calls = "", False, 0
+    failure, deaf, failed_calls, longest = "", False, 0, 0
     candidates = minimal_inputs(model, "cpu") if inputs is None else iter([inputs])
     ways = attempts(model)
     for given, attempt in ((given, attempt) for given in candidates for attempt in ways):
@@ -99,7 +100,8 @@ def search(model: nn.Module, inputs: Inputs | None = None) -> tuple[FinalNorm, I
                 output = model(**candidate)
         except Exception as error:
             failure, failed_calls = failure or reason_of(error), failed_calls + len(calls)
-            if failed_calls > _FAILED_CALLS:
+            longest = max(longest, len(calls))
+            if failed_calls > max(_FAILED_CALLS, _FAILED_PASSES * longest):
                 break
             continue
         stream = stream_of(output)
