@@ -89,10 +89,8 @@ class _Rows:
 
     def __init__(self, table: str, files: Sequence[tuple[str, Any]], sizes: Sequence[FileSize]):
         """`files`: what errors call each, and its path or its bytes."""
-        self._schema, self._files = arrow_schema(table), files
-        rows, values = (sum(counts) for counts in ((each.rows for each in sizes), (each.values for each in sizes)))
-        self._batch_rows = max(1, min(BATCH_ROWS, _FRAME_BYTES * rows // (values or 1)))
-        self._small = values <= _KEPT_BYTES
+        self._schema, self._files, self._sizes = arrow_schema(table), files, sizes
+        self._small = sum(each.values for each in sizes) <= _KEPT_BYTES
         self._kept: list[pa.Table] | None = None
 
     def __call__(
@@ -119,15 +117,17 @@ class _Rows:
         yield from (each.select(names) for each in self._kept)
 
     def _decoded(self, schema: pa.Schema) -> Iterator[pa.Table]:
-        held, rows = list[pa.RecordBatch](), 0
-        for where, source in self._files:
+        held, share = list[pa.RecordBatch](), 0.0  # of a frame
+        for (where, source), size in zip(self._files, self._sizes, strict=True):
+            # Of its own: a table of many small files may have a large one.
+            frame_rows = max(1, min(BATCH_ROWS, _FRAME_BYTES * size.rows // (size.values or 1)))
             try:
-                for batch in batches_of(_opened(source), schema, self._batch_rows):
+                for batch in batches_of(_opened(source), schema, frame_rows):
                     held.append(_with_short_texts(batch))
-                    rows += len(batch)
-                    if rows >= self._batch_rows:
+                    share += len(batch) / frame_rows
+                    if share >= 1:
                         yield pa.Table.from_batches(held, schema)
-                        held, rows = [], 0
+                        held, share = [], 0.0
             except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
                 raise ResultsError(
                     f"{where} cannot be read to its end ({message(error, 200)}); move it away"

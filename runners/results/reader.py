@@ -4,17 +4,22 @@ import contextlib
 import io
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
+from deadbench.suite.checkpoints.strict_json import MAX_OBJECTS
 from deadbench.suite.schema import KEY, arrow_schema
 from deadbench.suite.secrets import shown_place
-from deadbench.suite.storage import is_hidden, is_local, open_place, refusal
+from deadbench.suite.storage import is_hidden, is_local, open_place, read_file, refusal
 from deadbench.suite.table_files import batches_of
 from deadbench.suite.table_sizes import FileSize, size_of, too_large
 
 _FOOTER_BYTES = 2**17  # as much of a remote file's end as holds its schema
+# Of a document; the record of a run has up to a kilobyte and three objects a read. With so many objects at most it is
+# at most ten times as much in memory.
+_DOCUMENT_BYTES = 2**27
 
 
 class StoreError(ValueError):
@@ -100,14 +105,24 @@ class ResultReader:
         """A document that `write_text` stored; None where there is none.
 
         Raises:
-            StoreError: it cannot be read.
+            StoreError: it cannot be read, or is larger than any that is written.
         """
+        whole = f"{self._root}/{path}"
         try:
-            return bytes(self._fs.cat_file(f"{self._root}/{path}")).decode("utf-8", "replace")
+            if self._local:
+                raw = read_file(Path(whole), _DOCUMENT_BYTES)
+            else:
+                raw = bytes(self._fs.cat_file(whole, start=0, end=_DOCUMENT_BYTES + 1))
         except FileNotFoundError:
             return None
         except Exception as error:
             raise StoreError(f"{self._named}: {path} cannot be read ({refusal(error)})") from error
+        if len(raw) > _DOCUMENT_BYTES or raw.count(b"{") + raw.count(b"[") > MAX_OBJECTS:
+            raise StoreError(
+                f"{self._named}: {path} has more than {_DOCUMENT_BYTES:,} bytes or {MAX_OBJECTS:,} lists; no run "
+                "writes that: move it away"
+            )
+        return raw.decode("utf-8", "replace")
 
     def run_ids(self) -> list[str]:
         """The runs that have a folder here, oldest first.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from deadbench.suite.architectures.norms import EffectiveNorm, NormBehaviour, effective_norm
 from deadbench.suite.errors import first_line, message
+from deadbench.suite.tracing.flow import Passed
 
 _RELATIVE_TOLERANCE = 1e-4  # hypotheses differ by order 1; modules that compute in float32 inside differ by 1e-6
 _EPS_IS_ZERO = 1e-18
@@ -69,7 +70,7 @@ def is_norm_of_maps(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.batchnorm._NormBase | nn.GroupNorm)
 
 
-def normalises(module: nn.Module, given: Tensor | None) -> bool:
+def normalises(module: nn.Module, given: Tensor | Passed | None) -> bool:
     """Whether `module` is a normalisation of any kind: of batches, or its output stays when all its input doubles.
 
     `given` is an input of the module, of which only the shape counts.

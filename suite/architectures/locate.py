@@ -21,22 +21,26 @@ from deadbench.suite.architectures.stored_names import naming
 from deadbench.suite.errors import reason_of
 from deadbench.suite.tracing.flow import (
     Call,
+    Passed,
     cuts,
     hears,
     recorded_calls,
     same_storage,
     stream_of,
     streams_held,
-    without_zeros,
+    zeros_drawn,
 )
 from deadbench.suite.tracing.meta_passes import attempts
 from deadbench.suite.tracing.minimal_inputs import minimal_inputs, placed
-from deadbench.suite.tracing.smaller_pictures import smaller_pictures
+from deadbench.suite.tracing.smaller_pictures import empty_calls, smaller_pictures
 
 Inputs = Mapping[str, Any]  # keyword arguments of a forward pass
 
 _TIMM = "timm_wrapper"
 _CUT_CANDIDATES = 40  # modules, last called first, among which a norm behind a projection is looked for
+# Of modules, in forward passes that fail, or as many as so many whole passes have: a model may refuse hundreds of
+# inputs, each behind the blocks of its tower.
+_FAILED_CALLS, _FAILED_PASSES = 12_000, 18
 
 
 def locate_final_norm(config: Any, part: str = "") -> FinalNorm:
@@ -53,18 +57,25 @@ def search_without_weights(skeleton: nn.Module, config: Any, part: str) -> tuple
     whole = skeleton.get_submodule(part)
     found, inputs = search(whole)
     size = sum(values.numel() for values in (*skeleton.parameters(), *skeleton.buffers()))
-    if found.path is None and size <= SMALL_MODEL:
+    if found.path is None and size <= SMALL_MODEL and next(minimal_inputs(whole, "cpu"), None) is not None:
         model = build_model(config).get_submodule(part)
         smaller = smaller_pictures(whole, inputs)
         tried = search(model, smaller)[0] if smaller else None
-        if tried and tried.family == "none":
-            found = tried
-        else:  # what is found has as many rows as whole pictures give
+        rows = _rows_of(whole, inputs, tried) if tried and inputs else 0
+        if tried and (tried.family == "none" or rows):
+            found = replace(tried, rows_per_item=rows)
+        else:
             found, inputs = search(model)
     elif found.family == "none" and found.pooled is None:
         # On meta only identity is seen; a norm behind a copy or a projection would be missed.
         found = _nothing("undetermined", f"{found.reason}, and the model is too large to be tried", skeleton)
     return found.named(naming(skeleton)), inputs
+
+
+def _rows_of(model: nn.Module, inputs: Inputs, norm: FinalNorm) -> int:
+    """Rows that one item of whole pictures gives of a norm that was found on smaller ones; 0 where it is not known."""
+    outputs = [call.output for call in empty_calls(model, inputs) if call.path == norm.path]
+    return width_and_rows(outputs[-1], norm.behaviour)[1] if outputs else 0
 
 
 def find_final_norm(model: nn.Module, inputs: Inputs | None = None) -> FinalNorm:
@@ -79,7 +90,7 @@ def find_final_norm(model: nn.Module, inputs: Inputs | None = None) -> FinalNorm
 
 def search(model: nn.Module, inputs: Inputs | None = None) -> tuple[FinalNorm, Inputs | None]:
     """As `find_final_norm`; and the inputs on which it ended, on the CPU, None if none was of use."""
-    failure, deaf = "", False
+    failure, deaf, failed_calls, longest = "", False, 0, 0
     candidates = minimal_inputs(model, "cpu") if inputs is None else iter([inputs])
     ways = attempts(model)
     for given, attempt in ((given, attempt) for given in candidates for attempt in ways):
@@ -88,7 +99,10 @@ def search(model: nn.Module, inputs: Inputs | None = None) -> tuple[FinalNorm, I
             with torch.no_grad(), attempt(), recorded_calls(model) as calls:
                 output = model(**candidate)
         except Exception as error:
-            failure = failure or reason_of(error)
+            failure, failed_calls = failure or reason_of(error), failed_calls + len(calls)
+            longest = max(longest, len(calls))
+            if failed_calls > max(_FAILED_CALLS, _FAILED_PASSES * longest):
+                break
             continue
         stream = stream_of(output)
         if stream is None and hasattr(output, "last_hidden_state"):  # it has one, but not of these inputs
@@ -106,9 +120,10 @@ def search(model: nn.Module, inputs: Inputs | None = None) -> tuple[FinalNorm, I
             ended = _by_cutting(model, calls, candidate, stream)
             return replace(ended, pooled=_of_what_is_pooled(model, calls, stream, ended)), given
         failure, deaf = failure or "the last hidden state does not depend on them", True
-    drawn = without_zeros(model) if deaf else None
-    if drawn is not None:
-        return search(drawn, inputs)
+    if deaf:
+        with zeros_drawn(model) as heard:
+            if heard:
+                return search(model, inputs)
     return _nothing("undetermined", f"no minimal input was of use: {failure}", model), None
 
 
@@ -142,7 +157,7 @@ def _without_stream(model: nn.Module, calls: list[Call]) -> FinalNorm:
     return _nothing("undetermined", f"{name} returns no last hidden state", model)
 
 
-def _before_head(model: nn.Module, calls: list[Call], stream: Tensor) -> Tensor:
+def _before_head(model: nn.Module, calls: list[Call], stream: Tensor) -> Tensor | Passed:
     """What the head was given where the stream is its logits, as of a language model inside one of pictures."""
     heads = [
         part.get_output_embeddings()
@@ -156,7 +171,7 @@ def _before_head(model: nn.Module, calls: list[Call], stream: Tensor) -> Tensor:
     return stream
 
 
-def _by_identity(model: nn.Module, calls: list[Call], stream: Tensor) -> FinalNorm | None:
+def _by_identity(model: nn.Module, calls: list[Call], stream: Tensor | Passed) -> FinalNorm | None:
     """The norm whose output is the stream itself, seen through reshapes and cuts."""
     modules = dict(model.named_modules())
     for call in calls:
@@ -175,7 +190,7 @@ def _may_be_a_norm(module: nn.Module) -> bool:
     return bool(own_vectors(module)) or not any(True for _ in module.children())
 
 
-def _behaviour(module: nn.Module, output: Tensor) -> NormBehaviour:
+def _behaviour(module: nn.Module, output: Passed) -> NormBehaviour:
     """What `module`, which returned `output`, does along its last axis, or along channels ahead of positions."""
     behaviour = probe(module, output.shape[-1])
     if behaviour.family == "other" and output.ndim > 2 and own_vectors(module):
@@ -268,10 +283,10 @@ def _found(model: nn.Module, call: Call, calls: list[Call], behaviour: NormBehav
     return FinalNorm(call.path, behaviour, placement, width, num_blocks, rows, None, (evidence, *behaviour.evidence))
 
 
-def width_and_rows(output: Tensor, behaviour: NormBehaviour) -> tuple[int, int]:
+def width_and_rows(output: Tensor | Passed, behaviour: NormBehaviour) -> tuple[int, int]:
     """The width of a norm that returned `output`, and how many rows of that width one item has."""
     width = output.shape[1 if behaviour.axes_after else -1]
-    return width, output[0].numel() // width if output.ndim > 2 else len(output)
+    return width, output.shape[1:].numel() // width if output.ndim > 2 else output.shape[0]
 
 
 def _ends_a_block(call: Call, calls: list[Call]) -> bool:

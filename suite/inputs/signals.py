@@ -29,8 +29,10 @@ _PROCESSOR_FILE = "preprocessor_config.json"
 _LOADERS = {"image processor": "AutoImageProcessor", "feature extractor": "AutoFeatureExtractor"}
 # Of a file, whatever it is called; of others some are programs (EPS), which Pillow gives to another one to run.
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-# Of a photograph: as from where Pillow warns of a bomb, which a file of some kilobytes can be; and of its file.
-_MOST_PIXELS = 89_478_485
+# Of a photograph, which a file of some kilobytes can have: each crop takes time with the pixels that it is made of, of
+# so large a one 0.15 s.
+_MOST_PIXELS = 50_000_000
+_MOST_PIXELS_MADE = 89_478_485  # of one photograph by a stranger's processor
 _MOST_PIXELS_AT_ONCE = 400_000_000  # 1.6 GB
 _MOST_BYTES_HELD = 2**30  # of the pictures of a dataset, as they are stored
 _SECONDS = 10.0  # of sound an item; extractors with a fixed length cut or fill it
@@ -53,7 +55,7 @@ class Photo:
             with warnings.catch_warnings():
                 warnings.simplefilter(
                     "ignore", Image.DecompressionBombWarning
-                )  # `size` refuses from the same number on
+                )  # `size` refuses from a smaller number on
                 Image.init()  # else few of these are known by name
                 opened = Image.open(io.BytesIO(encoded), formats=_FORMATS)
             with opened:
@@ -69,7 +71,8 @@ class Photo:
             width, height = photo.size
         if width * height > _MOST_PIXELS:
             raise InputError(
-                f"{self.called}: {width} x {height} pixels; at most {_MOST_PIXELS:,}: make the photograph smaller"
+                f"{self.called}: {width} x {height} pixels; at most {_MOST_PIXELS:,}, of which each of a read's many "
+                "crops is made: make the photograph smaller"
             )
         return width, height
 
@@ -238,8 +241,10 @@ def _check_made(processor: Any) -> None:
         return value**2 if name in ("shortest_edge", "size") else 0
 
     for name, value in told.items():
-        if pixels(name, value) > _MOST_PIXELS:
-            raise InputError(f"the model's own image processor makes more than {_MOST_PIXELS:,} pixels of one ({name})")
+        if pixels(name, value) > _MOST_PIXELS_MADE:
+            raise InputError(
+                f"the model's own image processor makes more than {_MOST_PIXELS_MADE:,} pixels of one ({name})"
+            )
 
 
 def distinct_patches(pixels: Tensor, patch: int | None) -> int | None:

@@ -1,13 +1,13 @@
 """What flows out of a model, and through which of its modules: outputs are held fixed, inputs are changed."""
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 _ZERO = 1e-6  # what is drawn to be trained is larger; some models start with matrices of zeros, or of 1e-10
 _DRAWN = 0.02  # standard deviation
@@ -46,18 +46,43 @@ def _is_stream(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 1
 
 
+class Passed:
+    """A tensor that went into a module or came out of it, without its numbers: of a whole pass they are gigabytes.
+
+    Its storage is referred to weakly: the numbers go with the last tensor that has them, and no later storage takes its
+    place while this one is referred to.
+    """
+
+    def __init__(self, tensor: Tensor):
+        self.shape, self.nbytes, self._dtype = tensor.shape, tensor.nbytes, tensor.dtype
+        self.storage = StorageWeakRef(tensor.untyped_storage())
+
+    @property
+    def ndim(self) -> int:
+        """As a tensor has it."""
+        return len(self.shape)
+
+    def numel(self) -> int:
+        """As a tensor has it."""
+        return self.shape.numel()
+
+    def is_floating_point(self) -> bool:
+        """As a tensor has it."""
+        return self._dtype.is_floating_point
+
+
 @dataclass(frozen=True)
 class Call:
     """One call of a module: the first tensor that it was given, if any, and the one that it returned."""
 
     path: str
-    given: Tensor | None
-    output: Tensor
+    given: Passed | None
+    output: Passed
 
 
 @contextlib.contextmanager
 def recorded_calls(model: nn.Module) -> Iterator[list[Call]]:
-    """Every module's calls that return a tensor, in their order; keeping the tensors keeps their storages distinct."""
+    """Every module's calls that return a tensor, in their order."""
     calls: list[Call] = []
 
     def record(path: str) -> Any:
@@ -65,7 +90,7 @@ def recorded_calls(model: nn.Module) -> Iterator[list[Call]]:
             tensor = output[0] if isinstance(output, tuple) and output else output
             if isinstance(tensor, Tensor):
                 given = next((each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)), None)
-                calls.append(Call(path, given, tensor))
+                calls.append(Call(path, None if given is None else Passed(given), Passed(tensor)))
 
         return hook
 
@@ -79,9 +104,13 @@ def recorded_calls(model: nn.Module) -> Iterator[list[Call]]:
             handle.remove()
 
 
-def same_storage(a: Tensor | None, b: Tensor | None) -> bool:
+def same_storage(a: Tensor | Passed | None, b: Tensor | Passed | None) -> bool:
     """Whether both are views of the same numbers."""
-    return a is not None and b is not None and bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
+    return a is not None and b is not None and _place(a) == _place(b)
+
+
+def _place(of: Tensor | Passed) -> int:
+    return int(of.storage.cdata if isinstance(of, Passed) else of.untyped_storage()._cdata)
 
 
 def cuts(model: nn.Module, module: nn.Module, inputs: Mapping[str, Any], stream: Tensor) -> bool:
@@ -122,22 +151,23 @@ def hears(model: nn.Module, inputs: Mapping[str, Any], stream: Tensor) -> bool:
     return other is not None and bool(stream.isfinite().all()) and not torch.equal(other, stream)
 
 
-def without_zeros(model: nn.Module) -> nn.Module | None:
-    """A copy of the model whose matrices of zeros are drawn from a normal law; None if it has none.
+@contextlib.contextmanager
+def zeros_drawn(model: nn.Module) -> Iterator[bool]:
+    """Inside, the model's matrices of zeros are drawn from a normal law; they are put back. False if it has none.
 
     A model that starts with an empty codebook, or with blocks that add nothing, hears no input until it is trained.
     """
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    empty = [name for name, t in tensors.items() if t.ndim > 1 and t.is_floating_point() and _is_zero(t)]
-    if not empty:
-        return None
-    drawn = copy.deepcopy(model)
+    empty = [t.data for t in tensors.values() if t.ndim > 1 and t.is_floating_point() and _is_zero(t)]
+    before = [tensor.clone() for tensor in empty]
     generator = torch.Generator().manual_seed(0)
-    for name in empty:
-        path, _, attribute = name.rpartition(".")
-        tensor = getattr(drawn.get_submodule(path), attribute).data
-        tensor.copy_(_DRAWN * torch.randn(tensor.shape, generator=generator))
-    return drawn
+    try:
+        for tensor in empty:
+            tensor.copy_(_DRAWN * torch.randn(tensor.shape, generator=generator))
+        yield bool(empty)
+    finally:
+        for tensor, zeros in zip(empty, before, strict=True):
+            tensor.copy_(zeros)
 
 
 def _is_zero(tensor: Tensor) -> bool:

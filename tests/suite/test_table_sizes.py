@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deadbench.analysis import results
 from deadbench.analysis.results import ResultsError, collected, scan
 from deadbench.runners.results.store import ResultStore, StoreError
 from deadbench.suite import table_sizes
@@ -136,7 +137,9 @@ def test_many_files_of_little_are_much_together():
     one = FileSize(10, 1000, 10**6)
     assert too_large("reads", {str(n): one for n in range(1000)}) is None
     assert "1: " not in str(too_large("reads", {str(n): one for n in range(1100)}))
-    assert too_large("reads", {str(n): one._replace(stored=30_000) for n in range(1100)}) is None
+    large = {str(n): one._replace(stored=30_000) for n in range(1100)}
+    assert too_large("spectra", large) is None
+    assert "reads has 33,000,000 bytes that stand for more than 1,073,741,824, most" in str(too_large("reads", large))
     assert too_large("reads", {}) is None
     assert "more than 500,000; no run writes so many" in too_large("reads", {"a": FileSize(500_001)})
 
@@ -149,3 +152,18 @@ def test_a_column_whose_name_is_no_text_is_one_line(tmp_path):
         scan(place)
     with pytest.raises(StoreError, match="0.parquet cannot be read as parquet"):
         ResultStore(place).finished()
+
+
+def test_a_large_file_among_many_small_ones_comes_in_frames_of_its_own(tmp_path, monkeypatch):
+    """How many rows are a frame is its file's, whatever the mean of the table's."""
+    monkeypatch.setattr(results, "_KEPT_BYTES", 0)
+    monkeypatch.setattr(results, "_FRAME_BYTES", 100_000)
+    monkeypatch.setattr(results, "_with_short_texts", lambda batch: sizes.append(batch.nbytes) or batch)
+    sizes = []
+    (tmp_path / "reads").mkdir()
+    for number, (count, text) in enumerate([(3000, "x"), (200, "y" * 8000), (3000, "z")]):
+        known = {field.name: pa.nulls(count, field.type) for field in arrow_schema("reads")}
+        written(known | {"error": pa.array([text] * count)}, tmp_path / "reads" / f"{number}.parquet")
+    found = collected(scan(str(tmp_path)).select("error"))["error"]
+    assert found.to_list() == ["x"] * 3000 + ["y" * 8000] * 200 + ["z"] * 3000
+    assert max(sizes) <= 200_000

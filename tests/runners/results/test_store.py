@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from deadbench.analysis.results import scan
+from deadbench.runners.results import reader
 from deadbench.runners.results.store import ResultStore, StoreError
 from deadbench.suite.schema import READS, SCHEMA_VERSION, TABLES, arrow_schema, to_table
 
@@ -180,3 +181,29 @@ def test_what_killed_writers_left_is_swept_and_what_is_written_now_is_not(tmp_pa
     assert all(path.exists() for path in [*kept, link])
     assert not any(path.exists() for path in gone)
     assert store.read_text("runs/a/run.json") == "{}"
+
+
+@pytest.mark.parametrize("place", ["local", "memory"])
+@pytest.mark.parametrize(
+    ("limit", "text", "told"),
+    [
+        ("_DOCUMENT_BYTES", "x" * 101, r"more than 100 bytes"),
+        ("MAX_OBJECTS", "[{}" * 51, r"more than [\d,]+ bytes or 100 lists; no run writes that: move it away"),
+    ],
+)
+def test_a_document_larger_than_any_is_one_line(tmp_path, monkeypatch, place, limit, text, told):
+    store = ResultStore(str(tmp_path / "out") if place == "local" else f"memory://{tmp_path.name}")
+    monkeypatch.setattr(reader, limit, 100)
+    store.write_text("runs/a/run.json", text[:99])
+    assert store.read_text("runs/a/run.json") == text[:99]
+    store.write_text("runs/a/run.json", text)
+    with pytest.raises(StoreError, match=rf"run.json.*{told}"):
+        store.read_text("runs/a/run.json")
+
+
+def test_a_document_that_is_a_pipe_is_not_waited_for(tmp_path):
+    store = ResultStore(str(tmp_path / "out"))
+    (tmp_path / "out" / "runs" / "a").mkdir(parents=True)
+    os.mkfifo(tmp_path / "out" / "runs" / "a" / "run.json")
+    with pytest.raises(StoreError, match=r"run.json cannot be read \(not a regular file\)"):
+        store.read_text("runs/a/run.json")

@@ -1,17 +1,21 @@
 """The final norm of real architectures, tiny: found by what flows out, not by its name."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+from deadbench.suite.architectures import locate as locate_module
 from deadbench.suite.architectures.build import build_config, build_model, build_published, count_parameters
 from deadbench.suite.architectures.locate import find_final_norm
 from deadbench.suite.architectures.locate import locate_final_norm as locate
 from deadbench.suite.architectures.parts import block_list
+from deadbench.suite.architectures.stored_names import Naming
 from deadbench.suite.errors import ArchitectureError, RemoteCodeError
 from deadbench.suite.tracing import smaller_pictures
+from deadbench.suite.tracing.minimal_inputs import minimal_inputs
 
 TEXT = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
 OPT = {"vocab_size": 99, "hidden_size": 32, "word_embed_proj_dim": 32, "num_hidden_layers": 2, "ffn_dim": 64}
@@ -192,6 +196,82 @@ def test_large_pictures_are_tried_small(monkeypatch):
     )
     assert locate(config) == whole
     assert {each.shape[-1] for each in seen if each.device.type == "cpu"} == {32}
+
+
+class Films(nn.Module):
+    """It takes pictures of one size alone, any number of them, and holds much of each."""
+
+    main_input_name = "pixel_values_videos"
+
+    def __init__(self, norm=None):
+        super().__init__()
+        self.config = SimpleNamespace(image_size=16, num_channels=3, num_frames=8)
+        self.stem, self.norm, self.last = nn.Conv2d(3, 8, 8, 8), norm or nn.Tanh(), nn.Linear(8, 8)
+
+    def forward(self, pixel_values_videos):
+        if pixel_values_videos.shape[-1] != 16:
+            raise ValueError("another size")
+        patches = self.stem(pixel_values_videos.flatten(0, 1)).flatten(2).mT
+        return (self.last(self.norm(patches.reshape(len(pixel_values_videos), -1, 8))),)
+
+
+@pytest.mark.parametrize(("norm", "family", "rows"), [(None, "none", 0), (nn.LayerNorm(8), "layernorm", 32)])
+def test_what_one_picture_shows_of_a_film_has_the_films_rows(monkeypatch, norm, family, rows):
+    films = Films(norm)
+    monkeypatch.setattr(locate_module, "build_model", lambda _: films)
+    monkeypatch.setattr(locate_module, "naming", lambda _: Naming())
+    skeleton = copy.deepcopy(films).to("meta")
+    whole = locate_module.search_without_weights(skeleton, None, "")
+    monkeypatch.setattr(smaller_pictures, "_LARGE_PASS", 1000)
+    seen = []
+    films.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(len(kwargs["pixel_values_videos"][0])), with_kwargs=True
+    )
+    found, inputs = locate_module.search_without_weights(skeleton, None, "")
+    assert (found.family, found.rows_per_item) == (family, rows)
+    assert found == whole[0]
+    assert inputs.keys() == whole[1].keys()
+    assert set(seen) == {1}
+
+
+def test_of_a_film_one_picture_is_tried(monkeypatch):
+    monkeypatch.setattr(smaller_pictures, "_LARGE_PASS", 1000)
+    given = {"pixel_values_videos": torch.zeros(1, 8, 3, 16, 16)}
+    small = smaller_pictures.smaller_pictures(Films().to("meta"), given)
+    assert small["pixel_values_videos"].shape == (1, 1, 3, 16, 16)
+
+
+class Refuses(nn.Module):
+    """It runs its blocks, and then takes none of what it was given."""
+
+    def __init__(self, blocks):
+        super().__init__()
+        self.config, self.runs = SimpleNamespace(), 0
+        self.blocks = nn.Sequential(*(nn.Linear(8, 8) for _ in range(blocks)))
+
+    def forward(self, hidden_states, input_ids=None, attention_mask=None, bbox=None, use_cache=None):
+        self.runs += 1
+        self.blocks(torch.zeros(1, 8))
+        raise ValueError("no input of mine")
+
+
+@pytest.mark.parametrize(("blocks", "all_tried"), [(1, True), (100, False)])
+def test_a_model_that_refuses_every_input_late_is_left_alone(blocks, all_tried, monkeypatch):
+    monkeypatch.setattr(locate_module, "_FAILED_CALLS", 200)
+    monkeypatch.setattr(locate_module, "_FAILED_PASSES", 3)
+    model = Refuses(blocks)
+    found = find_final_norm(model)
+    assert found.reason == "no minimal input was of use: ValueError: no input of mine"
+    assert (model.runs == len(list(minimal_inputs(model)))) is all_tried
+
+
+def test_a_model_that_nothing_is_known_for_is_not_drawn(monkeypatch):
+    """What is tried without values is what would be tried with them: nothing."""
+    monkeypatch.setattr(Refuses, "forward", lambda self, nonesuch: None)
+    monkeypatch.setattr(locate_module, "build_model", lambda *_: pytest.fail("drawn"))
+    monkeypatch.setattr(locate_module, "naming", lambda _: Naming())
+    found, inputs = locate_module.search_without_weights(Refuses(1).to("meta"), None, "")
+    assert (found.family, inputs) == ("undetermined", None)
 
 
 def test_a_block_that_normalises_channels_before_positions_ends_in_its_norm():

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import ModelOutput
 
-from deadbench.suite.tracing.flow import cuts, hears, recorded_calls, same_storage, stream_of
+from deadbench.suite.tracing.flow import cuts, hears, recorded_calls, same_storage, stream_of, zeros_drawn
 
 STATE, OTHER, MAPS = torch.ones(1, 4, 6), torch.zeros(1, 7, 6), torch.ones(1, 8, 2, 2)
 
@@ -60,7 +62,48 @@ def test_calls_are_recorded_with_what_went_in_and_came_out():
     with recorded_calls(model) as calls:
         model(hidden)
     assert [call.path for call in calls] == ["norm", "head", "aside"]
-    assert same_storage(calls[0].given, hidden)
-    assert same_storage(calls[1].given, calls[0].output.view(4, 6))
+    assert same_storage(calls[0].given, hidden.view(4, 6))
+    assert same_storage(calls[1].given, calls[0].output)
     assert not same_storage(calls[1].output, calls[0].output)
     assert not model.norm._forward_hooks
+
+
+class Stack(nn.Module):
+    """Maps one after the other; of those whose number is in `views` the next is given, and passes on, a view."""
+
+    def __init__(self, count, views):
+        super().__init__()
+        kinds = (nn.Flatten(0, 1) if i in views else nn.Linear(6, 6, bias=False) for i in range(count))
+        self.layers = nn.Sequential(*kinds)
+
+    def forward(self, hidden):
+        return (self.layers(hidden),)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(st.integers(2, 30), st.sets(st.integers(0, 29), max_size=1))
+def test_of_a_call_the_numbers_go_and_what_shares_them_stays_known(count, views):
+    """Where memory is taken again, as an allocator does for tensors of one size, two are still not the same."""
+    model = Stack(count, views)
+    with torch.no_grad(), recorded_calls(model) as calls:
+        (stream,) = model(torch.randn(1, 4, 6))
+    layers = calls[:count]
+    assert [call.output.storage.expired() for call in layers] == [not same_storage(c.output, stream) for c in layers]
+    groups = [sum(i not in views for i in range(last + 1)) for last in range(count)]  # one for each map that has run
+    for one, first in zip(layers, groups, strict=True):
+        assert [same_storage(one.output, other.output) for other in layers] == [first == each for each in groups]
+    assert [tuple(call.output.shape)[-2:] for call in layers] == [(4, 6)] * count
+
+
+def test_matrices_of_zeros_are_drawn_and_put_back():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model.register_buffer("codebook", torch.full((3, 4), 1e-9))
+    nn.init.zeros_(model[1].weight)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with zeros_drawn(model) as drawn:
+        changed = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])]
+        assert drawn
+        assert changed == ["codebook", "1.weight"]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    with zeros_drawn(model[0]) as drawn:
+        assert not drawn
