@@ -3,7 +3,7 @@
 import queue
 import threading
 
-from deadbench.runners.doctor.node_checks import NotHereError, UnwellError
+from deadbench.runners.doctor.node_checks import NotHereError
 from deadbench.suite.errors import first_line
 from deadbench.suite.secrets import shown_place
 
@@ -14,8 +14,8 @@ def hub() -> str:
     """The Hub, or the mirror that HF_ENDPOINT names, answers.
 
     Raises:
-        NotHereError: HF_HUB_OFFLINE is set, and nobody asks it.
-        UnwellError: it does not answer in time, or says that it cannot.
+        NotHereError: HF_HUB_OFFLINE is set, and nobody asks it; or it does not answer in time, or says that it cannot,
+            which is no fault of a machine that reads local checkpoints.
     """
     from huggingface_hub import constants
 
@@ -25,15 +25,15 @@ def hub() -> str:
     said: queue.Queue[int | Exception] = queue.Queue()
     # A thread of its own, which nobody waits for: no library has a limit for the look-up of a name.
     threading.Thread(target=_ask, args=(constants.ENDPOINT, said), name="hub", daemon=True).start()
-    todo = "set HF_HUB_OFFLINE=1 where checkpoints are local or in the cache, or HF_ENDPOINT to a mirror"
+    todo = "only local and cached checkpoints can be read; HF_ENDPOINT names a mirror"
     try:
         answer = said.get(timeout=_SECONDS)
     except queue.Empty:
-        raise UnwellError(f"{place} does not answer within {_SECONDS:g} s; {todo}") from None
+        raise NotHereError(f"{place} does not answer within {_SECONDS:g} s; {todo}") from None
     if isinstance(answer, Exception):
-        raise UnwellError(f"{place} does not answer ({first_line(answer)[:100]}); {todo}")
+        raise NotHereError(f"{place} does not answer ({first_line(answer)[:100]}); {todo}")
     if answer >= 500 or answer == 407:  # the latter is a proxy's
-        raise UnwellError(f"{place} answers with {answer}; {todo}")
+        raise NotHereError(f"{place} answers with {answer}; {todo}")
     return f"{place} answers"
 
 
