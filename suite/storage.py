@@ -18,6 +18,7 @@ from typing import Any
 import fsspec
 
 from deadbench.suite.errors import message
+from deadbench.suite.http_session import timed_session
 
 REFERENCE = (
     "reference"  # as RESULTS: what comes with deadbench, the paper's models at their own size and real checkpoints
@@ -61,7 +62,8 @@ def open_place(location: str) -> tuple[Any, str]:
             fs, root = fsspec.core.url_to_fs(location)
         else:
             there = fsspec.get_filesystem_class(protocol)
-            fs = fsspec.filesystem(protocol, **there._get_kwargs_from_urls(location))
+            own = {"get_client": timed_session} if protocol in ("http", "https") else {}
+            fs = fsspec.filesystem(protocol, **there._get_kwargs_from_urls(location), **own)
             root = there._strip_protocol(location)
     except ImportError as error:
         if protocol not in _EXTRAS:

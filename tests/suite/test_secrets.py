@@ -77,6 +77,30 @@ def test_a_url_that_was_taken_for_a_path_is_one_still(url, around):
     assert "Z" not in scrubbed(around.format(Path(url[0])))
 
 
+@settings(deadline=None, derandomize=True)
+@given(
+    scheme=st.sampled_from(["https:", "HTTP:", "s3:", "az:", "redis:", "file:", "text:http:", ""]),
+    slashes=st.sampled_from(["//", "///", "////", "\\\\\\\\", "/\\", "/", ""]),
+    secret=PLAIN,
+    around=AROUND,
+)
+def test_user_and_password_are_known_behind_whatever_slashes(scheme, slashes, secret, around):
+    if not scheme:
+        slashes = "//"
+    misspelt = f"{scheme}{slashes}me:Z{secret}@host/a"
+    assert "Z" not in scrubbed(around.format(misspelt))
+    assert shown_place(misspelt) == f"{scheme}//host/a"
+
+
+@settings(deadline=None, derandomize=True)
+@given(secret=PLAIN, around=AROUND, before=st.sampled_from(["", "a/", "web/2020/"]))
+def test_a_url_in_the_path_of_another_has_no_user_either(secret, around, before):
+    inner = f"https://host/{before}http://me:Z{secret}@other/a"
+    kept = f"https://host/{before}http://other/a"
+    assert shown_place(inner) == kept
+    assert scrubbed(around.format(inner)) == around.format(kept)
+
+
 def test_a_path_that_was_a_url_by_hand():
     assert scrubbed("http:/me:Z000000@host/a?t=Z0: no such registry file") == "http://host/a: no such registry file"
     assert scrubbed("text:/data/corpus.txt, C:/data?x") == "text:/data/corpus.txt, C:/data?x"
@@ -198,7 +222,7 @@ def test_what_is_no_secret_stays(text):
 
 
 @pytest.mark.parametrize(
-    "part", ["x", "-", "x.", "a://", "key=", "token", "::", "a::", "'", "eyJ", "cookie: ", "a:// "]
+    "part", ["x", "-", "x.", "a://", "key=", "token", "http:", "//a:", "::", "a::", "'", "eyJ", "cookie: ", "a:// "]
 )
 def test_long_words_take_no_longer_than_their_length_asks(part):
     """With its square it would be an hour, and the limit of a test would end it."""
