@@ -19,4 +19,5 @@ async def timed_session(**options: Any) -> Any:
         return await asyncio.wait_for(answer(request), _HEAD_SECONDS)
 
     times = aiohttp.ClientTimeout(total=_WHOLE_SECONDS, sock_connect=_HEAD_SECONDS, sock_read=_IDLE_SECONDS)
-    return aiohttp.ClientSession(**{"timeout": times, "middlewares": (head_in_time,)} | options)
+    given: dict[str, Any] = {"timeout": times, "middlewares": (head_in_time,)}
+    return aiohttp.ClientSession(**(given | options))

@@ -52,7 +52,9 @@ _SCHEMES = (
 _FOLDED = re.compile(rf"(?i)(?<![A-Za-z0-9+.-])((?:{_SCHEMES}):/)(?=[^/\s])")
 # User and password behind other slashes than two, which no library takes for a URL's.
 _USER = r"(?=[^\\/?#@\s:]{0,200}:[^@\s]{0,1000}@)"
-_MISSPELT = re.compile(rf"(?i)(?<![A-Za-z0-9+.-])((?:{_SCHEMES}|file):)(?!//[^\\/])[\\/]*{_USER}")
+_MISSPELT = re.compile(
+    rf"(?i)(?<![A-Za-z0-9+.-])((?:https?:(?=[^\\/])|[A-Za-z][A-Za-z0-9+.-]{{1,40}}:(?=[\\/])))(?!//[^\\/])[\\/]*{_USER}"
+)
 _WITHOUT_SCHEME = re.compile(rf"(?<![^\s'\"(<]){_USER.replace('(?=', '//(?:')}")
 _LINK = re.compile(rf"::(?=[a-z0-9]{{1,40}}::|{_SCHEME})")  # between the file systems of a chain
 _HOST = re.compile(r"(?:[\w.*…-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
@@ -68,6 +70,7 @@ _VARIABLES = (
 # Letters from which a secret is taken out of other words too: a shorter one may be part of any, and what is not known
 # to be one, a user's name or a setting of a query, may be a word.
 _TELLING, _CERTAIN = 8, 16
+_KEY = re.compile(r"(?=.*[0-9])(?=.*[A-Z])(?=.*[a-z]).*", re.DOTALL)  # no word has all of these
 _REMEMBERED = 1000
 _KNOWN: dict[str, None] = {}  # the latest secrets of places, oldest first
 _KNOWING = threading.Lock()
@@ -208,7 +211,7 @@ def _remember_parts(rest: str) -> None:
     pairs = [pair.partition("=") for pair in query.split("&")]
     of_path = [part.partition("=") for part in re.split("[/;]", before.partition("?")[0])]
     for piece in (user, query, fragment, *(value for _, _, value in pairs)):
-        if ":" in piece or len(piece) >= _CERTAIN:
+        if ":" in piece or len(piece) >= _CERTAIN or _KEY.fullmatch(piece):
             _remember(piece)
     told = (value for name, _, value in (*pairs, *of_path) if _SECRET_SETTING.fullmatch(f"{name}="))
     for piece in (user.partition(":")[2], *told):

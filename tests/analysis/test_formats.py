@@ -115,6 +115,19 @@ def test_neither_a_cell_nor_a_heading_does(format):
     assert "t0psecret" not in text
 
 
+@given(st.text(st.characters(codec="utf-8"), min_size=1, max_size=12).filter(lambda word: word != "expected"))
+@settings(max_examples=40, derandomize=True, deadline=None)
+@example('"><svg/onload=1>')
+@example("=cmd|' /C calc'!A0")
+@example("[a](javascript:x)")
+def test_nor_is_a_heading_that_is_a_strangers_word_live(words):
+    frame = pl.DataFrame({"expected": ["a"], words: [1], f"{words}\\x00": [1], f"{words}\x00": [2]})
+    heading = render({"confusion": frame}, "md").split("\n")[0]
+    assert not re.search(r"(?<!\\)(\\\\)*[\[<`*~]|://|www\.", heading, re.IGNORECASE)
+    first = next(csv.reader(io.StringIO(render({"confusion": frame}, "csv"))))
+    assert not any(re.match(r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]", name) for name in first)
+
+
 @given(st.text(st.characters(codec="utf-8"), max_size=12))
 @settings(max_examples=60, derandomize=True, deadline=None)
 @example("[a](javascript:x)")
