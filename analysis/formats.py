@@ -119,7 +119,7 @@ def html_rows(frame: pl.DataFrame) -> dict[str, Any]:
     names = shown(frame)
     values = frame.select(names)
     return {
-        "names": names,
+        "names": [told(name, MAX_VALUE) for name in names],  # of a cross table, too
         "headers": [header(name) for name in names],
         "meanings": [meaning(name) for name in names],
         # What stays in sight when a narrow window is scrolled sideways.
