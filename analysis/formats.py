@@ -4,6 +4,8 @@ json and csv keep full precision; the others round to what a reader can use (`an
 have written (model names, errors) is escaped for where it goes.
 """
 
+import csv
+import io
 import json
 import math
 import re
@@ -117,7 +119,7 @@ def html_rows(frame: pl.DataFrame) -> dict[str, Any]:
     names = shown(frame)
     values = frame.select(names)
     return {
-        "names": names,
+        "names": [told(name, MAX_VALUE) for name in names],  # of a cross table, too
         "headers": [header(name) for name in names],
         "meanings": [meaning(name) for name in names],
         # What stays in sight when a narrow window is scrolled sideways.
@@ -186,7 +188,9 @@ def _csv(frames: Mapping[str, pl.DataFrame]) -> str:
     flat = frame.with_columns(pl.when(real.is_finite()).then(real)).with_columns(lists)
     texts = [pl.col(n) for n, t in flat.schema.items() if t in (pl.String, pl.Categorical, pl.Enum)]
     harmless = [each.cast(pl.String).map_elements(_csv_text, return_dtype=pl.String) for each in texts]
-    return flat.with_columns(harmless).write_csv().rstrip("\n")
+    heading = io.StringIO()  # of a cross table they are a row's own words
+    csv.writer(heading, lineterminator="\n").writerow([_csv_text(name) for name in flat.columns])
+    return (heading.getvalue() + flat.with_columns(harmless).write_csv(include_header=False)).rstrip("\n")
 
 
 def _csv_text(words: str) -> str:
@@ -199,7 +203,10 @@ def _md(frames: Mapping[str, pl.DataFrame]) -> str:
     tables = []
     for frame in frames.values():
         names = shown(frame)
-        lines = [[header(n) for n in names], ["---:" if frame.schema[n].is_numeric() else "---" for n in names]]
+        lines = [
+            [escaped(header(n)) for n in names],
+            ["---:" if frame.schema[n].is_numeric() else "---" for n in names],
+        ]
         lines += [[escaped(cell) for cell in row] for row in cells(frame)]
         tables.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
         tables += [escaped(line) for line in footnotes(frame)]

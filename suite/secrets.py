@@ -44,12 +44,23 @@ _TOKEN = re.compile(
 # No scheme is longer; without an end, a megabyte of letters would be looked through from each of them.
 _SCHEME = r"[A-Za-z][A-Za-z0-9+.-]{0,40}://"
 _URL = re.compile(_SCHEME)
+_SCHEMES = (
+    "https?|ftps?|sftp|ssh|s3[an]?|gcs|gs|az|adl|abfss?|wasbs?|oss|obs|cos|hf|git|webdavs?|webhdfs|smb|wss?|ray|redis"
+    "|mysql|postgres(?:ql)?|mongodb"
+)
 # A URL that was taken for the path of a file, which has lost a slash.
-_FOLDED = re.compile(r"(?<![A-Za-z0-9+.-])((?:https?|ftps?|sftp|s3a?|gcs|gs|abfss?|hf|webdavs?):/)(?=[^/\s])")
+_FOLDED = re.compile(rf"(?i)(?<![A-Za-z0-9+.-])((?:{_SCHEMES}):/)(?=[^/\s])")
+# User and password behind other slashes than two, which no library takes for a URL's.
+_USER = r"(?=[^\\/?#@\s:]{0,200}:[^@\s]{0,1000}@)"
+_MISSPELT = re.compile(
+    rf"(?i)(?<![A-Za-z0-9+.-])((?:https?:(?=[^\\/])|[A-Za-z][A-Za-z0-9+.-]{{1,40}}:(?=[\\/])))(?!//[^\\/])[\\/]*{_USER}"
+)
+_WITHOUT_SCHEME = re.compile(rf"(?<![^\s'\"(<]){_USER.replace('(?=', '//(?:')}")
 _LINK = re.compile(rf"::(?=[a-z0-9]{{1,40}}::|{_SCHEME})")  # between the file systems of a chain
 _HOST = re.compile(r"(?:[\w.*…-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
 _DOTLESS_PORT = re.compile(r"(?!localhost:)[^.\[\]]+:[0-9]*")
 _PARAMETERS = re.compile(r";[^/]*=[^/]*")
+_INNER_USER = re.compile(r"(?<=[A-Za-z0-9]:/)(/?)([^/?#\s]*)@")  # of a URL in the path of another, as archives have it
 _VARIABLES = (
     "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN",
     "AZURE_STORAGE_KEY", "AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_CONNECTION_STRING", "AZURE_STORAGE_SAS_TOKEN",
@@ -59,6 +70,7 @@ _VARIABLES = (
 # Letters from which a secret is taken out of other words too: a shorter one may be part of any, and what is not known
 # to be one, a user's name or a setting of a query, may be a word.
 _TELLING, _CERTAIN = 8, 16
+_KEY = re.compile(r"(?=.*[0-9])(?=.*[A-Z])(?=.*[a-z]).*", re.DOTALL)  # no word has all of these
 _REMEMBERED = 1000
 _KNOWN: dict[str, None] = {}  # the latest secrets of places, oldest first
 _KNOWING = threading.Lock()
@@ -69,12 +81,14 @@ def shown_place(location: str) -> str:
 
     The same place has the same name, however it was signed; and a name of a place names itself.
     """
+    location = _WITHOUT_SCHEME.sub("//", _MISSPELT.sub(r"\1//", location))
     return plain("::".join(_shown_link(link) for link in _LINK.split(location)), None)
 
 
 def scrubbed(text: str) -> str:
     """`text` with the places in it as `shown_place` has them; `***` for tokens, headers, and secrets that are known."""
-    text, found = _with_shown_urls(_FOLDED.sub(r"\1/", _starred(text))), ""
+    text = _WITHOUT_SCHEME.sub("//", _MISSPELT.sub(r"\1//", _starred(text)))
+    text, found = _with_shown_urls(_FOLDED.sub(r"\1/", text)), ""
     while text != found:  # what is left of a cut URL may begin another
         found, text = text, _with_shown_urls(text)
     for pattern in _TOLD:
@@ -149,7 +163,9 @@ def _host_and_path(scheme: str, rest: str) -> str | None:
     late = "@" in behind and (not parts.path or _DOTLESS_PORT.fullmatch(parts.netloc))
     if late or not _HOST.fullmatch(host):
         return None
-    return host + _without_settings(_PARAMETERS.sub("", parts.path))
+    for _, user in _INNER_USER.findall(parts.path):
+        _remember(user.partition(":")[2])
+    return host + _without_settings(_PARAMETERS.sub("", _INNER_USER.sub(r"\1", parts.path)))
 
 
 def _without_settings(text: str) -> str:
@@ -195,7 +211,7 @@ def _remember_parts(rest: str) -> None:
     pairs = [pair.partition("=") for pair in query.split("&")]
     of_path = [part.partition("=") for part in re.split("[/;]", before.partition("?")[0])]
     for piece in (user, query, fragment, *(value for _, _, value in pairs)):
-        if ":" in piece or len(piece) >= _CERTAIN:
+        if ":" in piece or len(piece) >= _CERTAIN or _KEY.fullmatch(piece):
             _remember(piece)
     told = (value for name, _, value in (*pairs, *of_path) if _SECRET_SETTING.fullmatch(f"{name}="))
     for piece in (user.partition(":")[2], *told):

@@ -7,11 +7,13 @@ with whatever colons; and a URL is a chain only where its scheme is of a file sy
 
 import contextlib
 import errno
+import glob
 import os
 import re
 import stat
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from typing import Any
 import fsspec
 
 from deadbench.suite.errors import message
+from deadbench.suite.http_session import timed_session
 
 REFERENCE = (
     "reference"  # as RESULTS: what comes with deadbench, the paper's models at their own size and real checkpoints
@@ -27,6 +30,7 @@ REFERENCE = (
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "abfs": "azure", "abfss": "azure", "az": "azure"}
 
 _PIECE_BYTES = 2**22
+_OLD_SECONDS = 86_400.0  # of a file that was on its way when its writer was killed
 # File systems that lie in another place, which follows behind `::`.
 _WITHIN = {"blockcache", "cached", "dir", "filecache", "libarchive", "reference", "simplecache", "tar", "zip"}
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")  # one letter is a drive
@@ -62,7 +66,8 @@ def open_place(location: str) -> tuple[Any, str]:
             fs, root = fsspec.core.url_to_fs(location)
         else:
             there = fsspec.get_filesystem_class(protocol)
-            fs = fsspec.filesystem(protocol, **there._get_kwargs_from_urls(location))
+            own = {"get_client": timed_session} if protocol in ("http", "https") else {}
+            fs = fsspec.filesystem(protocol, **there._get_kwargs_from_urls(location), **own)
             root = there._strip_protocol(location)
     except ImportError as error:
         if protocol not in _EXTRAS:
@@ -147,7 +152,10 @@ def _write_where_renamed(path: str | Path, data: bytes, fs: Any, aside: str | No
         return
     final = os.path.realpath(path) if is_local(fs) else str(path)
     folder, _, name = final.rpartition("/")
-    aside = aside or f"{folder}/.{name}-{uuid.uuid4().hex[:8]}"
+    if aside is None:
+        aside = f"{folder}/.{name}-{uuid.uuid4().hex[:8]}"
+        if is_local(fs):
+            sweep(Path(folder or "/").glob(f".{glob.escape(name)}-{'[0-9a-f]' * 8}"))
     with written_aside(aside, fs) as file:
         file.write(data)
     put_in_place(aside, final, fs)
@@ -159,6 +167,15 @@ def _write_into(path: str | Path, data: bytes) -> None:
     os.set_blocking(descriptor, True)
     with os.fdopen(descriptor, "wb") as file:
         file.write(data)
+
+
+def sweep(paths: Iterable[Path]) -> None:
+    """Remove those of the files that a writer who was killed left on their way; one that lives writes for seconds."""
+    for path in paths:
+        with contextlib.suppress(OSError):
+            facts = path.lstat()
+            if stat.S_ISREG(facts.st_mode) and time.time() - facts.st_mtime > _OLD_SECONDS:
+                path.unlink()
 
 
 def can_create_new(fs: Any) -> bool:

@@ -22,6 +22,9 @@ def log(series: Sequence[Series], uri: str) -> int:
     Raises:
         mlflow.exceptions.MlflowException: no such store, or it refuses.
     """
+    # Its own are seven attempts of two minutes, at a server that says nothing.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     client = MlflowClient(uri or None)
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
     there = client.get_experiment_by_name(name)

@@ -75,7 +75,10 @@ def list_sources(file: str) -> list[str]:
         reason = "no such file" if missing else message(error, None)
         raise CensusError(f"{shown}: cannot be read ({reason}); give a file with one SOURCE a line") from error
     sources: dict[tuple[str, str | None], str] = {}
+    different: dict[str, int] = {}  # a line that comes again is not looked up again
     for number, line in enumerate(lines, 1):
+        different.setdefault(line, number)
+    for line, number in different.items():
         source = line.partition(" #")[0].strip()
         if not source or source.startswith("#") or is_hidden(source):
             continue

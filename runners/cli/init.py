@@ -126,6 +126,7 @@ def _as_registry(found: list[Found], registry: Path) -> str:
     for each in found:
         wanted = each.series.name if each.series else each.source
         wanted = os.path.basename(os.path.abspath(wanted)) if wanted == "." or os.path.isabs(wanted) else wanted
+        wanted = shown_place(wanted)  # an id is shown, and stored in every row
         plain = re.sub(r"[^\w.\-/]+", "-", wanted.partition("://")[2] or wanted).strip("-./") or "model"
         ids[each.source] = plain if plain not in ids.values() else f"{plain}-{len(ids)}"
     folder = registry.resolve().parent

@@ -26,6 +26,7 @@ from deadbench.runners.cli.console import (
 )
 from deadbench.runners.cli.run import execute_jobs, run
 from deadbench.suite.read_specs import READ_SPECS
+from deadbench.suite.secrets import shown_place
 
 if TYPE_CHECKING:
     import polars as pl
@@ -89,7 +90,8 @@ def reproduce(
     told = _stored_options(results, run_id)
     folder = out or tempfile.mkdtemp(prefix="deadbench-reproduced-")
     if out is not None and Path(out).exists():
-        raise UserError(f"--out {out}: is there already; give a new folder, in which nothing else was read")
+        shown = shown_place(out)
+        raise UserError(f"--out {shown}: is there already; give a new folder, in which nothing else was read")
     address = address or told["address"]
     if address not in _HERE and address == told["address"]:
         raise UserError(f"run {run_id} was on the cluster {address}; give --address {address} to join it, or none")
@@ -99,15 +101,14 @@ def reproduce(
     versions = _versions(rows["versions"].to_list(), made["versions"].to_list())
     num_differing = int((table["verdict"] == "differs").sum())
     if as_json or format == "json":
-        verdict = {"run_id": run_id, "out": folder, "equal": not num_differing, "versions": versions}
+        verdict = {"run_id": run_id, "out": shown_place(folder), "equal": not num_differing, "versions": versions}
         print(json.dumps({"reproduce": plain_rows(table), "verdict": verdict}, indent=2))
     else:
         print_frames({"reproduce": table}, format)
     for package, (before, now) in versions.items():
         say(f"{package}: {before} then, {now} now")
-    say(
-        f"{int(table['equal'].sum())} of {len(table)} values equal to the bit, {num_differing} differ; rows in {folder}"
-    )
+    counts = f"{int(table['equal'].sum())} of {len(table)} values equal to the bit, {num_differing} differ"
+    say(f"{counts}; rows in {shown_place(folder)}")
     if num_differing:
         raise typer.Exit(EXIT_FALSE)
 

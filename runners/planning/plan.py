@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any
 
 from deadbench.runners.engines.registry import ENGINES
-from deadbench.runners.jobs.job import ModelJob, ReadJob, Unreached
+from deadbench.runners.jobs.job import ModelJob, ReadJob, Unfit, Unreached
 from deadbench.runners.jobs.resolved import Configuration, dtype_name, num_tokens
 from deadbench.runners.planning.hardware import Cluster, Room
 from deadbench.runners.planning.needs import Needs, needs
@@ -138,6 +138,10 @@ def _described(read: ReadJob) -> tuple[dict[str, Any], dict[str, TensorEntry] | 
     weights = READ_SPECS[read.read].opens == "weights"
     if read.model.config is not None and not weights:
         return read.model.config, None, False
+    if read.error and not isinstance(read.error, Unfit):  # it could not be opened, which is not waited for once more
+        if read.model.config is None:
+            raise CheckpointError(read.error)
+        return read.model.config, None, True
     try:
         checkpoint = read.opened(read.revision or read.model.main_checkpoint())
         return (

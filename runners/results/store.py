@@ -5,9 +5,7 @@ renames (sftp, hdfs); an object store gets one write of the finished buffer, whi
 Names are unique, so that two runs may write to one place. The row of `reads` goes last: it is what makes a read exist.
 """
 
-import contextlib
 import io
-import stat
 import time
 import uuid
 from pathlib import Path
@@ -17,12 +15,11 @@ import pyarrow.parquet as pq
 
 from deadbench.runners.results.reader import ResultReader, StoreError
 from deadbench.suite.schema import SCHEMA_VERSION, TABLES
-from deadbench.suite.storage import refusal, renames, write_whole
+from deadbench.suite.storage import refusal, renames, sweep, write_whole
 from deadbench.suite.table_files import schema_version
 from deadbench.suite.table_sizes import FileSize, rows_of
 
 __all__ = ["ResultStore", "StoreError"]
-_OLD_SECONDS = 86_400.0  # of a file that was on its way when its writer was killed
 
 
 class ResultStore(ResultReader):
@@ -90,15 +87,7 @@ class ResultStore(ResultReader):
         self._fs.pipe_file(name, b"")
         self._fs.rm_file(name)
         if self._local:
-            self._sweep()
-
-    def _sweep(self) -> None:
-        """Remove what writers that were killed left; one that lives writes for seconds."""
-        for path in (*Path(self._root, "_tmp").glob("*"), *Path(self._root).glob(".deadbench-*")):
-            with contextlib.suppress(OSError):
-                facts = path.lstat()
-                if stat.S_ISREG(facts.st_mode) and time.time() - facts.st_mtime > _OLD_SECONDS:
-                    path.unlink()
+            sweep([*Path(self._root, "_tmp").glob("*"), *Path(self._root).glob(".deadbench-*")])
 
     def _check_version(self) -> None:
         for table in TABLES:

@@ -251,6 +251,8 @@ def _is_adapter(checkpoint: Checkpoint) -> bool:
         if checkpoint.has("config.json") and not checkpoint.lists:
             return False
         return checkpoint.has(ADAPTER_FILE) and not has_weights(checkpoint)
+    except UnreachableError:
+        raise  # which would be waited for once more
     except CheckpointError:
         return False  # which reading it will say
 

@@ -19,7 +19,7 @@ import httpcore2
 import httpx2
 
 HEAD_SECONDS = 30.0  # for an answer's status and headers, however many 1xx come before
-HEAD_BYTES = 2**20  # of those, and of what comes with them
+HEAD_BYTES = 2**18  # of those, and of what comes with them
 IDLE_SECONDS = 30.0  # without a byte
 _CONNECTIONS = 64
 
@@ -109,8 +109,18 @@ class _Backend(httpcore2.NetworkBackend):
                 raise InsideError(f"{host} is {inside[0]}, which is not a public address")
         for address in addresses[:-1]:
             with contextlib.suppress(httpcore2.ConnectError, httpcore2.ConnectTimeout):
-                return _Stream(self._plain.connect_tcp(address, port, timeout, local_address, socket_options))
-        return _Stream(self._plain.connect_tcp(addresses[-1], port, timeout, local_address, socket_options))
+                return _Stream(self._plain.connect_tcp(address, port, _left(timeout), local_address, socket_options))
+        return _Stream(self._plain.connect_tcp(addresses[-1], port, _left(timeout), local_address, socket_options))
+
+
+def _left(timeout: float | None) -> float | None:
+    """Of a wait for `timeout` seconds, as much as `within` allows."""
+    if _WAITING.until is None:
+        return timeout
+    left = _WAITING.until - time.monotonic()
+    if left <= 0:
+        raise httpcore2.ReadTimeout("no answer within the time that its head has")
+    return left if timeout is None else min(timeout, left)
 
 
 class _Stream(httpcore2.NetworkStream):
@@ -120,12 +130,7 @@ class _Stream(httpcore2.NetworkStream):
         self._plain = plain
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        if _WAITING.until is not None:
-            left = _WAITING.until - time.monotonic()
-            if left <= 0:
-                raise httpcore2.ReadTimeout("no answer within the time that its head has")
-            timeout = left if timeout is None else min(timeout, left)
-        data = self._plain.read(max_bytes, timeout)
+        data = self._plain.read(max_bytes, _left(timeout))
         if _WAITING.until is not None:
             _WAITING.room -= len(data)
             if _WAITING.room < 0:

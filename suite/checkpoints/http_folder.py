@@ -17,7 +17,7 @@ from pathlib import Path
 import httpx2
 
 from deadbench.suite.checkpoints.formats.table import FORMATS
-from deadbench.suite.checkpoints.http_requests import CutOffError, Requests, body_of, pieces, total
+from deadbench.suite.checkpoints.http_requests import CutOffError, Requests, total
 from deadbench.suite.checkpoints.no_weights import ADAPTER_FILE
 from deadbench.suite.checkpoints.rate_limits import number
 from deadbench.suite.errors import ChangedError, CheckpointError
@@ -151,7 +151,7 @@ class HttpFolder:
             self._hold(name, answer, size if whole is None else whole)
             received = 0
             with target.open("ab" if resumed else "wb") as file:
-                for piece in pieces(answer):
+                for piece in self._requests.pieces(answer):
                     file.write(piece[: size - start - received])
                     received += len(piece)
                     if start + received > size:
@@ -218,7 +218,7 @@ class HttpFolder:
                 size, first = self._unranged(answer, name, end), 0
             self._hold(name, answer, size)
             wanted = max(0, min(end, size) - first)
-            data = body_of(answer, wanted)
+            data = self._requests.body_of(answer, wanted)
             self._count(len(data))
             if len(data) < wanted:
                 raise CutOffError(f"{len(data)} of {wanted} bytes")

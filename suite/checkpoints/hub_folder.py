@@ -8,7 +8,7 @@ from collections.abc import Callable
 import httpx2
 
 from deadbench.suite.checkpoints.http_folder import HttpFolder
-from deadbench.suite.checkpoints.http_requests import Requests, T, body_of
+from deadbench.suite.checkpoints.http_requests import Requests, T
 from deadbench.suite.errors import CheckpointError, UnreachableError
 from deadbench.suite.secrets import shown_place
 from deadbench.suite.storage import is_hidden
@@ -79,7 +79,9 @@ class HubFolder(HttpFolder):
     def names(self) -> list[str]:
         """Names of the files, as the Hub lists them; a mirror without the Hub's API is asked for known names."""
         try:
-            answer = self._requests.ask(self._api, self.source, dict, lambda each: body_of(each, _MAX_API_BYTES))
+            answer = self._requests.ask(
+                self._api, self.source, dict, lambda each: self._requests.body_of(each, _MAX_API_BYTES)
+            )
             listing = json.loads(answer)
             commit = listing.get("sha")
             if isinstance(commit, str) and re.fullmatch(r"[0-9a-f]{40}", commit):

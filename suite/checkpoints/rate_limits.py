@@ -12,41 +12,42 @@ import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 
-_RATE_LIMIT = re.compile(r"r\s*=\s*0\s*;\s*t\s*=\s*(\d+)")  # `"api";r=0;t=55`: none left, for 55 seconds
-_EARNED_SECONDS = 2.0  # of waiting, by an answer; the Hub's limit for all who have no token is one in 0.6 s
+from deadbench.suite.checkpoints.patience import Patience
+
+_RATE_LIMIT = re.compile(r"r\s*=\s*0\s*;\s*t\s*=\s*([0-9]+)")  # `"api";r=0;t=55`: none left, for 55 seconds
+# Of a host that has given nothing, and of one that has; before a stranger's server costs more, the command says so.
+_FIRST_SECONDS, _MOST_SECONDS, _EARNED_SECONDS, _FORGOTTEN_SECONDS = 15.0, 120.0, 0.5, 60.0
+LEAST_SECONDS = 1.0  # that a host is given to answer
 _SPREAD = 0.1  # of the pause: those who waited do not all ask in the same instant
 
 
 class HostLimits:
-    """Pauses by host.
+    """Pauses by host, and how long hosts are waited for in vain.
 
     Attributes:
         longest_wait: seconds that are waited at a server's word; beyond, the request fails and says so.
         attempts: how often one request is refused by a limit before it fails.
-        longest_total: seconds that it waits at limits before it fails; and that all requests to one host together do,
-            less two for each that was answered: a server that only ever says "not yet" is not waited for by each.
+        silence: what hosts may take that say nothing, trickle or break off.
+        told: what those may that say "not yet"; the same account, unless somebody has more time for them.
         on_pause: told (host, seconds) of each pause that this process heard of itself.
     """
 
     def __init__(self) -> None:
-        self.longest_wait, self.attempts, self.longest_total = 30.0, 4, 120.0
+        self.longest_wait, self.attempts = 30.0, 4
+        self.silence = Patience(_FIRST_SECONDS, _MOST_SECONDS, _EARNED_SECONDS, _FORGOTTEN_SECONDS)
+        self.told = self.silence
         self.on_pause: Callable[[str, float], None] | None = None
         self._until: dict[str, float] = {}
-        self._waited: dict[str, float] = {}  # for hosts, by all together
         self._lock = threading.Lock()
 
     def allow(self, host: str, waits: list[float], seconds: float) -> bool:
         """Whether a request to `host` that has waited for `waits` may wait for `seconds` more."""
-        with self._lock:
-            together = self._waited.get(host, 0.0)
-        of_one = len(waits) + 1 < self.attempts and sum(waits) + seconds <= self.longest_total
-        return of_one and together <= self.longest_total
+        return len(waits) + 1 < self.attempts and seconds + LEAST_SECONDS <= self.told.left(host)
 
     def answered(self, host: str) -> None:
-        """`host` has answered a request."""
-        with self._lock:
-            if host in self._waited:
-                self._waited[host] = max(0.0, self._waited[host] - _EARNED_SECONDS)
+        """`host` has answered a request and named no limit; whether it gives anything is known when all has come."""
+        if self.told is not self.silence:
+            self.told.answered(host)
 
     def pause(self, host: str, seconds: float, *, heard: bool = True) -> None:
         """Nobody asks `host` for so long; `heard` from the host itself, not from another process."""
@@ -57,7 +58,8 @@ class HostLimits:
             longer = until > before
             if longer:
                 self._until[host] = until
-                self._waited[host] = self._waited.get(host, 0.0) + until - max(before, now)
+        if longer:
+            self.told.waited(host, now, until, "it limits requests")
         if heard and longer and self.on_pause is not None:
             self.on_pause(host, seconds)
 
@@ -86,11 +88,12 @@ def named_wait(headers: Mapping[str, str]) -> float | None:
     if told:
         try:
             when = email.utils.parsedate_to_datetime(told)
-        except ValueError:
+        except (ValueError, OverflowError):  # the latter of a year with twelve digits
             return None
         return max(0.0, ((when if when.tzinfo else when.replace(tzinfo=UTC)) - datetime.now(UTC)).total_seconds())
     match = _RATE_LIMIT.search(headers.get("RateLimit") or "")
-    return float(match[1]) if match else None
+    seconds = number(match[1]) if match else None
+    return None if seconds is None else float(seconds)
 
 
 LIMITS = HostLimits()  # of this process

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from deadbench.analysis.cells import magnitude, text, without_secrets
-from deadbench.analysis.formats import escaped, render, rich_table
+from deadbench.analysis.formats import escaped, html_rows, render, rich_table
 from deadbench.analysis.leaderboard import leaderboard
 from deadbench.analysis.results import ResultsError
 from deadbench.suite.plain_text import plain, printable
@@ -113,6 +113,27 @@ def test_neither_a_cell_nor_a_heading_does(format):
     text = printed(frame, "confusion") if format == "table" else render({"confusion": frame}, format)
     assert not {"\x9b", "\u202e"} & set(text)
     assert "t0psecret" not in text
+
+
+def test_the_page_s_attributes_are_no_rawer_than_its_cells():
+    words = "\x00\x9b31m\u202e https://me:t0psecret@host/m"
+    names = html_rows(pl.DataFrame({"model": [words], words: [1.0]}))["names"]
+    assert names[0] == "model"
+    assert names[1].isprintable()
+    assert "t0psecret" not in names[1]
+
+
+@given(st.text(st.characters(codec="utf-8"), min_size=1, max_size=12).filter(lambda word: word != "expected"))
+@settings(max_examples=40, derandomize=True, deadline=None)
+@example('"><svg/onload=1>')
+@example("=cmd|' /C calc'!A0")
+@example("[a](javascript:x)")
+def test_nor_is_a_heading_that_is_a_strangers_word_live(words):
+    frame = pl.DataFrame({"expected": ["a"], words: [1], f"{words}\\x00": [1], f"{words}\x00": [2]})
+    heading = render({"confusion": frame}, "md").split("\n")[0]
+    assert not re.search(r"(?<!\\)(\\\\)*[\[<`*~]|://|www\.", heading, re.IGNORECASE)
+    first = next(csv.reader(io.StringIO(render({"confusion": frame}, "csv"))))
+    assert not any(re.match(r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]", name) for name in first)
 
 
 @given(st.text(st.characters(codec="utf-8"), max_size=12))

@@ -77,6 +77,32 @@ def test_a_url_that_was_taken_for_a_path_is_one_still(url, around):
     assert "Z" not in scrubbed(around.format(Path(url[0])))
 
 
+@settings(deadline=None, derandomize=True)
+@given(
+    scheme=st.sampled_from(["http:", "HTTP:", "s3:", "az:", "github:", "file:", "text:http:", ""]),
+    slashes=st.sampled_from(["//", "///", "////", "\\\\\\\\", "/\\", "/", ""]),
+    secret=PLAIN,
+    around=AROUND,
+)
+def test_user_and_password_are_known_behind_whatever_slashes(scheme, slashes, secret, around):
+    if not scheme:
+        slashes = "//"
+    elif not slashes and not scheme.lower().endswith("http:"):
+        slashes = "/"  # else it may be a specification of ours, as in hf:name:split@revision
+    misspelt = f"{scheme}{slashes}me:Z{secret}@host/a"
+    assert "Z" not in scrubbed(around.format(misspelt))
+    assert shown_place(misspelt) == f"{scheme}//host/a"
+
+
+@settings(deadline=None, derandomize=True)
+@given(secret=PLAIN, around=AROUND, before=st.sampled_from(["", "a/", "web/2020/"]))
+def test_a_url_in_the_path_of_another_has_no_user_either(secret, around, before):
+    inner = f"https://host/{before}http://me:Z{secret}@other/a"
+    kept = f"https://host/{before}http://other/a"
+    assert shown_place(inner) == kept
+    assert scrubbed(around.format(inner)) == around.format(kept)
+
+
 def test_a_path_that_was_a_url_by_hand():
     assert scrubbed("http:/me:Z000000@host/a?t=Z0: no such registry file") == "http://host/a: no such registry file"
     assert scrubbed("text:/data/corpus.txt, C:/data?x") == "text:/data/corpus.txt, C:/data?x"
@@ -189,7 +215,7 @@ def test_a_command_is_kept_without_the_secrets_that_it_was_given(secret, name, f
         "sorted(key=None)", "num_key_value_heads = 12345", "the key 'pad_token_id': 50256", "4096 tokens: too many",
         "input 'tokens:random' needs --tokens 5", "s3://bucket/a/b: no such file", "config.json: key: not a number",
         "https://host/org/model@main: no such revision; give name@revision", "hf://org/name@v1: not there",
-        "http://localhost:8080/a@b/c: refused", "https://***/a",
+        "http://localhost:8080/a@b/c: refused", "https://***/a", "hf:name:split@revision: no such data",
     ],
 )  # fmt: skip
 def test_what_is_no_secret_stays(text):
@@ -198,7 +224,7 @@ def test_what_is_no_secret_stays(text):
 
 
 @pytest.mark.parametrize(
-    "part", ["x", "-", "x.", "a://", "key=", "token", "::", "a::", "'", "eyJ", "cookie: ", "a:// "]
+    "part", ["x", "-", "x.", "a://", "key=", "token", "http:", "//a:", "::", "a::", "'", "eyJ", "cookie: ", "a:// "]
 )
 def test_long_words_take_no_longer_than_their_length_asks(part):
     """With its square it would be an hour, and the limit of a test would end it."""

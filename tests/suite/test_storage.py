@@ -272,3 +272,21 @@ def test_a_file_that_a_full_disk_has_only_the_name_of_is_not_there(room, tmp_pat
     with pytest.raises(FileExistsError):
         create_new(path, b"another", fs)
     assert (tmp_path / "claim").read_bytes() == b"owner"
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_writing_of_the_same_file_and_nothing_else_does(tmp_path):
+    left, new = tmp_path / ".d[1].json-0123abcd", tmp_path / ".d[1].json-89abcdef"
+    others = [
+        ".d1.json-0123abcd",
+        ".d[1].json-0123ABCD",
+        ".d[1].json-0123abcde",
+        ".e.json-0123abcd",
+        "d[1].json-0123abcd",
+    ]
+    for name in (left.name, new.name, *others):
+        (tmp_path / name).write_text("half")
+        if name != new.name:
+            os.utime(tmp_path / name, (0, 0))
+    (tmp_path / ".d[1].json-00000000").mkdir()
+    write_whole(tmp_path / "d[1].json", b"whole")
+    assert {path.name for path in tmp_path.iterdir()} == {"d[1].json", new.name, *others, ".d[1].json-00000000"}

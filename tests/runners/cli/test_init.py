@@ -138,6 +138,15 @@ def test_a_registry_elsewhere_names_sources_from_where_it_is(here, deadbench, tm
     assert [(tmp_path / registry.models[0].source).resolve(), registry.models[1].source] == [here / "run0", "org/name"]
 
 
+def test_what_a_url_grants_is_no_part_of_a_model_s_name(here, deadbench, tmp_path):
+    url = "https://me:Zq81hunter2@host/runs/a?sig=Zq81abcdef"
+    code, out, err = deadbench("init", url, "--registry", tmp_path / "mine.yaml")
+    assert code == 0
+    (model,) = load_registry(tmp_path / "mine.yaml").models
+    assert (model.id, model.source) == ("host/runs/a", url)
+    assert "Zq81" not in out + err
+
+
 def test_the_folder_itself_is_named_so_that_it_is_found_from_anywhere(here, deadbench, monkeypatch):
     monkeypatch.chdir(here / "run0")
     assert deadbench("init")[0] == 0

@@ -10,7 +10,7 @@ import pytest
 
 from deadbench.runners.engines.registry import EngineSpec
 from deadbench.runners.jobs.build import build_jobs
-from deadbench.runners.jobs.job import Overrides
+from deadbench.runners.jobs.job import Overrides, Unreached
 from deadbench.runners.planning.assign import place_jobs
 from deadbench.runners.planning.hardware import PROCESS_BYTES, PlanError, parse_cluster
 from deadbench.runners.planning.needs import needs
@@ -281,6 +281,15 @@ def test_what_cannot_be_reached_is_sized_by_the_registry(registry, deadbench):
     assert all("not in the cache" in row["problem"] for row in json.loads(out)["reads"])
 
 
+@pytest.mark.parametrize("error", ["the server is silent", Unreached("the server is silent")])
+def test_what_could_not_be_opened_is_not_waited_for_once_more(registry, monkeypatch, error):
+    job, cluster = jobs_of(registry, ["pythia-1.4b"])[0], parse_cluster("1x80GB")
+    read = replace(job.reads[0], error=error, model=job.reads[0].model.model_copy(update={"config": None}))
+    monkeypatch.setattr(type(read), "opened", lambda self, revision: pytest.fail("it is opened again"))
+    (row,) = make_plan([replace(job, reads=(read,))], cluster)
+    assert row.problem == "the server is silent"
+
+
 def test_reads_that_are_there_already_are_said_to_be(registry, deadbench, tmp_path):
     jobs = build_jobs(load_registry(registry), registry, ["pythia-1.4b"], None, ["random"], Overrides())
     identity = jobs[0].reads[0].identity()
@@ -375,7 +384,7 @@ def test_a_cluster_that_is_none(shape):
 MEASURED = """
 import json, sys, transformers, warnings
 from pathlib import Path
-from deadbench.runners.jobs.job import Overrides
+from deadbench.runners.jobs.job import Overrides, Unreached
 from deadbench.runners.engines.registry import EngineSpec
 from deadbench.runners.jobs.build import build_jobs
 from deadbench.runners.jobs.events import peak_host_bytes

@@ -11,6 +11,7 @@ from deadbench.suite.checkpoints import http_client, http_requests
 from deadbench.suite.checkpoints.http_client import is_inside
 from deadbench.suite.checkpoints.http_folder import HttpFolder
 from deadbench.suite.checkpoints.http_requests import Requests
+from deadbench.suite.checkpoints.rate_limits import HostLimits
 from deadbench.suite.errors import CheckpointError, UnreachableError
 
 INSIDE = [
@@ -30,6 +31,7 @@ def fresh_clients(monkeypatch):
 
     monkeypatch.setattr(http_requests, "client", client)
     monkeypatch.setattr(http_requests, "FIRST_WAIT_SECONDS", 0.0)
+    monkeypatch.setattr(http_requests, "LIMITS", HostLimits())  # a port may have been another server's
     yield
     for each in clients:
         each.close()
@@ -177,7 +179,7 @@ def test_an_answers_head_has_its_length(monkeypatch):
             while True:
                 connection.sendall(b"HTTP/1.1 102 Processing\r\n\r\n" * 1000)
 
-    told = r"is cut off \(more than 1,048,576 bytes before an answer's body"
+    told = r"is cut off \(more than 262,144 bytes before an answer's body"
     with answering(without_end) as (port, _), pytest.raises(CheckpointError, match=told):
         HttpFolder("m", f"http://127.0.0.1:{port}/m").size("file")
 

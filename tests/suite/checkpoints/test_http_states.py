@@ -9,12 +9,13 @@ from types import SimpleNamespace
 
 import httpx2
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
-from deadbench.suite.checkpoints import http_requests, rate_limits
+from deadbench.suite.checkpoints import http_requests, patience, rate_limits
 from deadbench.suite.checkpoints.http_folder import HttpFolder
+from deadbench.suite.checkpoints.patience import Patience
 from deadbench.suite.errors import CheckpointError, UnreachableError
 
 SECRETS = ("hunter2", "abcdef")
@@ -57,6 +58,8 @@ class Server:
             return httpx2.Response(int(fault))
         if fault.startswith("429"):
             return httpx2.Response(429, headers={"Retry-After": fault.partition(" ")[2]})
+        if fault in ("timeout", "refused"):
+            self.clock.sleep(min(request.extensions["timeout"]["read"], 30.0))
         if fault in ("reset", "timeout", "refused"):
             kind = {"reset": httpx2.ReadError, "timeout": httpx2.ReadTimeout, "refused": httpx2.ConnectTimeout}[fault]
             raise kind("no answer\nsecond line")
@@ -76,13 +79,14 @@ class Server:
             headers["Content-Range"] = f"bytes {start + shift}-{end + shift - 1}/{len(self.data)}"
         body = Body(data[: len(data) // 2] if fault == "cut off" else data)
         if fault == "stalled":
-            body.between = self.stall
+            body.between = lambda: self.stall(request)
         if fault == "dripping":
             body.between = lambda: self.clock.sleep(200.0)
         return httpx2.Response(status, headers=headers, stream=body)
 
-    def stall(self):
-        raise httpx2.ReadTimeout("30 s without a byte")
+    def stall(self, request):
+        self.clock.sleep(request.extensions["timeout"]["read"])
+        raise httpx2.ReadTimeout("so long without a byte")
 
 
 class Client(RuleBasedStateMachine):
@@ -169,12 +173,17 @@ class Client(RuleBasedStateMachine):
 
 @pytest.fixture
 def world(monkeypatch):
+    return make_world(monkeypatch)
+
+
+def make_world(monkeypatch):
+    """A server, and the clock of what asks it."""
     clock = SimpleNamespace(now=0.0)
     clock.monotonic = lambda: clock.now
     clock.sleep = lambda seconds: setattr(clock, "now", clock.now + seconds)
     server = Server(clock)
     client = httpx2.Client(transport=httpx2.MockTransport(server))
-    for module in (http_requests, rate_limits):
+    for module in (http_requests, rate_limits, patience):
         monkeypatch.setattr(module, "time", clock)
     monkeypatch.setattr(http_requests, "LIMITS", rate_limits.HostLimits())
     monkeypatch.setattr(http_requests, "client", lambda public_only=False: client)
@@ -192,7 +201,7 @@ def test_the_right_bytes_or_one_line_whatever_the_server_does(world):
 def test_a_census_asks_a_limiting_server_seldom_and_not_for_days(world, named):
     server, clock = world
     limits = http_requests.LIMITS
-    limits.longest_wait, limits.attempts, limits.longest_total = 900.0, 1000, 7200.0
+    limits.longest_wait, limits.attempts, limits.told = 900.0, 1000, Patience(7200.0, 7200.0, 2.0, None)
     server.data, server.faults = b"x", [f"429 {named}"] * 2000
     with pytest.raises(CheckpointError, match="limits requests"):
         HttpFolder("http://host/m", "http://host/m").size("file")
@@ -203,7 +212,7 @@ def test_a_census_asks_a_limiting_server_seldom_and_not_for_days(world, named):
 def test_all_requests_together_wait_so_long_for_a_host_that_answers_none(world):
     server, clock = world
     limits = http_requests.LIMITS
-    limits.longest_wait, limits.attempts, limits.longest_total = 900.0, 1000, 7200.0
+    limits.longest_wait, limits.attempts, limits.told = 900.0, 1000, Patience(7200.0, 7200.0, 2.0, None)
     server.data, server.faults = b"x", ["429 899"] * 2000
     for _ in range(100):
         with pytest.raises(CheckpointError, match="limits requests"):
@@ -222,7 +231,7 @@ def test_all_requests_together_wait_so_long_for_a_host_that_answers_none(world):
 @settings(max_examples=40, derandomize=True, deadline=None)
 def test_whatever_a_host_says_of_its_limits_the_wait_has_an_end(faults):
     limits, now = rate_limits.HostLimits(), 0.0
-    limits.longest_total = 1000.0
+    limits.told = Patience(1000.0, 1000.0, 2.0, None)
     answers = 0
     for fault in faults * 20:
         _, _, named = fault.partition(" ")
@@ -234,3 +243,67 @@ def test_whatever_a_host_says_of_its_limits_the_wait_has_an_end(faults):
             now += limits.left("host")
             limits._until.clear()  # it is over
     assert now <= 1000.0 + 899.0 + 2 * answers
+
+
+VAIN = ["503", "429 0", "429 5", "429 14", "429 900", "reset", "timeout", "refused", "cut off", "stalled", "dripping"]
+
+
+@given(faults=st.lists(st.sampled_from(VAIN), min_size=1, max_size=6), files=st.integers(1, 20))
+@settings(max_examples=60, derandomize=True, deadline=None)
+def test_a_server_that_gives_nothing_costs_one_wait_whatever_it_does_and_is_asked(faults, files):
+    with pytest.MonkeyPatch.context() as patch:
+        server, clock = make_world(patch)
+        server.data = bytes(9000)  # three pieces
+        server.faults = faults * 200
+        for number in range(files):
+            folder = HttpFolder("http://host/m", "http://host/m")
+            with pytest.raises(CheckpointError) as error:
+                folder.size(f"file{number}")
+            assert str(error.value).startswith(f"http://host/m: file{number}: ")
+        dripped = 200.0 * ("dripping" in faults)  # until a second piece came
+        assert clock.now <= 15.0 * 1.1 + dripped
+        clock.sleep(100.0)
+        server.faults = []
+        assert HttpFolder("http://host/m", "http://host/m").size("file") == 9000, "it is not held against it for ever"
+
+
+def test_a_server_that_gives_is_waited_for_longer(world):
+    server, clock = world
+    server.data = bytes(40_000_000)
+    folder = HttpFolder("http://host/m", "http://host/m")
+    assert len(folder.read("file")) == 40_000_000
+    server.faults, before = ["timeout"], clock.now
+    assert folder.read("file", 20_000, 20_100) == bytes(100)
+    assert clock.now - before > 20.0
+
+
+@given(
+    told=st.lists(
+        st.sampled_from(
+            [
+                "Mon,",
+                "01",
+                "99999999999",
+                "-1",
+                "Jan",
+                "24:00:00",
+                "GMT",
+                "+9999",
+                "-2359",
+                "AD",
+                "9" * 5000,
+                "NaN",
+                "\u0663",
+            ]
+        ),
+        max_size=7,
+    ),
+    header=st.sampled_from(["Retry-After", "RateLimit"]),
+)
+@settings(max_examples=300, derandomize=True, deadline=None)
+@example(told=["+9999", "Dec", "24:00:00", "99999999999", "AD"], header="Retry-After")
+@example(told=["9" * 400], header="RateLimit")
+def test_what_a_server_says_of_its_limits_is_a_time_or_nothing(told, header):
+    words = ("" if header == "Retry-After" else '"api";r=0;t=') + " ".join(told)
+    seconds = rate_limits.named_wait({header: words})
+    assert seconds is None or 0 <= seconds < 1e18

@@ -1,0 +1,74 @@
+"""How long hosts are waited for in vain: one account for all threads of a process, since they may ask the same host.
+
+A host that has given nothing yet has little; what it gives earns it more. Where requests that wait side by side come
+to nothing, the time counts once.
+"""
+
+import threading
+import time
+from dataclasses import dataclass
+
+_MEGABYTE = 2**20
+
+
+@dataclass
+class _Account:
+    """What is left for a host, until when its waiting has been counted, and what came of it last."""
+
+    left: float
+    counted: float = -1.0
+    why: str = ""
+
+
+class Patience:
+    """Seconds that hosts may be waited for in vain.
+
+    Attributes:
+        first: seconds for a host that has given nothing.
+        most: and for one that has given much.
+        earned: by an answer, and by each megabyte.
+        forgotten_after: seconds after which what a host has taken is forgotten; None: never.
+    """
+
+    def __init__(self, first: float, most: float, earned: float, forgotten_after: float | None):
+        self.first, self.most, self.earned, self.forgotten_after = first, most, earned, forgotten_after
+        self._accounts: dict[str, _Account] = {}
+        self._lock = threading.Lock()
+
+    def left(self, host: str) -> float:
+        """Seconds that `host` may still be waited for in vain."""
+        with self._lock:
+            return max(0.0, self._of(host).left)
+
+    def why(self, host: str) -> str:
+        """What came of waiting for `host` the last time."""
+        with self._lock:
+            return self._of(host).why
+
+    def answered(self, host: str) -> None:
+        """`host` has answered a request."""
+        self._earn(host, self.earned)
+
+    def received(self, host: str, count: int) -> None:
+        """`host` has sent so many bytes."""
+        self._earn(host, self.earned * count / _MEGABYTE)
+
+    def waited(self, host: str, began: float, ended: float, why: str) -> None:
+        """From `began` to `ended`, on the clock of `time.monotonic`, `host` was, or will be, waited for in vain."""
+        with self._lock:
+            account = self._of(host)
+            account.why = why
+            account.left -= max(0.0, ended - max(began, account.counted))
+            account.counted = max(account.counted, ended)
+
+    def _earn(self, host: str, seconds: float) -> None:
+        with self._lock:
+            account = self._of(host)
+            account.left = min(account.left + seconds, self.most)
+
+    def _of(self, host: str) -> _Account:
+        now = time.monotonic()
+        account = self._accounts.setdefault(host, _Account(self.first))
+        if self.forgotten_after is not None and account.counted >= 0 and now > account.counted + self.forgotten_after:
+            account.left, account.counted = max(account.left, self.first), -1.0
+        return account
