@@ -33,6 +33,7 @@ OPTIONAL = {
     "tensorboard": "the extra [tensorboard]",
     "wandb": "the extra [wandb]",
     "pytest": "runners/pytest_plugin.py, which pytest itself loads",
+    "aiohttp": "fsspec's own way to the web: fsspec[http]",
 }
 
 

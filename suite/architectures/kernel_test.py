@@ -123,8 +123,8 @@ def _bare_copy(module: nn.Module) -> nn.Module:
     bare = plain_copy(module)
     if any(t.is_meta for t in (*bare.parameters(), *bare.buffers())):
         bare = bare.to_empty(device="cpu")
-        for buffer in bare.buffers():
-            buffer.zero_()
+        for tensor in (*bare.parameters(), *bare.buffers()):
+            tensor.detach().zero_()  # else what lay there decides; vectors are filled anew
     return bare.cpu().double().eval().requires_grad_(False)
 
 
@@ -164,6 +164,8 @@ def _probe(module: nn.Module, D: int, axes_after: int) -> NormBehaviour:
     unit = 0.0 if scale == "1+weight" else 1.0  # the weight at which the effective scale is one
 
     normalised = run(x, unit)
+    if _size(normalised) == 0:
+        return NormBehaviour("other", evidence=("it returns zeros, whatever it is given",))
     centred = _close(run(x + 3.0, unit), normalised)
     family = "layernorm" if centred else "rmsnorm"
     eps = _fit_eps(run, x, unit, centred)

@@ -163,3 +163,23 @@ def test_a_normalisation_of_any_kind_keeps_its_output_when_its_input_doubles(mod
 
 def test_what_takes_indices_does_not_normalise():
     assert not normalises(nn.Embedding(5, D), torch.zeros(2, dtype=torch.long))
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+@pytest.mark.parametrize("before", [0.0, 1.0, float("nan")])
+def test_a_linear_map_is_no_norm_whatever_lay_in_its_memory(device, before, monkeypatch):
+    """A map of zeros returns the same for x and x + c; on the meta device there are no values, and memory is given."""
+
+    def lain(module, **given):
+        moved = to_empty(module, **given)
+        for tensor in moved.parameters():
+            tensor.detach().fill_(before)
+        return moved
+
+    to_empty = nn.Module.to_empty
+    monkeypatch.setattr(nn.Module, "to_empty", lain)
+    module = nn.Linear(16, 16)
+    with torch.no_grad():
+        module.weight.fill_(before)
+    assert probe(module.to(device), 16).family == "other"
+    assert probe(nn.LayerNorm(16).to(device), 16).family == "layernorm"
