@@ -233,7 +233,7 @@ def _check_file(where: str, source: str | bytes, table: str) -> FileSize:
     try:
         footer = pq.read_metadata(_opened(source))
         schema = footer.schema.to_arrow_schema()
-        size = size_of(_opened(source))
+        size = size_of(_opened(source), table)
     except (pa.ArrowException, OSError, ValueError, MemoryError) as error:  # names that are no text, too
         reason = "torn, or not parquet"
         if isinstance(error, PagesError):

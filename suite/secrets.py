@@ -60,7 +60,8 @@ _LINK = re.compile(rf"::(?=[a-z0-9]{{1,40}}::|{_SCHEME})")  # between the file s
 _HOST = re.compile(r"(?:[\w.*…-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
 _DOTLESS_PORT = re.compile(r"(?!localhost:)[^.\[\]]+:[0-9]*")
 _PARAMETERS = re.compile(r";[^/]*=[^/]*")
-_INNER_USER = re.compile(r"(?<=[A-Za-z0-9]:/)(/?)([^/?#\s]*)@")  # of a URL in the path of another, as archives have it
+# Of a URL in the path of another, as archives have it; behind one slash of what is a scheme, or with a password.
+_INNER_USER = re.compile(rf"(?i)((?<![A-Za-z0-9+.-])(?:{_SCHEMES}):/|[A-Za-z0-9]:/(?=/|[^/?#\s:@]*:))(/?)([^/?#\s]*)@")
 _VARIABLES = (
     "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN",
     "AZURE_STORAGE_KEY", "AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_CONNECTION_STRING", "AZURE_STORAGE_SAS_TOKEN",
@@ -163,9 +164,9 @@ def _host_and_path(scheme: str, rest: str) -> str | None:
     late = "@" in behind and (not parts.path or _DOTLESS_PORT.fullmatch(parts.netloc))
     if late or not _HOST.fullmatch(host):
         return None
-    for _, user in _INNER_USER.findall(parts.path):
+    for *_, user in _INNER_USER.findall(parts.path):
         _remember(user.partition(":")[2])
-    return host + _without_settings(_PARAMETERS.sub("", _INNER_USER.sub(r"\1", parts.path)))
+    return host + _without_settings(_PARAMETERS.sub("", _INNER_USER.sub(r"\1\2", parts.path)))
 
 
 def _without_settings(text: str) -> str:

@@ -62,10 +62,11 @@ def rows_of(footer: Any) -> int:
     return sum(footer.row_group(place).num_rows for place in range(footer.num_row_groups))
 
 
-def size_of(source: str | BinaryIO) -> FileSize:
-    """What a file comes to: by its footer where that is certain to be little, else counted and nothing kept.
+def size_of(source: str | BinaryIO, table: str) -> FileSize:
+    """What a file of a table comes to: by its footer where that is certain to be little, else counted and nothing kept.
 
-    Its pages are then known to be what the footer says, so that it may be decoded.
+    Its pages are then known to be what the footer says, so that it may be decoded. Of `reads` little is no more than is
+    stored: their limit is for all files together, and a footer tells of each row all the texts that any has.
 
     Raises:
         pa.ArrowException, OSError, ValueError: it cannot be read, or its footer, its pages and its rows do not agree.
@@ -77,7 +78,7 @@ def size_of(source: str | BinaryIO) -> FileSize:
     certain, texts = _of_groups(groups)
     letters = sum(each.letters for each in texts.values())
     left = _allowed(stored) - certain
-    if certain + letters > _EXPANSION * stored and left >= 0:
+    if certain + letters > (1 if table == "reads" else _EXPANSION) * stored and left >= 0:
         counted = [path for path, each in texts.items() if not each.ways <= _ONCE and each.ways <= _COUNTED]
         letters -= sum(texts[path].letters for path in counted)
         letters += _letters(source, counted, left) if counted else 0

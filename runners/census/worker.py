@@ -35,7 +35,8 @@ PROTOCOL_HASH = hashlib.sha256(
 Given = tuple[dict[str, Any] | None, str | None]  # a configuration and a model type, for sources that have none
 # A census has time: a limit is waited for, not reported; but not for days, nor for long where a host gives nothing.
 _LONGEST_WAIT_SECONDS, _REFUSALS, _WAITED_SECONDS = 900.0, 1000, 7200.0
-_EARNED_SECONDS = 2.0  # by an answer; the Hub's limit for all who have no token is one in 0.6 s
+# By an answer. The Hub gives all who have no token 500 in five minutes: a worker of a hundred has five of them.
+_EARNED_SECONDS = 60.0
 
 
 class PauseBoard:
@@ -66,7 +67,7 @@ class CensusWorker:
         self._run_id, self._given = run_id, given
         self._threads = ThreadPoolExecutor(threads)
         LIMITS.longest_wait, LIMITS.attempts = _LONGEST_WAIT_SECONDS, _REFUSALS
-        LIMITS.told = Patience(_LONGEST_WAIT_SECONDS, _WAITED_SECONDS, _EARNED_SECONDS, None)
+        LIMITS.told = Patience(_LONGEST_WAIT_SECONDS, _WAITED_SECONDS, _WAITED_SECONDS, _EARNED_SECONDS, None)
         LIMITS.on_pause = lambda host, seconds: board.tell.remote(host, seconds)
         threading.Thread(target=_listen, args=(board, LIMITS.pause), daemon=True).start()
 

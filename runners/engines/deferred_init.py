@@ -7,9 +7,11 @@ disk, and one weight in memory.
 """
 
 import contextlib
+import gc
 import math
 import threading
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self
@@ -89,6 +91,16 @@ class DeferredInit(TorchDispatchMode):
             for index in sorted(steps):
                 self._replay(steps[index], real, alone=alone)
         return self._real(wanted, real)
+
+    def is_all_of(self, tensors: Collection[Tensor]) -> bool:
+        """Whether these, each once, are all that still holds what was made inside; garbage does not count."""
+        holders = Counter(tensor.untyped_storage()._cdata for tensor in tensors)
+        for collected in (False, True):
+            if collected:
+                gc.collect()
+            if all(torch._C._storage_Use_Count(key) == 1 + holders[key] for key in self._storages):
+                return True
+        return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Record `func` where it makes or writes a deferred tensor."""

@@ -23,6 +23,7 @@ _DEGREE = 32 * _WORDS - _SEPARATION
 _AT_ONCE = 512  # windows that are added in the cache
 # Of a saved state: the seed, then these, then words of 64 bits of which 32 are used.
 _LEFT, _NEXT, _FIRST_WORD = slice(8, 12), slice(16, 24), 24
+_STATE_BYTES = 5056  # the words, and the numbers that are kept for the next draw
 
 
 def moved_on(state: Tensor, draws: int) -> Tensor:
@@ -59,6 +60,8 @@ def _words(fill: Any, size: int) -> int:
 @cache
 def _are_as_known() -> bool:
     """Whether fills draw as is written here: torch says so nowhere, and another version may do it otherwise."""
+    if len(torch.get_rng_state()) != _STATE_BYTES:
+        return False
     with torch.random.fork_rng(devices=[]):
         for fill in FILLS:
             for size in (2 * _WORDS, 2 * _WORDS + 1):

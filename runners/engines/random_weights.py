@@ -26,19 +26,26 @@ def drawn_side_by_side(
     """
     import transformers
 
+    def whole() -> nn.Module:
+        transformers.set_seed(seed)
+        return build().to(device, dtype)
+
     transformers.set_seed(seed)
     try:
         with DeferredInit(_SHARED_ELEMENTS) as values:
             model = build()
     except ArchitectureError:  # maybe for looking at what is not there
-        transformers.set_seed(seed)
-        return build().to(device, dtype)
+        return whole()
     places: dict[Tensor, list[tuple[dict[str, Any], str]]] = {}  # a tied weight has several
     for module in model.modules():
         for held in (module._parameters, module._buffers):
             for name, tensor in held.items():
                 if tensor is not None and tensor.is_meta:
                     places.setdefault(tensor, []).append((held, name))
+
+    if not values.is_all_of(places):  # some are in plain attributes, lists or whatever else a module keeps
+        del model, places
+        return whole()
 
     def draw(tensor: Tensor) -> None:
         value = values.value(tensor).to(device, dtype if tensor.is_floating_point() else tensor.dtype)

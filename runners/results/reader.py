@@ -88,7 +88,7 @@ class ResultReader:
         ours = arrow_schema("reads")
         schema = pa.schema([ours.field(name) for name in columns])
         with self._readable(path):
-            size = size_of(source)
+            size = size_of(source, "reads")
         self._count("reads", path, size)
         with self._readable(path):
             return [row for batch in batches_of(source, schema) for row in batch.to_pylist()]

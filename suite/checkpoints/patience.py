@@ -1,7 +1,7 @@
 """How long hosts are waited for in vain: one account for all threads of a process, since they may ask the same host.
 
-A host that has given nothing yet has little; what it gives earns it more. Where requests that wait side by side come
-to nothing, the time counts once.
+A host that has given nothing yet has little, one that has answered is known, and what it gives earns it more. Where
+requests wait side by side in vain, the time counts once.
 """
 
 import threading
@@ -13,9 +13,10 @@ _MEGABYTE = 2**20
 
 @dataclass
 class _Account:
-    """What is left for a host, until when its waiting has been counted, and what came of it last."""
+    """What is left for a host, whether it has answered, until when its waiting was counted, and what came of it."""
 
     left: float
+    known: bool = False
     counted: float = -1.0
     why: str = ""
 
@@ -25,13 +26,15 @@ class Patience:
 
     Attributes:
         first: seconds for a host that has given nothing.
+        known: and for one as soon as it has answered.
         most: and for one that has given much.
         earned: by an answer, and by each megabyte.
         forgotten_after: seconds after which what a host has taken is forgotten; None: never.
     """
 
-    def __init__(self, first: float, most: float, earned: float, forgotten_after: float | None):
-        self.first, self.most, self.earned, self.forgotten_after = first, most, earned, forgotten_after
+    def __init__(self, first: float, known: float, most: float, earned: float, forgotten_after: float | None):
+        self.first, self.known, self.most, self.earned = first, known, most, earned
+        self.forgotten_after = forgotten_after
         self._accounts: dict[str, _Account] = {}
         self._lock = threading.Lock()
 
@@ -40,6 +43,12 @@ class Patience:
         with self._lock:
             return max(0.0, self._of(host).left)
 
+    def further(self, host: str, seconds: float) -> float:
+        """Of so many seconds from now, those that nobody waits for `host` yet."""
+        now = time.monotonic()
+        with self._lock:
+            return max(0.0, now + seconds - max(now, self._of(host).counted))
+
     def why(self, host: str) -> str:
         """What came of waiting for `host` the last time."""
         with self._lock:
@@ -47,6 +56,10 @@ class Patience:
 
     def answered(self, host: str) -> None:
         """`host` has answered a request."""
+        with self._lock:
+            account = self._of(host)
+            account.left += 0.0 if account.known else self.known - self.first
+            account.known = True
         self._earn(host, self.earned)
 
     def received(self, host: str, count: int) -> None:
@@ -70,5 +83,5 @@ class Patience:
         now = time.monotonic()
         account = self._accounts.setdefault(host, _Account(self.first))
         if self.forgotten_after is not None and account.counted >= 0 and now > account.counted + self.forgotten_after:
-            account.left, account.counted = max(account.left, self.first), -1.0
+            account.left, account.counted = max(account.left, self.known if account.known else self.first), -1.0
         return account

@@ -15,8 +15,9 @@ from datetime import UTC, datetime
 from deadbench.suite.checkpoints.patience import Patience
 
 _RATE_LIMIT = re.compile(r"r\s*=\s*0\s*;\s*t\s*=\s*([0-9]+)")  # `"api";r=0;t=55`: none left, for 55 seconds
-# Of a host that has given nothing, and of one that has; before a stranger's server costs more, the command says so.
-_FIRST_SECONDS, _MOST_SECONDS, _EARNED_SECONDS, _FORGOTTEN_SECONDS = 15.0, 120.0, 0.5, 60.0
+# Of a host that has given nothing: before a stranger's server costs more, the command says so. One that has answered
+# may name the longest wait as often as one request is refused.
+_FIRST_SECONDS, _KNOWN_SECONDS, _MOST_SECONDS, _EARNED_SECONDS, _FORGOTTEN_SECONDS = 15.0, 100.0, 120.0, 0.5, 60.0
 LEAST_SECONDS = 1.0  # that a host is given to answer
 _SPREAD = 0.1  # of the pause: those who waited do not all ask in the same instant
 
@@ -34,7 +35,7 @@ class HostLimits:
 
     def __init__(self) -> None:
         self.longest_wait, self.attempts = 30.0, 4
-        self.silence = Patience(_FIRST_SECONDS, _MOST_SECONDS, _EARNED_SECONDS, _FORGOTTEN_SECONDS)
+        self.silence = Patience(_FIRST_SECONDS, _KNOWN_SECONDS, _MOST_SECONDS, _EARNED_SECONDS, _FORGOTTEN_SECONDS)
         self.told = self.silence
         self.on_pause: Callable[[str, float], None] | None = None
         self._until: dict[str, float] = {}
@@ -42,7 +43,8 @@ class HostLimits:
 
     def allow(self, host: str, waits: list[float], seconds: float) -> bool:
         """Whether a request to `host` that has waited for `waits` may wait for `seconds` more."""
-        return len(waits) + 1 < self.attempts and seconds + LEAST_SECONDS <= self.told.left(host)
+        further = self.told.further(host, seconds)  # none where others were told to wait at the same time
+        return len(waits) + 1 < self.attempts and (not further or further + LEAST_SECONDS <= self.told.left(host))
 
     def answered(self, host: str) -> None:
         """`host` has answered a request and named no limit; whether it gives anything is known when all has come."""

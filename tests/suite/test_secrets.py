@@ -216,6 +216,7 @@ def test_a_command_is_kept_without_the_secrets_that_it_was_given(secret, name, f
         "input 'tokens:random' needs --tokens 5", "s3://bucket/a/b: no such file", "config.json: key: not a number",
         "https://host/org/model@main: no such revision; give name@revision", "hf://org/name@v1: not there",
         "http://localhost:8080/a@b/c: refused", "https://***/a", "hf:name:split@revision: no such data",
+        "s3://bucket/run:/a@main/b", "s3://bucket/day=2:/@x", "./models//gpt2", "C:\\models\\a@main", "file:///data/x",
     ],
 )  # fmt: skip
 def test_what_is_no_secret_stays(text):

@@ -1,6 +1,7 @@
 """What a file of results comes to is known before it is read: never less than it is, never gigabytes to find it."""
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -37,7 +38,7 @@ def written(columns, target=None, **how):
 
 
 def size(file):
-    return size_of(file)
+    return size_of(file, "spectra")
 
 
 def saved(folder, table="reads", **columns):
@@ -142,6 +143,15 @@ def test_many_files_of_little_are_much_together():
     assert "reads has 33,000,000 bytes that stand for more than 1,073,741,824, most" in str(too_large("reads", large))
     assert too_large("reads", {}) is None
     assert "more than 500,000; no run writes so many" in too_large("reads", {"a": FileSize(500_001)})
+
+
+def test_a_hundred_thousand_reads_in_files_of_a_hundred_are_no_more_than_they_are():
+    """The footers of so small files tell of each row all texts of its file, tenfold what it has."""
+    file = str(Path(results.__file__).parents[1] / "suite" / "data" / "reference" / "reads" / "reference.parquet")
+    found = size_of(file, "reads")
+    rows = pq.read_table(file)
+    assert rows.nbytes <= found.values <= 4 * rows.nbytes
+    assert too_large("reads", {str(n): found for n in range(100_000 // found.rows + 1)}) is None
 
 
 def test_a_column_whose_name_is_no_text_is_one_line(tmp_path):

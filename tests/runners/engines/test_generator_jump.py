@@ -61,8 +61,9 @@ def test_the_words_of_a_fill(fill, size):
     assert torch.equal(moved_on(state, words_drawn(fill, size)), torch.get_rng_state())
 
 
-def test_a_torch_that_draws_otherwise_is_found_out_and_drawn_by(monkeypatch):
-    monkeypatch.setattr(generator_jump, "_GROUP", 8)
+@pytest.mark.parametrize(("what", "otherwise"), [("_GROUP", 8), ("_STATE_BYTES", 2504), ("_NEXT", slice(24, 32))])
+def test_a_torch_that_draws_otherwise_is_found_out_and_drawn_by(monkeypatch, what, otherwise):
+    monkeypatch.setattr(generator_jump, what, otherwise)
     monkeypatch.setattr(deferred_init, "_FEWEST_JUMPED", 64)
     generator_jump._are_as_known.cache_clear()
     try:

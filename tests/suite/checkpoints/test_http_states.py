@@ -13,6 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
+from deadbench.runners.census import worker
 from deadbench.suite.checkpoints import http_requests, patience, rate_limits
 from deadbench.suite.checkpoints.http_folder import HttpFolder
 from deadbench.suite.checkpoints.patience import Patience
@@ -201,7 +202,7 @@ def test_the_right_bytes_or_one_line_whatever_the_server_does(world):
 def test_a_census_asks_a_limiting_server_seldom_and_not_for_days(world, named):
     server, clock = world
     limits = http_requests.LIMITS
-    limits.longest_wait, limits.attempts, limits.told = 900.0, 1000, Patience(7200.0, 7200.0, 2.0, None)
+    limits.longest_wait, limits.attempts, limits.told = 900.0, 1000, Patience(7200.0, 7200.0, 7200.0, 2.0, None)
     server.data, server.faults = b"x", [f"429 {named}"] * 2000
     with pytest.raises(CheckpointError, match="limits requests"):
         HttpFolder("http://host/m", "http://host/m").size("file")
@@ -212,7 +213,7 @@ def test_a_census_asks_a_limiting_server_seldom_and_not_for_days(world, named):
 def test_all_requests_together_wait_so_long_for_a_host_that_answers_none(world):
     server, clock = world
     limits = http_requests.LIMITS
-    limits.longest_wait, limits.attempts, limits.told = 900.0, 1000, Patience(7200.0, 7200.0, 2.0, None)
+    limits.longest_wait, limits.attempts, limits.told = 900.0, 1000, Patience(7200.0, 7200.0, 7200.0, 2.0, None)
     server.data, server.faults = b"x", ["429 899"] * 2000
     for _ in range(100):
         with pytest.raises(CheckpointError, match="limits requests"):
@@ -230,19 +231,20 @@ def test_all_requests_together_wait_so_long_for_a_host_that_answers_none(world):
 @given(st.lists(st.sampled_from(["429 0", "429 1", "429 899", "503", ""]), max_size=40))
 @settings(max_examples=40, derandomize=True, deadline=None)
 def test_whatever_a_host_says_of_its_limits_the_wait_has_an_end(faults):
-    limits, now = rate_limits.HostLimits(), 0.0
-    limits.told = Patience(1000.0, 1000.0, 2.0, None)
-    answers = 0
-    for fault in faults * 20:
-        _, _, named = fault.partition(" ")
-        if not fault:
-            limits.answered("host")
-            answers += 1
-        elif named and limits.allow("host", [], float(named)):
-            limits.pause("host", float(named))
-            now += limits.left("host")
-            limits._until.clear()  # it is over
-    assert now <= 1000.0 + 899.0 + 2 * answers
+    with pytest.MonkeyPatch.context() as patch:
+        _, clock = make_world(patch)
+        limits = http_requests.LIMITS
+        limits.told = Patience(500.0, 1000.0, 1000.0, 2.0, None)
+        answers = 0
+        for fault in faults * 20:
+            _, _, named = fault.partition(" ")
+            if not fault:
+                limits.answered("host")
+                answers += 1
+            elif named and limits.allow("host", [], float(named)):
+                limits.pause("host", float(named))
+                limits.wait("host")
+        assert clock.now <= (1000.0 + 2 * answers) * 1.1
 
 
 VAIN = ["503", "429 0", "429 5", "429 14", "429 900", "reset", "timeout", "refused", "cut off", "stalled", "dripping"]
@@ -275,6 +277,48 @@ def test_a_server_that_gives_is_waited_for_longer(world):
     server.faults, before = ["timeout"], clock.now
     assert folder.read("file", 20_000, 20_100) == bytes(100)
     assert clock.now - before > 20.0
+
+
+@pytest.mark.parametrize("answers", [1, 3])
+@pytest.mark.parametrize("faults", [["429 30"], ["429 30"] * 3, ["timeout"], ["503", "503"], ["429 7"] * 3])
+@pytest.mark.parametrize("later", [0.0, 3600.0, 86_400.0])
+def test_one_that_has_answered_a_few_times_is_waited_for_at_its_word(world, answers, faults, later):
+    server, clock = world
+    server.data = bytes(9000)
+    for _ in range(3):  # of the polls of a process that lives for days
+        server.faults = []
+        for number in range(answers):
+            HttpFolder("http://host/m", "http://host/m").size(f"file{number}")
+        clock.sleep(later)
+        server.faults = list(faults)
+        assert HttpFolder("http://host/m", "http://host/m").size("file") == 9000
+        clock.sleep(max(later, 100.0))
+
+
+@pytest.mark.parametrize("seconds", [1.0, 7.0, 13.0])
+def test_those_who_are_told_to_wait_at_the_same_time_all_wait(world, seconds):
+    _, clock = world
+    limits = http_requests.LIMITS
+    for _ in range(8):
+        assert limits.allow("host", [], seconds), "they wait for the same"
+        limits.pause("host", seconds)
+        clock.sleep(0.01)
+    assert limits.told.left("host") == pytest.approx(15.0 - seconds - 0.07)
+    assert not limits.allow("host", [], 16.0)
+
+
+def test_a_census_of_many_workers_waits_for_the_hub_for_days(world):
+    """Of the Hub's 500 answers in five minutes each of a hundred workers has five."""
+    _, clock = world
+    limits = http_requests.LIMITS
+    limits.longest_wait, limits.attempts = worker._LONGEST_WAIT_SECONDS, worker._REFUSALS
+    limits.told = Patience(900.0, worker._WAITED_SECONDS, worker._WAITED_SECONDS, worker._EARNED_SECONDS, None)
+    for _ in range(3 * 288):
+        for _ in range(5):
+            limits.answered("host")
+        assert limits.allow("host", [], 299.0)
+        limits.pause("host", 299.0)
+        clock.sleep(300.0)
 
 
 @given(
