@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deadbench.runners.cli.reproduce import _by_engines
 from deadbench.runners.jobs.build import build_jobs
 from deadbench.runners.jobs.job import Overrides
 from deadbench.runners.planning import plan as planner
@@ -151,3 +152,17 @@ def test_what_run_does_not_measure_is_planned_in_one_pass(registry, gigabytes):
             assert row.passes == 1
     assert ("pythia-160m" in unmeasured, "pythia-1.4b" in unmeasured) == (gigabytes >= 4, gigabytes >= 45)
     assert ("albert" in unmeasured) == (gigabytes >= 70), "with all the taps of a width of 4096"
+
+
+def test_a_row_is_reproduced_by_its_engine_where_that_has_room(registry):
+    job = job_of(registry)
+    for engine, shape, has_room in (
+        ("torch", "1x80GB", True),
+        ("torch", "1x24GB", False),
+        ("streaming", "1x200GB", True),
+    ):
+        kept = _by_engines(job, {("random", None): engine})
+        (placed,), remarks = place_jobs([kept], parse_cluster(shape))
+        assert (placed.reads[0].engine, not remarks) == (engine, has_room)
+    asked = job_of(registry, engine="torch")
+    assert _by_engines(asked, {("random", None): "streaming"}) == asked, "the command says which"
