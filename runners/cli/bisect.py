@@ -76,10 +76,11 @@ def bisect_series(
     store, read_names = ResultStore(results[0]), []
 
     def rows(checkpoint: ReadJob) -> pl.LazyFrame:
-        name = str(checkpoint.revision)
+        name, finished = str(checkpoint.revision), store.finished()
+        checkpoint = checkpoint.as_stored(finished)
         if name not in read_names:
             read_names.append(name)
-            if checkpoint.identity() not in store.finished():
+            if checkpoint.identity() not in finished:
                 with Reporter(1) as reporter:
                     one = [replace(job, reads=(checkpoint,))]
                     execute_at(address)(one, store, Settings(address), reporter, new_run_id())

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import polars as pl
 
     from deadbench.analysis.paired import Samples
+    from deadbench.runners.jobs.job import ModelJob
 
 _PROGRAMS = ("deadbench", "deadbench.exe")
 _ROUNDING = 1e-6  # of a value: float32 arithmetic in another order
@@ -183,7 +184,7 @@ def _run_again(
     jobs, cluster, _ = options.jobs_and_cluster(
         names, suite, told["registry"], told["reads"], overrides, address=address
     )
-    wanted = set(rows.select("read", "revision").rows())
+    wanted = {(read, revision): engine for read, revision, engine in rows.select("read", "revision", "engine").rows()}
     ours = [
         replace(job, reads=tuple(each for each in job.reads if (each.read, each.revision) in wanted))
         for job in jobs
@@ -191,9 +192,23 @@ def _run_again(
     ]
     if not any(job.reads for job in ours):
         raise UserError(f"{model}: its command makes no such row in this folder; go where it was given, and try again")
-    placed, remarks = place_jobs([job for job in ours if job.reads], cluster)
+    ours = [job for job in ours if job.reads]
+    placed, remarks = place_jobs([_by_engines(job, wanted) for job in ours], cluster)
+    if remarks:  # those engines have no room here: the plan's, then
+        placed, remarks = place_jobs(ours, cluster)
     settings = Settings(address, told["timeout"], told["max_retries"], (), told["checkpoint_interval"])
     execute_jobs(placed, folder, True, settings, remarks, "text", debug)
+
+
+def _by_engines(job: "ModelJob", engines: dict[tuple[str, str | None], str | None]) -> "ModelJob":
+    """`job`, of which what the plan may place is done by the engine that its row has."""
+
+    def same(read: Any) -> Any:
+        engine = engines[read.read, read.revision]
+        known = engine in {each.engine for each in read.by_any_engine()}
+        return replace(read, engine=engine, auto=False) if read.auto and known else read
+
+    return replace(job, reads=tuple(map(same, job.reads)))
 
 
 def _beside(stored: "pl.DataFrame", made: "pl.DataFrame", samples: "Samples") -> "pl.DataFrame":

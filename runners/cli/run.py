@@ -129,8 +129,9 @@ def execute_jobs(
 
     store = ResultStore(out)
     done = store.finished() if resume else set()
+    jobs = [job.as_stored(done) for job in jobs]
     for read in (read for job in jobs for read in job.reads if not resume or read.identity() in done):
-        remove_checkpoints(out, read)
+        remove_checkpoints(out, *read.by_any_engine())
     left = [job.without(done) for job in jobs]
     skipped = sum(len(job.reads) for job in jobs) - sum(len(job.reads) for job in left)
     left = [job for job in left if job.reads]

@@ -128,8 +128,8 @@ class Watch:
 
     def _take(self, arrival: Arrival) -> None:
         """One checkpoint: read unless that is done, judged unless that is done."""
-        job = self._job(arrival)
         finished = self._store.finished()
+        job = self._job(arrival).as_stored(finished)
         left = job.without(finished)
         key = _key(arrival.name, job)
         if left.reads:

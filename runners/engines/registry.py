@@ -86,7 +86,8 @@ ENGINES: dict[str, EngineSpec] = {
     "streaming": EngineSpec(f"{_HERE}.streaming:StreamingEngine", blockwise=True, resume=True),
 }
 DEFAULT = "torch"  # takes every read, needs nothing more, and is what a read runs on until the plan says otherwise
-AUTO = (DEFAULT, "streaming")  # what `auto` may become: the plan takes the first that fits
+BLOCKWISE = next(name for name, spec in ENGINES.items() if spec.blockwise)
+AUTO = (DEFAULT, BLOCKWISE)  # what `auto` may become: the first that fits, unless the second is much sooner
 
 
 def refused_together(engine: str, tensor_parallel: int | None, replicas: int) -> str | None:

@@ -247,12 +247,13 @@ def _read_job(asked: _Asked, read: str, revision: str | None, engine: str, opene
     protocol = asked.protocol.model_copy(update={"tokens": tokens, "taps": taps})
     dtype = overrides.dtype or spec.dtype or asked.model.dtype
     fingerprint, error = opened
+    engine = _engine_of(read, engine)
     return ReadJob(
         model=asked.model,
         read=read,
         revision=revision if spec.per_checkpoint else None,
         seed=overrides.seed,
-        engine=_engine_of(read, engine) if spec.runs_model else None,
+        engine=engine if spec.runs_model else None,
         protocol_name=asked.protocol_name,
         protocol=protocol,
         protocol_hash=_protocol_hash(read, protocol, dtype, asked.input),
@@ -267,6 +268,7 @@ def _read_job(asked: _Asked, read: str, revision: str | None, engine: str, opene
         model_type=overrides.model_type,
         accumulator_gb=overrides.accumulator_gb,
         replicas=overrides.replicas if spec.divides else 1,
+        auto=spec.runs_model and overrides.engine is None and engine == DEFAULT != asked.model.engine,
     )
 
 

@@ -2,11 +2,12 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from deadbench.runners.engines.registry import AUTO, ENGINES
 from deadbench.suite.checkpoints.adapters import open_checkpoint
 from deadbench.suite.checkpoints.checkpoint import Checkpoint
 from deadbench.suite.checkpoints.series import trainer_step, trainer_tokens
@@ -97,6 +98,7 @@ class ReadJob:
     model_type: str | None = None  # of a configuration that has none
     factory: str | None = None  # what builds the module that is read, where it is the user's own: package.module:name
     place: str | None = None  # what `locate` says of the model's source, asked once, where the command was given
+    auto: bool = False  # nobody named an engine: the plan takes one of `AUTO`
 
     def opened(self, revision: str | None) -> Checkpoint:
         """A checkpoint of the model's source.
@@ -121,6 +123,15 @@ class ReadJob:
         """Key and fingerprint: what a finished row must match to stand for this read."""
         columns = self.key_columns()
         return (*(columns[name] for name in KEY), self.fingerprint)
+
+    def by_any_engine(self) -> "tuple[ReadJob, ...]":
+        """The read itself, and as each other engine would do it that the plan may take elsewhere or another time."""
+        others = [name for name in AUTO if name != self.engine and self.read in ENGINES[name].reads]
+        return (self, *(replace(self, engine=name) for name in (others if self.auto else ())))
+
+    def as_stored(self, done: Collection[tuple[Any, ...]]) -> "ReadJob":
+        """The read by the engine that has its row in `done`, identities of finished reads; itself where none has."""
+        return next((read for read in self.by_any_engine() if read.identity() in done), self)
 
     def label(self) -> str:
         """Short name for people: `pythia-160m random`, `twin step16 trained`."""
@@ -179,6 +190,10 @@ class ModelJob:
             self,
             reads=tuple(replace(r, checkpoint_interval=interval, checkpoint_location=location) for r in self.reads),
         )
+
+    def as_stored(self, done: Collection[tuple[Any, ...]]) -> "ModelJob":
+        """The job with its reads as they are in `done`."""
+        return replace(self, reads=tuple(read.as_stored(done) for read in self.reads))
 
     def without(self, done: Iterable[tuple[Any, ...]]) -> "ModelJob":
         """The job less the reads whose identity is in `done`."""

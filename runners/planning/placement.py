@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from deadbench.runners.engines.registry import AUTO, DEFAULT, ENGINES
+from deadbench.runners.engines.registry import AUTO, BLOCKWISE, DEFAULT, ENGINES
 from deadbench.runners.jobs.job import ReadJob
 from deadbench.runners.planning.degree import shared_by
 from deadbench.runners.planning.hardware import PROCESS_BYTES, SHARES, Cluster, Room, gigabytes
@@ -14,7 +14,6 @@ from deadbench.runners.planning.sizes import ModelSize
 _CONTEXT_BYTES = 0.7e9  # of a GPU, that each process on it takes beside its tensors
 _ACCUMULATOR_SHARE = 4  # as the passes take it: one part in so many of what is free
 _COUNTED = {"num_attention_heads": "heads", "num_key_value_heads": "KV heads"}
-_BLOCKWISE = next(name for name, spec in ENGINES.items() if spec.blockwise)
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def fit(
     parked = max(0.0, room.device - need.streamed(0.0, ahead=ahead)) / _ACCUMULATOR_SHARE
     smallest = need.streamed(parked, ahead=ahead)
     if not any(ENGINES[name].blockwise for name in engines):
-        can = f"; --engine {_BLOCKWISE} needs {gigabytes(smallest)}" if smallest <= room.device else ""
+        can = f"; --engine {BLOCKWISE} needs {gigabytes(smallest)}" if smallest <= room.device else ""
         peaks = _peak(least, need.resident_load, room.on_gpu)
         return replace(row, **peaks, problem=f"{too_large} do not fit in {room.label(loadable)}{can}")
     why = f"block streaming: resident needs {too_large}" if least > room.device or not loadable else None
@@ -89,10 +88,9 @@ def fit(
 
 
 def _engines(read: ReadJob) -> tuple[str, ...]:
-    """The engines that may run a read, the first that fits; the default stands for `auto` but where the registry says
-    it."""
+    """The engines that may run a read, the first that fits."""
     assert read.engine is not None
-    return AUTO if read.engine == DEFAULT != read.model.engine else (read.engine,)
+    return AUTO if read.auto else (read.engine,)
 
 
 def _resident(row: Placement, need: Needs, read: ReadJob, room: Room) -> Placement:
@@ -141,7 +139,7 @@ def _streamed(row: Placement, need: Needs, room: Room, smallest: float, loadable
     """Block by block in `smallest` bytes; `loadable`: whether the host at least could load the whole model."""
     row = replace(
         row,
-        engine=_BLOCKWISE,
+        engine=BLOCKWISE,
         passes=1,
         accumulator_bytes=int(need.compared() + need.decomposed),
         **_peak(smallest, need.outside + need.drawing, room.on_gpu),
@@ -180,7 +178,7 @@ def replicated(row: Placement, replicas: int, cluster: Cluster) -> Placement:
     gpus = each * replicas
     problem = row.problem
     if not problem and (row.tensor_parallel or 1) > 1:
-        problem = f"{row.tensor_parallel} devices must share the model: give --engine {_BLOCKWISE}, or --replicas 1"
+        problem = f"{row.tensor_parallel} devices must share the model: give --engine {BLOCKWISE}, or --replicas 1"
     elif not problem and gpus > there:
         problem = f"{replicas} replicas need {gpus} GPUs and there are {there}; give --replicas {there // each}"
     return replace(row, gpus=gpus, note=joined(row.note, f"{replicas} replicas divide the tokens"), problem=problem)

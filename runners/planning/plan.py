@@ -1,15 +1,16 @@
 """The plan: which engine reads each model, on how many devices, in how many passes; and what cannot fit, and why.
 
 Nothing is loaded. Resident on one device comes first (on a part of one where a GPU has room for several), then tensor
-parallel (a degree that divides attention heads and KV heads), then block streaming.
+parallel (a degree that divides attention heads and KV heads), then block streaming; which comes before both where they
+leave the accumulators so little room that the further passes would take longer.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, replace
 from functools import cache
 from typing import Any
 
-from deadbench.runners.engines.registry import ENGINES
+from deadbench.runners.engines.registry import BLOCKWISE, ENGINES
 from deadbench.runners.jobs.job import ModelJob, ReadJob, Unfit, Unreached
 from deadbench.runners.jobs.resolved import Configuration, dtype_name, num_tokens
 from deadbench.runners.planning.hardware import Cluster, Room
@@ -23,6 +24,7 @@ from deadbench.suite.plain_text import plain
 from deadbench.suite.read_specs import READ_SPECS
 
 _ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+_NEAR = 1.25  # times what block streaming takes, up to which a model is held whole, as is the standard
 
 
 def make_plan(jobs: list[ModelJob], cluster: Cluster, done: Collection[tuple[Any, ...]] = ()) -> list[Placement]:
@@ -33,14 +35,30 @@ def make_plan(jobs: list[ModelJob], cluster: Cluster, done: Collection[tuple[Any
     rows = []
     for job in jobs:
         tensor_parallel = job.asked_tensor_parallel(has_gpus=cluster.largest.gpus > 0)
-        rows.append([_unless_done(read, place(read, cluster, tensor_parallel), done) for read in job.reads])
+        placed = zip(job.reads, place_together(job.reads, cluster, tensor_parallel), strict=True)
+        rows.append([_unless_done(read, row, done) for read, row in placed])
     rows.sort(key=lambda each: max((r.gpus, r.weight_bytes or 0) for r in each), reverse=True)
     return [replace(row, order=order) for order, each in enumerate(rows, 1) for row in each]
 
 
 def _unless_done(read: ReadJob, row: Placement, done: Collection[tuple[Any, ...]]) -> Placement:
-    identities = {read.identity(), replace(read, engine=row.engine).identity()}
-    return replace(row, note="already there", problem=None) if identities & {*done} else row
+    is_done = read.as_stored(done).identity() in done
+    return replace(row, note="already there", problem=None) if is_done else row
+
+
+def place_together(reads: Sequence[ReadJob], cluster: Cluster, tensor_parallel: int | None = None) -> list[Placement]:
+    """How the reads of one model would run, over `tensor_parallel` devices where a number is given.
+
+    The same devices do them all: where some reads would be shared by several and others streamed on one, all are on
+    one, or, if that leaves more of them without a place, all are shared.
+    """
+    rows = [place(read, cluster, tensor_parallel) for read in reads]
+    placed = [row for row in rows if row.engine is not None and row.problem is None]
+    degree = max((row.tensor_parallel or 1 for row in placed), default=1)
+    if tensor_parallel is not None or degree == 1 or not any(ENGINES[str(row.engine)].blockwise for row in placed):
+        return rows
+    either = ([place(read, cluster, each) for read in reads] for each in (1, degree))
+    return min(either, key=lambda rows: sum(row.problem is not None for row in rows))
 
 
 def place(read: ReadJob, cluster: Cluster, tensor_parallel: int | None = None) -> Placement:
@@ -81,7 +99,7 @@ def _placed(
     if not READ_SPECS[read.read].divides:
         found = fit_whole(row, need, Room.of(cluster))
     else:
-        found = fit(row, size, need, read, cluster, tensor_parallel)
+        found = _soonest(row, size, need, read, cluster, tensor_parallel)
         found = found if read.replicas == 1 else replicated(found, read.replicas, cluster)
         if found.problem is None and 0 < cluster.largest.gpus < (found.tensor_parallel or 1):
             problem = problem or ENGINES[str(found.engine)].why_not_over_nodes(_described(read)[0])
@@ -100,6 +118,21 @@ def _placed(
         differs = now.problem or (now.engine, now.gpus) != (found.engine, found.gpus)
         found = replace(found, note=joined(found.note, "when nodes have come" if differs else None))
     return replace(found, note=joined(found.note, remark), problem=problem or found.problem)
+
+
+def _soonest(
+    row: Placement, size: ModelSize, need: Needs, read: ReadJob, cluster: Cluster, tensor_parallel: int | None
+) -> Placement:
+    """As `fit`; of `auto`, block streaming also where what fits would take more than `_NEAR` times as long."""
+    found = fit(row, size, need, read, cluster, tensor_parallel)
+    if not read.auto or found.problem or found.passes == 1 or (tensor_parallel or 1) > 1:
+        return found
+    streamed = fit(row, size, need, replace(read, engine=BLOCKWISE, auto=False), cluster, tensor_parallel)
+    whole, by_block = (_seconds(each, size, need, read, cluster).total for each in (found, streamed))
+    if streamed.problem or whole <= _NEAR * by_block:
+        return found
+    held = "resident" if found.tensor_parallel == 1 else "tensor parallel"
+    return replace(streamed, note=f"block streaming: {held} would take {found.passes} passes")
 
 
 def _seconds(row: Placement, size: ModelSize, need: Needs, read: ReadJob, cluster: Cluster) -> Seconds:

@@ -21,11 +21,11 @@ def absolute(location: str) -> str:
     return location.rstrip("/") if is_url(location) else str(Path(location).absolute())
 
 
-def remove_checkpoints(location: str, read: ReadJob) -> None:
-    """Take away what is left of `read` in the result set at `location`."""
-    folder = f"{absolute(location)}/{FOLDER}"
+def remove_checkpoints(location: str, *reads: ReadJob) -> None:
+    """Take away what is left of `reads` in the result set at `location`."""
+    folder, names = f"{absolute(location)}/{FOLDER}", tuple(map(name_of, reads))
     with contextlib.suppress(Exception):  # whatever the place's library comes up with: the read itself is stored
         fs, _ = open_place(folder)
         for path in fs.ls(folder, detail=False) if fs.exists(folder) else ():
-            if path.rsplit("/", 1)[-1].startswith(name_of(read)):
+            if path.rsplit("/", 1)[-1].startswith(names):
                 fs.rm_file(path)

@@ -70,10 +70,10 @@ def test_sizes_are_those_counted_by_hand():
     ("shape", "engines", "ranks"),
     [
         ("1x24GB", ["streaming", "streaming", "torch"], [1, 1, 1]),
-        ("8x80GB", ["torch", "torch", "torch"], [2, 1, 1]),
+        ("8x80GB", ["torch", "streaming", "torch"], [2, 1, 1]),
         ("2x8x141GB", ["torch", "torch", "torch"], [1, 1, 1]),
         ("8x24GB", ["torch", "torch", "torch"], [8, 2, 1]),
-        ("0x24GB", ["streaming", "streaming", "torch"], [1, 1, 1]),
+        ("0x24GB", ["streaming", "streaming", "streaming"], [1, 1, 1]),
     ],
 )
 def test_placements_on_assumed_clusters(registry, shape, engines, ranks):
@@ -91,8 +91,9 @@ def test_placements_on_assumed_clusters(registry, shape, engines, ranks):
 
 
 def test_taps_that_are_not_read_take_neither_memory_nor_passes(registry):
+    overrides = {"engine": "torch", "accumulator_gb": 1.5}
     plans = {
-        taps: make_plan(jobs_of(registry, ["pythia-6.9b"], taps=taps, accumulator_gb=1.5), parse_cluster("1x80GB"))[0]
+        taps: make_plan(jobs_of(registry, ["pythia-6.9b"], taps=taps, **overrides), parse_cluster("1x80GB"))[0]
         for taps in ("all", "every:8", "none")
     }
     tap, decomposed = 16 * 4096**2, 40 * 4096**2
@@ -114,7 +115,7 @@ def test_checkpoints_and_waiting_streams_are_counted_as_disk(registry):
         return row.disk_bytes
 
     assert planned("1x80GB", taps="none") == 2 * 2 * tap, "the final norm's, and again while it is replaced"
-    assert planned("1x80GB", accumulator_gb=1.5) == 2 * 4 * tap
+    assert planned("1x80GB", engine="torch", accumulator_gb=1.5) == 2 * 4 * tap
     assert planned("0x200GB", engine="streaming") == 2 * (4 * tap + stream)
     need = needs(measure(build_config(neox(64, 3, 4, 500)), 256), "random", 4, 640)
     assert need.swept(0.25 * need.stream) - need.swept(need.stream) == 0.75 * need.stream, "those that find no room"
@@ -143,7 +144,7 @@ def test_what_cannot_fit_says_why_and_what_would(registry):
     assert "--dtype bfloat16" in row.problem
     placed, problems = place_jobs(jobs_of(registry, ["command-r", "pythia-1.4b"]), parse_cluster("0x12GB"))
     assert placed[0].reads[0].error in problems[0]
-    assert (placed[1].reads[0].engine, placed[1].reads[0].error) == ("torch", None)
+    assert (placed[1].reads[0].engine, placed[1].reads[0].error) == ("streaming", None)
 
 
 def test_a_functional_read_is_whole_on_one_device(registry):
@@ -173,7 +174,7 @@ def one_row(path, model, shape, degree=None, **overrides):
 def test_a_degree_that_is_asked_for_is_taken_or_refused(registry):
     row = one_row(registry, "pythia-6.9b", "8x80GB", 4)
     assert (row.gpus, row.tensor_parallel, row.problem) == (4, 4, None)
-    whole = one_row(registry, "pythia-6.9b", "8x80GB", 1)
+    whole = one_row(registry, "pythia-6.9b", "8x80GB", 1, engine="torch")
     assert (whole.gpus, whole.tensor_parallel) == (1, 1)
     assert row.peak_bytes < whole.peak_bytes
     assert "the cluster has 2 GPUs" in one_row(registry, "pythia-6.9b", "2x80GB", 4).problem

@@ -58,6 +58,7 @@ def read_by(engine, read="random", accumulator_gb=None):
         fingerprint=None,
         base=Path(),
         accumulator_gb=accumulator_gb,
+        auto=engine == AUTO[0],
     )
 
 
