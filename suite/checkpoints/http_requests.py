@@ -84,6 +84,7 @@ class Requests:
                         self._raise_for_status(answer, called, attempt, waits)
                     taken = take(answer)
                     LIMITS.silence.answered(self._host)
+                    LIMITS.told.answered(self._host)
                     return taken
             except _LimitedError as limited:
                 waits.append(limited.seconds)
@@ -202,8 +203,8 @@ class Requests:
     def _raise_for_status(self, answer: httpx2.Response, called: str, attempt: int, waits: list[float]) -> None:
         """Raise what a status above 299 means; _LimitedError, CutOffError: it may pass and attempts are left."""
         status = answer.status_code
-        if status not in _PASSING:
-            LIMITS.answered(self._host)
+        if status >= 300 and status not in _PASSING:  # of others it counts when all has come
+            LIMITS.told.answered(self._host)
         packed = answer.headers.get("Content-Encoding", "").strip().lower()
         if status < 300 and packed in _COMPRESSIONS:
             raise CheckpointError(

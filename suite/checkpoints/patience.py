@@ -43,6 +43,11 @@ class Patience:
         with self._lock:
             return max(0.0, self._of(host).left)
 
+    def knows(self, host: str) -> bool:
+        """Whether `host` has answered a request."""
+        with self._lock:
+            return self._of(host).known
+
     def further(self, host: str, seconds: float) -> float:
         """Of so many seconds from now, those that nobody waits for `host` yet."""
         now = time.monotonic()

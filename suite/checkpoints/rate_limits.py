@@ -29,14 +29,14 @@ class HostLimits:
         longest_wait: seconds that are waited at a server's word; beyond, the request fails and says so.
         attempts: how often one request is refused by a limit before it fails.
         silence: what hosts may take that say nothing, trickle or break off.
-        told: what those may that say "not yet"; the same account, unless somebody has more time for them.
+        told: what those may that say "not yet"; of one that is known more than for silence, which may be all it does.
         on_pause: told (host, seconds) of each pause that this process heard of itself.
     """
 
     def __init__(self) -> None:
         self.longest_wait, self.attempts = 30.0, 4
-        self.silence = Patience(_FIRST_SECONDS, _KNOWN_SECONDS, _MOST_SECONDS, _EARNED_SECONDS, _FORGOTTEN_SECONDS)
-        self.told = self.silence
+        self.silence = Patience(_FIRST_SECONDS, _FIRST_SECONDS, _MOST_SECONDS, _EARNED_SECONDS, _FORGOTTEN_SECONDS)
+        self.told = Patience(_FIRST_SECONDS, _KNOWN_SECONDS, _MOST_SECONDS, _EARNED_SECONDS, _FORGOTTEN_SECONDS)
         self.on_pause: Callable[[str, float], None] | None = None
         self._until: dict[str, float] = {}
         self._lock = threading.Lock()
@@ -44,12 +44,10 @@ class HostLimits:
     def allow(self, host: str, waits: list[float], seconds: float) -> bool:
         """Whether a request to `host` that has waited for `waits` may wait for `seconds` more."""
         further = self.told.further(host, seconds)  # none where others were told to wait at the same time
-        return len(waits) + 1 < self.attempts and (not further or further + LEAST_SECONDS <= self.told.left(host))
-
-    def answered(self, host: str) -> None:
-        """`host` has answered a request and named no limit; whether it gives anything is known when all has come."""
-        if self.told is not self.silence:
-            self.told.answered(host)
+        left = self.told.left(host)
+        if self._is_strange(host):
+            left = min(left, self.silence.left(host))
+        return len(waits) + 1 < self.attempts and (not further or further + LEAST_SECONDS <= left)
 
     def pause(self, host: str, seconds: float, *, heard: bool = True) -> None:
         """Nobody asks `host` for so long; `heard` from the host itself, not from another process."""
@@ -62,8 +60,14 @@ class HostLimits:
                 self._until[host] = until
         if longer:
             self.told.waited(host, now, until, "it limits requests")
+            if self._is_strange(host):  # one that takes turns costs no more than one that is silent
+                self.silence.waited(host, now, until, "it limits requests")
         if heard and longer and self.on_pause is not None:
             self.on_pause(host, seconds)
+
+    def _is_strange(self, host: str) -> bool:
+        """Whether `host` has not answered yet, and nobody has more time for such."""
+        return self.told.first <= self.silence.first and not self.told.knows(host)
 
     def wait(self, host: str) -> None:
         """Return when `host` may be asked."""
