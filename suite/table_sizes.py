@@ -80,8 +80,9 @@ def size_of(source: str | BinaryIO, table: str) -> FileSize:
     left = _allowed(stored) - certain
     if certain + letters > (1 if table == "reads" else _EXPANSION) * stored and left >= 0:
         counted = [path for path, each in texts.items() if not each.ways <= _ONCE and each.ways <= _COUNTED]
-        letters -= sum(texts[path].letters for path in counted)
-        letters += _letters(source, counted, left) if counted else 0
+        found = _letters(source, counted, left, len(groups)) if counted else None
+        if found is not None:
+            letters += found - sum(texts[path].letters for path in counted)
     return FileSize(sum(group.rows for group in groups), stored, certain + _COPIES * letters)
 
 
@@ -106,8 +107,11 @@ def _of_groups(groups: Iterable[Group]) -> tuple[int, dict[str, _Texts]]:
     return certain, texts
 
 
-def _letters(source: str | BinaryIO, paths: list[str], enough: int) -> int:
-    """Bytes of all texts of these columns, at least as many as `enough` where it is more; each text is held once."""
+def _letters(source: str | BinaryIO, paths: list[str], enough: int, num_groups: int) -> int | None:
+    """Bytes of all texts of these columns, at least as many as `enough` where it is more; each text is held once.
+
+    None where Arrow cannot hold them so: lists of texts whose dictionary changes within a group of rows.
+    """
     import numpy as np
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -116,9 +120,23 @@ def _letters(source: str | BinaryIO, paths: list[str], enough: int) -> int:
     if not isinstance(source, str):
         source.seek(0)
     total = 0
-    file = pq.ParquetFile(source, read_dictionary=paths)
+    try:
+        file = pq.ParquetFile(source, read_dictionary=paths)
+    except KeyError as error:
+        raise ValueError("its row groups and its schema name other columns") from error
     names = list(dict.fromkeys(path.partition(".")[0] for path in paths))
-    for batch in file.iter_batches(_BATCH_ROWS, columns=names, use_threads=False):
+    batches = (
+        batch
+        for group in range(num_groups)  # a batch of several has several dictionaries
+        for batch in file.iter_batches(_BATCH_ROWS, row_groups=[group], columns=names, use_threads=False)
+    )
+    while True:
+        try:
+            batch = next(batches, None)
+        except pa.ArrowNotImplementedError:
+            return None
+        if batch is None or total > enough:
+            return total
         for column in batch.columns:
             while pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
                 column = column.flatten()
@@ -128,6 +146,3 @@ def _letters(source: str | BinaryIO, paths: list[str], enough: int) -> int:
                 total += int(np.bincount(used, minlength=len(lengths)) @ lengths) if len(used) else 0
             else:
                 total += int(column.nbytes)
-        if total > enough:
-            break
-    return total

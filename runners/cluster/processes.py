@@ -1,5 +1,6 @@
 """The processes of one model on their node: marked, ended for certain, and asked what they died of."""
 
+import contextlib
 import faulthandler
 import os
 import re
@@ -15,6 +16,8 @@ _LOG_BYTES = 64_000  # of the end of a log
 _RAYS = re.compile(r"\[[^\]]* [A-Z] \d+ \d+\]|\*\*\* |PC: @|\s*@ +0x|:(actor|task|job)_(name|id|repr):")
 _NEW = os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_NOFOLLOW
 _POLITE_SECONDS, _PATIENT_SECONDS = 3.0, 30.0
+_YOUNG_SECONDS = 5.0  # of a process, in which its environment may not be there yet
+_KERNEL = 2  # what the kernel's own threads are children of, which have none
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,10 @@ def _end(token: str, pid: int, born: float) -> list[str]:
     deadline = time.monotonic() + _PATIENT_SECONDS
     polite = time.monotonic() + _POLITE_SECONDS
     asked: set[int] = set()
-    while left := _marked(token) + _same_process(pid, born):
-        now = time.monotonic()
+    while True:
+        left, now = _marked(token) + _same_process(pid, born), time.monotonic()
+        if not left and (now > polite or not _any_begins()):
+            return []
         if now > deadline:
             return [f"process {p.pid}" for p in left]
         for process in left:
@@ -69,7 +74,17 @@ def _end(token: str, pid: int, born: float) -> list[str]:
             except psutil.Error:
                 continue
         time.sleep(0.05)
-    return []
+
+
+def _any_begins() -> bool:
+    """Whether a process has just begun whose environment is not there yet: it may be marked in a moment."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            young = time.time() - process.create_time() < _YOUNG_SECONDS
+            ours = process.ppid() != _KERNEL and process.status() != psutil.STATUS_ZOMBIE
+            if young and ours and not process.environ():
+                return True
+    return False
 
 
 def _marked(token: str) -> list[psutil.Process]:

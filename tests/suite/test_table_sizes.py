@@ -177,3 +177,16 @@ def test_a_large_file_among_many_small_ones_comes_in_frames_of_its_own(tmp_path,
     found = collected(scan(str(tmp_path)).select("error"))["error"]
     assert found.to_list() == ["x"] * 3000 + ["y" * 8000] * 200 + ["z"] * 3000
     assert max(sizes) <= 200_000
+
+
+@pytest.mark.parametrize("long", [False, True])
+def test_lists_of_texts_in_several_groups_of_rows_are_counted_or_bounded(long):
+    """Arrow decodes no lists of a dictionary that changes: within a group it does where texts are too many for one."""
+    texts = [[f"{number:08d}" * 60] for number in range(4000)] if long else [[f"text {n % 7}"] for n in range(4000)]
+    table = pa.table({"read": pa.array(["a"] * 4000), "flags": pa.array(texts)})
+    file = io.BytesIO()
+    pq.write_table(table, file, compression="zstd", row_group_size=4000 if long else 900, data_page_size=2000)
+    size = size_of(file, "reads")
+    letters = sum(len(text) for (text,) in texts)
+    assert size.rows == 4000
+    assert size.values >= (letters if long else 2 * 7 * 6)
