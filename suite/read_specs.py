@@ -42,4 +42,7 @@ READ_SPECS: dict[str, ReadSpec] = {
     # Few tokens, and precision enough to see that nothing moves.
     "functional": ReadSpec(2, "either", taps=False, divides=False, tokens=256, dtype="float64", by_default=False),
 }
+# Of a place in the residual stream while it is read, in D^2: two halves of at most a Gram matrix, a factor and a
+# whitener each, with room to decompose.
+TAP_BYTES = 40
 DEFAULT_READS = tuple(name for name, spec in READ_SPECS.items() if spec.by_default)

@@ -73,7 +73,7 @@ class ParallelEngine(PartEngine):
         started = time.perf_counter()
         assert not published, "what needs the heads is read by one rank"
         template, drawn = deferred_model(config, seed)
-        lock = threading.Lock()  # transformers loads with threads; there is one generator
+        lock = threading.Lock()  # transformers loads with threads; one whole weight is in memory at a time
         state = {n: _Drawn(drawn, t, lock) if t.is_meta else t for n, t in template.state_dict().items()}
         model: Any = type(template)
         model = model.from_pretrained(None, config=config, state_dict=state, dtype=dtype, **self._placement())

@@ -6,11 +6,11 @@ from deadbench.runners.engines.registry import DEFAULT, ENGINES
 from deadbench.runners.jobs.job import ModelJob, ReadJob
 from deadbench.runners.jobs.resolved import num_tokens
 from deadbench.runners.planning.hardware import Cluster
+from deadbench.suite.read_specs import TAP_BYTES
 from deadbench.suite.registry.entries import Model
 
 _WIDTHS = ("hidden_size", "d_model", "n_embd")
 _DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "encoder_layers")
-_TAP_BYTES = 40  # as suite/reads/residual.py has it, which loads torch
 
 
 def place_jobs(jobs: list[ModelJob], cluster: Cluster) -> tuple[list[ModelJob], list[str]]:
@@ -90,7 +90,7 @@ def _surely_fits(read: ReadJob, cluster: Cluster) -> bool:
     memory, parameters = node.host_bytes, read.model.parameters
     if memory is None or parameters is None or read.accumulator_gb is not None:
         return False
-    return 8 * max(4 * parameters, _TAP_BYTES * _squares(read.model)) <= memory
+    return 8 * max(4 * parameters, TAP_BYTES * _squares(read.model)) <= memory
 
 
 def _squares(model: Model) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from deadbench.runners.engines.base import BATCH_TOKENS
 from deadbench.runners.planning.sizes import ModelSize
-from deadbench.suite.reads.residual import TAP_BYTES
+from deadbench.suite.read_specs import TAP_BYTES
 
 # In D^2, of one tap while the tokens pass: two halves, each a Gram matrix; with a factor and a whitener where a trained
 # model's small directions ask for them. While it is decomposed a tap needs TAP_BYTES.

@@ -38,9 +38,10 @@ from deadbench.suite.architectures.resolve import Resolved
 from deadbench.suite.errors import UndeterminedError
 from deadbench.suite.inputs.batches import check_distinct, check_inputs
 from deadbench.suite.ranks import RankError
+from deadbench.suite.read_specs import TAP_BYTES
 from deadbench.suite.reads.columns import architecture_columns, scale_columns
 from deadbench.suite.reads.final_norm import FinalNormRead
-from deadbench.suite.reads.residual import TAP_BYTES, ResidualRead
+from deadbench.suite.reads.residual import ResidualRead
 from deadbench.suite.schema import Row
 from deadbench.suite.spectra.solvers import remarks
 

@@ -17,6 +17,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from deadbench.suite.ranks import Ranks
+from deadbench.suite.read_specs import TAP_BYTES
 from deadbench.suite.reads.collapse import collapse_limit, is_nondecreasing
 from deadbench.suite.reads.distinct_rows import MIN_DISTINCT
 from deadbench.suite.reads.rows import check_rows, token_rows
@@ -33,7 +34,6 @@ _FLOORS = {"bfloat16": 8.0, "float16": 8.0, "float32": 32.0, "float64": 32.0}
 STREAM_STATE = pa.schema(
     {"results": pa.string(), "tap": pa.int64(), "of_pass_before": pa.bool_(), "state": pa.struct(TAP_STATE)}
 )
-TAP_BYTES = 40  # in D^2: two halves of at most a Gram matrix, a factor and a whitener each, with room to decompose
 
 
 class ResidualRead:

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from deadbench.suite.spectra.arrow_state import VECTOR, fields, struct, tensor, vector
-from deadbench.suite.spectra.covariance import COVARIANCE_STATE, CovarianceFactor
+from deadbench.suite.spectra.covariance import COVARIANCE_STATE, PART_ROWS, CovarianceFactor
 from deadbench.suite.spectra.questions import AT_ONCE, Questions
 from deadbench.suite.spectra.spectrum import Spectrum
 
@@ -23,8 +23,6 @@ TAP_STATE = pa.schema(
         "marks": VECTOR,
     }
 )
-
-_PART_ROWS = 1024  # in float64 at once: what fits a cache
 
 
 class Tap:
@@ -41,7 +39,7 @@ class Tap:
 
     def update(self, acts_ND: Float[Tensor, "N D"], questions: Questions = AT_ONCE) -> None:
         """Add rows, in the order of the tokens; they must stay as they are until `questions` are settled."""
-        at_once = _PART_ROWS if self.first.device.type == "cpu" else max(1, len(acts_ND))
+        at_once = PART_ROWS if self.first.device.type == "cpu" else max(1, len(acts_ND))
         self._marks += [part.to(self.first.device, torch.float64) @ self._probe_D for part in acts_ND.split(at_once)]
         head = max(0, min(len(acts_ND), self._half_tokens - self._seen))
         self._seen += len(acts_ND)

@@ -34,7 +34,7 @@ COVARIANCE_STATE = pa.schema(
     }
 )
 _DEFERRED_ROWS = 2  # in D: the rows that decide the route, and the batch of a QR
-_PART_ROWS = 1024  # in float64 at once: larger buffers are given back to the system and their pages cleared each time
+PART_ROWS = 1024  # in float64 at once: larger buffers are given back to the system and their pages cleared each time
 
 
 class CovarianceFactor:
@@ -91,7 +91,7 @@ class CovarianceFactor:
         if len(rows) == 0:
             return
         if questions.at_once:
-            self._add(rows, _PART_ROWS)
+            self._add(rows, PART_ROWS)
         elif self.offset_D is None or self._by_gram is None or self._offered:
             questions.after(lambda: self._add(rows, len(rows)))
         else:
@@ -108,7 +108,7 @@ class CovarianceFactor:
         def then(answer: list[float]) -> None:
             self._offered = False
             if answer[0]:
-                self._add(rows_ND, _PART_ROWS)  # so that fewer are refused
+                self._add(rows_ND, PART_ROWS)  # so that fewer are refused
             else:
                 gram.gram.count += len(rows_ND)
 

@@ -19,7 +19,7 @@ from deadbench.suite.architectures.kernel_test import live_norm, probe
 from deadbench.suite.architectures.norms import FinalNorm
 from deadbench.suite.inputs.batches import Batch, Inputs
 from deadbench.suite.ranks import RankError, Ranks
-from deadbench.suite.reads.residual import TAP_BYTES
+from deadbench.suite.read_specs import TAP_BYTES
 from tests.runners.sleepers import sleeping_jobs
 from tests.suite.spectra.test_arrow_state import in_ranks
 
