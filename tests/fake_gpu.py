@@ -8,6 +8,7 @@ device refuses, operands on two devices, is refused. Nothing of CUDA is there: n
 import contextlib
 import re
 import sys
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from deadbench.runners.engines import device
+from deadbench.runners.worker import aside
 from deadbench.suite.spectra import solver_checks, solvers
 
 GPU = torch.device("cuda", 0)
@@ -72,6 +74,15 @@ class Counted:
         return len(self.syncs), len(self.down), len(self.up)
 
 
+@dataclass
+class Queue:
+    """Operations that the device was given, and that the host knows to be done; and what is counted of them."""
+
+    told: int = 0
+    done: int = 0
+    counted: Counted = field(default_factory=Counted)
+
+
 class FakeGpu(TorchDispatchMode):
     """Inside, `GPU` is a device."""
 
@@ -81,17 +92,24 @@ class FakeGpu(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.counted = Counted()
-        self.told = self.done = 0  # operations that it was given, and that the host knows to be done
+        self._queues = threading.local()
+
+    @property
+    def queue(self) -> "Queue":
+        """That of this thread: each tells the device of its own, as with a stream of its own."""
+        if not hasattr(self._queues, "mine"):
+            self._queues.mine = Queue()
+        return self._queues.mine
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[Counted]:
         """What is done inside, by itself."""
-        before, self.counted = self.counted, Counted()
+        queue = self.queue
+        before, queue.counted = queue.counted, Counted()
         try:
-            yield self.counted
+            yield queue.counted
         finally:
-            self.counted = before
+            queue.counted = before
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -99,14 +117,14 @@ class FakeGpu(TorchDispatchMode):
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         mine = [t for t in given if isinstance(t, OnGpu)]
         asked = kwargs.get("device")
-        waited = len(self.counted.syncs)
+        waited = len(self.queue.counted.syncs)
         goes_to_gpu = torch.device(asked).type in _HERE if asked is not None else bool(mine)
         if asked is not None:
             kwargs["device"] = torch.device("cpu")
         if mine:
             self._count(name, args, kwargs, mine, given, asked)
         elif name == "_to_copy" and goes_to_gpu:
-            self.counted.up.append(args[0].nbytes)
+            self.queue.counted.up.append(args[0].nbytes)
         elif not goes_to_gpu:
             return func(*args, **kwargs)
         if name == "_to_copy" and mine and goes_to_gpu and kwargs.get("dtype") in (None, args[0].dtype):
@@ -114,8 +132,8 @@ class FakeGpu(TorchDispatchMode):
         plain_args, plain_kwargs = tree_map_only(OnGpu, lambda t: t.held, (args, kwargs))
         found = func(*plain_args, **plain_kwargs)
         self._worked(name, func, plain_args, found)
-        if len(self.counted.syncs) > waited:
-            self.done = self.told
+        if len(self.queue.counted.syncs) > waited:
+            self.queue.done = self.queue.told
         if not goes_to_gpu:
             return found
         known = {id(t.held): t for t in mine}  # what an operation in place returns is what it was given
@@ -124,19 +142,19 @@ class FakeGpu(TorchDispatchMode):
     def _worked(self, name: str, func: Any, args: Any, found: Any) -> None:
         if func.is_view or name in ("empty", "empty_like", "empty_strided", "new_empty"):  # memory alone
             return
-        self.told += 1
+        self.queue.told += 1
         tensors = [t for t in tree_leaves((args, found)) if isinstance(t, Tensor)]
-        self.counted.moved += sum(t.numel() * t.element_size() for t in tensors)
+        self.queue.counted.moved += sum(t.numel() * t.element_size() for t in tensors)
         if name in _PRODUCTS:
             left, right = args[_PRODUCTS[name]].shape, args[_PRODUCTS[name] + 1].shape
-            self.counted.flop += 2 * left[0] * left[-1] * right[-1]
+            self.queue.counted.flop += 2 * left[0] * left[-1] * right[-1]
         elif name == "linalg_solve_triangular":
-            self.counted.flop += args[1].numel() * len(args[0])
+            self.queue.counted.flop += args[1].numel() * len(args[0])
 
     def waits(self, for_what: str) -> None:
         """The host waits for all that it has told."""
-        self.done = self.told
-        self.counted.syncs.append(f"{for_what} {_place()}")
+        self.queue.done = self.queue.told
+        self.queue.counted.syncs.append(f"{for_what} {_place()}")
 
     def _count(self, name: str, args: Any, kwargs: Any, mine: list[Tensor], given: list[Tensor], asked: Any) -> None:
         by_mask = name in ("index", "index_put", "index_put_") and any(
@@ -145,14 +163,14 @@ class FakeGpu(TorchDispatchMode):
         if name in _SYNCS or by_mask:
             self.waits(name)
         if name == "_to_copy" and asked is not None and torch.device(asked).type not in _HERE:
-            self.counted.down.append(args[0].nbytes)
+            self.queue.counted.down.append(args[0].nbytes)
             self.waits("copy to the host")
         elif name == "copy_":
             if not isinstance(args[0], OnGpu):
-                self.counted.down.append(args[0].nbytes)
+                self.queue.counted.down.append(args[0].nbytes)
                 self.waits("copy to the host")
             elif not isinstance(args[1], OnGpu):
-                self.counted.up.append(args[1].nbytes)
+                self.queue.counted.up.append(args[1].nbytes)
         else:
             elsewhere = [t for t in given if not isinstance(t, OnGpu) and t.ndim]
             assert not elsewhere or by_mask or name == "index", f"{name} of operands on two devices {_place()}"
@@ -162,13 +180,13 @@ class Event:
     """A moment of a fake GPU, for which an operation takes a millisecond."""
 
     def __init__(self, gpu: FakeGpu):
-        self._gpu, self._at = gpu, 0
+        self._gpu, self._queue, self._at = gpu, gpu.queue, 0
 
     def record(self) -> None:
-        self._at = self._gpu.told
+        self._at = self._queue.told
 
     def query(self) -> bool:
-        return self._at <= self._gpu.done
+        return self._at <= self._queue.done
 
     def synchronize(self) -> None:
         if not self.query():
@@ -178,6 +196,25 @@ class Event:
         assert self.query()
         assert later.query()
         return float(later._at - self._at)
+
+
+class Stream:
+    """A stream of a fake GPU: a thread inside is one more that tells the device what to do."""
+
+    def __init__(self, gpu: FakeGpu):
+        self._gpu = gpu
+
+    def wait_stream(self, other: object) -> None:
+        """Nothing runs behind: what was told is done."""
+
+    def synchronize(self) -> None:
+        self._gpu.waits("stream")
+
+    def __enter__(self) -> None:
+        self._gpu.__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        self._gpu.__exit__(*exception)
 
 
 def _place() -> str:
@@ -204,6 +241,8 @@ def fake_gpu(monkeypatch: Any) -> Iterator[FakeGpu]:
     try:
         with FakeGpu() as gpu:
             monkeypatch.setattr(device, "_event", lambda device: Event(gpu))
+            monkeypatch.setattr(aside, "_stream", lambda device: Stream(gpu))
+            monkeypatch.setattr(aside, "_current_stream", lambda device: None)
             yield gpu
     finally:
         solver_checks._drawn.cache_clear()

@@ -49,9 +49,12 @@ class Needs:
         inside = (self.weights - self.outside) / tensor_parallel
         return self.outside + inside + self.activations + min(1, self.num_taps) * self.held + self.decomposed
 
-    def compared(self) -> float:
-        """Accumulators of a read that goes from tap to tap: of two while one is compared with the one before."""
-        return min(2, self.num_taps) * self.held
+    def compared(self, *, beside: bool) -> float:
+        """Accumulators of a read that goes from tap to tap: of two while one is compared with the one before.
+
+        `beside`: and of the next one, whose rows come meanwhile.
+        """
+        return min(2 + beside, self.num_taps) * self.held
 
     def saved(self, taps: int) -> float:
         """Disk for the checkpoint of a running read with so many taps: the new one is written beside the old one.
@@ -64,14 +67,15 @@ class Needs:
         """Disk of block streaming: its checkpoints, with every batch's stream, and the streams that wait there."""
         return self.saved(min(2, self.num_taps)) + 2 * self.stream + max(0.0, self.stream - parked)
 
-    def streamed(self, parked: float = math.inf, *, ahead: bool = False) -> float:
+    def streamed(self, parked: float = math.inf, *, ahead: bool = False, beside: bool = False) -> float:
         """Peak of block streaming, with at most `parked` bytes of waiting streams in memory.
 
-        The embedding output of every batch stays; `ahead`: the next block is read while one runs.
+        The embedding output of every batch stays; `ahead`: the next block is read while one runs; `beside`: a tap is
+        decomposed meanwhile.
         """
         kept = 2 if self.block < _KEPT_BYTES else int(ahead)
         blocks, waiting = (1 + kept) * self.block, self.stream + min(self.stream, parked)
-        return self.outside + blocks + self.activations + waiting + self.compared() + self.decomposed
+        return self.outside + blocks + self.activations + waiting + self.compared(beside=beside) + self.decomposed
 
 
 def needs(size: ModelSize, read: str, itemsize: int, num_tokens: int, stride: int = 1) -> Needs:

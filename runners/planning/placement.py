@@ -75,8 +75,9 @@ def fit(
             return _sharded(row, size, need, read, room, found)
     too_large = gigabytes(least if loadable else need.resident_load)
     ahead = room.on_gpu or read.read == "trained"  # as the engine does it
-    parked = max(0.0, room.device - need.streamed(0.0, ahead=ahead)) / _ACCUMULATOR_SHARE
-    smallest = need.streamed(parked, ahead=ahead)
+    beside = bool(room.on_gpu)
+    parked = max(0.0, room.device - need.streamed(0.0, ahead=ahead, beside=beside)) / _ACCUMULATOR_SHARE
+    smallest = need.streamed(parked, ahead=ahead, beside=beside)
     if not any(ENGINES[name].blockwise for name in engines):
         can = f"; --engine {BLOCKWISE} needs {gigabytes(smallest)}" if smallest <= room.device else ""
         peaks = _peak(least, need.resident_load, room.on_gpu)
@@ -141,7 +142,7 @@ def _streamed(row: Placement, need: Needs, room: Room, smallest: float, loadable
         row,
         engine=BLOCKWISE,
         passes=1,
-        accumulator_bytes=int(need.compared() + need.decomposed),
+        accumulator_bytes=int(need.compared(beside=bool(room.on_gpu)) + need.decomposed),
         **_peak(smallest, need.outside + need.drawing, room.on_gpu),
     )
     if smallest <= room.device:

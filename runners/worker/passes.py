@@ -20,6 +20,7 @@ from deadbench.runners.engines.device import Moment, free_bytes
 from deadbench.runners.engines.registry import ENGINES
 from deadbench.runners.jobs.events import Progress, Remark
 from deadbench.runners.jobs.job import ReadJob
+from deadbench.runners.worker.pass_end import PassEnd
 from deadbench.runners.worker.saved_state import Position, SavedRead
 from deadbench.suite.architectures.kernel_test import OnRows
 from deadbench.suite.architectures.norms import EffectiveNorm, FinalNorm
@@ -28,7 +29,6 @@ from deadbench.suite.inputs.batches import Batch, Inputs
 from deadbench.suite.reads.final_norm import FinalNormRead
 from deadbench.suite.reads.residual import ResidualRead
 from deadbench.suite.spectra.questions import Questions
-from deadbench.suite.spectra.solvers import remarks
 
 _ACCUMULATOR_SHARE = 4  # of the memory that is free, the accumulators of one pass take one part in so many
 
@@ -71,28 +71,35 @@ class Passes:
             self._blocks = []
         facts = {"dtype": dtype, "device": engine.device_name(), "hidden_size": final.hidden_size}
         facts |= {"num_tokens": inputs.num_tokens, "num_batches": len(inputs.batches), "batch_tokens": batch_tokens}
-        self._most_taps, self._per_pass, self._decomposing = most_taps or sys.maxsize, sys.maxsize, False
-        self.remarks: list[str] = []  # what the device was found to do wrong
+        self._most_taps, self._per_pass = most_taps or sys.maxsize, sys.maxsize
+        self._end = PassEnd(read.label(), engine.device, self._num_rows)
         self._sweeps_on = False  # whether a sweep over the blocks goes on from a checkpoint
         self._checkpoint = SavedRead(read, self._ranks, facts, possible=ENGINES[read.engine].resume)
+
+    @property
+    def remarks(self) -> list[str]:
+        """What the device was found to do wrong."""
+        return self._end.remarks
 
     def fewer_taps(self) -> int | None:
         """Half the taps of a pass, where memory ran out at its end: there a smaller batch would not help."""
         stride = max(1, self._read.protocol.tap_stride)
         taps = min(self._per_pass // stride, len(self._blocks) + 1)
-        return taps // 2 if self._decomposing and taps > 1 and not self._engine.tap_by_tap else None
+        return taps // 2 if self._end.decomposing and taps > 1 and not self._engine.tap_by_tap else None
 
     def run(self) -> Generator[Progress | Remark, None, tuple[FinalNormRead, ResidualRead, Position]]:
         """Feed both reads until every tap is read; rank 0's are those of all."""
         begun = yield from self._begin()
         try:
-            return (yield from self._until_read(*begun))
+            with self._end:
+                return (yield from self._until_read(*begun))
         except ValueError as error:
             if not self._sweeps_on or self._ranks.size > 1:
                 raise
             yield Remark(self._read.label(), f"its checkpoint leads nowhere ({error}): begins anew")
         self._sweeps_on = False
-        return (yield from self._until_read(*self._empty(), Position(per_pass=self._per_pass)))
+        with self._end:
+            return (yield from self._until_read(*self._empty(), Position(per_pass=self._per_pass)))
 
     def _until_read(
         self, measured: FinalNormRead, stream: ResidualRead, position: Position
@@ -106,7 +113,7 @@ class Passes:
                     position.num_taps = max(self._ranks.share(position.num_taps))
                     if position.first == 0:
                         self._merge(measured)
-                yield from self._end_pass(stream, position)
+                yield from self._end.now(stream, position)
             position.first, position.batch = position.first + position.per_pass, 0
             position.per_pass = self._per_pass
             if position.first < position.num_taps and self._checkpoint.interval:
@@ -215,24 +222,13 @@ class Passes:
                 yield from self._save(position, measured, stream, in_step=in_step)
         yield Progress(label, "spectrum", done, self._num_rows)
 
-    def _end_pass(self, stream: ResidualRead, position: Position) -> Events:
-        """Decompose the taps of a pass, with a word after each: the driver would take a long silence for a hang."""
-        started, self._decomposing = Moment.on(self._engine.device), True
-        for _ in stream.ending():
-            yield Progress(self._read.label(), "spectrum", self._num_rows, self._num_rows)
-        self._decomposing = False
-        position.spectrum_seconds += started.seconds_to(Moment.on(self._engine.device))
-        for line in remarks():
-            self.remarks.append(line)
-            yield Remark(self._read.label(), line)
-
     def _through_a_block(
         self, step: Swept, measured: FinalNormRead, stream: ResidualRead, position: Position
     ) -> Events:
         """One more batch, of an engine that runs block by block; replicas are in step after each block."""
         position.forward_seconds += step.seconds
         if not step.num_ahead:  # all of this tap's rows are there, and nothing of the next tap's
-            yield from self._end_pass(stream, position)
+            yield from self._end.beside(stream, position)
         position.spectrum_seconds += step.tap_seconds
         position.swept = step.num_done
         done = step.num_done + step.num_ahead / step.num_batches
@@ -287,6 +283,7 @@ class Passes:
         in_step: bool,
     ) -> Events:
         label = self._read.label()
+        yield from self._end.taken_up(stream, position)
         yield Progress(label, "checkpoint")
         self._checkpoint.save(position, measured, stream, sweep, in_step=in_step)
         if self._checkpoint.remark:

@@ -41,6 +41,9 @@ class ResidualRead:
 
     Accumulators of all taps of a large model do not fit beside it. The taps are then read in several passes over the
     same tokens: `wanted` says which may be read now, `end_pass` ends a pass. The rows do not depend on the cut.
+
+    A pass ends in three steps, and where there is a place for it the next may begin after the first: `close_pass`,
+    `decompose`, which may be another thread's, and `conclude`.
     """
 
     def __init__(
@@ -68,6 +71,8 @@ class ResidualRead:
         self.questions = questions
         self.wanted = range(0)
         self._taps: dict[int, Tap] = {}
+        self._closed: dict[int, Tap] = {}  # of a pass that is ending
+        self._decomposed: dict[int, TapSpectrum] = {}
         self._last_tap: dict[int, Tap] = {}  # of the pass before: its halves may yet be asked for
         self._before: tuple[int, TapSpectrum] | None = None
         self._blocks: list[Row] = []
@@ -106,18 +111,35 @@ class ResidualRead:
 
     def ending(self) -> Iterator[int]:
         """`end_pass`, that stops after each tap to say which it was: a wide one takes a while."""
+        self.close_pass()
+        yield from self.decompose()
+        self.conclude()
+
+    def close_pass(self) -> list[Tap]:
+        """Take no more rows of this pass; replicas merge what they saw. The pass before must be concluded.
+
+        Gives the taps that its end will look at.
+        """
+        assert not self._closed
         if self.ranks.replicas:
             self._merge_replicas()
-        mine: dict[int, TapSpectrum] = {}
-        for index, tap in self._taps.items():
-            mine[index] = self._spectrum(tap)
+        self._closed, self._taps = self._taps, {}
+        return [*self._last_tap.values(), *self._closed.values()]
+
+    def decompose(self) -> Iterator[int]:
+        """Decompose the taps of the closed pass, and say which it was after each; no other rank is asked."""
+        for index, tap in self._closed.items():
+            self._decomposed[index] = self._spectrum(tap)
             yield index
-        now = self._shared(mine)
+
+    def conclude(self) -> None:
+        """Compare the taps of the closed pass, all ranks together; their accumulators are given back."""
+        now, self._decomposed = self._shared(self._decomposed), {}
         known = dict([self._before] if self._before else []) | {index: now[index] for index in sorted(now)}
         pairs = list(zip(known, list(known)[1:], strict=False))
         asked = {tap for ahead, tap in pairs if known[tap].fell_from(known[ahead])}
         asked |= {ahead for ahead, tap in pairs if tap in asked}
-        taps = self._last_tap | self._taps
+        taps = self._last_tap | self._closed
         halves = self._shared({index: taps[index].halves() for index in asked if index in taps})
         for index, spectrum in ((i, known[i]) for i in sorted(now)):
             before = next((ahead for ahead, tap in pairs if tap == index), None)
@@ -126,8 +148,8 @@ class ResidualRead:
         if now:
             last = max(now)
             self._before = last, now[last]
-            self._last_tap = {last: self._taps[last]} if last in self._taps else {}
-        self._taps = {}
+            self._last_tap = {last: self._closed[last]} if last in self._closed else {}
+        self._closed = {}
 
     def _merge_replicas(self) -> None:
         """What the ranks saw of a tap is brought to one of them and merged there, in the order of the tokens."""
@@ -152,7 +174,11 @@ class ResidualRead:
         return {index: value for part in self.ranks.share(mine) for index, value in part.items()}
 
     def to_arrow(self) -> Iterator[pa.RecordBatch]:
-        """The exact state in the middle of a pass, one tap a batch: no more than one is packed at a time."""
+        """The exact state in the middle of a pass, one tap a batch: no more than one is packed at a time.
+
+        Of no pass that is closed and not concluded.
+        """
+        assert not self._closed
         before = None if self._before is None else (self._before[0], self._before[1].plain())
         results = {"blocks": self._blocks, "spectra": self._spectra, "before": before}
         yield struct({"results": json.dumps(results), "tap": None, "of_pass_before": None, "state": None}, STREAM_STATE)

@@ -4,6 +4,7 @@ Each asks what a right solver, which rounds, fulfils whatever the matrix, and sa
 Shapes: N rows, D hidden size, K columns or rows of a factor.
 """
 
+import threading
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -150,11 +151,12 @@ def divisible(factor_DD: Tensor, least: float) -> Tensor:
 
 def probe(like: Float[Tensor, "N D"]) -> Float[Tensor, "D 2"]:
     """Two random vectors for what has so many columns, the same each time."""
-    return _drawn(like.shape[1], like.device)
+    return _drawn(like.shape[1], like.device, threading.get_ident())
 
 
-@lru_cache(maxsize=4)
-def _drawn(length: int, device: torch.device) -> Tensor:
+@lru_cache(maxsize=8)
+def _drawn(length: int, device: torch.device, thread: int) -> Tensor:
+    """Of each thread its own: memory that one gives up may not be taken before the other's stream has read it."""
     return torch.randn(length, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(device)
 
 

@@ -53,9 +53,9 @@ def hooks_watched(gpu):
     found, update = [], ResidualRead.update
 
     def watched(self, *args, **options):
-        before = len(gpu.counted.syncs)
+        before = len(gpu.queue.counted.syncs)
         update(self, *args, **options)
-        found.extend(gpu.counted.syncs[before:])
+        found.extend(gpu.queue.counted.syncs[before:])
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ResidualRead, "update", watched)
@@ -160,9 +160,9 @@ def test_seconds_are_the_devices_and_of_the_model_alone(a_read, inputs, gpu):
     model = stack.Stack().to(GPU)
     with gpu.counting(), torch.no_grad():
         x_BTD = inputs.batches[0].model_inputs["x_BTD"]
-        before = gpu.told
+        before = gpu.queue.told
         model(x_BTD.to(GPU))
-    of_a_batch = gpu.told - before
+    of_a_batch = gpu.queue.told - before
     assert of_a_batch > len(model.blocks)
     assert position.forward_seconds == pytest.approx(len(inputs.batches) * of_a_batch / 1000)
     assert position.spectrum_seconds > position.forward_seconds

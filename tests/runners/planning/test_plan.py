@@ -99,11 +99,13 @@ def test_taps_that_are_not_read_take_neither_memory_nor_passes(registry):
     tap, decomposed = 16 * 4096**2, 40 * 4096**2
     assert [row.passes for row in plans.values()] == [17, 3, 1], "two taps a pass: of 33, of 0, 8, 16, 24, 32, of none"
     assert [row.accumulator_bytes for row in plans.values()] == [2 * tap + decomposed, 2 * tap + decomposed, decomposed]
-    streamed = [
-        make_plan(jobs_of(registry, ["pythia-6.9b"], taps=taps, engine="streaming"), parse_cluster("0x64GB"))[0]
-        for taps in ("all", "none")
-    ]
-    assert streamed[0].peak_host_bytes - streamed[1].peak_host_bytes == 2 * tap
+    for cluster, peak, held in (("0x64GB", "peak_host_bytes", 2), ("1x64GB", "peak_bytes", 3)):
+        every, none = (
+            make_plan(jobs_of(registry, ["pythia-6.9b"], taps=taps, engine="streaming"), parse_cluster(cluster))[0]
+            for taps in ("all", "none")
+        )
+        assert getattr(every, peak) - getattr(none, peak) == held * tap, "on a GPU one is decomposed beside the next"
+        assert every.accumulator_bytes == held * tap + decomposed
 
 
 def test_checkpoints_and_waiting_streams_are_counted_as_disk(registry):
