@@ -5,13 +5,14 @@ computes does not pay there: it is done between two blocks, on all cores.
 """
 
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from deadbench.runners.engines.base import mismatch
+from deadbench.runners.engines.like_threads import like_threads
 from deadbench.suite.errors import CheckpointError
 
 _PAGE_BYTES = 4096
@@ -69,7 +70,7 @@ class Coming:
         self._blocks, self._ahead = blocks, ahead
         self._order = [module for module in model.modules() if module in blocks]
         self._next: tuple[nn.Module, list[Future[Tensor]]] | None = None
-        self._pool = ThreadPoolExecutor(torch.get_num_threads(), "weights")
+        self._pool = like_threads(torch.get_num_threads(), "weights")
 
     def __enter__(self) -> "Coming":
         return self

@@ -1,13 +1,13 @@
 """Random weights of a model that is held whole: the large ones drawn by several threads, each straight to its place."""
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from deadbench.runners.engines.deferred_init import DeferredInit
+from deadbench.runners.engines.like_threads import like_threads
 from deadbench.suite.errors import ArchitectureError
 
 _SHARED_ELEMENTS = 2**21  # smaller weights are drawn by one thread, as the model is built
@@ -55,6 +55,6 @@ def drawn_side_by_side(
         for held, name in places[tensor]:
             held[name] = value
 
-    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+    with like_threads(torch.get_num_threads(), "weights") as threads:
         list(threads.map(draw, sorted(places, key=Tensor.numel, reverse=True)))
     return model.to(device, dtype)

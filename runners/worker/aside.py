@@ -1,13 +1,14 @@
 """What needs nothing of the model, beside it: a device has a stream for that, and a thread that tells it what to do."""
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from deadbench.runners.engines.device import Moment
+from deadbench.runners.engines.like_threads import like_threads
 
 
 class Aside:
@@ -22,7 +23,7 @@ class Aside:
         self._begun: Future[float] | None = None
 
     def __enter__(self) -> "Aside":
-        self._thread = ThreadPoolExecutor(1, "deadbench-aside")  # which has none until something is begun
+        self._thread = like_threads(1, "deadbench-aside")  # which has none until something is begun
         return self
 
     def __exit__(self, *exception: Any) -> None:

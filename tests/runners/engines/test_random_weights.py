@@ -53,6 +53,24 @@ def test_it_is_transformers_own(model_type, dtype, monkeypatch):
             assert all(found[other] is found[name] for other in tied), f"{name} is tied to {tied}"
 
 
+@pytest.mark.parametrize("cores", [1, 2])
+def test_bits_do_not_depend_on_the_thread(cores):
+    """A QR's depend on the number of cores, and a new thread's first one took that of the environment."""
+    import transformers
+
+    config = build_config({"model_type": "rwkv"} | MORE["rwkv"])
+    before = torch.get_num_threads()
+    torch.set_num_threads(cores)
+    try:
+        transformers.set_seed(5)
+        expected = build_model(config).state_dict()
+        for _ in range(20):
+            found = drawn_side_by_side(lambda: build_model(config), 5, CPU, torch.float32).state_dict()
+            assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+    finally:
+        torch.set_num_threads(before)
+
+
 class Looks(nn.Module):
     """Initialised by what it has drawn."""
 
