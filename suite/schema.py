@@ -167,7 +167,7 @@ READS = [
     Column("versions", TEXT, "", "JSON: versions of what computed the row"),
     Column("started_at", TIME, "", "start of the read"),
     Column("finished_at", TIME, "", "end of the read"),
-    Column("attempt", INT, "", "1 for the first try of this run"),
+    Column("attempt", INT, "", "1 for the first try of this run, 0 for what was refused before it was tried"),
     Column("flags", pa.list_(TEXT), "", "what a reader of the row should know: names of suite/reads/flags.py"),
     Column("status", TEXT, "", "ok or failed"),
     Column("error", TEXT, "", "one line; for an ok row without a final norm, why there is none"),

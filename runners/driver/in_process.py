@@ -117,7 +117,7 @@ def _run(job: ModelJob, books: Books, record: RunRecord, reporter: Reporter, tim
     """The reads of one model."""
     run_id = books.summary.run_id
     for read in (read for read in job.reads if read.error):
-        books.put(failed_read(read, run_id, 1, str(read.error)))
+        books.put(failed_read(read, run_id, 0, str(read.error)))
     job = job.without(read.identity() for read in job.reads if read.error)
     if not job.reads:
         return

@@ -301,5 +301,5 @@ class Run:
             elif now - waiting.hopeless_since > patience:
                 cause = f"needs {waiting.demand.devices:g} devices, and no node that is left has them"
                 for read in self._take(waiting).reads:
-                    row = failed_read(read, self._run_id, self._attempts.number(read), cause)
+                    row = failed_read(read, self._run_id, self._attempts.number(read) - 1, cause)
                     self._books.put(row)

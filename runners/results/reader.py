@@ -62,7 +62,7 @@ class ResultReader:
         return identities
 
     def come(self) -> list[dict[str, Any]]:
-        """Outcomes of reads (key, fingerprint, run, status, error, depth, end) that came meanwhile, each once."""
+        """Outcomes of reads (key, fingerprint, run, status, attempt, error, depth, end) that came since, each once."""
         if self._local:
             # NFS remembers listings for up to a minute, but not of a folder that this machine has just changed.
             with contextlib.suppress(OSError):
@@ -77,7 +77,7 @@ class ResultReader:
         return [row for row in self._outcomes(sorted(self._passed)) if row["run_id"] in runs]
 
     def _outcomes(self, paths: list[str]) -> list[dict[str, Any]]:
-        columns = [*KEY, "source_fingerprint", "run_id", "status", "error", "depth", "finished_at"]
+        columns = [*KEY, "source_fingerprint", "run_id", "status", "attempt", "error", "depth", "finished_at"]
         rows = []
         for path, source in self._opened("reads", paths):
             rows += self._read(path, source, columns)
