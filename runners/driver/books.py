@@ -4,12 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from deadbench.runners.driver.outbox import Outbox
 from deadbench.runners.driver.sharing import Sharing
 from deadbench.runners.jobs.events import Finished, failed_read
 from deadbench.runners.jobs.job import ModelJob
 from deadbench.runners.reporting.progress import Reporter
 from deadbench.runners.reporting.run_record import RunRecord
+from deadbench.runners.results.outbox import Outbox
 from deadbench.runners.results.store import ResultStore
 from deadbench.runners.worker.progress_folder import remove_checkpoints
 

@@ -19,12 +19,12 @@ from deadbench.runners.doctor.before_run import check_own_gpus
 from deadbench.runners.driver.books import Books, Summary
 from deadbench.runners.driver.driver import StoppedError, execute
 from deadbench.runners.driver.loop import Settings
-from deadbench.runners.driver.outbox import UnwritableError
 from deadbench.runners.driver.sharing import AGAIN_SECONDS, Sharing
 from deadbench.runners.jobs.events import Progress, Remark, failed_read
 from deadbench.runners.jobs.job import ModelJob
 from deadbench.runners.reporting.progress import Reporter
 from deadbench.runners.reporting.run_record import RunRecord
+from deadbench.runners.results.outbox import UnwritableError
 from deadbench.runners.results.store import ResultStore
 from deadbench.runners.worker.progress_folder import absolute
 from deadbench.runners.worker.run import run_model

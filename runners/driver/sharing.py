@@ -17,10 +17,10 @@ from itertools import groupby
 from types import TracebackType
 from typing import Any, Self
 
-from deadbench.runners.driver.outbox import UnwritableError
 from deadbench.runners.jobs.events import Finished
 from deadbench.runners.jobs.job import ModelJob, ReadJob
 from deadbench.runners.results.claims import BEAT_SECONDS, LEASE_SECONDS, Claims
+from deadbench.runners.results.outbox import UnwritableError
 from deadbench.runners.results.store import ResultStore
 from deadbench.runners.worker.progress_folder import name_of
 from deadbench.suite.schema import KEY

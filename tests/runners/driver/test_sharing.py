@@ -11,13 +11,13 @@ import pytest
 
 from deadbench.runners.driver import in_process, sharing
 from deadbench.runners.driver.loop import Settings
-from deadbench.runners.driver.outbox import UnwritableError
 from deadbench.runners.driver.sharing import Sharing
 from deadbench.runners.jobs.build import build_jobs
 from deadbench.runners.jobs.events import Finished, failed_read, to_tables
 from deadbench.runners.jobs.job import Overrides
 from deadbench.runners.reporting.progress import Reporter
 from deadbench.runners.results.claims import FOLDER
+from deadbench.runners.results.outbox import UnwritableError
 from deadbench.runners.results.store import ResultStore
 from deadbench.runners.worker import run as worker
 from deadbench.suite.registry.loading import load_registry
