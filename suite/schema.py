@@ -166,7 +166,12 @@ READS = [
     Column("peak_host_bytes", INT, "bytes", "peak resident memory of the process since it started"),
     Column("versions", TEXT, "", "JSON: versions of what computed the row"),
     Column("started_at", TIME, "", "start of the read"),
-    Column("finished_at", TIME, "", "end of the read"),
+    Column(
+        "finished_at",
+        TIME,
+        "",
+        "end of the read; where the clock is behind the row that it replaces, just after that one's",
+    ),
     Column("attempt", INT, "", "1 for the first try of this run, 0 for what was refused before it was tried"),
     Column("flags", pa.list_(TEXT), "", "what a reader of the row should know: names of suite/reads/flags.py"),
     Column("status", TEXT, "", "ok or failed"),

@@ -55,7 +55,8 @@ def census(
     given = given_config(config), model_type
     sources = list_sources(sources_file)
     store = ResultStore(out)
-    left = unfinished(sources, store) if resume else sources
+    unread = unfinished(sources, store)  # by --fresh too: what replaces a row must be told from it
+    left = unread if resume else sources
     outcome = new_outcome(len(sources), skipped=len(sources) - len(left))
     if left:
         connection = connect(address)
