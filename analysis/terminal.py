@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 NOTHING = "-"  # how a cell says that there is no value
 _BETWEEN, _EDGES = 2, 2  # blanks between two columns, and at the two edges together
 _FOLDED = 12  # a name in so many columns is still one that can be read
+_SENTENCE = 30  # and prose in so many
 _NAME_SHARE = 2 / 5  # of the terminal, which a name may take before columns are left out for it
 
 
@@ -27,6 +28,7 @@ class Column(NamedTuple):
     cells: Sequence[str]
     is_text: bool = True
     is_number: bool = False  # aligned to the right
+    is_prose: bool = False  # a text that folds before a column is left out for it
 
     @property
     def longest(self) -> int:
@@ -143,7 +145,8 @@ def _told_apart(columns: Sequence[Column], layout: Layout) -> int:
 
 def _wanted(columns: Sequence[Column], width: int) -> list[int]:
     name = max(_FOLDED, int(_NAME_SHARE * width))
-    return [max(c.least, min(c.longest, name)) if c.is_text else c.longest for c in columns]
+    most = [_SENTENCE if c.is_prose else name for c in columns]
+    return [max(c.least, min(c.longest, m)) if c.is_text else c.longest for c, m in zip(columns, most, strict=True)]
 
 
 def _total(widths: Sequence[int]) -> int:

@@ -52,7 +52,7 @@ def test_the_contracts_hold(copy):
         ("runners/worker/request.py", "deadbench.analysis.cells"),
         ("runners/engines/base.py", "deadbench.runners.jobs.job"),
         ("runners/jobs/job.py", "deadbench.runners.engines.resident"),
-        ("runners/driver/outbox.py", "deadbench.runners.worker.forward"),
+        ("runners/driver/books.py", "deadbench.runners.worker.forward"),
         ("runners/census/census.py", "deadbench.runners.jobs.job"),
         ("suite/unplaced.py", "json"),
     ],

@@ -9,7 +9,8 @@ import time
 import uuid
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 import pyarrow as pa
 
 from deadbench.runners.census.worker import PROTOCOL_HASH, CensusWorker, Given, PauseBoard, failure, outline
+from deadbench.runners.results.outbox import PATIENCE_SECONDS, Outbox, UnwritableError
 from deadbench.runners.results.store import ResultStore
 from deadbench.suite.checkpoints.sources import identify, locate
 from deadbench.suite.errors import message
@@ -106,14 +108,21 @@ def new_outcome(total: int, skipped: int) -> Outcome:
 
 
 def take_census(
-    sources: list[str], store: ResultStore, outcome: Outcome, threads: int, given: Given = (None, None)
+    sources: list[str],
+    store: ResultStore,
+    outcome: Outcome,
+    threads: int,
+    given: Given = (None, None),
+    say: Callable[[str], None] = lambda line: None,
 ) -> Iterator[Outcome]:
     """Read all `sources` on the Ray that is joined; yields the outcome each time that rows have come in.
 
     Sources whose process died are read again, each by itself; who dies again is a failed row.
 
+    What cannot be written is kept and tried again, which is told by `say`.
+
     Raises:
-        OSError: the result set cannot be written.
+        UnwritableError: it could not be for too long.
     """
     import ray
 
@@ -121,7 +130,7 @@ def take_census(
     places = {source: locate(source) for source in sources}
     left = {identify(source, places[source]): source for source in sources}
     board = ray.remote(num_cpus=0)(PauseBoard).remote()
-    writer = _Writer(store)
+    writer = _Writer(store, say)
     try:
         for block in (_BLOCK, 1):
             arguments = (outcome.run_id, threads, board, given)
@@ -139,8 +148,10 @@ def take_census(
             rows = [outline(source, places[source], outcome.run_id) | now | died for source in left.values()]
             writer.add(to_table("reads", rows))
             yield _count(outcome, rows, started)
+        writer.drain()
     finally:
-        writer.flush()
+        with suppress(UnwritableError):
+            writer.flush()
         ray.kill(board)
 
 
@@ -192,11 +203,18 @@ def _count(outcome: Outcome, rows: list[dict[str, Any]], started: float) -> Outc
     return outcome
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """What came in a few seconds, which is stored together."""
+
+    tables: dict[str, pa.Table]
+
+
 class _Writer:
     """Rows on their way to the store: a file for what came in a few seconds, not one for each source."""
 
-    def __init__(self, store: ResultStore):
-        self._store, self._since = store, time.monotonic()
+    def __init__(self, store: ResultStore, say: Callable[[str], None]):
+        self._outbox, self._since = Outbox[_Rows](store, say, PATIENCE_SECONDS), time.monotonic()
         self._waiting: list[pa.Table] = []
 
     def add(self, table: pa.Table) -> None:
@@ -208,4 +226,10 @@ class _Writer:
     def flush(self) -> None:
         tables, self._waiting, self._since = self._waiting, [], time.monotonic()
         if tables:
-            self._store.write({"reads": pa.concat_tables(tables)})
+            self._outbox.put(_Rows({"reads": pa.concat_tables(tables)}))
+        else:
+            self._outbox.flush()
+
+    def drain(self) -> None:
+        self.flush()
+        self._outbox.drain()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from deadbench.runners.cli.console import EXIT_FALSE, Debug, Json, check_out
+from deadbench.runners.cli.console import EXIT_FALSE, Debug, Json, check_out, say
 from deadbench.runners.cli.options import Address, Config, ModelType, Out, given_config
 from deadbench.suite.plain_text import MAX_LINE, plain
 
@@ -47,6 +47,7 @@ def census(
     """
     from deadbench.runners.census.census import list_sources, new_outcome, take_census, unfinished
     from deadbench.runners.cluster.joining import connect
+    from deadbench.runners.results.outbox import UnwritableError
     from deadbench.runners.results.store import ResultStore
     from deadbench.suite.secrets import shown_place
 
@@ -54,14 +55,18 @@ def census(
     given = given_config(config), model_type
     sources = list_sources(sources_file)
     store = ResultStore(out)
-    left = unfinished(sources, store) if resume else sources
+    unread = unfinished(sources, store)  # by --fresh too: what replaces a row must be told from it
+    left = unread if resume else sources
     outcome = new_outcome(len(sources), skipped=len(sources) - len(left))
     if left:
         connection = connect(address)
         previous = signal.signal(signal.SIGTERM, _interrupt)  # after ray.init, which installs its own
         try:
             with contextlib.redirect_stdout(sys.stderr):  # where Ray tells of workers that died
-                _show(take_census(left, store, outcome, threads, given), outcome)
+                _show(take_census(left, store, outcome, threads, given, say), outcome)
+        except UnwritableError as error:
+            say(f"deadbench: {error}; what is written is kept: give the same command to go on")
+            raise typer.Exit(EXIT_FALSE) from error
         finally:
             signal.signal(signal.SIGTERM, previous)
             connection.leave()

@@ -118,7 +118,7 @@ def _print(rows: list[dict[str, Any]], label: str, rates: str) -> None:
         column("peak_host_bytes", "host", gigabytes("peak_host_bytes")),
         column("disk_bytes", "disk", gigabytes("disk_bytes")),
         column("seconds", "time, most of it", list(map(_time, rows)), is_text=True),
-        column("note", "note", notes, is_text=True),
+        column("note", "note", notes, is_text=True)._replace(is_prose=True),
     ]
     layout = Layout(
         [each.name for each in columns],

@@ -128,7 +128,8 @@ def execute_jobs(
     from deadbench.runners.worker.progress_folder import remove_checkpoints
 
     store = ResultStore(out)
-    done = store.finished() if resume else set()
+    finished = store.finished()  # by --fresh too: what replaces a row must be told from it
+    done = finished if resume else set()
     jobs = [job.as_stored(done) for job in jobs]
     for read in (read for job in jobs for read in job.reads if not resume or read.identity() in done):
         remove_checkpoints(out, *read.by_any_engine())

@@ -4,12 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from deadbench.runners.driver.outbox import Outbox
 from deadbench.runners.driver.sharing import Sharing
 from deadbench.runners.jobs.events import Finished, failed_read
 from deadbench.runners.jobs.job import ModelJob
 from deadbench.runners.reporting.progress import Reporter
 from deadbench.runners.reporting.run_record import RunRecord
+from deadbench.runners.results.outbox import Outbox
 from deadbench.runners.results.store import ResultStore
 from deadbench.runners.worker.progress_folder import remove_checkpoints
 
@@ -69,7 +69,7 @@ class Books:
             mine, others = self._sharing.take(job)
             self.look_elsewhere()
             for read in mine.reads:
-                self.put(failed_read(read, self.summary.run_id, 1, str(read.error)))
+                self.put(failed_read(read, self.summary.run_id, 0, str(read.error)))
             left += [others] if others.reads else []
         return left
 
@@ -90,7 +90,7 @@ class Books:
             row = event.row
             self._sharing.stored(event)
             if row["status"] == "ok" and event.job.engine is not None:
-                remove_checkpoints(self._store.location, event.job)
+                remove_checkpoints(self._store.location, *event.job.by_any_engine())
             self.summary.ok += row["status"] == "ok"
             self.summary.failed += row["status"] != "ok"
             self.summary.reads.append({name: row[name] for name in _TOLD})

@@ -17,12 +17,12 @@ from deadbench.runners.cluster.nodes import PlacementError
 from deadbench.runners.doctor.before_run import check_gpu_nodes
 from deadbench.runners.driver.books import Summary
 from deadbench.runners.driver.loop import Run, Settings
-from deadbench.runners.driver.outbox import UnwritableError
 from deadbench.runners.driver.sharing import Sharing
 from deadbench.runners.jobs.events import new_run_id
 from deadbench.runners.jobs.job import ModelJob
 from deadbench.runners.reporting.progress import Reporter
 from deadbench.runners.reporting.run_record import RunRecord
+from deadbench.runners.results.outbox import UnwritableError
 from deadbench.runners.results.store import ResultStore
 from deadbench.runners.worker.progress_folder import absolute
 

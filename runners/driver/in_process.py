@@ -19,12 +19,12 @@ from deadbench.runners.doctor.before_run import check_own_gpus
 from deadbench.runners.driver.books import Books, Summary
 from deadbench.runners.driver.driver import StoppedError, execute
 from deadbench.runners.driver.loop import Settings
-from deadbench.runners.driver.outbox import UnwritableError
 from deadbench.runners.driver.sharing import AGAIN_SECONDS, Sharing
 from deadbench.runners.jobs.events import Progress, Remark, failed_read
 from deadbench.runners.jobs.job import ModelJob
 from deadbench.runners.reporting.progress import Reporter
 from deadbench.runners.reporting.run_record import RunRecord
+from deadbench.runners.results.outbox import UnwritableError
 from deadbench.runners.results.store import ResultStore
 from deadbench.runners.worker.progress_folder import absolute
 from deadbench.runners.worker.run import run_model
@@ -117,7 +117,7 @@ def _run(job: ModelJob, books: Books, record: RunRecord, reporter: Reporter, tim
     """The reads of one model."""
     run_id = books.summary.run_id
     for read in (read for read in job.reads if read.error):
-        books.put(failed_read(read, run_id, 1, str(read.error)))
+        books.put(failed_read(read, run_id, 0, str(read.error)))
     job = job.without(read.identity() for read in job.reads if read.error)
     if not job.reads:
         return

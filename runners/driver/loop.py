@@ -14,13 +14,13 @@ from deadbench.runners.cluster.nodes import Nodes
 from deadbench.runners.cluster.processes import Ended
 from deadbench.runners.cluster.schedule import Demand, Running, can_ever, decide
 from deadbench.runners.driver.books import Books, Summary
-from deadbench.runners.driver.outbox import UnwritableError
 from deadbench.runners.driver.sharing import AGAIN_SECONDS, Sharing
 from deadbench.runners.jobs.events import Event, Progress, Remark, failed_read
 from deadbench.runners.jobs.job import ModelJob
 from deadbench.runners.reporting.metrics import Metrics
 from deadbench.runners.reporting.progress import Reporter
 from deadbench.runners.reporting.run_record import RunRecord
+from deadbench.runners.results.outbox import PATIENCE_SECONDS, UnwritableError
 from deadbench.runners.results.store import ResultStore
 
 _POLL_SECONDS = 0.5
@@ -44,7 +44,7 @@ class Settings:
     max_retries: int = 1
     to_come: tuple[tuple[int, float], ...] = ()
     checkpoint_interval: float = 300.0
-    patience: float = 600.0
+    patience: float = PATIENCE_SECONDS
     gpu_bytes: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -301,5 +301,5 @@ class Run:
             elif now - waiting.hopeless_since > patience:
                 cause = f"needs {waiting.demand.devices:g} devices, and no node that is left has them"
                 for read in self._take(waiting).reads:
-                    row = failed_read(read, self._run_id, self._attempts.number(read), cause)
+                    row = failed_read(read, self._run_id, self._attempts.number(read) - 1, cause)
                     self._books.put(row)

@@ -108,7 +108,7 @@ def to_tables(rows: Rows, read: ReadJob, run_id: str, attempt: int, started_at: 
 
 
 def failed_read(read: ReadJob, run_id: str, attempt: int, error: str) -> Finished:
-    """The row of a read that no process tells of: it died before it could speak, or was never started."""
+    """The row of a read that no process tells of: it died before it could speak, or was never tried (`attempt` 0)."""
     rows: Rows = {"reads": [{"status": "failed", "error": error, "peak_host_bytes": None}]}
     return Finished(read, to_tables(rows, read, run_id, attempt, datetime.now(UTC)))
 

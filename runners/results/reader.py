@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ class ResultReader:
             raise StoreError(f"{self._named}: {refusal(error)}") from error
         self._local = is_local(self._fs)
         self._sizes: dict[str, dict[str, FileSize]] = {}  # of each table's files that were looked into
+        self._ahead: dict[tuple[Any, ...], datetime] = {}  # ends of rows, by key, that this clock has not come to
         self._passed: set[str] = set()  # files of `reads` whose rows were asked for, or were there when this run began
 
     def place(self) -> tuple[Any, str]:
@@ -54,15 +56,19 @@ class ResultReader:
 
     def finished(self) -> set[tuple[Any, ...]]:
         """Identities (key and fingerprint) of the reads that are done and need no second measurement."""
-        columns = [*KEY, "source_fingerprint", "status"]
-        identities = set()
+        columns = [*KEY, "source_fingerprint", "status", "finished_at"]
+        identities, now = set(), datetime.now(UTC)
         for path, source in self._sources("reads"):
             rows = self._read(path, source, columns)
-            identities |= {tuple(row[name] for name in columns[:-1]) for row in rows if row["status"] == "ok"}
+            identities |= {tuple(row[name] for name in columns[:-2]) for row in rows if row["status"] == "ok"}
+            for row in rows:
+                if row["finished_at"] is not None and row["finished_at"] > now:
+                    key = tuple(row[name] for name in KEY)
+                    self._ahead[key] = max(row["finished_at"], self._ahead.get(key, now))
         return identities
 
     def come(self) -> list[dict[str, Any]]:
-        """Outcomes of reads (key, fingerprint, run, status, error, depth, end) that came meanwhile, each once."""
+        """Outcomes of reads (key, fingerprint, run, status, attempt, error, depth, end) that came since, each once."""
         if self._local:
             # NFS remembers listings for up to a minute, but not of a folder that this machine has just changed.
             with contextlib.suppress(OSError):
@@ -77,7 +83,7 @@ class ResultReader:
         return [row for row in self._outcomes(sorted(self._passed)) if row["run_id"] in runs]
 
     def _outcomes(self, paths: list[str]) -> list[dict[str, Any]]:
-        columns = [*KEY, "source_fingerprint", "run_id", "status", "error", "depth", "finished_at"]
+        columns = [*KEY, "source_fingerprint", "run_id", "status", "attempt", "error", "depth", "finished_at"]
         rows = []
         for path, source in self._opened("reads", paths):
             rows += self._read(path, source, columns)

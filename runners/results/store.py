@@ -8,18 +8,21 @@ Names are unique, so that two runs may write to one place. The row of `reads` go
 import io
 import time
 import uuid
+from datetime import timedelta
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from deadbench.runners.results.reader import ResultReader, StoreError
-from deadbench.suite.schema import SCHEMA_VERSION, TABLES
+from deadbench.suite.schema import KEY, SCHEMA_VERSION, TABLES
 from deadbench.suite.storage import refusal, renames, sweep, write_whole
 from deadbench.suite.table_files import schema_version
 from deadbench.suite.table_sizes import FileSize, rows_of
 
 __all__ = ["ResultStore", "StoreError"]
+
+_TICK = timedelta(milliseconds=1)
 
 
 class ResultStore(ResultReader):
@@ -51,10 +54,26 @@ class ResultStore(ResultReader):
         for name in sorted(tables, key=lambda table: table == "reads"):
             if tables[name].num_rows:
                 buffer = io.BytesIO()
-                pq.write_table(tables[name], buffer)
+                pq.write_table(tables[name] if name != "reads" else self._newest(tables[name]), buffer)
                 if name == "reads":
                     self._passed.add(f"{self._root}/{name}/{stamp}.parquet")
                 self._write_whole(f"{name}/{stamp}.parquet", buffer.getvalue())
+
+    def _newest(self, reads: pa.Table) -> pa.Table:
+        """Rows that come after those of their keys which `finished` saw, where this clock is behind those rows' ends.
+
+        The newest row of a key is told by its end, and a clock may have been set back, or be another machine's.
+        """
+        if not self._ahead:
+            return reads
+        place = reads.schema.get_field_index("finished_at")
+        ends = reads.column(place).to_pylist()
+        for number, row in enumerate(reads.select(KEY).to_pylist()):
+            ahead = self._ahead.get(tuple(row[name] for name in KEY))
+            if ahead is not None and ends[number] is not None and ends[number] <= ahead:
+                ends[number] = ahead + _TICK
+        field = reads.schema.field(place)
+        return reads.set_column(place, field, pa.array(ends, field.type))
 
     def write_text(self, path: str, text: str) -> None:
         """Store a document beside the tables, in place of what was there.

@@ -76,9 +76,15 @@ class SavedRead:
         )
         self._due, self.remark = time.monotonic() + self.interval, ""
         self._target: str | None = None
+        self._others: dict[str | None, str] = {}  # where engines that the plan might have taken would save
         if self.interval and read.checkpoint_location is not None:
             part = f"-{ranks.rank}of{ranks.size}" if ranks.size > 1 else ""
-            self._target = f"{read.checkpoint_location}/{FOLDER}/{name_of(read)}{part}.arrow"
+            targets = {
+                each.engine: f"{read.checkpoint_location}/{FOLDER}/{name_of(each)}{part}.arrow"
+                for each in read.by_any_engine()
+            }
+            self._target = targets.pop(read.engine)
+            self._others = targets
             if not is_url(self._target) and not Path(read.checkpoint_location).is_dir():
                 self.remark = f"no checkpoints: {read.checkpoint_location} is no folder of this node"
                 self._target = None
@@ -128,6 +134,8 @@ class SavedRead:
             return None
         try:
             if not _fs(self._target).exists(self._target):
+                for engine in (engine for engine, target in self._others.items() if _fs(target).exists(target)):
+                    self.remark = f"its checkpoint of engine {engine} is ignored: another engine reads it now"
                 return None
         except Exception as error:  # a place that the driver can write to and this process cannot
             self.remark = f"no checkpoints: {message(error)}"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from deadbench.suite.architectures.norms import EffectiveNorm
 from deadbench.suite.reads.distinct_rows import CELLS, MIN_DISTINCT, DistinctRows
-from deadbench.suite.reads.rows import check_rows, token_rows
+from deadbench.suite.reads.rows import check_replay, check_rows, token_rows
 from deadbench.suite.reads.stream_moments import STREAM_MOMENTS_STATE, StreamMoments, massive_coordinates
 from deadbench.suite.reads.verdicts import KERNEL_SLOPE, EarlyVerdict, precision_slope
 from deadbench.suite.schema import Row
@@ -109,6 +109,7 @@ class FinalNormRead:
             if self.along_executed is None:
                 self.along_executed = self._new_along()
             executed_N = self.along_executed.update(y_ND)
+        check_replay(x_ND, replay_ND, self._questions)
         self.spectrum.update(replay_ND, questions=self._questions)
         deviation_N = self.along_float32.update(replay_ND)
         self.sequences.update(replay_ND, deviation_N, sequence_lengths(output_BTD, mask_BT))

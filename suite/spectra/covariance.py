@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from deadbench.suite.spectra.arrow_state import VECTOR, fields, struct, tensor, vector
+from deadbench.suite.spectra.float32_range import check_range
 from deadbench.suite.spectra.qr import Qr
 from deadbench.suite.spectra.questions import AT_ONCE, Questions
 from deadbench.suite.spectra.routes import GRAM_STATE, Lifted, Plain, Whitened, cheapest, restored
@@ -83,7 +84,7 @@ class CovarianceFactor:
         Where `questions` are not answered at once the rows must stay as they are until these are settled.
 
         Raises:
-            ValueError: wrong width, or a value that is not finite.
+            ValueError: wrong width, or a value that is not finite, or none that float32 has.
         """
         if acts_ND.ndim != 2 or acts_ND.shape[1] != self.hidden_size:
             raise ValueError(f"activations of shape {tuple(acts_ND.shape)}; expected (N, {self.hidden_size})")
@@ -116,10 +117,7 @@ class CovarianceFactor:
 
     def _add(self, rows: Tensor, at_once: int) -> None:
         parts = rows.split(at_once)
-        # Norms are cheap, but may overflow where the row does not.
-        fine = all(bool(torch.isfinite(torch.linalg.vector_norm(part, dim=-1)).all()) for part in parts)
-        if not fine and (unfinite := int((~torch.isfinite(rows).all(-1)).sum())):
-            raise ValueError(f"activations are not finite in {unfinite} of {len(rows)} rows")
+        check_range(parts, rows)
         if self.offset_D is None:
             # Rounded to float32, so that taking it off float32 rows is exact.
             self.offset_D = parts[0].double().mean(0).float().double()

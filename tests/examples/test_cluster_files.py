@@ -102,11 +102,11 @@ def slurm(tmp_path):
         (stubs / name).write_text("\n".join(lines) + "\n")
         (stubs / name).chmod(0o755)
 
-    def start(name, srun="", **variables):
-        stub("scontrol", '[[ $1 == show ]] && printf "node-1\\nnode-2\\n"; true')
+    def start(name, srun="", addresses="10.0.0.5 192.168.7.1", nodes=("node-1", "node-2"), **variables):
+        stub("scontrol", f"[[ $1 == show ]] && printf '%s\\n' {' '.join(nodes)}; true")
         asked = (
             'case "$*" in'
-            ' *"hostname -I"*) echo "10.0.0.5 192.168.7.1";;'
+            f' *"hostname -I"*) echo "{addresses}";;'
             ' *"ip -4"*) echo "3: ib0    inet 192.168.7.1/24 brd 192.168.7.255 scope global ib0";;'
             f" *) {srun or 'true'};; esac"
         )
@@ -153,6 +153,37 @@ def test_sbatch_makes_a_ray_whose_head_is_on_the_interface(slurm, interface, hea
     assert 3600 - 300 - 30 < int(limited[2]) <= 3600 - 300
     assert command == ["run", "--suite", "quick", "--address", "auto", "--out", "/shared/results"]
     assert get_command(app).commands["run"].make_context("run", command).params["out"] == "/shared/results"
+
+
+@pytest.mark.subprocess
+@pytest.mark.parametrize(
+    ("nodes", "listed", "addresses", "head"),
+    [
+        (("gpu-a-01",), "gpu-a-01", "10.0.0.5", "10.0.0.5"),
+        (("node01", "node02", "node03", "node07"), "node[01-03,07]", "10.0.0.5 fd00::5", "10.0.0.5"),
+        (("r1-n1", "r2-n1"), "r[1-2]-n1", "fd00::5 2001:db8::5 10.0.0.5 192.168.7.1", "10.0.0.5"),
+        (("node-1",), "node-1", "fd00::5 fe80::1", None),
+        (("node-1",), "node-1", "", None),
+    ],
+)
+def test_the_head_is_on_the_first_node_at_its_first_ipv4_address(slurm, nodes, listed, addresses, head):
+    job = slurm(
+        "slurm",
+        addresses=addresses,
+        nodes=nodes,
+        SLURM_JOB_NODELIST=listed,
+        SLURM_JOB_NUM_NODES=str(len(nodes)),
+    )
+    code, calls = job.wait(30), slurm.calls()
+    assert calls[0] == f"scontrol show hostnames {listed}"
+    assert f"--nodelist={nodes[0]} hostname -I" in calls[1]
+    if head is None:
+        assert code != 0
+        assert f"{nodes[0]} has no IPv4 address on any interface; set IFACE" in slurm.log()
+        assert len(calls) == 2
+        return
+    assert code == 0, slurm.log()
+    assert f"symmetric-run --address {head}:6379 --min-nodes {len(nodes)} " in calls[-1]
 
 
 @pytest.mark.subprocess

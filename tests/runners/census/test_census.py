@@ -2,13 +2,16 @@
 
 import asyncio
 import contextlib
+import errno
 import functools
 import json
+import os
 import shutil
 import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import polars as pl
@@ -16,11 +19,17 @@ import psutil
 import pytest
 from safetensors.numpy import save_file
 
+from deadbench.runners.census import census
 from deadbench.runners.census.census import CensusError, list_sources
 from deadbench.runners.census.worker import PauseBoard, census_row
+from deadbench.runners.cluster import joining
+from deadbench.runners.results import outbox
+from deadbench.runners.results.outbox import UnwritableError
+from deadbench.runners.results.store import ResultStore
 from deadbench.suite.checkpoints import rate_limits as host_limits
 from deadbench.suite.checkpoints.rate_limits import HostLimits, named_wait
 from deadbench.suite.reads.classify import classify
+from deadbench.suite.schema import to_table
 from tests.conftest import ROOT, TINY_NEOX, TWINS, save_tiny
 from tests.runners.many_checkpoints import serving, sparse_checkpoint
 from tests.suite.checkpoints.formats.ggufs import gguf, llama_like
@@ -257,6 +266,40 @@ def test_a_driver_killed_at_any_instant_is_resumed(ray_session, deadbench, tmp_p
     assert (told["ok"], told["failed"], told["skipped"]) == (sources - before, 0, before)
     assert 0 < before < sources
     assert reads(out)["model"].n_unique() == reads(out).height == sources
+
+
+def test_what_a_full_disk_refuses_is_kept_and_written_when_there_is_room(tmp_path, monkeypatch):
+    store, said, full = ResultStore(str(tmp_path / "out")), [], [True]
+    write = store._write_whole
+
+    def refusing(path, contents):
+        if full[0]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path, contents)
+
+    monkeypatch.setattr(store, "_write_whole", refusing)
+    monkeypatch.setattr(outbox, "_FIRST_PAUSE", 0.01)
+    writer = census._Writer(store, said.append)
+    for name in "ab":
+        writer.add(to_table("reads", [{"run_id": "r", "model": name, "read": "parameters", "status": "ok"}]))
+        writer.flush()
+    assert said == [f"results in {tmp_path}/out cannot be written (No space left on device); kept and tried again"]
+    full[0] = False
+    writer.drain()
+    assert sorted(reads(tmp_path / "out")["model"]) == ["a", "b"]
+
+
+def test_a_disk_that_stays_full_is_one_line_that_says_how_to_go_on(tmp_path, deadbench, monkeypatch):
+    def refused(*given):
+        raise UnwritableError("out: cannot be written for 600 s")
+
+    left = []
+    monkeypatch.setattr(census, "take_census", refused)
+    monkeypatch.setattr(joining, "connect", lambda address: SimpleNamespace(leave=lambda: left.append(address)))
+    code, printed, err = deadbench("census", listed(tmp_path, ["a/b"]), "--out", tmp_path / "out")
+    told = "out: cannot be written for 600 s; what is written is kept: give the same command to go on"
+    assert (code, printed, err) == (1, "", f"deadbench: {told}\n")
+    assert left
 
 
 def test_a_pause_holds_for_all_who_ask_the_host(monkeypatch):

@@ -161,3 +161,10 @@ def test_a_terminals_own_width_counts():
     words = re.sub(r"\x1b\[[\d;]*m", "", text.decode()).replace("\r", "")
     assert max(map(len, words.splitlines())) <= 60
     assert "4.24e-14" in words
+
+
+def test_a_plan_that_is_piped_has_engine_and_gpus_beside_long_notes(deadbench):
+    out = deadbench("plan", "qwen3-8b", "gemma-4-31b", "--assume", "8x80GB", "--replicas", "2")[1]
+    (shown,) = tables(out)
+    assert {"engine", "GPUs", "peak", "note"} <= {name for name, _, _ in shown}
+    assert max(map(len, out.splitlines())) <= 150

@@ -423,7 +423,7 @@ def test_what_could_not_be_opened_is_a_failed_row_without_an_actor(cluster, driv
     run, _ = driver(made, [job])
     run.go()
     assert made.started == []
-    assert {row[2:] for row in outcomes(tmp_path)} == {("failed", 1, "no such folder")}
+    assert {row[2:] for row in outcomes(tmp_path)} == {("failed", 0, "no such folder")}
 
 
 def test_nothing_is_started_while_the_head_does_not_answer(cluster, driver, tmp_path):

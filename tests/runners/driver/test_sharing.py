@@ -3,18 +3,21 @@
 import contextlib
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 
 from deadbench.runners.driver import in_process, sharing
 from deadbench.runners.driver.loop import Settings
-from deadbench.runners.driver.outbox import UnwritableError
 from deadbench.runners.driver.sharing import Sharing
 from deadbench.runners.jobs.build import build_jobs
 from deadbench.runners.jobs.events import Finished, failed_read, to_tables
 from deadbench.runners.jobs.job import Overrides
 from deadbench.runners.reporting.progress import Reporter
+from deadbench.runners.results.claims import FOLDER
+from deadbench.runners.results.outbox import UnwritableError
 from deadbench.runners.results.store import ResultStore
 from deadbench.runners.worker import run as worker
 from deadbench.suite.registry.loading import load_registry
@@ -137,6 +140,83 @@ def test_a_read_that_failed_is_not_tried_again_by_who_was_there(driver, tmp_path
     b.__exit__(None, None, None)
     c.__exit__(None, None, None)
     assert labels(driver("d", [job]).take(job)[0]) == labels(job), "the same command, given again, tries it again"
+
+
+@pytest.fixture
+def on(series):
+    """`on(engine)`: the random read of the series, as a plan that may choose would run it, or one that was told."""
+
+    def make(engine, *, auto=True, error=None):
+        (read,) = [read for read in series.reads if read.read == "random"]
+        return replace(series, reads=(replace(read, engine=engine, auto=auto, error=error),))
+
+    return make
+
+
+@pytest.mark.parametrize("first", ["torch", "streaming"])
+def test_a_read_is_done_once_whichever_engines_the_plans_of_two_machines_take(driver, on, first):
+    second = {"torch": "streaming", "streaming": "torch"}[first]
+    one, other = on(first), on(second)
+    a, b = driver("a", [one]), driver("b", [other])
+    assert a.take(one) == (one, replace(one, reads=()))
+    assert b.take(other) == (replace(other, reads=()), other)
+    b.waiting([other])
+    assert b.said == [f"waiting for 1 reads that are claimed by {b._claims.describe('a')}"]
+    assert store(a, one.reads[0], "a")
+    assert b.take(other) == (replace(other, reads=()),) * 2
+    assert elsewhere(b) == [("a random", "ok", "a")]
+    assert b.elsewhere() == []
+    for each in (a, b):
+        each.__exit__(None, None, None)
+    assert not Path(a.store.location, FOLDER).exists()
+
+
+@pytest.mark.parametrize(("named", "free"), [("streaming", False), ("torch", False), ("vllm", True)])
+def test_an_engine_that_was_named_is_waited_for_where_the_plan_may_take_it(driver, on, named, free):
+    told, chosen = on(named, auto=False), on("torch")
+    a, b = driver("a", [told]), driver("b", [chosen])
+    assert a.take(told)[0] == told
+    assert bool(b.take(chosen)[0].reads) == free
+    assert store(a, told.reads[0], "a")
+    assert bool(b.take(chosen)[0].reads) == free
+    assert elsewhere(b) == ([] if free else [("a random", "ok", "a")])
+
+
+def test_a_named_engine_needs_a_row_of_its_own(driver, on):
+    chosen, told = on("torch"), on("streaming", auto=False)
+    a, b = driver("a", [chosen]), driver("b", [told])
+    a.take(chosen)
+    assert b.take(told)[0].reads == ()
+    assert store(a, chosen.reads[0], "a")
+    assert b.take(told)[0] == told
+
+
+def test_a_driver_that_stood_still_loses_the_read_to_one_with_another_engine(driver, on, clock, monkeypatch):
+    monkeypatch.setattr("deadbench.runners.results.claims.own_facts", lambda: {"host": "far"})
+    one, other = on("torch"), on("streaming")
+    a, b = driver("a", [one]), driver("b", [other])
+    a.take(one)
+    b.take(other)
+    clock[0] += LEASE + 1
+    assert b.take(other)[0] == other
+    assert not store(a, one.reads[0], "a")
+    assert store(b, other.reads[0], "b")
+    assert a.take(a.lost()[0])[0].reads == ()
+    assert elsewhere(a) == [("a random", "ok", "b")]
+
+
+def test_what_one_machine_has_no_room_for_is_read_by_another(driver, on):
+    small, large = on("torch", error="needs 9 GB"), on("torch")
+    a, b, c = driver("a", [small]), driver("b", [large]), driver("c", [on("streaming", error="needs 8 GB")])
+    a.take(small)
+    event = failed_read(small.reads[0], "a", 0, "needs 9 GB")
+    a.store.write(event.tables)
+    a.stored(event)
+    assert b.take(large)[0] == large, "it was never tried"
+    assert store(b, large.reads[0], "b")
+    c.take(on("streaming"))
+    assert elsewhere(c) == [("a random", "ok", "b")]
+    assert elsewhere(driver("d", [small])) == [("a random", "ok", "b")], "who has no room either"
 
 
 def test_what_a_dead_driver_had_is_taken_over_and_its_row_is_stored_once(driver, tmp_path, clock, monkeypatch):

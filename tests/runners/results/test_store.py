@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import polars as pl
@@ -11,7 +11,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
-from deadbench.analysis.results import scan
+from deadbench.analysis.results import latest, scan
 from deadbench.runners.results import reader
 from deadbench.runners.results.store import ResultStore, StoreError
 from deadbench.suite.schema import READS, SCHEMA_VERSION, TABLES, arrow_schema, to_table
@@ -56,6 +56,25 @@ def test_every_field_carries_unit_and_meaning(tmp_path):
 def test_undeclared_columns_are_refused():
     with pytest.raises(ValueError, match="no column \\['dept'\\]"):
         to_table("reads", [{"dept": 1.0}])
+
+
+@pytest.mark.parametrize("hours", [-1, 1])
+def test_a_row_that_replaces_another_is_the_newest_whatever_the_clock_says(hours, tmp_path):
+    now = datetime.now(UTC)
+    first, then = now + timedelta(hours=hours), now + timedelta(minutes=1)
+    before = ResultStore(str(tmp_path))
+    for model in "ab":
+        before.write(tables(model=model, run_id="old", finished_at=first))
+    store = ResultStore(str(tmp_path))
+    store.finished()
+    for model, stamp in (("a", "1"), ("a", "1"), ("c", "2")):  # the second in place of the first
+        store.write(tables(model=model, run_id="new", finished_at=then), stamp)
+    written = pl.scan_parquet(tmp_path / "reads" / "*.parquet")
+    columns = ("run_id", "model", "finished_at")
+    newest = max(then, first + timedelta(milliseconds=1))
+    old, new = [("old", "a", first), ("old", "b", first)], [("new", "a", newest), ("new", "c", then)]
+    assert sorted(written.select(columns).collect().rows()) == sorted(old + new)
+    assert sorted(latest(written).select(columns).collect().rows()) == sorted(old[1:] + new)
 
 
 def test_hidden_files_and_folders_named_like_files_are_left_out(tmp_path):

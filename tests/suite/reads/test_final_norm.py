@@ -152,6 +152,32 @@ def test_values_that_are_not_finite_and_wrong_formulas_are_refused():
         FinalNormRead(module, norm).update(torch.randn(50, D), torch.randn(50, D))
 
 
+@pytest.mark.parametrize("kind", [torch.nn.LayerNorm, torch.nn.RMSNorm])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("size", "told"), [(1e17, None), (1e21, "reach"), (3e37, "reach")])
+def test_a_stream_whose_squares_float32_has_not_is_told_as_that(kind, dtype, size, told):
+    module = kind(D).to(dtype)
+    norm = live_norm(module, probe(module, D), D)
+    x = torch.randn(50, D, dtype=dtype)
+    x[7] *= size
+    measured = FinalNormRead(module, norm)
+    if told is None:
+        measured.update(x, module(x))
+        assert measured.num_tokens == 50
+        return
+    with pytest.raises(ValueError, match=r"replayed in float32, overflows in 1 of 50 rows: values before it reach \d"):
+        measured.update(x, module(x))
+
+
+def test_a_gain_that_float32_has_not_is_told_as_that():
+    module = torch.nn.LayerNorm(D).double()
+    norm = live_norm(module, probe(module, D), D)
+    with torch.no_grad():
+        module.weight.fill_(1e39)
+    with pytest.raises(ValueError, match="replayed in float32, overflows in 50 of 50 rows"):
+        FinalNormRead(module, norm).update(x := torch.randn(50, D, dtype=torch.float64), module(x))
+
+
 def test_control_direction_is_alive():
     row, spectrum = read(random_layernorm(), torch.randn(2, N // 2, D))
     eigenvalues_D = spectrum["eigenvalues"]

@@ -176,6 +176,10 @@ def test_broken_shards_and_other_widths():
     rows[2, 0] = torch.nan
     with pytest.raises(ValueError, match="after block 2 is not finite in 1 of 5 rows"):
         measured.update(2, rows)
+    huge = torch.randn(5, D, dtype=torch.float64)
+    huge[2, 0] = 1e200
+    with pytest.raises(ValueError, match=r"stream after block 1 reach 1\.0e\+200 in 1 of 5 rows"):
+        measured.update(1, huge)
     assert measured.finish()[1] == []
 
 

@@ -1,6 +1,7 @@
 """The streamed covariance against a direct float64 SVD, however the rows are cut, masked, merged and moved."""
 
 import itertools
+import re
 
 import numpy as np
 import pyarrow as pa
@@ -383,6 +384,30 @@ def test_too_few_rows_wrong_width_and_nan_are_refused():
     accumulator.update(torch.randn(4, 4))
     with pytest.raises(ValueError, match="give at least 16 tokens"):
         accumulator.finish()
+
+
+@pytest.mark.parametrize("batch", [0, 1])
+@pytest.mark.parametrize("size", [1e39, 1e100, 1e155, 1e308])
+def test_what_float32_has_not_is_told_of_the_rows_and_not_of_the_device(size, batch):
+    accumulator = CovarianceFactor(4)
+    for _ in range(batch):
+        accumulator.update(torch.randn(40, 4, dtype=torch.float64))
+    rows = torch.randn(40, 4, dtype=torch.float64)
+    rows[5, 1] = -size
+    told = re.escape(f"activations reach {size:.1e} in 1 of 40 rows; only what float32 has can be read, up to 3.4e+38")
+    with pytest.raises(ValueError, match=told):
+        accumulator.update(rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_largest_that_float32_has_is_read(dtype):
+    rows = torch.randn(400, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    near, plain = CovarianceFactor(4), CovarianceFactor(4)
+    scaled = (rows / rows.abs().max() * 0.9 * 2.0**127).to(dtype)
+    near.update(scaled)
+    plain.update(scaled.double() * 2.0**-127)
+    expected = plain.finish().eigenvalues_D * 2.0**254
+    np.testing.assert_allclose(near.finish().eigenvalues_D, expected, rtol=1e-12)
 
 
 def test_nothing_of_size_tokens_is_kept():

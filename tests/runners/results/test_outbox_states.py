@@ -17,9 +17,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from deadbench.runners.driver import outbox
-from deadbench.runners.driver.outbox import Outbox, UnwritableError
 from deadbench.runners.jobs.events import Finished, to_tables
+from deadbench.runners.results import outbox
+from deadbench.runners.results.outbox import Outbox, UnwritableError
 from deadbench.runners.results.store import ResultStore
 from deadbench.suite import storage
 from tests.runners.sleepers import sleeping_jobs

@@ -6,9 +6,9 @@ import os
 import polars as pl
 import pytest
 
-from deadbench.runners.driver import outbox
-from deadbench.runners.driver.outbox import Outbox, UnwritableError
 from deadbench.runners.jobs.events import failed_read
+from deadbench.runners.results import outbox
+from deadbench.runners.results.outbox import Outbox, UnwritableError
 from deadbench.runners.results.store import ResultStore
 from tests.runners.sleepers import sleeping_jobs
 
