@@ -18,11 +18,11 @@ import pyarrow as pa
 from deadbench.runners.results.versions import versions
 from deadbench.suite.checkpoints.adapters import open_checkpoint
 from deadbench.suite.checkpoints.checkpoint import Checkpoint
-from deadbench.suite.checkpoints.patience import Patience
 from deadbench.suite.checkpoints.rate_limits import LIMITS
 from deadbench.suite.checkpoints.sources import identify
 from deadbench.suite.checkpoints.training_steps import checkpoint_step
 from deadbench.suite.errors import one_line
+from deadbench.suite.patience import Patience
 from deadbench.suite.read_specs import READ_SPECS
 from deadbench.suite.reads.parameters import ParametersRead, read_parameters
 from deadbench.suite.schema import Row, to_table
