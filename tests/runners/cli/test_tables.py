@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from deadbench.runners.cli import console
 from tests.conftest import ROOT
 
 QUICK, MINILM = ROOT / "tests" / "data" / "quick", ROOT / "tests" / "data" / "minilm"
@@ -161,3 +162,16 @@ def test_a_terminals_own_width_counts():
     words = re.sub(r"\x1b\[[\d;]*m", "", text.decode()).replace("\r", "")
     assert max(map(len, words.splitlines())) <= 60
     assert "4.24e-14" in words
+
+
+def test_of_a_long_table_the_first_rows_are_laid_out_and_the_rest_is_told(deadbench, monkeypatch):
+    monkeypatch.setattr(console, "MOST_ROWS", 3)
+    whole = json.loads(deadbench("leaderboard", QUICK, "--json")[1])["leaderboard"]
+    assert len(whole) > 3
+    told = f"deadbench: leaderboard: the first 3 of {len(whole)} rows; --format json has all\n"
+    for format in ("table", "html", "latex"):
+        _, out, err = deadbench("leaderboard", QUICK, "--format", format)
+        assert err == told
+        assert str(whole[2]["model"]) in out
+    for format in ("json", "csv", "md"):
+        assert deadbench("leaderboard", QUICK, "--format", format)[2] == ""
