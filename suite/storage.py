@@ -10,6 +10,7 @@ import errno
 import glob
 import os
 import re
+import shutil
 import stat
 import time
 import uuid
@@ -196,6 +197,15 @@ def sweep(paths: Iterable[Path]) -> None:
             facts = path.lstat()
             if stat.S_ISREG(facts.st_mode) and time.time() - facts.st_mtime > _OLD_SECONDS:
                 path.unlink()
+
+
+def sweep_folders(paths: Iterable[Path]) -> None:
+    """The same of folders, which have to be named as no person names one."""
+    for path in paths:
+        with contextlib.suppress(OSError):
+            facts = path.lstat()
+            if stat.S_ISDIR(facts.st_mode) and time.time() - facts.st_mtime > _OLD_SECONDS:
+                shutil.rmtree(path)
 
 
 def can_create_new(fs: Any) -> bool:
