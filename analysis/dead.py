@@ -11,6 +11,7 @@ import polars as pl
 
 from deadbench.analysis.lines import in_natural_order, ok_reads
 from deadbench.analysis.results import collected
+from deadbench.analysis.shared_directions import shared
 from deadbench.suite.schema import KEY
 from deadbench.suite.spectra.directions import FLOAT64_EPS
 
@@ -21,8 +22,7 @@ COLUMNS = [
 ]  # fmt: skip
 _SERIES = ["model", "read", "seed", "protocol", "dtype", "engine"]  # whose members differ in the checkpoint alone
 _ARCHITECTURE = ["family", "final_norm", "hidden_size", "num_blocks", "num_parameters"]
-_PLACE = ["architecture", "kind", "site"]
-_SAME, _TOLD = 0.9, 0.5  # of the weight of a direction's listed coordinates; of the direction's own
+_TOLD = 0.5  # of the direction's own weight
 
 
 def dead_directions(
@@ -43,12 +43,12 @@ def dead_directions(
     lazy = ok.lazy()
     parts = pl.concat([_zero_scales(lazy, norms), _outputs(lazy, spectra), _stream(lazy, blocks)])
     found = _without_zero_scales(collected(parts)).with_row_index("direction")
-    shared = _shared(found, ok)
+    has = shared(found, ok)
     listed = found if every else found.filter("is_last")
     random = (
         ok.filter(read="random").group_by("model").agg(has_random=pl.lit(True), zeros=pl.col("num_zero_scales").max())
     )
-    table = listed.join(shared, on="direction", how="left").join(random, on="model", how="left")
+    table = listed.join(has, on="direction", how="left").join(random, on="model", how="left")
     # Random reads list no scales; they count those of the final norm.
     by_count = pl.when((pl.col("site") == pl.col("final_norm")) & (pl.col("zeros") == 0)).then(False)
     told = pl.col("weights").list.sum() >= _TOLD
@@ -131,35 +131,3 @@ def _without_zero_scales(found: pl.DataFrame) -> pl.DataFrame:
     twice = pieces.join(zeros.unique(), on=on, how="semi", nulls_equal=True)
     known = twice.filter(pl.col("weights").sum().over("place") > _TOLD).filter(pl.col("read") == "trained")
     return found.join(known, on="place", how="anti").drop("place")
-
-
-def _shared(found: pl.DataFrame, ok: pl.DataFrame) -> pl.DataFrame:
-    """For each direction: which reads have it."""
-    own = ["model", "read", "run", "seed", "protocol", "dtype"]
-    total = pl.col("weights").list.sum()
-    pieces = found.select("direction", *own, *_PLACE, "coordinates", "weights", total=total)
-    pieces = pieces.explode("coordinates", "weights")
-    there = found.select(*_PLACE, "coordinates", other="read_id").explode("coordinates").unique()
-    hits = (
-        pieces.join(there, on=[*_PLACE, "coordinates"])
-        .group_by("direction", "other")
-        .agg(pl.col("weights").sum(), pl.col("total", *own).first())
-        .filter(pl.col("weights") >= _SAME * pl.col("total"))
-    )
-    others = ok.select(pl.all().name.prefix("other_")).rename({"other_read_id": "other"})
-    hits = hits.join(others, on="other").with_columns(
-        same_series=pl.all_horizontal(
-            pl.col(name).eq_missing(pl.col(f"other_{name}")) for name in ("model", "read", "seed", "protocol", "dtype")
-        )
-    )
-    mine = pl.col("same_series")
-    first = pl.col("other_checkpoint_step", "other_revision").sort_by("other").filter(mine.sort_by("other")).first()
-    same_read = pl.col("other_read") == pl.col("read")
-    elsewhere = same_read & (pl.col("other_run") != pl.col("run")) & pl.col("other_is_last")
-    table = hits.group_by("direction").agg(
-        first.name.replace("other_", "opened_"),
-        in_checkpoints=mine.sum().cast(pl.Int64),
-        in_runs=pl.col("other_run").filter(elsewhere).n_unique().cast(pl.Int64),
-        in_random=((pl.col("other_read") == "random") & (pl.col("other_model") == pl.col("model"))).any(),
-    )
-    return table.rename({"opened_checkpoint_step": "opened_step"})

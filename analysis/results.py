@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from polars.io.plugins import register_io_source
 
 from deadbench.analysis.panics import untold
+from deadbench.analysis.steps import STEPS
 from deadbench.suite.errors import message
 from deadbench.suite.schema import KEY, SCHEMA_VERSION, TABLES, arrow_schema
 from deadbench.suite.secrets import shown_place
@@ -99,7 +100,7 @@ class _Rows:
         """Frames of these columns (all for None) of the rows that the predicate keeps, `count` at most, in order."""
         names = self._schema.names if columns is None else columns
         left = sys.maxsize if count is None else count
-        for table in self._tables(names):
+        for table in STEPS.each(self._tables(names)):
             frame = pl.DataFrame(pl.from_arrow(table))
             frame = (frame if predicate is None else frame.filter(predicate)).head(left)
             left -= len(frame)
@@ -165,7 +166,10 @@ def collected_all(frames: Sequence[pl.LazyFrame]) -> list[pl.DataFrame]:
     try:
         with untold():
             return pl.collect_all(frames)
-    except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+    except BaseException as error:
+        STEPS.wait()
+        if not isinstance(error, (pl.exceptions.PolarsError, pl.exceptions.PanicException)):
+            raise
         reason = message(error, 300)
         raise ResultsError(f"the result set cannot be read to its end ({reason}); move the file away") from error
 

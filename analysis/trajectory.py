@@ -49,13 +49,13 @@ def trajectory(
     found = collected(final.select("member", "series_revision", "direction"))
     directions: dict[str, dict[str | None, Float[np.ndarray, " D"]]] = {}
     for member, revision, direction_D in found.iter_rows():
-        directions.setdefault(member, {})[revision] = np.array(direction_D)
+        directions.setdefault(member, {})[revision] = np.array(direction_D, np.float64)
     angles = []
     for _, line in series.group_by(_LINE, maintain_order=True):
         alongs = [[of_member.get(revision) for revision in line["revision"]] for of_member in directions.values()]
         for place in range(len(line)):
-            steps = [_between(along[place - 1] if place else None, along[place]) for along in alongs]
-            angles.append((_mean(steps), _mean([_between(along[0], along[place]) for along in alongs])))
+            steps = [between(along[place - 1] if place else None, along[place]) for along in alongs]
+            angles.append((_mean(steps), _mean([between(along[0], along[place]) for along in alongs])))
     turned = pl.DataFrame(angles, schema={"angle": pl.Float64, "angle_from_first": pl.Float64}, orient="row")
     ordered = pl.concat([line for _, line in series.group_by(_LINE, maintain_order=True)])
     table = pl.concat([ordered, turned], how="horizontal").join(
@@ -69,8 +69,12 @@ def trajectory(
     )
 
 
-def _between(a_D: Float[np.ndarray, " D"] | None, b_D: Float[np.ndarray, " D"] | None) -> float | None:
-    return None if a_D is None or b_D is None else angle(a_D, b_D)
+def between(a_D: Float[np.ndarray, " D"] | None, b_D: Float[np.ndarray, " D"] | None) -> float | None:
+    """Degrees between two directions; None where one is not known, or a stranger's that is of another width."""
+    if a_D is None or b_D is None or a_D.shape != b_D.shape:
+        return None
+    turned = angle(a_D, b_D)
+    return turned if np.isfinite(turned) else None
 
 
 def _mean(angles: list[float | None]) -> float | None:

@@ -10,6 +10,7 @@ import errno
 import glob
 import os
 import re
+import shutil
 import stat
 import time
 import uuid
@@ -22,6 +23,7 @@ import fsspec
 
 from deadbench.suite.errors import message
 from deadbench.suite.http_session import timed_session
+from deadbench.suite.s3_session import s3_options
 
 REFERENCE = (
     "reference"  # as RESULTS: what comes with deadbench, the paper's models at their own size and real checkpoints
@@ -61,19 +63,29 @@ def open_place(location: str) -> tuple[Any, str]:
         return fsspec.filesystem("file"), str(Path(os.path.expanduser(location)).absolute())
     url = _URL.match(location)
     protocol = url[1] if url else location.partition("://")[0]
+    inner = {part.partition("://")[0] for part in location.split("::")}
     try:
         if protocol in _WITHIN or not url:
-            fs, root = fsspec.core.url_to_fs(location)
+            fs, root = fsspec.core.url_to_fs(location, **{each: own for each in inner if (own := _own_options(each))})
         else:
             there = fsspec.get_filesystem_class(protocol)
-            own = {"get_client": timed_session} if protocol in ("http", "https") else {}
-            fs = fsspec.filesystem(protocol, **there._get_kwargs_from_urls(location), **own)
+            fs = fsspec.filesystem(protocol, **there._get_kwargs_from_urls(location), **_own_options(protocol))
             root = there._strip_protocol(location)
     except ImportError as error:
-        if protocol not in _EXTRAS:
+        protocol = next((each for each in (protocol, *sorted(inner)) if each in _EXTRAS), "")
+        if not protocol:
             raise
         raise ImportError(f"{protocol}:// needs a library: pip install 'deadbench[{_EXTRAS[protocol]}]'") from error
     return fs, root.rstrip("/") or "/"
+
+
+def _own_options(protocol: str) -> dict[str, Any]:
+    """What a file system of this protocol is made with, so that a server that is silent or trickles has its time."""
+    if protocol in ("http", "https"):
+        return {"get_client": timed_session}
+    if protocol in ("s3", "s3a"):
+        return s3_options()
+    return {}
 
 
 def is_local(fs: Any) -> bool:
@@ -84,7 +96,16 @@ def is_local(fs: Any) -> bool:
 def refusal(error: BaseException) -> str:
     """What a file system says, in a few words and without secrets."""
     known = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else ""
-    return known or message(error)
+    return server_failure(error) or known or message(error)
+
+
+def server_failure(error: BaseException) -> str | None:
+    """What a store's server says where it limits requests or fails, of which s3fs makes EBUSY and EIO; else None."""
+    answer = getattr(error.__cause__, "response", None)
+    status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(answer, dict) else None
+    if isinstance(status, int) and (status == 429 or status >= 500):
+        return f"the server limits requests or fails (HTTP {status}); try again later"
+    return None
 
 
 def read_file(path: Path, most_bytes: int) -> bytes:
@@ -176,6 +197,15 @@ def sweep(paths: Iterable[Path]) -> None:
             facts = path.lstat()
             if stat.S_ISREG(facts.st_mode) and time.time() - facts.st_mtime > _OLD_SECONDS:
                 path.unlink()
+
+
+def sweep_folders(paths: Iterable[Path]) -> None:
+    """The same of folders, which have to be named as no person names one."""
+    for path in paths:
+        with contextlib.suppress(OSError):
+            facts = path.lstat()
+            if stat.S_ISDIR(facts.st_mode) and time.time() - facts.st_mtime > _OLD_SECONDS:
+                shutil.rmtree(path)
 
 
 def can_create_new(fs: Any) -> bool:

@@ -13,9 +13,10 @@ from deadbench.suite.table_pages import Group, check_pages, groups_of
 
 # Of a table of one result set, in all its files. A row of `reads` is a read, and wide.
 MAX_ROWS, MAX_READS = 10_000_000, 500_000
-# Of values: of `reads`, whose rows are held together (half a million of the widest that a run writes are 0.9 GB); of
-# another table, read a frame at a time, where its files are small beside them: what a run writes of names is tenfold.
-MAX_BYTES, _EXPANSION = 2**30, 50
+# Of values, for each byte that is stored (what a run writes of names is tenfold), and where little is stored.
+_EXPANSION, _LITTLE = 50, 2**26
+# Of values of `reads`, whose rows are held together: half a million of the widest that a run writes are 0.9 GB.
+MAX_BYTES = 2**30
 _VIEW = 16  # of a text, beside its letters
 _COPIES = 2  # of letters: those of Arrow are still there while polars has its own
 _ONCE = {"PLAIN", "RLE", "BIT_PACKED", "DELTA_LENGTH_BYTE_ARRAY"}  # each text is stored where it stands
@@ -42,7 +43,7 @@ def too_large(table: str, files: Mapping[str, FileSize]) -> str | None:
             "many: move it away"
         )
     values, stored = sum(each.values for each in files.values()), sum(each.stored for each in files.values())
-    allowed = MAX_BYTES if table == "reads" else _allowed(stored)
+    allowed = _allowed(table, stored)
     if values > allowed:
         name = max(files, key=lambda each: files[each].values)
         return (
@@ -52,9 +53,10 @@ def too_large(table: str, files: Mapping[str, FileSize]) -> str | None:
     return None
 
 
-def _allowed(stored: int) -> int:
-    """Bytes of values that so many bytes of files may stand for."""
-    return max(MAX_BYTES, _EXPANSION * stored)
+def _allowed(table: str, stored: int) -> int:
+    """Bytes of values that so many bytes of a table's files may stand for."""
+    most = max(_LITTLE, _EXPANSION * stored)
+    return min(most, MAX_BYTES) if table == "reads" else most
 
 
 def rows_of(footer: Any) -> int:
@@ -77,7 +79,7 @@ def size_of(source: str | BinaryIO, table: str) -> FileSize:
         check_pages(file, (chunk for group in groups for chunk in group.chunks))
     certain, texts = _of_groups(groups)
     letters = sum(each.letters for each in texts.values())
-    left = _allowed(stored) - certain
+    left = _allowed(table, stored) - certain
     if certain + letters > (1 if table == "reads" else _EXPANSION) * stored and left >= 0:
         counted = [path for path, each in texts.items() if not each.ways <= _ONCE and each.ways <= _COUNTED]
         found = _letters(source, counted, left, len(groups)) if counted else None

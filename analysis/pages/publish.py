@@ -3,11 +3,13 @@
 What is published is a result set itself: `deadbench leaderboard PUBLISHED` reads it, and so does `datasets`.
 """
 
+import glob
 import io
 import os
 import re
 import shutil
 import tempfile
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from deadbench.suite.errors import message
 from deadbench.suite.plain_text import plain
 from deadbench.suite.schema import TABLES, arrow_schema
 from deadbench.suite.secrets import shown_place
-from deadbench.suite.storage import is_url, write_whole
+from deadbench.suite.storage import is_url, sweep_folders, write_whole
 
 HUB = "hf://datasets/"
 _LEADERBOARD_COLUMNS = [
@@ -60,10 +62,13 @@ def publish(
         raise ResultsError(f"--to {shown}: is there already; name a new folder")
     if not final.resolve().parent.is_dir():
         raise ResultsError(f"--to {shown}: no such directory {final.resolve().parent}")
-    aside = Path(tempfile.mkdtemp(dir=final.resolve().parent, prefix=f".{final.name}-"))
+    parent = final.resolve().parent
+    sweep_folders(parent.glob(f".{glob.escape(final.name)}-{'[0-9a-f]' * 32}"))
+    aside = parent / f".{final.name}-{uuid.uuid4().hex}"
+    aside.mkdir(0o700)
     try:
         _write(locations, aside, title, license)
-        aside.chmod(0o755)  # mkdtemp's is for its owner alone
+        aside.chmod(0o755)  # meanwhile it was for its owner alone
         os.replace(aside, final)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)

@@ -24,7 +24,7 @@ from deadbench.analysis.plots.axes import (
 from deadbench.analysis.plots.channels import line_colour
 from deadbench.analysis.replicates import averaged, in_series
 from deadbench.analysis.results import collected
-from deadbench.analysis.trajectory import angle
+from deadbench.analysis.trajectory import between
 from deadbench.suite.schema import KEY
 
 MAX_HISTORIES = 40
@@ -67,9 +67,10 @@ def turning_plot(reads: pl.LazyFrame, norms: pl.LazyFrame) -> Spec | None:
     turned = []
     for (series, _), along in frame.group_by("series", "member", maintain_order=True):
         if len(along) > 1:
-            first_D, *_ = directions = [np.array(direction_D) for direction_D in along["direction"]]
+            first_D, *_ = directions = [np.array(direction_D, np.float64) for direction_D in along["direction"]]
             for step, family, v_D in zip(along["checkpoint_step"], along["family"], directions, strict=True):
-                turned.append((series, step, family, angle(first_D, v_D)))
+                if (degrees := between(first_D, v_D)) is not None:
+                    turned.append((series, step, family, degrees))
     schema = {"line": pl.String, "step": pl.Int64, "family": pl.String, "angle": pl.Float64}
     mean, spread = pl.col("angle").mean(), pl.col("angle").std()
     rows = (

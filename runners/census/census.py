@@ -5,6 +5,7 @@ there; nothing else is remembered, so a census can be killed at any time and giv
 """
 
 import logging
+import threading
 import time
 import uuid
 import warnings
@@ -18,11 +19,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from deadbench.runners.census.worker import PROTOCOL_HASH, CensusWorker, Given, PauseBoard, failure, outline
+from deadbench.runners.census.worker import PROTOCOL_HASH, CensusWorker, Given, PauseBoard, failure, listen, outline
 from deadbench.runners.results.outbox import PATIENCE_SECONDS, Outbox, UnwritableError
 from deadbench.runners.results.store import ResultStore
 from deadbench.suite.checkpoints.sources import identify, locate
 from deadbench.suite.errors import message
+from deadbench.suite.plain_text import plain
 from deadbench.suite.schema import arrow_schema, to_table
 from deadbench.suite.secrets import shown_place
 from deadbench.suite.storage import is_hidden, is_local, open_place, read_file
@@ -32,6 +34,7 @@ _TASKS = 4  # that a worker has at once: a slow source holds up its block, not t
 _MOST_LETTERS = 4096  # of a source; a path has no more
 _MOST_BYTES = 256_000_000  # of a file of sources: some millions
 _WRITE_ROWS, _WRITE_SECONDS = 2000, 5.0
+_TOLD_SECONDS = 60.0  # between two lines that tell of the same host
 _COUNTED = ["model", "revision", "source", "status", "family", "error"]
 
 
@@ -117,6 +120,8 @@ def take_census(
 ) -> Iterator[Outcome]:
     """Read all `sources` on the Ray that is joined; yields the outcome each time that rows have come in.
 
+    Which hosts limit requests is told to `say`, of each once a minute at most.
+
     Sources whose process died are read again, each by itself; who dies again is a failed row.
 
     What cannot be written is kept and tried again, which is told by `say`.
@@ -130,6 +135,7 @@ def take_census(
     places = {source: locate(source) for source in sources}
     left = {identify(source, places[source]): source for source in sources}
     board = ray.remote(num_cpus=0)(PauseBoard).remote()
+    threading.Thread(target=listen, args=(board, _Pauses(say).tell), daemon=True).start()
     writer = _Writer(store, say)
     try:
         for block in (_BLOCK, 1):
@@ -153,6 +159,20 @@ def take_census(
         with suppress(UnwritableError):
             writer.flush()
         ray.kill(board)
+
+
+class _Pauses:
+    """Hosts that want to be left alone, as a person is told of them."""
+
+    def __init__(self, say: Callable[[str], None]):
+        self._say, self._told = say, dict[str, float]()
+
+    def tell(self, host: str, seconds: float, **_: object) -> None:
+        now = time.monotonic()
+        if now - self._told.get(host, -_TOLD_SECONDS) >= _TOLD_SECONDS:
+            self._told[host] = now
+            name = plain(host)
+            self._say(f"{name} limits requests: nobody asks it for {seconds:.0f} s; sources elsewhere go on")
 
 
 def _stream(places: dict[str, str], block: int, arguments: tuple[Any, ...]) -> Iterator[pa.Table]:

@@ -18,11 +18,11 @@ import pyarrow as pa
 from deadbench.runners.results.versions import versions
 from deadbench.suite.checkpoints.adapters import open_checkpoint
 from deadbench.suite.checkpoints.checkpoint import Checkpoint
-from deadbench.suite.checkpoints.patience import Patience
 from deadbench.suite.checkpoints.rate_limits import LIMITS
 from deadbench.suite.checkpoints.sources import identify
 from deadbench.suite.checkpoints.training_steps import checkpoint_step
 from deadbench.suite.errors import one_line
+from deadbench.suite.patience import Patience
 from deadbench.suite.read_specs import READ_SPECS
 from deadbench.suite.reads.parameters import ParametersRead, read_parameters
 from deadbench.suite.schema import Row, to_table
@@ -69,7 +69,7 @@ class CensusWorker:
         LIMITS.longest_wait, LIMITS.attempts = _LONGEST_WAIT_SECONDS, _REFUSALS
         LIMITS.told = Patience(_LONGEST_WAIT_SECONDS, _WAITED_SECONDS, _WAITED_SECONDS, _EARNED_SECONDS, None)
         LIMITS.on_pause = lambda host, seconds: board.tell.remote(host, seconds)
-        threading.Thread(target=_listen, args=(board, LIMITS.pause), daemon=True).start()
+        threading.Thread(target=listen, args=(board, LIMITS.pause), daemon=True).start()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """The rows of a batch, in its order."""
@@ -132,7 +132,7 @@ def _opened(checkpoint: Checkpoint, read: ParametersRead) -> set[str]:
     return files | ({"config.json"} if checkpoint.has("config.json") else set())
 
 
-def _listen(board: Any, pause: Callable[..., None]) -> None:
+def listen(board: Any, pause: Callable[..., None]) -> None:
     """Take over the pauses that others heard of, until the board is gone."""
     import ray
 

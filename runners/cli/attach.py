@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from deadbench.runners.cli.console import EXIT_FALSE, EXIT_INTERRUPTED, Debug, Json, UserError, say
-from deadbench.suite.plain_text import plain
+from deadbench.suite.plain_text import MAX_LINE, plain
 from deadbench.suite.secrets import scrubbed, shown_place
 
 if TYPE_CHECKING:
     from deadbench.runners.cluster.submitted import Submitted
 
 _RAY = re.compile(r"auto|(?:https?|ray)://\S+|(?:\[[^\]/]+\]|[^:/\[\]]+):\d{1,5}")
+
+_HELD = 4096  # letters of one line
 
 
 def attach(
@@ -102,17 +104,18 @@ def _follow_ray(address: str, job_id: str | None, as_json: bool) -> int:
     job = jobs.latest(job_id)
     if job.id is None:
         return _follow_driver(job, as_json)
-    say(f"job {job.id}: {scrubbed(job.entrypoint)}")
+    name = plain(job.id)
+    say(plain(f"job {name}: {scrubbed(job.entrypoint)}", MAX_LINE))
     lines = _Lines()
-    ended = jobs.follow(job, lines.take)
+    ended = jobs.follow(job, lines.take, say)
     lines.end()
     out = shown_place(job.out) if job.out is not None else None
-    facts: dict[str, Any] = {"job": job.id, "status": ended.status.lower(), "out": out}
+    facts: dict[str, Any] = {"job": name, "status": ended.status.lower(), "out": out}
     if as_json:
         print(json.dumps(facts | {"exit_code": ended.code()}, indent=2))
     else:
         where = f"; results in {out}" if out is not None else ""
-        print(f"job {job.id} {facts['status']}, exit code {ended.code()}{where}")
+        print(f"job {name} {facts['status']}, exit code {ended.code()}{where}")
     return ended.code()
 
 
@@ -123,7 +126,7 @@ def _follow_driver(job: "Submitted", as_json: bool) -> int:
     out = job.out or "results"  # as `run` has it
     shown = shown_place(out)
     if is_url(out) or (Path(out).is_absolute() and Path(out).is_dir()):
-        say(f"a driver of its own, {scrubbed(job.entrypoint)}: its result set is followed")
+        say(plain(f"a driver of its own, {scrubbed(job.entrypoint)}: its result set is followed", MAX_LINE))
         return _follow_results(out, None, as_json)
     raise UserError(
         f"{scrubbed(job.entrypoint)}: was not submitted as a job, and its result set, {shown}, is not seen from here; "
@@ -132,16 +135,21 @@ def _follow_driver(job: "Submitted", as_json: bool) -> int:
 
 
 class _Lines:
-    """What comes in pieces, printed on stderr line by line."""
+    """What comes in pieces, printed on stderr line by line; of a line without end its beginning is held."""
 
     def __init__(self) -> None:
         self._rest = ""
 
     def take(self, text: str) -> None:
-        *lines, self._rest = (self._rest + text).split("\n")
+        *lines, last = text.split("\n")
         for line in lines:
-            say(line)
+            self._tell(line)
+        self._rest += last[: _HELD - len(self._rest)]
 
     def end(self) -> None:
         if self._rest:
-            say(self._rest)
+            self._tell("")
+
+    def _tell(self, line: str) -> None:
+        line, self._rest = self._rest + line[: _HELD - len(self._rest)], ""
+        say(plain(scrubbed(line), MAX_LINE))

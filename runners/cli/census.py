@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from deadbench.runners.cli.console import EXIT_FALSE, Debug, Json, check_out, say
-from deadbench.runners.cli.options import Address, Config, ModelType, Out, given_config
+from deadbench.runners.cli.console import EXIT_FALSE, Debug, Json, UserError, check_out, say
+from deadbench.runners.cli.options import Config, ModelType, Out, given_config
+from deadbench.runners.planning.hardware import NO_RAY
 from deadbench.suite.plain_text import MAX_LINE, plain
 
 if TYPE_CHECKING:
@@ -27,7 +28,9 @@ def census(
         str, typer.Argument(metavar="SOURCES_FILE", help="One SOURCE a line; blank lines and # comments are left out.")
     ],
     out: Out,
-    address: Address = None,
+    address: Annotated[
+        str | None, typer.Option(help="Ray to join: local, auto or host:port. \\[default: local]")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume/--fresh", help="Skip finished sources, or read them again.")] = True,
     threads: Annotated[
         int, typer.Option(min=1, metavar="N", help="Sources that each CPU's process reads at once.")
@@ -40,8 +43,9 @@ def census(
     """Family, final norm and predicted depth of thousands of checkpoints, on Ray Data; a row of `reads` for each.
 
     Opens only headers, configurations and final norms' tensors; what cannot be read is a failed row. When a server
-    limits requests, all processes wait as long as it says. Given again, the command reads what is missing. Norms beside
-    the final one, and counts of parameters, are left to `run --reads parameters`.
+    limits requests, all processes wait as long as it says, but no longer than 15 minutes for one that has given nothing
+    and two hours for another; sources elsewhere go on, and stderr says so. Given again, the command reads what is
+    missing. Norms beside the final one, and counts of parameters, are left to `run --reads parameters`.
 
     Example: [bold]deadbench census sources.txt --out s3://bucket/census[/bold]
     """
@@ -52,6 +56,8 @@ def census(
     from deadbench.suite.secrets import shown_place
 
     check_out(out)
+    if address == NO_RAY:
+        raise UserError("--address none: a census is read on Ray Data; give local, auto or host:port")
     given = given_config(config), model_type
     sources = list_sources(sources_file)
     store = ResultStore(out)

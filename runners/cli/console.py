@@ -14,6 +14,8 @@ from deadbench.suite.plain_text import plain
 
 EXIT_FALSE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 FORMATS = ("table", "json", "csv", "md", "html", "latex")
+_LAID_OUT = ("table", "html", "latex")  # a millisecond or more a row
+MOST_ROWS = 2000  # of a table so laid out
 PLAIN_WIDTH = 150  # columns of a table that is not printed to a terminal
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
@@ -83,11 +85,16 @@ def print_frames(frames: dict[str, Any], format: str, keep: Sequence[str] = ()) 
     """Data frames by title, on stdout: tables, one JSON document, or text one after another.
 
     A terminal shows the columns that fit it, those in `keep` always. csv has no place for a second table and prints the
-    first one only.
+    first one only. What is laid out for eyes has the first rows of a table, and stderr says how many are left out.
     """
     from deadbench.analysis.formats import render, rich_table
 
     one_of("--format", format, FORMATS)
+    if format in _LAID_OUT:
+        for title, frame in frames.items():
+            if len(frame) > MOST_ROWS:
+                say(f"deadbench: {title}: the first {MOST_ROWS:,} of {len(frame):,} rows; --format json has all")
+        frames = {title: frame.head(MOST_ROWS) for title, frame in frames.items()}
     if format == "table":
         terminal = console()
         for title, frame in frames.items():

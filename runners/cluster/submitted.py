@@ -7,15 +7,18 @@ import os
 import re
 import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from deadbench.runners.cluster.joining import JoinError, check_answers
 from deadbench.suite.errors import one_line
+from deadbench.suite.plain_text import plain
 from deadbench.suite.secrets import shown_place
 
 _AGAIN_SECONDS = 2.0
+_QUIET_SECONDS = 30.0  # without a letter, after which the head is asked whether the job goes on
+_NAMED = 5  # jobs that an error lists
 _PATIENCE_SECONDS = 600.0  # for which a head that does not answer is asked again
 _OVER = ("SUCCEEDED", "FAILED", "STOPPED")
 _OURS = re.compile(r"\bdeadbench\b.*\s(?:run|census|watch|reproduce)\b", re.DOTALL)
@@ -66,11 +69,12 @@ class Jobs:
         if "://" not in address or address.startswith("ray://"):
             check_answers(address)
         try:
-            from ray.job_submission import JobSubmissionClient
+            from deadbench.runners.cluster.bounded_client import client_class
 
+            made = client_class()  # which needs Ray
             logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)
             with _addressed(address):
-                self._client = JobSubmissionClient(address)
+                self._client = made(address)
         except Exception as error:
             raise JoinError(f"{self._shown}: Ray's jobs cannot be asked for ({_said(error)})") from error
 
@@ -87,7 +91,7 @@ class Jobs:
         if wanted is not None:
             named = [job for job in found if job.id == wanted]
             if not named:
-                known = ", ".join(job.id for job in found if job.id) or "none"
+                known = ", ".join([job.id for job in found if job.id][-_NAMED:]) or "none"
                 raise JoinError(f"{self._shown}: no job {wanted!r} was submitted; there are {known}")
             return named[0]
         ours = [job for job in found if _OURS.search(job.entrypoint)]
@@ -95,25 +99,31 @@ class Jobs:
             raise JoinError(f"{self._shown}: no job of deadbench's is known there; give the --out of its run instead")
         return max(ours, key=lambda job: (not job.over, job.id is not None, job.started))
 
-    def follow(self, job: Submitted, write: Callable[[str], None]) -> Submitted:
+    def follow(self, job: Submitted, write: Callable[[str], None], say: Callable[[str], None]) -> Submitted:
         """`write` what a submitted job prints, from its beginning until it ends; returns it as it ended.
+
+        What is amiss is told to `say`, when the head stops answering as one does.
 
         Raises:
             JoinError: the head has not answered for longer than the patience.
         """
-        written, answered = 0, time.monotonic()
+        written, answered, amiss = 0, time.monotonic(), False
         while True:
             try:
                 for chunk in self._chunks(job, written):
                     written += len(chunk)
                     write(chunk)
                 now = _job(self._client.get_job_info(str(job.id)))
-                answered = time.monotonic()
+                answered, amiss = time.monotonic(), False
                 if now.over:
                     return now
             except Exception as error:  # the connection, the head that is just started again
+                why = f"{self._shown}: job {plain(str(job.id))} cannot be followed ({_said(error)})"
                 if time.monotonic() - answered > _PATIENCE_SECONDS:
-                    raise JoinError(f"{self._shown}: job {job.id} cannot be followed ({_said(error)})") from error
+                    raise JoinError(why) from error
+                if not amiss:
+                    say(f"{why}; asked again for {_PATIENCE_SECONDS:.0f} s")
+                amiss = True
             time.sleep(_AGAIN_SECONDS)
 
     def _chunks(self, job: Submitted, passed: int) -> Iterator[str]:
@@ -121,13 +131,31 @@ class Jobs:
         tail = self._client.tail_job_logs(str(job.id))
         loop = asyncio.new_event_loop()
         try:
-            while (chunk := loop.run_until_complete(anext(tail, None))) is not None:
+            while (chunk := self._next(tail, loop, job)) is not None:
                 new, passed = chunk[passed:], max(0, passed - len(chunk))
                 if new:
                     yield new
         finally:
             loop.run_until_complete(tail.aclose())
             loop.close()
+
+    def _next(self, tail: AsyncIterator[str], loop: asyncio.AbstractEventLoop, job: Submitted) -> str | None:
+        """What comes next; None at its end, or where nothing comes of a job that has ended."""
+        coming = loop.create_task(_first(tail))
+        try:
+            while not loop.run_until_complete(asyncio.wait([coming], timeout=_QUIET_SECONDS))[0]:
+                if _job(self._client.get_job_info(str(job.id))).over:  # a head that has gone raises
+                    return None
+            return coming.result()
+        finally:
+            if not coming.done():
+                coming.cancel()
+                with contextlib.suppress(asyncio.CancelledError, Exception):
+                    loop.run_until_complete(coming)
+
+
+async def _first(tail: AsyncIterator[str]) -> str | None:
+    return await anext(tail, None)
 
 
 @contextlib.contextmanager

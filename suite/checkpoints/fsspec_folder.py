@@ -8,7 +8,7 @@ from typing import Any
 from deadbench.suite.errors import ChangedError, CheckpointError, UnreachableError, first_line, reason_of
 from deadbench.suite.scratch import is_scratch
 from deadbench.suite.secrets import shown_place
-from deadbench.suite.storage import is_hidden, open_place
+from deadbench.suite.storage import is_hidden, open_place, server_failure
 
 # By the names of their classes: the libraries that raise them are not imported before they are used.
 _UNREACHED = {
@@ -148,7 +148,7 @@ def one_line_errors(what: str) -> Iterator[None]:
         what, name = shown_place(what), type(error).__name__
         if name in _UNREACHED:
             raise UnreachableError(f"{what}: {_UNREACHED[name]}") from error
-        advice = _ADVICE.get(name)
+        advice = server_failure(error) or _ADVICE.get(name)
         if isinstance(error, ImportError):
             advice = str(error)
         if advice is None and isinstance(error, (OSError, ImportError, ValueError)):

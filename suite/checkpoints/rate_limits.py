@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 
-from deadbench.suite.checkpoints.patience import Patience
+from deadbench.suite.patience import Patience
 
 _RATE_LIMIT = re.compile(r"r\s*=\s*0\s*;\s*t\s*=\s*([0-9]+)")  # `"api";r=0;t=55`: none left, for 55 seconds
 # Of a host that has given nothing: before a stranger's server costs more, the command says so. One that has answered

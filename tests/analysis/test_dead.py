@@ -10,7 +10,7 @@ from deadbench.analysis.dead import dead_directions
 from deadbench.analysis.families import dead_parameters, families
 from deadbench.analysis.leaderboard import leaderboard
 from deadbench.analysis.results import scan
-from deadbench.analysis.trajectory import angle, trajectory
+from deadbench.analysis.trajectory import angle, between, trajectory
 from deadbench.analysis.trend import checkpoints
 from deadbench.suite.schema import KEY, to_table
 
@@ -135,6 +135,12 @@ def test_training_seeds_turn_by_the_mean_of_their_angles_and_open_what_any_of_th
 @pytest.mark.parametrize("size", [1e-12, 1e-8, 1e-3, 1.0])
 def test_small_angles_are_kept(size):
     assert np.radians(angle(np.array([1.0, 0.0]), np.array([np.cos(size), np.sin(size)]))) == pytest.approx(size)
+
+
+@pytest.mark.parametrize("other", [None, np.array([]), np.ones(3), np.array([1.0, np.nan])])
+def test_directions_of_two_widths_have_no_angle(other):
+    assert between(np.array([1.0, 0.0]), other) is None
+    assert between(other, np.array([1.0, 0.0])) is None
 
 
 def test_dead_parameters_stand_in_the_leaderboard_and_by_family(read):

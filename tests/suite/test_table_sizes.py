@@ -14,7 +14,7 @@ from deadbench.analysis import results
 from deadbench.analysis.results import ResultsError, collected, scan
 from deadbench.runners.results.store import ResultStore, StoreError
 from deadbench.suite import table_sizes
-from deadbench.suite.schema import arrow_schema, to_table
+from deadbench.suite.schema import TABLES, arrow_schema, to_table
 from deadbench.suite.table_pages import PagesError, groups_of
 from deadbench.suite.table_sizes import FileSize, size_of, too_large
 
@@ -80,7 +80,7 @@ def test_other_ways_to_store_it(encoding):
 def test_numbers_that_are_all_alike(monkeypatch):
     file = written({"eigenvalues": lists(pa.array(np.zeros(1_000_000)), 1000)})
     assert size(file) == FileSize(1000, len(file.getvalue()), 8_000_000)
-    monkeypatch.setattr(table_sizes, "MAX_BYTES", 2**20)
+    monkeypatch.setattr(table_sizes, "_LITTLE", 2**20)
     assert "stand for more than" in too_large("spectra", {"0.parquet": size(file)})
 
 
@@ -122,9 +122,7 @@ def test_a_files_rows_are_those_of_its_groups(tmp_path):
 
 def test_every_reader_of_results_refuses_it(tmp_path):
     place = saved(tmp_path / "bomb", model=repeated("x" * 1_000_000, 5000), status=repeated("ok", 5000))
-    with pytest.raises(
-        ResultsError, match=r"bomb: reads has [\d,]+ bytes that stand for more than 1,073,741,824, most "
-    ):
+    with pytest.raises(ResultsError, match=r"bomb: reads has [\d,]+ bytes that stand for more than 67,108,864, most "):
         scan(place)
     with pytest.raises(StoreError, match=r"bomb: reads has .* in .*0.parquet; no run writes that: move it away"):
         ResultStore(place).finished()
@@ -135,11 +133,14 @@ def test_every_reader_of_results_refuses_it(tmp_path):
 
 
 def test_many_files_of_little_are_much_together():
-    one = FileSize(10, 1000, 10**6)
+    one = FileSize(10, 30_000, 10**6)
     assert too_large("reads", {str(n): one for n in range(1000)}) is None
-    assert "1: " not in str(too_large("reads", {str(n): one for n in range(1100)}))
-    large = {str(n): one._replace(stored=30_000) for n in range(1100)}
+    large = {str(n): one for n in range(1100)}
     assert too_large("spectra", large) is None
+    few = {str(n): one._replace(stored=10) for n in range(100)}
+    for table in TABLES:
+        assert f"{table} has 1,000 bytes that stand for more than 67,108,864, most" in str(too_large(table, few))
+        assert too_large(table, dict(list(few.items())[:60])) is None
     assert "reads has 33,000,000 bytes that stand for more than 1,073,741,824, most" in str(too_large("reads", large))
     assert too_large("reads", {}) is None
     assert "more than 500,000; no run writes so many" in too_large("reads", {"a": FileSize(500_001)})

@@ -1,3 +1,4 @@
+import os
 import re
 from pathlib import Path
 
@@ -92,3 +93,15 @@ def test_no_word_of_a_row_is_live_on_the_card(result_set, read, tmp_path):
     assert "evil" in text
     for live in ("[x]", "![x](h", "[y](h", "<img", "https://evil", "www.evil"):
         assert not re.search(rf"(?<!\\){re.escape(live)}", text), live
+
+
+def test_what_a_killed_publisher_left_is_swept_a_day_later(tmp_path):
+    old, young, other = (tmp_path / f".out-{ending}" for ending in ("a" * 32, "b" * 32, "archives"))
+    for folder in (old, young, other):
+        (folder / "reads").mkdir(parents=True)
+        (folder / "reads" / "1").touch()
+    for folder in (old, other):
+        os.utime(folder, (0, 0))
+    publish(["reference"], str(tmp_path / "out"), title="t")
+    assert sorted(each.name for each in tmp_path.iterdir()) == sorted([young.name, other.name, "out"])
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o755

@@ -351,3 +351,22 @@ def test_workers_hear_of_each_others_pauses():
     assert first[0][0] == "a"
     assert first[0][1] == pytest.approx(5.0, abs=0.5)
     assert [host for host, _ in second] == ["b"]
+
+
+def test_a_host_that_limits_requests_is_told_of_once_a_minute(monkeypatch):
+    now, said = [1000.0], []
+    monkeypatch.setattr(census.time, "monotonic", lambda: now[0])
+    pauses = census._Pauses(said.append)
+    for seconds in (0, 30, 61):
+        now[0] = 1000.0 + seconds
+        pauses.tell("hub\x1b[31m", 30.0, heard=False)
+    pauses.tell("other", 5.0, heard=False)
+    line = "hub\\x1b[31m limits requests: nobody asks it for 30 s; sources elsewhere go on"
+    assert said == [line, line, line.replace("hub\\x1b[31m", "other").replace("30 s", "5 s")]
+
+
+def test_a_census_has_no_address_without_ray(deadbench, tmp_path):
+    code, _, err = deadbench("census", "sources.txt", "--out", tmp_path / "out", "--address", "none")
+    assert (code, err) == (
+        2, "deadbench: --address none: a census is read on Ray Data; give local, auto or host:port\n"
+    )  # fmt: skip

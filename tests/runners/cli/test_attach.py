@@ -76,8 +76,8 @@ class FakeJobs:
     def latest(self, wanted):
         return self.found
 
-    def follow(self, job, write):
-        for chunk in ("plan", "ning …\nread \x1b[2J", "\nlast"):
+    def follow(self, job, write, say):
+        for chunk in ("plan", "ning …\nread \x1b[2J", "\n", *["z" * 1000] * 50, "\nAKIAIOSFODNN7EXAMPLE", "\nlast"):
             write(chunk)
         return Submitted(job.id, "FAILED", ENTRY, 1, 1)
 
@@ -88,7 +88,10 @@ def test_a_job_is_followed_by_what_it_prints(deadbench, monkeypatch, address):
     code, out, err = deadbench("attach", address)
     assert code == 1
     assert out == "job raysubmit_1 failed, exit code 1; results in /srv/results\n"
-    assert err.splitlines() == [f"job raysubmit_1: {ENTRY}", "planning …", "read \\x1b[2J", "last"]
+    first, *told, endless, secret, last = err.splitlines()
+    assert (first, told, last) == (f"job raysubmit_1: {ENTRY}", ["planning …", "read \\x1b[2J"], "last")
+    assert len(endless) == 300
+    assert "AKIA" not in secret
 
 
 def test_a_driver_of_its_own_is_followed_by_its_result_set(deadbench, record, tmp_path, monkeypatch):

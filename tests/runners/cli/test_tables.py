@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from deadbench.runners.cli import console
 from tests.conftest import ROOT
 
 QUICK, MINILM = ROOT / "tests" / "data" / "quick", ROOT / "tests" / "data" / "minilm"
@@ -168,3 +169,16 @@ def test_a_plan_that_is_piped_has_engine_and_gpus_beside_long_notes(deadbench):
     (shown,) = tables(out)
     assert {"engine", "GPUs", "peak", "note"} <= {name for name, _, _ in shown}
     assert max(map(len, out.splitlines())) <= 150
+
+
+def test_of_a_long_table_the_first_rows_are_laid_out_and_the_rest_is_told(deadbench, monkeypatch):
+    monkeypatch.setattr(console, "MOST_ROWS", 3)
+    whole = json.loads(deadbench("leaderboard", QUICK, "--json")[1])["leaderboard"]
+    assert len(whole) > 3
+    told = f"deadbench: leaderboard: the first 3 of {len(whole)} rows; --format json has all\n"
+    for format in ("table", "html", "latex"):
+        _, out, err = deadbench("leaderboard", QUICK, "--format", format)
+        assert err == told
+        assert str(whole[2]["model"]) in out
+    for format in ("json", "csv", "md"):
+        assert deadbench("leaderboard", QUICK, "--format", format)[2] == ""

@@ -1,10 +1,11 @@
 """Jobs of Ray's that are followed, against a client of the tests' own; `test_submission.py` has a real one."""
 
+import asyncio
 from types import SimpleNamespace
 
 import pytest
 
-from deadbench.runners.cluster import submitted
+from deadbench.runners.cluster import bounded_client, submitted
 from deadbench.runners.cluster.joining import JoinError
 from deadbench.runners.cluster.submitted import Jobs
 
@@ -39,12 +40,10 @@ class Client:
 
 @pytest.fixture
 def jobs(monkeypatch):
-    from ray import job_submission
-
     monkeypatch.setattr(submitted.time, "sleep", lambda seconds: None)
 
     def made(*args, **kwargs):
-        monkeypatch.setattr(job_submission, "JobSubmissionClient", lambda address: Client(*args, **kwargs))
+        monkeypatch.setattr(bounded_client, "client_class", lambda: lambda address: Client(*args, **kwargs))
         return Jobs(DASHBOARD)
 
     return made
@@ -74,9 +73,10 @@ def test_a_connection_that_breaks_is_made_again_and_nothing_is_printed_twice(job
     listed = [job("a")]
     connections = [["one\ntw", OSError("reset")], ["one", "\ntwo\nth", "ree\n"], []]
     asked = jobs(listed, connections, [job("a"), job("a", "FAILED", exit_code=1)])
-    written = []
-    ended = asked.follow(asked.latest(), written.append)
+    written, said = [], []
+    ended = asked.follow(asked.latest(), written.append, said.append)
     assert "".join(written) == "one\ntwo\nthree\n"
+    assert said == [f"{DASHBOARD}: job a cannot be followed (OSError: reset); asked again for 600 s"]
     assert (ended.over, ended.code()) == (True, 1)
 
 
@@ -89,11 +89,24 @@ def test_the_exit_code_is_the_commands_own(jobs, status, exit_code, code):
 
 
 def test_a_head_that_does_not_come_back_is_one_line(jobs, monkeypatch):
-    asked = jobs([job("a")], [[OSError("refused")]] * 3)
-    clock = iter(range(0, 9000, 400))
+    asked, said = jobs([job("a")], [[OSError("refused")]] * 3), []
+    clock = iter(range(0, 10**6, 40))
     monkeypatch.setattr(submitted.time, "monotonic", lambda: next(clock))
     with pytest.raises(JoinError, match=r"job a cannot be followed \(OSError: refused\)"):
-        asked.follow(asked.latest(), print)
+        asked.follow(asked.latest(), print, said.append)
+    assert len(said) == 1, "once, not at every try"
+
+
+def test_a_job_that_ends_without_a_word_ends(jobs, monkeypatch):
+    monkeypatch.setattr(submitted, "_QUIET_SECONDS", 0.01)
+    asked = jobs([job("a")], [], [job("a"), job("a", "SUCCEEDED")])
+
+    async def silent(name):
+        await asyncio.sleep(600)
+        yield ""
+
+    asked._client.tail_job_logs = silent
+    assert asked.follow(asked.latest(), print, print).code() == 0
 
 
 def test_where_there_is_no_such_job_it_is_said_which_there_are(jobs):
@@ -106,12 +119,10 @@ def test_where_there_is_no_such_job_it_is_said_which_there_are(jobs):
 def test_the_named_address_is_asked_whatever_the_environment_says(monkeypatch):
     import os
 
-    from ray import job_submission
-
     monkeypatch.setenv("RAY_ADDRESS", "http://other:1")
     seen = []
     monkeypatch.setattr(
-        job_submission, "JobSubmissionClient", lambda address: seen.append((address, os.environ.get("RAY_ADDRESS")))
+        bounded_client, "client_class", lambda: lambda address: seen.append((address, os.environ.get("RAY_ADDRESS")))
     )
     Jobs(DASHBOARD)
     assert seen == [(DASHBOARD, None)]

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
 from deadbench.runners.census import worker
-from deadbench.suite.checkpoints import http_requests, patience, rate_limits
+from deadbench.suite import patience
+from deadbench.suite.checkpoints import http_requests, rate_limits
 from deadbench.suite.checkpoints.http_folder import HttpFolder
-from deadbench.suite.checkpoints.patience import Patience
 from deadbench.suite.errors import CheckpointError, UnreachableError
+from deadbench.suite.patience import Patience
 
 SECRETS = ("hunter2", "abcdef")
 PASSING = [
