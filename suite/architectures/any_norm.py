@@ -44,15 +44,16 @@ def normalises(module: nn.Module, given: Tensor | Passed | None) -> bool:
         bare = bare_copy(module)
     except Exception:  # whatever a stranger's code raises
         return False
-    few = _few_positions(given.shape)
-    if few != given.shape and _keeps(bare, few) is False:
+    if any(_keeps(bare, few) is False for few in _few_positions(given.shape)):
         return False
     return bool(_keeps(bare, given.shape))
 
 
-def _few_positions(shape: torch.Size) -> torch.Size:
-    """The first positions of channels ahead of them: (B, D, T) and (B, D, H, W)."""
-    return torch.Size((*shape[:2], *(min(length, _FEW) for length in shape[2:])))
+def _few_positions(shape: torch.Size) -> list[torch.Size]:
+    """The first positions behind their channels, (B, D, T) and (B, D, H, W), and ahead of them, (B, N, D)."""
+    behind = (*shape[:2], *(min(length, _FEW) for length in shape[2:]))
+    ahead = (*shape[:1], *(min(length, _FEW) for length in shape[1:-1]), *shape[1:][-1:])
+    return [torch.Size(few) for few in dict.fromkeys((behind, ahead)) if few != shape]
 
 
 def _keeps(bare: nn.Module, shape: torch.Size) -> bool | None:
@@ -64,6 +65,8 @@ def _keeps(bare: nn.Module, shape: torch.Size) -> bool | None:
     except Exception:  # whatever a stranger's code raises
         return None
     once, twice = (y[0] if isinstance(y, tuple) and y else y for y in outputs)
-    if not isinstance(once, Tensor) or not once.is_floating_point() or size(once - once.mean()) == 0:
+    if not isinstance(once, Tensor) or not once.is_floating_point():
         return None
+    if size(once - once.mean()) == 0:  # of one number left of many nothing is told; a weight of zeros leaves all
+        return False if once.shape == shape else None
     return close(once, twice)

@@ -66,9 +66,10 @@ def search_without_weights(skeleton: nn.Module, config: Any, part: str) -> tuple
         drawn = built_shared(config) if size > _LARGE_MODEL else None
         model = (drawn or build_model(config)).get_submodule(part)
         smaller = smaller_pictures(whole, inputs)
-        tried = search(model, smaller)[0] if smaller else None
-        rows = _rows_of(whole, inputs, tried) if tried and inputs else 0
-        if tried and (tried.family == "none" or rows):
+        tried, concluded = search(model, smaller) if smaller else (None, None)
+        rows = _rows_of(whole, inputs, tried) if tried and tried.path and inputs else 0
+        # What a whole picture would say of the same modules, where these told anything.
+        if tried and concluded is not None and (tried.path is None or rows):
             found = replace(tried, rows_per_item=rows)
         else:
             found, inputs = search(model)

@@ -117,6 +117,14 @@ def test_what_is_no_norm_is_given_few_positions(inner, most, shape):
     assert max(watched.seen) <= most
 
 
+def test_a_norm_on_the_meta_device_is_given_few_positions_of_many():
+    """Its weights are zeros, of which nothing is told, neither on few positions nor on all."""
+    watched = Watched(nn.LayerNorm(D))
+    nn.init.zeros_(watched.inner.weight)
+    assert not normalises(watched, torch.empty(2, 50_000, D))
+    assert max(watched.seen) <= 2 * 64 * D
+
+
 def test_a_linear_map_is_neither_copied_nor_run():
     """The head of a language model: its copy in float64 is as large as the rest of the model."""
 
