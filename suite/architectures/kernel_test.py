@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from deadbench.suite.architectures.norms import EffectiveNorm, NormBehaviour, effective_norm
 from deadbench.suite.errors import first_line, message
-from deadbench.suite.tracing.flow import Passed
 
 _RELATIVE_TOLERANCE = 1e-4  # hypotheses differ by order 1; modules that compute in float32 inside differ by 1e-6
 _EPS_IS_ZERO = 1e-18
@@ -60,36 +59,9 @@ def probe(module: nn.Module, hidden_size: int, axes_after: int = 0) -> NormBehav
     reproduce the module? Anything that fails is `other`, with the reason in `evidence`.
     """
     try:
-        return _probe(_bare_copy(module), hidden_size, axes_after)
+        return _probe(bare_copy(module), hidden_size, axes_after)
     except Exception as error:  # any module is tried, a user's own among them: it may raise anything
         return NormBehaviour("other", evidence=(f"cannot be run on plain vectors: {first_line(error)}",))
-
-
-def is_norm_of_maps(module: nn.Module) -> bool:
-    """Whether it normalises over batches or groups of channels, as every convolution of a block may have it."""
-    return isinstance(module, nn.modules.batchnorm._NormBase | nn.GroupNorm)
-
-
-def normalises(module: nn.Module, given: Tensor | Passed | None) -> bool:
-    """Whether `module` is a normalisation of any kind: of batches, or its output stays when all its input doubles.
-
-    `given` is an input of the module, of which only the shape counts.
-    """
-    if is_norm_of_maps(module):
-        return True
-    if given is None or not given.is_floating_point():
-        return False
-    x = 1.7 * torch.randn(given.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.9
-    try:
-        bare = _bare_copy(module)
-        with torch.no_grad():
-            outputs = [bare(x), bare(2 * x)]
-    except Exception:  # whatever a stranger's code raises
-        return False
-    once, twice = (y[0] if isinstance(y, tuple) and y else y for y in outputs)
-    if not isinstance(once, Tensor) or not once.is_floating_point() or _size(once - once.mean()) == 0:
-        return False
-    return _close(once, twice)
 
 
 def plain_type(module: nn.Module) -> type[nn.Module]:
@@ -118,7 +90,7 @@ def plain_copy(module: nn.Module) -> nn.Module:
     return bare
 
 
-def _bare_copy(module: nn.Module) -> nn.Module:
+def bare_copy(module: nn.Module) -> nn.Module:
     """A float64 CPU copy without hooks."""
     bare = plain_copy(module)
     if any(t.is_meta for t in (*bare.parameters(), *bare.buffers())):
@@ -160,13 +132,13 @@ def _probe(module: nn.Module, D: int, axes_after: int) -> NormBehaviour:
         return doubled
 
     at_zero = run(x, 0.0)
-    scale = "implicit-one" if scale_name is None else "weight" if _size(at_zero) == 0 else "1+weight"
+    scale = "implicit-one" if scale_name is None else "weight" if size(at_zero) == 0 else "1+weight"
     unit = 0.0 if scale == "1+weight" else 1.0  # the weight at which the effective scale is one
 
     normalised = run(x, unit)
-    if _size(normalised) == 0:
+    if size(normalised) == 0:
         return NormBehaviour("other", evidence=("it returns zeros, whatever it is given",))
-    centred = _close(run(x + 3.0, unit), normalised)
+    centred = close(run(x + 3.0, unit), normalised)
     family = "layernorm" if centred else "rmsnorm"
     eps = _fit_eps(run, x, unit, centred)
     if 0 < eps <= torch.finfo(torch.float64).eps * 2:  # it is the dtype's own (torch.nn.RMSNorm's default): float32's
@@ -177,7 +149,7 @@ def _probe(module: nn.Module, D: int, axes_after: int) -> NormBehaviour:
 
     gain_D = weight_D + (1.0 if scale == "1+weight" else 0.0) if scale_name else torch.ones(D, dtype=torch.float64)
     formula = EffectiveNorm(family, gain_D.numpy(), np.full(D, 0.25) if shift_name else None, eps)
-    if not _close(run(x, weight_D, 0.25), formula(x)):
+    if not close(run(x, weight_D, 0.25), formula(x)):
         return NormBehaviour("other", evidence=("neither LayerNorm nor RMSNorm reproduces its output",))
     shift_text = "unchanged" if centred else "changed"
     return NormBehaviour(
@@ -199,7 +171,7 @@ def _is_added(run_module: nn.Module, vectors: dict[str, nn.Parameter], name: str
         for each in vectors:
             vectors[each].fill_(value if each == name else 0.0)
         outputs.append(run_module(x))
-    return _close(outputs[1] - outputs[0], torch.ones_like(x))
+    return close(outputs[1] - outputs[0], torch.ones_like(x))
 
 
 def _fit_eps(run: object, x: Tensor, unit: float, centred: bool) -> float:
@@ -223,12 +195,14 @@ def _as_written(module: nn.Module, eps: float) -> float:
     return rounded if math.isclose(rounded, eps, rel_tol=1e-4) else eps
 
 
-def _size(tensor: Tensor) -> float:
+def size(tensor: Tensor) -> float:
+    """The largest number in a tensor, without its sign."""
     return float(tensor.abs().max())
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
-    return _size(a - b) <= _RELATIVE_TOLERANCE * max(_size(a), _size(b))
+def close(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same to a relative 1e-4 of the larger."""
+    return size(a - b) <= _RELATIVE_TOLERANCE * max(size(a), size(b))
 
 
 def kernel_dimension(module: nn.Module, hidden_size: int) -> int | None:
@@ -239,7 +213,7 @@ def kernel_dimension(module: nn.Module, hidden_size: int) -> int | None:
     """
     D = hidden_size
     generator = torch.Generator().manual_seed(1)
-    bare = _bare_copy(module)
+    bare = bare_copy(module)
     for parameter in bare.parameters():
         parameter.copy_(0.5 + torch.rand(parameter.shape, generator=generator, dtype=torch.float64))
     x_ND = 1.7 * torch.randn(8 * D, D, generator=generator, dtype=torch.float64) + 0.9

@@ -13,12 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deadbench.suite.architectures.any_norm import is_norm_of_maps, may_be_a_norm, normalises
 from deadbench.suite.architectures.build import SMALL_MODEL, build_model
-from deadbench.suite.architectures.kernel_test import is_norm_of_maps, normalises, own_vectors, probe
+from deadbench.suite.architectures.kernel_test import own_vectors, probe
 from deadbench.suite.architectures.norms import FinalNorm, NormBehaviour
 from deadbench.suite.architectures.parts import block_list
+from deadbench.suite.architectures.shared_values import built_shared
 from deadbench.suite.architectures.stored_names import naming
 from deadbench.suite.errors import reason_of
+from deadbench.suite.idle_threads import one_torch_thread
 from deadbench.suite.tracing.flow import (
     Call,
     Passed,
@@ -30,13 +33,14 @@ from deadbench.suite.tracing.flow import (
     streams_held,
     zeros_drawn,
 )
-from deadbench.suite.tracing.meta_passes import attempts
+from deadbench.suite.tracing.meta_passes import quick_attempts
 from deadbench.suite.tracing.minimal_inputs import minimal_inputs, placed
 from deadbench.suite.tracing.smaller_pictures import empty_calls, smaller_pictures
 
 Inputs = Mapping[str, Any]  # keyword arguments of a forward pass
 
 _TIMM = "timm_wrapper"
+_LARGE_MODEL = 150_000_000  # parameters: with the libraries and a forward pass more than a gigabyte
 _CUT_CANDIDATES = 40  # modules, last called first, among which a norm behind a projection is looked for
 # Of modules, in forward passes that fail, or as many as so many whole passes have: a model may refuse hundreds of
 # inputs, each behind the blocks of its tower.
@@ -52,17 +56,20 @@ def locate_final_norm(config: Any, part: str = "") -> FinalNorm:
     return search_without_weights(build_model(config, "meta"), config, part)[0]
 
 
+@one_torch_thread()
 def search_without_weights(skeleton: nn.Module, config: Any, part: str) -> tuple[FinalNorm, Inputs | None]:
     """As `locate_final_norm`, of the model of `config` on the meta device; and the inputs, as `search` gives them."""
     whole = skeleton.get_submodule(part)
     found, inputs = search(whole)
     size = sum(values.numel() for values in (*skeleton.parameters(), *skeleton.buffers()))
     if found.path is None and size <= SMALL_MODEL and next(minimal_inputs(whole, "cpu"), None) is not None:
-        model = build_model(config).get_submodule(part)
+        drawn = built_shared(config) if size > _LARGE_MODEL else None
+        model = (drawn or build_model(config)).get_submodule(part)
         smaller = smaller_pictures(whole, inputs)
-        tried = search(model, smaller)[0] if smaller else None
-        rows = _rows_of(whole, inputs, tried) if tried and inputs else 0
-        if tried and (tried.family == "none" or rows):
+        tried, concluded = search(model, smaller) if smaller else (None, None)
+        rows = _rows_of(whole, inputs, tried) if tried and tried.path and inputs else 0
+        # What a whole picture would say of the same modules, where these told anything.
+        if tried and concluded is not None and (tried.path is None or rows):
             found = replace(tried, rows_per_item=rows)
         else:
             found, inputs = search(model)
@@ -92,7 +99,7 @@ def search(model: nn.Module, inputs: Inputs | None = None) -> tuple[FinalNorm, I
     """As `find_final_norm`; and the inputs on which it ended, on the CPU, None if none was of use."""
     failure, deaf, failed_calls, longest = "", False, 0, 0
     candidates = minimal_inputs(model, "cpu") if inputs is None else iter([inputs])
-    ways = attempts(model)
+    ways = quick_attempts(model)
     for given, attempt in ((given, attempt) for given in candidates for attempt in ways):
         candidate = placed(given, model)
         try:
@@ -152,7 +159,7 @@ def _without_stream(model: nn.Module, calls: list[Call]) -> FinalNorm:
     """What is known of a model that says nowhere what its last hidden state is."""
     name = type(model).__name__
     modules = [(model.get_submodule(call.path), call.given) for call in calls]
-    if not any(_may_be_a_norm(module) and normalises(module, given) for module, given in modules):
+    if not any(may_be_a_norm(module) and normalises(module, given) for module, given in modules):
         return _nothing("none", f"no module of {name} normalises", model)
     return _nothing("undetermined", f"{name} returns no last hidden state", model)
 
@@ -176,18 +183,13 @@ def _by_identity(model: nn.Module, calls: list[Call], stream: Tensor | Passed) -
     modules = dict(model.named_modules())
     for call in calls:
         module = modules[call.path]
-        if not same_storage(call.output, stream) or not _may_be_a_norm(module):
+        if not same_storage(call.output, stream) or not may_be_a_norm(module):
             continue
         behaviour = _behaviour(module, call.output)
         if behaviour.known:
             text = f"the output of {call.path} ({type(module).__name__}) is the model's last hidden state"
             return _found(model, call, calls, behaviour, text)
     return None
-
-
-def _may_be_a_norm(module: nn.Module) -> bool:
-    """Whether it is worth a probe: it holds no other modules, or vectors of its own beside them."""
-    return bool(own_vectors(module)) or not any(True for _ in module.children())
 
 
 def _behaviour(module: nn.Module, output: Passed) -> NormBehaviour:
@@ -217,7 +219,7 @@ def _by_cutting(model: nn.Module, calls: list[Call], inputs: Mapping[str, Any], 
     for path in sorted(last_calls, key=lambda path: -last_calls[path])[:_CUT_CANDIDATES]:
         module, call = modules[path], calls[last_calls[path]]
         ends_block = any(path.startswith(f"{block}.") for block in inside_last)
-        if not _may_be_a_norm(module) or (last_calls[path] < last_block and not ends_block):
+        if not may_be_a_norm(module) or (last_calls[path] < last_block and not ends_block):
             continue
         behaviour = _behaviour(module, call.output)
         # A norm of maps inside a convolutional block is a convolution's own; one after the blocks is the stream's.
@@ -243,7 +245,7 @@ def _of_what_is_pooled(model: nn.Module, calls: list[Call], stream: Tensor, foun
     last = max((i for i, call in enumerate(calls) if same_storage(call.output, stream)), default=len(calls))
     for call in calls[last + 1 :]:
         module = model.get_submodule(call.path)
-        behaviour = _behaviour(module, call.output) if _may_be_a_norm(module) else NormBehaviour("other")
+        behaviour = _behaviour(module, call.output) if may_be_a_norm(module) else NormBehaviour("other")
         width = call.output.shape[1] if call.output.ndim > 1 else 0
         if behaviour.known and call.output.numel() == len(stream) * width:
             reason = (
@@ -262,7 +264,7 @@ def _normalised_again(
     modules = dict(model.named_modules())
     for call in {call.path: call for call in later if not path.startswith(f"{call.path}.")}.values():
         module = modules[call.path]
-        if not _may_be_a_norm(module):
+        if not may_be_a_norm(module):
             continue
         if not is_norm_of_maps(module) and not _behaviour(module, call.output).known:
             continue

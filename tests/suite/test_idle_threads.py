@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from deadbench.suite.idle_threads import let_idle_threads_sleep
+from deadbench.suite.idle_threads import let_idle_threads_sleep, one_torch_thread
 
 
 def test_what_the_user_has_set_stays(monkeypatch):
@@ -16,6 +16,23 @@ def test_what_the_user_has_set_stays(monkeypatch):
     monkeypatch.delenv("OPENBLAS_THREAD_TIMEOUT")
     let_idle_threads_sleep()
     assert int(os.environ["OPENBLAS_THREAD_TIMEOUT"]) == 4
+
+
+def test_torch_has_its_threads_again_when_the_last_that_wants_one_is_done():
+    import torch
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        first, second = one_torch_thread(), one_torch_thread()
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)  # as of two threads, neither inside the other
+        assert torch.get_num_threads() == 1
+        second.__exit__(None, None, None)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 COMMAND = """

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from deadbench.suite.architectures.kernel_test import OnRows, live_norm, normalises, probe
+from deadbench.suite.architectures.kernel_test import OnRows, live_norm, probe
 from deadbench.suite.architectures.norms import effective_norm
 
 D = 12
@@ -143,26 +143,6 @@ def test_a_norm_over_channels_before_positions_is_told_and_runs_on_rows(axes_aft
     assert torch.allclose(OnRows(PositionNorm(D), axes_after)(rows), nn.LayerNorm(D)(rows), atol=1e-6)
     # One group of channels: the mean is over the whole map, and no position has the kernel of its own.
     assert probe(nn.GroupNorm(1, D), D, axes_after).family == "other"
-
-
-@pytest.mark.parametrize(
-    ("module", "shape", "is_norm"),
-    [
-        (nn.BatchNorm2d(D), (2, D, 3, 3), True),  # at inference an affine map, by what it is
-        (nn.GroupNorm(3, D), (2, D, 3, 3), True),
-        (nn.LayerNorm(D), (2, D), True),
-        (RMS(), (2, 5, D), True),
-        (nn.Linear(D, D), (2, D), False),
-        (nn.ReLU6(), (2, D), False),
-        (nn.Tanh(), (2, D), False),
-    ],
-)
-def test_a_normalisation_of_any_kind_keeps_its_output_when_its_input_doubles(module, shape, is_norm):
-    assert normalises(module, torch.empty(shape)) is is_norm
-
-
-def test_what_takes_indices_does_not_normalise():
-    assert not normalises(nn.Embedding(5, D), torch.zeros(2, dtype=torch.long))
 
 
 @pytest.mark.parametrize("device", ["meta", "cpu"])

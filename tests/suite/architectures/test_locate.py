@@ -234,6 +234,30 @@ def test_what_one_picture_shows_of_a_film_has_the_films_rows(monkeypatch, norm, 
     assert set(seen) == {1}
 
 
+class Pairs(Films):
+    """It returns two streams, of which none is said to be the last."""
+
+    def forward(self, pixel_values_videos):
+        (stream,) = super().forward(pixel_values_videos)
+        return {"left": stream, "right": stream + 1}
+
+
+def test_what_one_picture_of_a_film_tells_is_not_asked_of_all(monkeypatch):
+    pairs = Pairs(nn.LayerNorm(8))
+    monkeypatch.setattr(locate_module, "build_model", lambda _: pairs)
+    monkeypatch.setattr(locate_module, "naming", lambda _: Naming())
+    skeleton = copy.deepcopy(pairs).to("meta")
+    whole = locate_module.search_without_weights(skeleton, None, "")[0]
+    assert whole.reason == "Pairs returns no last hidden state"
+    monkeypatch.setattr(smaller_pictures, "_LARGE_PASS", 1000)
+    seen = []
+    pairs.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(len(kwargs["pixel_values_videos"][0])), with_kwargs=True
+    )
+    assert locate_module.search_without_weights(skeleton, None, "")[0] == whole
+    assert set(seen) == {1}
+
+
 def test_of_a_film_one_picture_is_tried(monkeypatch):
     monkeypatch.setattr(smaller_pictures, "_LARGE_PASS", 1000)
     given = {"pixel_values_videos": torch.zeros(1, 8, 3, 16, 16)}

@@ -1,9 +1,11 @@
 """Architectures that run only on inputs of their own kind: the minimal ones reach their final norm."""
 
 import pytest
+import torch
 
-from deadbench.suite.architectures.build import build_config
+from deadbench.suite.architectures.build import build_config, build_model
 from deadbench.suite.architectures.locate import locate_final_norm as locate
+from deadbench.suite.tracing.minimal_inputs import minimal_inputs
 
 TEXT = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 VISION = {key: TEXT[key] for key in TEXT if key != "vocab_size"} | {"image_size": 32, "patch_size": 8}
@@ -86,3 +88,18 @@ def test_the_words_of_a_model_with_a_head_are_read_at_its_logits():
     config = {"vision_config": VISION, "qformer_config": qformer, "text_config": OPT, "num_query_tokens": 4}
     found = locate(build_config({"model_type": "blip-2", **config, "image_token_index": 98}))
     assert found.path == "language_model.model.decoder.final_layer_norm", found.reason
+
+
+@pytest.mark.parametrize("model_type", ["llama", "vit", "efficientnet", "wav2vec2", "t5", "timesfm"])
+def test_no_input_is_offered_twice(model_type):
+    """A model that refuses all, or hears none, is run once on each."""
+    model = build_model(build_config({"model_type": model_type}), "meta")
+    forms = [{name: _form(value) for name, value in inputs.items()} for inputs in minimal_inputs(model, "cpu")]
+    assert forms
+    assert all(form not in forms[:place] for place, form in enumerate(forms))
+
+
+def _form(value):
+    if not isinstance(value, torch.Tensor):
+        return type(value)
+    return (value.shape, value.dtype, None if value.is_floating_point() else value.tolist())
