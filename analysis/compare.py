@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 import polars as pl
 
-from deadbench.analysis.lines import in_natural_order, ok_reads
+from deadbench.analysis.lines import distinct, in_natural_order, ok_reads
 from deadbench.analysis.paired import ROW, Samples, paired_noises
 from deadbench.analysis.results import ResultsError, collected, collected_all, latest
 from deadbench.analysis.student import widened
@@ -188,7 +188,7 @@ def _refuse_mixed(alone: pl.DataFrame, right: pl.DataFrame) -> None:
 
 
 def _models(side: pl.DataFrame) -> str:
-    names = side["own_model"].unique().sort().to_list()
+    names = distinct(side["own_model"])
     return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
 
 

@@ -82,16 +82,15 @@ def _directions(frame: pl.LazyFrame, kind: str, depth: pl.Expr) -> pl.LazyFrame:
     limit = pl.coalesce("depth_limit", -(FLOAT64_EPS**2 * pl.col("hidden_size")).log10())
     cut = pl.when(depth.is_infinite()).then(limit).otherwise(pl.min_horizontal(depth, limit))
     columns = ["read_id", *COLUMNS[:5], "protocol", "dtype", "final_norm", "architecture", "run", "is_last"]
-    return frame.select(
+    return frame.drop_nulls(["coordinates", "weights"]).select(
         *columns, "num_checkpoints", "num_runs", "site", "verdict", kind=pl.lit(kind), depth=cut,
         coordinates=pl.col("coordinates").cast(pl.List(pl.Int64)), weights=pl.col("weights").cast(pl.List(pl.Float64)),
     )  # fmt: skip
 
 
 def _zero_scales(ok: pl.LazyFrame, norms: pl.LazyFrame) -> pl.LazyFrame:
-    listed = (
-        norms.filter(pl.col("num_zero_scales") > 0).explode("zero_coordinates", "zero_scales").drop_nulls("zero_scales")
-    )
+    told = norms.drop_nulls(["zero_coordinates", "zero_scales"]).filter(pl.col("num_zero_scales") > 0)
+    listed = told.explode("zero_coordinates", "zero_scales").drop_nulls(["zero_coordinates", "zero_scales"])
     found = listed.join(ok.drop("family", "num_zero_scales"), on=[*KEY, "run_id"], nulls_equal=True).with_columns(
         site=pl.col("norm"), verdict=pl.lit("learned"), coordinates=pl.concat_list("zero_coordinates"),
         weights=pl.concat_list(pl.lit(1.0)),
@@ -101,8 +100,13 @@ def _zero_scales(ok: pl.LazyFrame, norms: pl.LazyFrame) -> pl.LazyFrame:
 
 def _outputs(ok: pl.LazyFrame, spectra: pl.LazyFrame) -> pl.LazyFrame:
     final = spectra.filter((pl.col("site") == "final_norm") & (pl.col("verdicts").list.len() > 0)).drop("site")
-    known = final.filter(pl.col("dead_coordinates").list.len() == pl.col("verdicts").list.len())
-    bottom = pl.col("eigenvalues").list.reverse().list.head(pl.col("verdicts").list.len())
+    count = pl.col("verdicts").list.len()
+    known = final.filter(
+        pl.col("dead_coordinates").list.len() == count,
+        pl.col("dead_weights").list.len() == count,
+        pl.col("eigenvalues").list.len() >= count,
+    )
+    bottom = pl.col("eigenvalues").list.reverse().list.head(count)
     each = known.with_columns(eigenvalue=bottom).drop("eigenvalues").explode(
         "verdicts", "dead_coordinates", "dead_weights", "eigenvalue"
     )  # fmt: skip

@@ -21,6 +21,7 @@ import polars as pl
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from deadbench.analysis.compare import Scale, unit_of
+from deadbench.analysis.lines import distinct
 from deadbench.suite.plain_text import MAX_LINE, plain
 from deadbench.suite.registry.entries import ReadName
 from deadbench.suite.schema import READS as COLUMNS
@@ -198,7 +199,7 @@ def limits(metric: str, rule: MetricGate, value: float) -> list[float]:
 
 def judged_models(names: pl.Series, patterns: list[str]) -> list[str]:
     """Those of `names` that one of the shell patterns fits."""
-    return [name for name in names.unique() if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    return [name for name in distinct(names) if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
 def undecided(judged: pl.DataFrame) -> pl.DataFrame:

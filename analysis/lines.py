@@ -68,6 +68,11 @@ def last(reads: pl.LazyFrame, by: list[str]) -> pl.LazyFrame:
     return newest_first.unique(by, keep="first", maintain_order=True)
 
 
+def distinct(names: pl.Series) -> list[str]:
+    """The names of a column, sorted, each once; a stranger's row without one is none of them."""
+    return names.drop_nulls().unique().sort().to_list()
+
+
 def in_natural_order(column: str) -> pl.Expr:
     """What the names of `column` sort by when numbers in them count as numbers: checkpoint-2 before checkpoint-10."""
     return pl.col(column).map_batches(_sortable, return_dtype=pl.String)

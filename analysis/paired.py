@@ -64,10 +64,14 @@ def difference_noise(baseline: Influences, candidate: Influences) -> tuple[float
 
 
 def influences(sample: Mapping[str, Any]) -> Influences | None:
-    """The influences of a row of `samples`; None where nothing varies along v."""
+    """The influences of a row of `samples`; None where nothing varies along v, or something is not known."""
     names = ("num_tokens", "sum_along", "squares_along", "squares_total")
+    if any(sample[name] is None for name in ("total_variance", *names)):
+        return None
     n_S, sum_S, squares_S, total_S = (np.array(sample[name], dtype=np.float64) for name in names)
     rows = n_S.sum()
+    if not ((n_S >= 0).all() and rows > 0):
+        return None
     mean, second = sum_S.sum() / rows, squares_S.sum() / rows
     lambda_v, trace = second - mean**2, sample["total_variance"]
     if not (lambda_v > 0 and trace > 0):

@@ -9,10 +9,13 @@ from collections.abc import Iterator, Sequence
 
 import polars as pl
 
+from deadbench.analysis.results import ResultsError
+
 PLACE = ["architecture", "kind", "site"]
 SERIES = ["model", "read", "seed", "protocol", "dtype"]  # of a read that is of the same training
 _SAME = 0.9  # of the weight of a direction's listed coordinates
 _PAIRS = 2_000_000  # rows at a time
+_MOST_PAIRS = 100_000_000
 
 
 def shared(found: pl.DataFrame, ok: pl.DataFrame) -> pl.DataFrame:
@@ -33,8 +36,15 @@ def shared(found: pl.DataFrame, ok: pl.DataFrame) -> pl.DataFrame:
     groups = _groups(known, sets)
     known = known.join(groups, on="pattern").select("direction", "group", "series", "read", "run", "model")
     of_group = groups.select("group", "sets").unique("group")
-    pairs = max(1, _PAIRS // max(1, len(reads)))
-    parts = [_counted(known.join(some, on="group", how="semi"), some, of_read, reads) for some in _cut(of_group, pairs)]
+    reads_of_set = of_read.group_by("set").agg(pairs=pl.len())
+    of_group = of_group.join(
+        of_group.explode("sets")
+        .join(reads_of_set, left_on="sets", right_on="set")
+        .group_by("group")
+        .agg(pl.sum("pairs")),
+        on="group",
+    )
+    parts = [_counted(known.join(some, on="group", how="semi"), some, of_read, reads) for some in _cut(of_group)]
     first = reads.select(opened="read_id", opened_step="checkpoint_step", opened_revision="revision")
     return pl.concat(parts).join(first, on="opened", how="left").drop("opened")
 
@@ -74,16 +84,18 @@ def _groups(known: pl.DataFrame, sets: pl.DataFrame) -> pl.DataFrame:
     patterns = known.unique("pattern").select(
         "pattern", *PLACE, "coordinates", "weights", total=pl.col("weights").list.sum()
     )
-    per_set = max(1, sets["set"].n_unique()) * int(patterns["coordinates"].list.len().max() or 1)  # type: ignore[arg-type]
+    places = [*PLACE, "coordinates"]
+    met = patterns.select("pattern", *places).explode("coordinates")
+    met = met.join(sets.group_by(places).agg(pairs=pl.len()), on=places).group_by("pattern").agg(pl.sum("pairs"))
     hits = [
         some.explode("coordinates", "weights")
-        .join(sets, on=[*PLACE, "coordinates"])
+        .join(sets, on=places)
         .group_by("pattern", "set")
         .agg(pl.col("weights").sum(), pl.col("total").first())
         .filter(pl.col("weights") >= _SAME * pl.col("total"))
         .group_by("pattern")
         .agg(sets=pl.col("set").sort())
-        for some in _cut(patterns, max(1, _PAIRS // per_set))
+        for some in _cut(patterns.join(met, on="pattern"))
     ]
     found = pl.concat(hits)
     return found.with_columns(_number(found, [_as_text("sets")], "group"))
@@ -99,6 +111,17 @@ def _number(frame: pl.DataFrame, by: Sequence[str | pl.Expr], name: str) -> pl.S
     return keys.rank("dense").alias(name) if len(frame) else pl.Series(name, [], pl.UInt32)
 
 
-def _cut(frame: pl.DataFrame, rows: int) -> Iterator[pl.DataFrame]:
-    """The frame in pieces of so many rows, one at least."""
-    yield from frame.iter_slices(rows) if len(frame) else [frame]
+def _cut(frame: pl.DataFrame) -> Iterator[pl.DataFrame]:
+    """The frame in pieces, one at least, each of about so many `pairs` as are taken at a time.
+
+    Raises:
+        ResultsError: there are more than any result set of ours comes to.
+    """
+    total = int(frame["pairs"].sum())
+    if total > _MOST_PAIRS:
+        raise ResultsError(
+            f"{len(frame):,} different dead directions in {total:,} pairs with a read that may have it, compared up to "
+            f"{_MOST_PAIRS:,}; give a result set of fewer reads"
+        )
+    piece = frame["pairs"].cum_sum() // _PAIRS
+    yield from frame.with_columns(piece=piece).partition_by("piece", include_key=False) if len(frame) else [frame]

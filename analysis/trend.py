@@ -14,7 +14,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 
 from deadbench.analysis.compare import unit_of
-from deadbench.analysis.lines import LINE, in_natural_order, last, ok_reads
+from deadbench.analysis.lines import LINE, distinct, in_natural_order, last, ok_reads
 from deadbench.analysis.replicates import averaged, in_series
 from deadbench.analysis.results import ResultsError, collected
 from deadbench.suite.schema import READS
@@ -56,7 +56,7 @@ def checkpoints(reads: pl.LazyFrame, model: str, metrics: Sequence[str] = METRIC
             raise ResultsError(f"--metric {metric!r} is no numeric column of reads; choose {', '.join(METRICS)}")
     named = in_series(ok_reads(reads))
     either = pl.concat_list("model", "series").explode()
-    known = collected(named.select(either.unique().sort().alias("model")))["model"].to_list()
+    known = distinct(collected(named.select(either.alias("model")))["model"])
     if model not in known:
         raise ResultsError(f"--model {model!r} has no finished read here; choose {', '.join(known[:20]) or 'none'}")
     # Alone, a member of a series goes by its own name.

@@ -111,11 +111,12 @@ def model_named(results: Any, name: str) -> str:
 
     A name that means none, or several, comes back as it is.
     """
+    from deadbench.analysis.lines import distinct
     from deadbench.analysis.results import collected
     from deadbench.suite.secrets import shown_place
 
     name = shown_place(name)  # as rows name it
-    known = collected(results.select("model").unique())["model"].to_list()
+    known = distinct(collected(results.select("model"))["model"])
     plain = os.path.normpath(name)
     for fits in (
         lambda model: model == name,
@@ -123,7 +124,7 @@ def model_named(results: Any, name: str) -> str:
         lambda model: os.path.abspath(model) == os.path.abspath(plain),
         lambda model: f"/{os.path.normpath(model)}".endswith(f"/{plain}"),
     ):
-        found = [model for model in known if model is not None and fits(model)]
+        found = [model for model in known if fits(model)]
         if len(found) == 1:
             return str(found[0])
     return name

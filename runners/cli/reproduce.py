@@ -116,7 +116,9 @@ def reproduce(
 
 def _near(model: str, known: "pl.Series") -> list[str]:
     """The models that were meant, as far as can be told; else the first twenty."""
-    names: list[str] = known.unique().sort().to_list()
+    from deadbench.analysis.lines import distinct
+
+    names = distinct(known)
     within = [name for name in names if model.lower() in name.lower()]
     return within or difflib.get_close_matches(model, names, n=3) or names[:20]
 
@@ -136,6 +138,8 @@ def _stored_options(results: str, run_id: str) -> dict[str, Any]:
         raise UserError(f"{where}: no such record; rows of deadbench.measure, callbacks and pytest have no command")
     try:
         command = json.loads(text)["command"]
+        if not isinstance(command, str):  # of None shlex reads what is typed
+            raise TypeError("no text")
         words = shlex.split(command)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{where}: no record of a run; it has no command that can be read") from error

@@ -82,15 +82,16 @@ def dead(
     Example: [bold]deadbench dead results --verdict learned[/bold]
     """
     from deadbench.analysis.dead import VERDICTS, dead_directions
+    from deadbench.analysis.lines import distinct
     from deadbench.analysis.results import collected, scan
 
     one_of("--verdict", verdict, VERDICTS)
     tables = (scan(results, name) for name in ("reads", "norms", "spectra", "blocks"))
     found = dead_directions(*tables, every=every)
-    known = collected(scan(results).select("model").unique())["model"].to_list()
+    known = distinct(collected(scan(results).select("model"))["model"])
     model = model_named(scan(results), model) if model is not None else None
     if model is not None and model not in known:
-        raise UserError(f"--model {model!r} has no read here; choose {', '.join(sorted(known)[:20])}")
+        raise UserError(f"--model {model!r} has no read here; choose {', '.join(known[:20])}")
     found = found.filter(**{name: value for name, value in (("model", model), ("verdict", verdict)) if value})
     print_frames({"dead_directions": found}, "json" if as_json else format)
 

@@ -14,7 +14,7 @@ from deadbench.analysis import results
 from deadbench.analysis.results import ResultsError, collected, scan
 from deadbench.runners.results.reader import ResultReader, StoreError
 from deadbench.suite import table_pages
-from deadbench.suite.schema import arrow_schema, to_table
+from deadbench.suite.schema import KEY, arrow_schema, to_table
 from tests.conftest import ROOT
 
 
@@ -152,3 +152,38 @@ def test_what_polars_asks_for_is_what_it_gets(result_set, read, tmp_path, monkey
     assert collected(reads.select(pl.len())).item() == 8
     assert collected(reads.tail(1))["model"].item() == "m6"
     assert len(decoded) == (8 if kept else len(decoded))
+
+
+def test_a_model_without_a_name_is_none_to_choose(result_set, read, deadbench):
+    location, other = result_set([read(None), read("b")]), result_set([read("c"), read("d")], name="other")
+    for command in (
+        ["trend", location, "--model", "x"],
+        ["dead", location, "--model", "x"],
+        ["reproduce", location, "x"],
+    ):
+        code, out, err = deadbench(*command)
+        assert (code, out, len(err.splitlines())) == (2, "", 1)
+        assert err.endswith("choose b\n")
+    code, _, err = deadbench("compare", location, other)
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "the baseline has b, the candidate c, d" in err
+    assert deadbench("compare", location, location, "--gate", ROOT / "examples" / "gate.yaml")[0] in (0, 2)
+
+
+def test_numbers_beyond_any_are_no_trend(result_set, read, deadbench):
+    rows = [read(revision=f"step{n}", checkpoint_step=n, minute=n, depth=(-1) ** n * 1e308) for n in range(9)]
+    code, _, err = deadbench("trend", result_set(rows), "--model", "m", "--metric", "depth")
+    assert code == 0
+    assert "overflow" not in err
+
+
+def test_sums_of_sequences_of_two_lengths(result_set, read, deadbench, tmp_path):
+    location = result_set([read(lambda_v=1.0)])
+    sums = {"num_tokens": [4] * 9, "sum_along": [0.5] * 8, "squares_along": [1.0] * 9, "squares_total": [2.0] * 9}
+    (tmp_path / "results" / "samples").mkdir()
+    key = {name: read().get(name) for name in ("run_id", *KEY)}
+    table = to_table("samples", [key | sums | {"total_variance": 3.0}])
+    pq.write_table(table, tmp_path / "results" / "samples" / "0.parquet")
+    code, _, err = deadbench("compare", location, location)
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "num_tokens and sum_along of a row differ in length" in err

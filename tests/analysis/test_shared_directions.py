@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deadbench.analysis import shared_directions
+from deadbench.analysis.results import ResultsError
 from deadbench.analysis.shared_directions import PLACE, SERIES, shared
 
 READ = st.fixed_dictionaries({
@@ -85,3 +86,16 @@ def test_reads_that_all_share_one_direction_are_no_pairs(monkeypatch):
     monkeypatch.setattr(pl.DataFrame, "join", lambda *a, **k: joined.append(of_polars(*a, **k)) or joined[-1])
     assert shared(found, ok)["in_runs"].to_list() == [count - 1] * count
     assert max(map(len, joined)) == count
+
+
+def test_pairs_are_counted_and_too_many_refused(monkeypatch):
+    """Of many places a direction meets the reads of its own; where each meets each there is an end to them."""
+    read = {"model": "m", "run": "m", "read": "trained", "seed": 0, "protocol": "p", "dtype": "f", "is_last": True,
+            "checkpoint_step": 1, "revision": "r"}  # fmt: skip
+    count = 40
+    monkeypatch.setattr(shared_directions, "_MOST_PAIRS", count)
+    apart, ok = frames([read], [(0, "z", f"site {n}", [(5, 1.0)]) for n in range(count)])
+    assert shared(apart, ok)["in_checkpoints"].to_list() == [1] * count
+    together, ok = frames([read] * count, [(n, "z", "s", [(5, 0.5), (n + 9, 0.5)]) for n in range(count)])
+    with pytest.raises(ResultsError, match=r"^40 different dead directions in 1,640 pairs"):
+        shared(together, ok)

@@ -99,6 +99,7 @@ def test_a_command_that_cannot_or_must_not_be_given_again_is_one_line(stored, de
         ("deadbench run --model evil:factory", "its command runs code of its folder; give it again yourself"),
         ("deadbench run run --nonsense", "this version does not understand its command"),
         ("deadbench run run --out 'x", "no record of a run"),
+        (None, "no record of a run"),
         ("deadbench run run --address far:1", "was on the cluster far:1; give --address far:1 to join it, or none"),
         ("deadbench run run; touch injected", "no such directory"),
     ):
