@@ -3,6 +3,8 @@
 A pass calls hundreds, of sound and of pictures with many positions each, so most are to be passed by for little.
 """
 
+import inspect
+
 import torch
 from torch import Tensor, nn
 
@@ -12,7 +14,7 @@ from deadbench.suite.tracing.flow import Passed
 # What torch itself defines as linear; a class made of one may do anything with what it is given.
 _LINEAR = {nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d,
            nn.ConvTranspose3d}  # fmt: skip
-_FEW = 64  # positions; more of them do not make a norm of what is none
+_FEW = 64  # positions, of all axes together; more of them do not make a norm of what is none
 
 
 def may_be_a_norm(module: nn.Module) -> bool:
@@ -38,7 +40,7 @@ def normalises(module: nn.Module, given: Tensor | Passed | None) -> bool:
     """
     if is_norm_of_maps(module):
         return True
-    if type(module) in _LINEAR or given is None or not given.is_floating_point():
+    if type(module) in _LINEAR or given is None or not given.is_floating_point() or not _takes_one(module):
         return False
     try:
         bare = bare_copy(module)
@@ -49,11 +51,23 @@ def normalises(module: nn.Module, given: Tensor | Passed | None) -> bool:
     return bool(_keeps(bare, given.shape))
 
 
+def _takes_one(module: nn.Module) -> bool:
+    """Whether a module can be called with one tensor alone."""
+    try:
+        inspect.signature(module.forward).bind(None)
+    except TypeError:
+        return False
+    except ValueError:  # a forward pass that is not Python's has no signature
+        return True
+    return True
+
+
 def _few_positions(shape: torch.Size) -> list[torch.Size]:
     """The first positions behind their channels, (B, D, T) and (B, D, H, W), and ahead of them, (B, N, D)."""
-    behind = (*shape[:2], *(min(length, _FEW) for length in shape[2:]))
-    ahead = (*shape[:1], *(min(length, _FEW) for length in shape[1:-1]), *shape[1:][-1:])
-    return [torch.Size(few) for few in dict.fromkeys((behind, ahead)) if few != shape]
+    few = round(_FEW ** (1 / max(1, len(shape) - 2)))  # on each axis
+    behind = (*shape[:2], *(min(length, few) for length in shape[2:]))
+    ahead = (*shape[:1], *(min(length, few) for length in shape[1:-1]), *shape[1:][-1:])
+    return [torch.Size(each) for each in dict.fromkeys((behind, ahead)) if each != shape]
 
 
 def _keeps(bare: nn.Module, shape: torch.Size) -> bool | None:

@@ -38,6 +38,7 @@ from deadbench.suite.tracing.minimal_inputs import minimal_inputs, placed
 from deadbench.suite.tracing.smaller_pictures import empty_calls, smaller_pictures
 
 Inputs = Mapping[str, Any]  # keyword arguments of a forward pass
+_Bare = tuple[int, list[Call]]  # of a pass that gives no stream: which of the minimal inputs it took, and its calls
 
 _TIMM = "timm_wrapper"
 _LARGE_MODEL = 150_000_000  # parameters: with the libraries and a forward pass more than a gigabyte
@@ -60,19 +61,19 @@ def locate_final_norm(config: Any, part: str = "") -> FinalNorm:
 def search_without_weights(skeleton: nn.Module, config: Any, part: str) -> tuple[FinalNorm, Inputs | None]:
     """As `locate_final_norm`, of the model of `config` on the meta device; and the inputs, as `search` gives them."""
     whole = skeleton.get_submodule(part)
-    found, inputs = search(whole)
+    found, inputs, bare = _search(whole)
     size = sum(values.numel() for values in (*skeleton.parameters(), *skeleton.buffers()))
     if found.path is None and size <= SMALL_MODEL and next(minimal_inputs(whole, "cpu"), None) is not None:
         drawn = built_shared(config) if size > _LARGE_MODEL else None
         model = (drawn or build_model(config)).get_submodule(part)
-        smaller = smaller_pictures(whole, inputs)
+        smaller = None if bare else smaller_pictures(whole, inputs)
         tried, concluded = search(model, smaller) if smaller else (None, None)
         rows = _rows_of(whole, inputs, tried) if tried and tried.path and inputs else 0
         # What a whole picture would say of the same modules, where these told anything.
         if tried and concluded is not None and (tried.path is None or rows):
             found = replace(tried, rows_per_item=rows)
         else:
-            found, inputs = search(model)
+            found, inputs, _ = _search(model, bare=bare)
     elif found.family == "none" and found.pooled is None:
         # On meta only identity is seen; a norm behind a copy or a projection would be missed.
         found = _nothing("undetermined", f"{found.reason}, and the model is too large to be tried", skeleton)
@@ -97,10 +98,23 @@ def find_final_norm(model: nn.Module, inputs: Inputs | None = None) -> FinalNorm
 
 def search(model: nn.Module, inputs: Inputs | None = None) -> tuple[FinalNorm, Inputs | None]:
     """As `find_final_norm`; and the inputs on which it ended, on the CPU, None if none was of use."""
+    return _search(model, inputs)[:2]
+
+
+def _search(
+    model: nn.Module, inputs: Inputs | None = None, bare: _Bare | None = None
+) -> tuple[FinalNorm, Inputs | None, _Bare | None]:
+    """As `search`; and the pass that gave no stream, where it ended on one that asked no value of the model.
+
+    With such a `bare` pass of the same model on the meta device, these inputs are not run on again: whether a stream
+    comes out is the same, and of what the modules were given only the shapes count.
+    """
     failure, deaf, failed_calls, longest = "", False, 0, 0
     candidates = minimal_inputs(model, "cpu") if inputs is None else iter([inputs])
     ways = quick_attempts(model)
-    for given, attempt in ((given, attempt) for given in candidates for attempt in ways):
+    for (number, given), attempt in ((each, way) for each in enumerate(candidates) for way in ways):
+        if bare and number == bare[0]:
+            return _without_stream(model, bare[1]), given, None
         candidate = placed(given, model)
         try:
             with torch.no_grad(), attempt(), recorded_calls(model) as calls:
@@ -116,22 +130,22 @@ def search(model: nn.Module, inputs: Inputs | None = None) -> tuple[FinalNorm, I
             failure = failure or f"{type(model).__name__} returns no last hidden state of them"
             continue
         if stream is None:
-            return _without_stream(model, calls), given
+            return _without_stream(model, calls), given, (number, calls) if attempt is ways[0] else None
         if not stream.numel():  # a decoder that was given nothing to decode
             failure = failure or "the last hidden state is empty"
             continue
         found = _by_identity(model, calls, _before_head(model, calls, stream))
         if found is not None:
-            return found, given
+            return found, given, None
         if stream.device.type == "meta" or hears(model, candidate, stream):
             ended = _by_cutting(model, calls, candidate, stream)
-            return replace(ended, pooled=_of_what_is_pooled(model, calls, stream, ended)), given
+            return replace(ended, pooled=_of_what_is_pooled(model, calls, stream, ended)), given, None
         failure, deaf = failure or "the last hidden state does not depend on them", True
     if deaf:
         with zeros_drawn(model) as heard:
             if heard:
-                return search(model, inputs)
-    return _nothing("undetermined", f"no minimal input was of use: {failure}", model), None
+                return _search(model, inputs, bare)
+    return _nothing("undetermined", f"no minimal input was of use: {failure}", model), None, None
 
 
 def found_in(model: Any, inputs: Inputs) -> FinalNorm:

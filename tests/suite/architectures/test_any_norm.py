@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from deadbench.suite.architectures import any_norm
 from deadbench.suite.architectures.any_norm import may_be_a_norm, normalises
 
 D = 6
@@ -109,7 +110,7 @@ def test_however_many_positions_there_are_the_answer_is_the_same(kind, positions
 
 
 @pytest.mark.parametrize("shape", [(1, D, 5000), (1, D, 500, 700)])
-@pytest.mark.parametrize(("inner", "most"), [(nn.Tanh(), D * 64**2), (nn.ELU(), D * 64**2)])
+@pytest.mark.parametrize(("inner", "most"), [(nn.Tanh(), 64 * D), (nn.ELU(), 64 * D)])
 def test_what_is_no_norm_is_given_few_positions(inner, most, shape):
     watched = Watched(inner)
     assert not normalises(watched, torch.empty(shape))
@@ -123,6 +124,15 @@ def test_a_norm_on_the_meta_device_is_given_few_positions_of_many():
     nn.init.zeros_(watched.inner.weight)
     assert not normalises(watched, torch.empty(2, 50_000, D))
     assert max(watched.seen) <= 2 * 64 * D
+
+
+def test_what_takes_no_tensor_or_several_is_not_copied(monkeypatch):
+    """Tables of positions take none, attention several."""
+    monkeypatch.setattr(any_norm, "bare_copy", lambda _: pytest.fail("copied"))
+    for forward in (lambda: None, lambda x, mask: x, lambda x, *, mask: x):
+        module = nn.Module()
+        module.forward = forward
+        assert not normalises(module, torch.empty(2, D))
 
 
 def test_a_linear_map_is_neither_copied_nor_run():

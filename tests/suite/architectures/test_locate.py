@@ -242,20 +242,38 @@ class Pairs(Films):
         return {"left": stream, "right": stream + 1}
 
 
-def test_what_one_picture_of_a_film_tells_is_not_asked_of_all(monkeypatch):
-    pairs = Pairs(nn.LayerNorm(8))
+class Asking(Pairs):
+    """It looks at a value first."""
+
+    def forward(self, pixel_values_videos):
+        if pixel_values_videos.sum() > 1e9:
+            raise ValueError("too bright")
+        return super().forward(pixel_values_videos)
+
+
+@pytest.mark.parametrize("large_pass", [2**40, 1000])
+@pytest.mark.parametrize(
+    ("kind", "pictures"), [(Pairs, {2**40: set(), 1000: set()}), (Asking, {2**40: {8}, 1000: {1}})]
+)
+@pytest.mark.parametrize(
+    ("norm", "reason"),
+    [(nn.LayerNorm(8), "{} returns no last hidden state"), (nn.Tanh(), "no module of {} normalises")],
+)
+def test_that_there_is_no_stream_is_not_asked_again(monkeypatch, kind, pictures, large_pass, norm, reason):
+    """The pass without values told it, where it answered no question; else one picture of a film does."""
+    pairs = kind(norm)
     monkeypatch.setattr(locate_module, "build_model", lambda _: pairs)
     monkeypatch.setattr(locate_module, "naming", lambda _: Naming())
+    monkeypatch.setattr(smaller_pictures, "_LARGE_PASS", large_pass)
     skeleton = copy.deepcopy(pairs).to("meta")
-    whole = locate_module.search_without_weights(skeleton, None, "")[0]
-    assert whole.reason == "Pairs returns no last hidden state"
-    monkeypatch.setattr(smaller_pictures, "_LARGE_PASS", 1000)
     seen = []
     pairs.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(len(kwargs["pixel_values_videos"][0])), with_kwargs=True
     )
-    assert locate_module.search_without_weights(skeleton, None, "")[0] == whole
-    assert set(seen) == {1}
+    found, inputs = locate_module.search_without_weights(skeleton, None, "")
+    assert found.reason == find_final_norm(pairs).reason == reason.format(kind.__name__)
+    assert list(inputs) == ["pixel_values_videos"]
+    assert set(seen[: len(seen) - 1]) == pictures[large_pass]  # the last is find_final_norm's
 
 
 def test_of_a_film_one_picture_is_tried(monkeypatch):
