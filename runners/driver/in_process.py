@@ -20,7 +20,7 @@ from deadbench.runners.driver.books import Books, Summary
 from deadbench.runners.driver.driver import StoppedError, execute
 from deadbench.runners.driver.loop import Settings
 from deadbench.runners.driver.sharing import AGAIN_SECONDS, Sharing
-from deadbench.runners.jobs.events import Progress, Remark, failed_read
+from deadbench.runners.jobs.events import Progress, Remark, SilenceError, failed_read
 from deadbench.runners.jobs.job import ModelJob
 from deadbench.runners.reporting.progress import Reporter
 from deadbench.runners.reporting.run_record import RunRecord
@@ -30,10 +30,7 @@ from deadbench.runners.worker.progress_folder import absolute
 from deadbench.runners.worker.run import run_model
 
 _NO_RAY = "none"  # as planning/hardware.py has it
-
-
-class SilenceError(ValueError):
-    """A read made no progress for so long; one line, and the row's error."""
+_AGAIN_SECONDS = 60.0  # between a silence that was told and the next, at least
 
 
 def execute_at(address: str | None) -> Callable[[list[ModelJob], ResultStore, Settings, Reporter, str], Summary]:
@@ -157,7 +154,8 @@ def _silence(seconds: float) -> Iterator[Callable[[bool], None]]:
         raise SilenceError(f"no progress for {seconds:g} s (--timeout)")
 
     def heard(running: bool) -> None:
-        signal.setitimer(signal.ITIMER_REAL, seconds if running else 0.0, seconds if running else 0.0)
+        again = max(seconds, _AGAIN_SECONDS)  # where something waits at its end; not while the row is being made
+        signal.setitimer(signal.ITIMER_REAL, *((seconds, again) if running else (0.0, 0.0)))
 
     before = signal.signal(signal.SIGALRM, silent)
     try:

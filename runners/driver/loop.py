@@ -84,11 +84,9 @@ class Run:
         self._streams: dict[Any, Group] = {}  # a group of ranks has several
         self._ending: dict[Future[Ended], Group] = {}
         self.nodes = Nodes(len(jobs), settings.to_come, settings.gpu_bytes)
-        unreadable = {read.identity() for job in jobs for read in job.reads if read.error}
-        readable = [job.without(unreadable) for job in jobs]
-        failing = [job.without(read.identity() for read in job.reads if not read.error) for job in jobs]
-        self._unreadable = [job for job in failing if job.reads]
-        self._queue = [_Waiting(job, self.nodes.demand(job)) for job in readable if job.reads]
+        self._unreadable: list[ModelJob] = []
+        self._queue: list[_Waiting] = []
+        self._enqueue(jobs)
         self._decided = self._changed = 0.0
         self._looked = time.monotonic()
         self._looking: Future[None] | None = None
@@ -119,7 +117,15 @@ class Run:
             self._books.flush()
             if not (self._queue or self._streams or self._ending):
                 self._books.drain()
-            self._queue += [_Waiting(job, self.nodes.demand(job)) for job in self._sharing.lost()]
+            self._enqueue(self._sharing.lost())
+
+    def _enqueue(self, jobs: list[ModelJob]) -> None:
+        """Have `jobs` wait; what the preflight could not open, or has no room for, asks for no node."""
+        unreadable = {read.identity() for job in jobs for read in job.reads if read.error}
+        failing = [job.without(read.identity() for read in job.reads if not read.error) for job in jobs]
+        readable = [job.without(unreadable) for job in jobs]
+        self._unreadable += [job for job in failing if job.reads]
+        self._queue += [_Waiting(job, self.nodes.demand(job)) for job in readable if job.reads]
 
     def stop(self, lost: bool) -> None:
         """End what runs; with a lost cluster Ray is not asked for anything. What has finished goes to the results."""

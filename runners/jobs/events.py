@@ -68,6 +68,13 @@ class GroupBrokenError(RuntimeError):
     """One rank failed where the others went on: the group cannot be used for another read."""
 
 
+class SilenceError(BaseException):
+    """A read made no progress for so long; one line, and the row's error.
+
+    No `Exception`: what tries again, or goes on without, must not take a read's end for a fault of what it tried.
+    """
+
+
 Event = Progress | Remark | Finished
 Rows = dict[str, list[Row]]
 Reading = Generator[Progress | Remark, None, Rows]

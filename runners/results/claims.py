@@ -28,6 +28,7 @@ LEASE_SECONDS = 60.0  # after which the claims of an owner without a sign of lif
 BEAT_SECONDS = 10.0
 FOLDER = "_claims"
 _MOST_BYTES = 2**24  # of one, of which a stranger's file may have any number
+_LOOKS = 3  # at whether a claim is still held, where each takes as long as none should
 _BESIDE = 8  # threads for a remote place
 
 _Given = TypeVar("_Given")
@@ -159,8 +160,14 @@ class Claims:
         generation = self._held.get(name)
         if generation is None or not self.works:
             return generation is not None
-        taken_over = self._content(f"{name}.{generation + 1}") is not None
-        if not taken_over and self._content(f"{name}.{generation}") == self._owner.encode():
+        ours = False
+        for _ in range(_LOOKS):
+            began = self._clock()
+            taken_over = self._content(f"{name}.{generation + 1}") is not None
+            ours = not taken_over and self._content(f"{name}.{generation}") == self._owner.encode()
+            if not ours or self._clock() - began < self._lease / 2:
+                break  # else it stood still between the two: who took over then was not there at the first
+        if ours:
             return True
         del self._held[name]
         return False

@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deadbench.runners.engines.registry import ENGINES
-from deadbench.runners.jobs.events import Event, Finished, Progress, RankMemoryError, Reading, Remark, to_tables
+from deadbench.runners.jobs.events import (
+    Event,
+    Finished,
+    Progress,
+    RankMemoryError,
+    Reading,
+    Remark,
+    SilenceError,
+    to_tables,
+)
 from deadbench.runners.jobs.job import ModelJob, ReadJob
 from deadbench.runners.worker.passable import naming_who_unpacks, refuse_without_pass
 from deadbench.suite.errors import CheckpointError, is_of_work, one_line
@@ -48,7 +57,7 @@ def run_model(job: ModelJob, run_id: str, attempt: int) -> Iterator[Event]:
             rows = yield from (_read_factory if read.factory else READ_FUNCTIONS[read.read])(read)
             rows["reads"][0]["status"] = "ok"
         except BaseException as error:
-            if not is_of_work(error):
+            if not (is_of_work(error) or isinstance(error, SilenceError)):
                 raise
             failure, poisoned = traceback.format_exc(), is_poisoned(error)
             rows = {"reads": [{"status": "failed", "error": one_line(error)}]}

@@ -426,6 +426,20 @@ def test_what_could_not_be_opened_is_a_failed_row_without_an_actor(cluster, driv
     assert {row[2:] for row in outcomes(tmp_path)} == {("failed", 0, "no such folder")}
 
 
+def test_what_has_no_room_asks_for_none_when_another_had_taken_it_over_meanwhile(
+    cluster, driver, tmp_path, monkeypatch
+):
+    (job,) = sleeping_jobs(tmp_path / "jobs", 1, [1.0])
+    job = replace(job, reads=tuple(replace(read, error="needs 9 GB") for read in job.reads))
+    made = cluster(well)
+    run, _ = driver(made, [job])
+    lost = [[job], []]
+    monkeypatch.setattr(run._sharing, "lost", lambda: lost.pop(0) if lost else [])
+    run.go()
+    assert made.started == []
+    assert {row[2:] for row in outcomes(tmp_path)} == {("failed", 0, "needs 9 GB")}
+
+
 def test_nothing_is_started_while_the_head_does_not_answer(cluster, driver, tmp_path):
     made, head = cluster(well), Head()
     head.silent = 40

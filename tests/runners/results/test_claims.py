@@ -87,6 +87,29 @@ def test_of_several_at_once_one_has_it(driver):
     assert sorted(map(len, won)) == [0, 0, 0, 1]
 
 
+def test_who_stands_still_while_it_looks_at_its_claim_looks_again(driver, monkeypatch):
+    here, there = Clock(0.0), Clock(0.0)
+    a, b = driver("a", here), driver("b", there)
+    a.look()
+    a.take(["x"])
+    b.look()
+    content, seen = a._content, []
+
+    def stands_still(name):
+        found = content(name)
+        if not seen:  # it has found no successor
+            here.now += LEASE + 1
+            there.now += LEASE + 1
+            b.look()
+            assert b.take(["x"]) == {"x"}
+        seen.append(name)
+        return found
+
+    monkeypatch.setattr(a, "_content", stands_still)
+    assert not a.holds("x")
+    assert b.holds("x")
+
+
 def test_a_silent_owners_claims_lapse_by_the_clock_of_who_looks(driver, store):
     here, there = Clock(1e6), Clock(-5.0)  # two machines whose clocks have nothing to do with each other
     a, b, c = driver("a", there), driver("b", here), driver("c", here)

@@ -15,12 +15,13 @@ import torch
 from deadbench.analysis.results import scan
 from deadbench.runners.engines.streaming import StreamingEngine
 from deadbench.runners.jobs.build import build_jobs
-from deadbench.runners.jobs.events import Progress, Remark
+from deadbench.runners.jobs.events import Finished, Progress, Remark, SilenceError
 from deadbench.runners.jobs.job import Overrides
 from deadbench.runners.worker import forward
 from deadbench.runners.worker import saved_state as checkpoints
 from deadbench.runners.worker.progress_folder import FOLDER
 from deadbench.runners.worker.run import run_model
+from deadbench.suite.reads.residual import ResidualRead
 from deadbench.suite.registry.loading import load_registry
 from tests.conftest import ROOT, save_tiny
 from tests.runners.engines.test_tensor_parallel import LLAMA
@@ -128,6 +129,22 @@ def test_a_checkpoint_that_is_not_what_was_written_is_not_used(registry, tmp_pat
     nowhere = "its checkpoint leads nowhere (the model does not come to the place where it was saved): begins anew"
     assert remarks[-1] == (nowhere if fault == "another model" else "its checkpoint is ignored: it is not whole")
     assert bits(rows_of(events)) == expected
+
+
+def test_a_read_that_goes_on_and_is_silent_ends_and_is_not_begun_anew(registry, tmp_path, monkeypatch):
+    job = saving(registry, "neox", "random", tmp_path / "out")
+    swept = cut_after(monkeypatch, 5, job)
+
+    def silent(self, *arguments):
+        raise SilenceError("no progress for 5 s (--timeout)")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ResidualRead, "close_pass", silent)
+        events = list(run_model(job, "run", 1))
+    assert [e.text for e in events if isinstance(e, Remark)] == [f"goes on from its checkpoint, after block {swept}"]
+    assert [(e.row["status"], e.row["error"]) for e in events if isinstance(e, Finished)] == [
+        ("failed", "no progress for 5 s (--timeout)")
+    ]
 
 
 def test_replicas_save_at_blocks_and_go_on_together(registry, tmp_path, monkeypatch):
