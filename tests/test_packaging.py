@@ -34,6 +34,8 @@ OPTIONAL = {
     "wandb": "the extra [wandb]",
     "pytest": "runners/pytest_plugin.py, which pytest itself loads",
     "aiohttp": "fsspec's own way to the web: fsspec[http]",
+    "aiobotocore": "the extra [s3], by s3fs",
+    "botocore": "the extra [s3], by s3fs",
 }
 
 

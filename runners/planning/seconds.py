@@ -4,8 +4,10 @@ Rates are what `deadbench doctor` measured and kept, else those of a data sheet,
 """
 
 import json
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from deadbench.runners.planning.hardware import Cluster
 from deadbench.suite.checkpoints.download_cache import cache_folder
@@ -20,6 +22,7 @@ _COLUMNS = 70  # of a site that are solved one after another, each as long as D 
 _STEP_SECONDS = {"gpu": 1e-7, "cpu": 0.0}  # which wait for each other
 _DRAWN = 1e8  # random weights a second, which one thread draws; where a model is held whole, several do
 _DISK = 1e9  # bytes a second of a checkpoint
+_LONGEST_NAME = 200  # of a device, in the file that is kept
 _ALIKE = 0.1  # of their memory, by which GPUs of one kind differ: 80 GB are 85e9 bytes
 
 
@@ -142,10 +145,22 @@ def stored() -> dict[str, Rates]:
     """Those that were kept, by device; none where there are none that can be read."""
     try:
         listed = json.loads(rates_file().read_text(encoding="utf-8"))
-        found = [Rates(each.pop("device"), **{name: float(value) for name, value in each.items()}) for each in listed]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, RecursionError):
         return {}
-    return {each.device: each for each in found if min(each.bfloat16, each.float32, each.float64, each.copies) > 0}
+    found = [_kept(entry) for entry in listed] if isinstance(listed, list) else []
+    return {each.device: each for each in found if each is not None}
+
+
+def _kept(entry: Any) -> Rates | None:
+    """The rates in an entry of the file, if it names a device and all are positive numbers."""
+    try:
+        device, memory, *rates = (entry.pop(field.name) for field in fields(Rates))
+        memory, *rates = map(float, (memory, *rates))
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
+        return None
+    named = isinstance(device, str) and device.isprintable() and 0 < len(device) <= _LONGEST_NAME and not entry
+    fast = min(rates) > 0 and memory >= 0 and math.isfinite(sum(rates) + memory)
+    return Rates(device, memory, *rates) if named and fast else None
 
 
 def rates_of(cluster: Cluster) -> tuple[Rates, str]:

@@ -6,6 +6,7 @@ What they do not tell is found where the read runs (`suite/inputs/feed.py`); not
 import codecs
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -86,7 +87,8 @@ def open_ids(path: Path) -> NDArray[np.integer[Any]]:
             )
     try:
         ids: NDArray[np.integer[Any]] = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, SyntaxError, TokenError, RecursionError, MemoryError) as error:
+        # The last four of headers that numpy takes apart as Python's own text.
         raise InputError(f"{path}: not a .npy array of integers ({first_line(error)})") from error
     if ids.ndim != 2 or ids.dtype.kind not in "iu" or ids.size == 0:
         raise InputError(

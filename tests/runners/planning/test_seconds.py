@@ -107,6 +107,12 @@ def test_kept_rates_come_before_those_of_data_sheets(kept):
         '[{"device": "cpu"}]',
         json.dumps([vars(CPU) | {"float64": "x"}]),
         json.dumps([vars(CPU) | {"float64": 0}]),
+        json.dumps([vars(CPU) | {"float64": 10**400}]),
+        json.dumps([vars(CPU) | {"float64": float("inf")}]),
+        json.dumps([vars(CPU) | {"memory": float("nan")}]),
+        *(json.dumps([vars(CPU) | {"device": name}]) for name in ([], None, 3, "", "a\x1b[2J", "a" * 1000)),
+        json.dumps([vars(CPU) | {"more": 1}]),
+        "[" * 100_000,
     ],
 )
 def test_rates_that_cannot_be_read_are_none(kept, text):

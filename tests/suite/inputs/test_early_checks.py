@@ -85,10 +85,14 @@ def test_files_that_are_no_arrays_of_ids(tmp_path):
     np.arange(1000, dtype=np.uint16).tofile(tmp_path / "train.bin")
     np.save(tmp_path / "objects.npy", np.array([{}, {}]), allow_pickle=True)
     np.save(tmp_path / "flat.npy", np.arange(10))
+    for name, shape in (("open", "((((((((,"), ("deep", "(" * 4000), ("text", "'''"), ("huge", "9" * 5000)):
+        header = f"{{'descr': '<i8', 'fortran_order': False, 'shape': {shape}\n".encode()
+        (tmp_path / f"{name}.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
     for name, message in (
         ("train.bin", r"not a \.npy array; .*numpy.fromfile\('.*train.bin', 'uint16'\).reshape"),
         ("objects.npy", "not a .npy array"),
         ("flat.npy", "shape"),
+        *((f"{name}.npy", "not a .npy array of integers") for name in ("open", "deep", "text", "huge")),
     ):
         with pytest.raises(InputError, match=message) as caught:
             open_ids(tmp_path / name)
