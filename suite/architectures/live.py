@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from deadbench.suite.architectures.kernel_test import plain_copy, plain_type, probe
-from deadbench.suite.architectures.locate import found_in, width_and_rows
+from deadbench.suite.architectures.last_norm import width_and_rows
+from deadbench.suite.architectures.locate import found_in
 from deadbench.suite.architectures.norms import FinalNorm, NormBehaviour
 from deadbench.suite.architectures.parts import block_list
 from deadbench.suite.architectures.stored_names import unwrapped

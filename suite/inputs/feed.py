@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deadbench.suite.architectures.locate import find_final_norm, width_and_rows
+from deadbench.suite.architectures.last_norm import width_and_rows
+from deadbench.suite.architectures.locate import find_final_norm
 from deadbench.suite.architectures.norms import FinalNorm
 from deadbench.suite.architectures.parts import PICTURE_NAMES, SOUND_NAMES
 from deadbench.suite.errors import InputError, first_line, reason_of

@@ -44,7 +44,7 @@ def counted(monkeypatch):
             monkeypatch.setattr(place, name, counting)
 
     count("recorded_calls", locate)
-    count("search", locate, resolve)
+    count("_search", locate)
     count("minimal_inputs", locate, feed)
     count("running_inputs", wiring)
     count("build_model", build, locate, resolve)
@@ -72,7 +72,7 @@ def run(source, reads, **overrides):
 )
 def test_a_read_traces_its_model_once(config, spec, tries, reads, counted, tmp_path):
     run(save_tiny(tmp_path / "m", config) if config else save_tiny(tmp_path / "m"), reads, input=spec, tokens=256)
-    assert counted["search"] == 1
+    assert counted["_search"] == 1
     assert counted["minimal_inputs"] == 1
     assert counted["recorded_calls"] == tries, "inputs until one runs"
     assert counted["build_model on meta"] == 0
@@ -84,7 +84,7 @@ def test_a_read_traces_its_model_once(config, spec, tries, reads, counted, tmp_p
 @pytest.mark.parametrize("reads", [["random"], ["random", "trained"]], ids=" and ".join)
 def test_streaming_builds_one_model_without_weights(reads, counted, tmp_path):
     run(save_tiny(tmp_path / "m"), reads, input="tokens:random", engine="streaming")
-    assert counted["search"] == counted["recorded_calls"] == counted["minimal_inputs"] == 1
+    assert counted["_search"] == counted["recorded_calls"] == counted["minimal_inputs"] == 1
     assert counted["build_model on meta"] == 1
 
 
@@ -102,7 +102,7 @@ def test_half_a_batch_is_no_second_trace(counted, tmp_path, monkeypatch):
     monkeypatch.setattr(TorchEngine, "passes", short_of_memory)
     run(save_tiny(tmp_path / "m", VIT), ["trained"], input="image", tokens=256)
     assert len(tried) == 2
-    assert counted["search"] == counted["recorded_calls"] == 1
+    assert counted["_search"] == counted["recorded_calls"] == 1
 
 
 def test_pictures_are_read_in_the_dtype_that_they_are_stored_in(tmp_path):
