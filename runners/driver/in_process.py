@@ -30,7 +30,7 @@ from deadbench.runners.worker.progress_folder import absolute
 from deadbench.runners.worker.run import run_model
 
 _NO_RAY = "none"  # as planning/hardware.py has it
-_AGAIN_SECONDS = 60.0  # between a silence that was told and the next, at least
+_SILENT_AGAIN_SECONDS = 60.0  # between a silence that was told and the next, at least
 
 
 def execute_at(address: str | None) -> Callable[[list[ModelJob], ResultStore, Settings, Reporter, str], Summary]:
@@ -154,7 +154,7 @@ def _silence(seconds: float) -> Iterator[Callable[[bool], None]]:
         raise SilenceError(f"no progress for {seconds:g} s (--timeout)")
 
     def heard(running: bool) -> None:
-        again = max(seconds, _AGAIN_SECONDS)  # where something waits at its end; not while the row is being made
+        again = max(seconds, _SILENT_AGAIN_SECONDS)  # where something waits at its end; not while the row is being made
         signal.setitimer(signal.ITIMER_REAL, *((seconds, again) if running else (0.0, 0.0)))
 
     before = signal.signal(signal.SIGALRM, silent)

@@ -43,11 +43,9 @@ class PassEnd:
     def now(self, stream: ResidualRead, position: Position) -> Said:
         """With a word after each tap: the driver would take a long silence for a hang."""
         yield from self.taken_up(stream, position)
-        stream.close_pass()
         started, self.decomposing = Moment.on(self._device), True
-        for _ in stream.decompose():
+        for _ in stream.ending():
             yield Progress(self._label, "spectrum", self._num_rows, self._num_rows)
-        stream.conclude()
         self.decomposing = False
         position.spectrum_seconds += started.seconds_to(Moment.on(self._device))
         yield from self._remarked()

@@ -8,6 +8,7 @@ import pytest
 
 from deadbench.suite import http_session
 from deadbench.suite.storage import open_place
+from tests.piecewise import serve
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: 400\r\nConnection: close\r\n\r\n"
 
@@ -22,7 +23,7 @@ def test_a_server_that_does_not_answer_is_not_waited_for_long(pieces, monkeypatc
     monkeypatch.setattr(http_session, "_IDLE_SECONDS", 0.3)
     over = threading.Event()
     with socket.create_server(("127.0.0.1", 0)) as server:
-        thread = threading.Thread(target=_serve, args=(server, pieces, over), daemon=True)
+        thread = threading.Thread(target=serve, args=(server, pieces, over), daemon=True)
         thread.start()
         fs, path = open_place(f"http://127.0.0.1:{server.getsockname()[1]}/sources.txt")
         fs.clear_instance_cache()
@@ -30,17 +31,3 @@ def test_a_server_that_does_not_answer_is_not_waited_for_long(pieces, monkeypatc
             fs.cat_file(path)
         over.set()
         thread.join(5)
-
-
-def _serve(server, pieces, over):
-    connection, _ = server.accept()
-    with connection:
-        connection.recv(65536)
-        try:
-            for piece in pieces:
-                connection.sendall(piece)
-                if over.wait(0.01):
-                    return
-        except OSError:
-            return
-        over.wait(10)

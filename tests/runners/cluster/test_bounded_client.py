@@ -9,6 +9,7 @@ import pytest
 from deadbench.runners.cluster import bounded_client
 from deadbench.runners.cluster.joining import JoinError
 from deadbench.runners.cluster.submitted import Jobs
+from tests.piecewise import serve
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 1000000000\r\n\r\n"
 
@@ -30,22 +31,8 @@ def test_a_dashboard_that_lies_is_one_line(pieces, why, monkeypatch):
     monkeypatch.setattr(bounded_client, "_ANSWER_BYTES", 2**16)
     over = threading.Event()
     with socket.create_server(("127.0.0.1", 0)) as server:
-        threading.Thread(target=_serve, args=(server, pieces, over), daemon=True).start()
+        threading.Thread(target=serve, args=(server, pieces, over), daemon=True).start()
         with pytest.raises(JoinError, match=why) as raised:
             Jobs(f"http://127.0.0.1:{server.getsockname()[1]}")
         over.set()
     assert len(str(raised.value)) < 300
-
-
-def _serve(server, pieces, over):
-    connection, _ = server.accept()
-    with connection:
-        connection.recv(65536)
-        try:
-            for piece in pieces:
-                connection.sendall(piece)
-                if len(piece) == 1 and over.wait(0.02):
-                    return
-            over.wait()
-        except OSError:
-            pass
