@@ -1,5 +1,6 @@
 """One model's processes on the cluster: placed and started together, and gone before others take their place."""
 
+import contextlib
 import hashlib
 import os
 import re
@@ -172,7 +173,6 @@ def release(group: Group) -> Ended:
     """
     import ray
     from ray.util.placement_group import remove_placement_group
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     ready, _ = ray.wait(group.homes, num_returns=len(group.homes), timeout=0)
     for actor in group.actors:
@@ -181,24 +181,34 @@ def release(group: Group) -> Ended:
         remove_placement_group(group.placement)
     if group.death is not None and group.death.kind in ("node", "unplaced"):
         return Ended()
-    here = ray.get_runtime_context().get_node_id()
+    began = bool(ready) or group.death is not None
+    actors: dict[str, list[tuple[int, float]]] = {node: [] for node in group.nodes()} if began else {}
+    for ref in ready:
+        with contextlib.suppress(ray.exceptions.RayError):  # it died before it said where it is
+            node, pid, born = ray.get(ref)
+            actors.setdefault(node, []).append((pid, born))
     survivors: list[str] = []
     signal, out_of_memory, last_line = None, False, None
-    for ref in ready:
+    for node, known in actors.items():
         try:
-            node, pid, born = ray.get(ref)
-            if node == here:
-                ended = end_processes(group.token, pid, born)
-            else:
-                strategy = NodeAffinitySchedulingStrategy(node, soft=False)
-                task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=strategy)(end_processes)
-                ended = ray.get(task.remote(group.token, pid, born), timeout=_REMOTE_SECONDS)
+            ended = _end_on(node, group.token, known)
         except ray.exceptions.RayError:
-            continue  # it never came to be, or its node is gone
+            continue  # the node is gone
         survivors += ended.survivors
         signal, out_of_memory = signal or ended.signal, out_of_memory or ended.out_of_memory
         last_line = last_line or ended.last_line
     return Ended(tuple(survivors), signal, out_of_memory, last_line)
+
+
+def _end_on(node: str, token: str, known: list[tuple[int, float]]) -> Ended:
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    if node == ray.get_runtime_context().get_node_id():
+        return end_processes(token, known)
+    where = NodeAffinitySchedulingStrategy(node, soft=False)
+    task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=where)(end_processes)
+    return ray.get(task.remote(token, known), timeout=_REMOTE_SECONDS)  # type: ignore[no-any-return]
 
 
 def _observed(event: Event) -> Event:

@@ -4,8 +4,10 @@ import contextlib
 import faulthandler
 import os
 import re
+import stat
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,24 +44,29 @@ def mark_process(token: str) -> None:
     faulthandler.enable(file=box, all_threads=False)  # keeps the file open as long as the process lives
 
 
-def end_processes(token: str, pid: int, born: float) -> Ended:
-    """End what carries `token` in its environment, and the actor `pid` itself; says what outlived that."""
-    box = _black_box(token, pid)
-    try:
-        signal, out_of_memory, last_line = _read_box(box.read_text(encoding="utf-8", errors="replace"))
-    except OSError:
-        signal, out_of_memory, last_line = None, False, None
-    survivors = _end(token, pid, born)
-    box.unlink(missing_ok=True)
+def end_processes(token: str, actors: Sequence[tuple[int, float]] = ()) -> Ended:
+    """End what carries `token` in its environment, and `actors`, each (process id, when it began); says what outlived.
+
+    What was written down under `token` is read of every process, known or not: one that died at once never said its id.
+    """
+    signal, out_of_memory, last_line = None, False, None
+    boxes = _black_boxes(token)
+    for box in boxes:
+        with contextlib.suppress(OSError):
+            of_one = _read_box(box.read_text(encoding="utf-8", errors="replace"))
+            signal, out_of_memory, last_line = signal or of_one[0], out_of_memory or of_one[1], last_line or of_one[2]
+    survivors = _end(token, actors)
+    for box in boxes:
+        box.unlink(missing_ok=True)
     return Ended(tuple(survivors), signal, out_of_memory, last_line)
 
 
-def _end(token: str, pid: int, born: float) -> list[str]:
+def _end(token: str, actors: Sequence[tuple[int, float]]) -> list[str]:
     deadline = time.monotonic() + _PATIENT_SECONDS
     polite = time.monotonic() + _POLITE_SECONDS
-    asked: set[int] = set()
+    asked = {pid for pid, _ in actors}  # by who calls
     while True:
-        left, now = _marked(token) + _same_process(pid, born), time.monotonic()
+        left, now = _marked(token) + [p for actor in actors for p in _same_process(*actor)], time.monotonic()
         if not left and (now > polite or not _any_begins()):
             return []
         if now > deadline:
@@ -68,7 +75,7 @@ def _end(token: str, pid: int, born: float) -> list[str]:
             try:
                 if now > polite:
                     process.kill()
-                elif process.pid not in asked and process.pid != pid:
+                elif process.pid not in asked:
                     process.terminate()
                     asked.add(process.pid)
             except psutil.Error:
@@ -109,6 +116,16 @@ def _same_process(pid: int, born: float) -> list[psutil.Process]:
 
 def _black_box(token: str, pid: int) -> Path:
     return Path(tempfile.gettempdir()) / f"deadbench-{token}-{pid}"
+
+
+def _black_boxes(token: str) -> list[Path]:
+    """Those of `token` that this user's processes have left; another's, or what is no plain file, is not for us."""
+    found = []
+    for path in sorted(Path(tempfile.gettempdir()).glob(f"deadbench-{token}-*")):
+        with contextlib.suppress(OSError):
+            if stat.S_ISREG((status := path.lstat()).st_mode) and status.st_uid == os.getuid():
+                found.append(path)
+    return found
 
 
 def _read_box(text: str) -> tuple[str | None, bool, str | None]:

@@ -63,7 +63,7 @@ def _apart(config: dict[str, Any], tensor_parallel: int) -> Row:
         process.join(10)
         process.kill()
         process.join()
-        end_processes(token, process.pid or 0, 0.0)
+        end_processes(token)
     if error is not None:
         raise UnwellError(error)
     return row  # type: ignore[no-any-return]

@@ -24,7 +24,7 @@ def test_a_process_that_is_just_beginning_is_waited_for(monkeypatch):
 
     monkeypatch.setattr(psutil.Process, "environ", late)
     try:
-        assert processes._end("beginner", 0, 0.0) == []
+        assert processes._end("beginner", []) == []
         assert child.wait(timeout=5) == -signal.SIGTERM
     finally:
         child.kill()

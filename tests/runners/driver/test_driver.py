@@ -156,6 +156,19 @@ def test_a_segfault_is_told_and_tried_again(ray_session, registry, tmp_path, mon
     assert row["error"] == "the process of this model died: killed, or crashed (segmentation fault)"
 
 
+def test_a_segfault_is_told_of_a_process_that_never_said_where_it_is(ray_session, registry, tmp_path, monkeypatch):
+    def crash(_):
+        import ctypes
+
+        ctypes.string_at(0)
+
+    monkeypatch.setattr(actors, "_home", crash)
+    monkeypatch.setattr(actors, "actor_class", acting(lambda job: None))
+    run(registry, tmp_path / "out", ["b"], reads=["parameters"], settings=Settings(max_retries=0))
+    error = rows(tmp_path / "out")["error"].item()
+    assert error == "the process of this model died: killed, or crashed (segmentation fault)"
+
+
 def test_the_next_run_reads_only_what_failed(ray_session, registry, tmp_path, asleep):
     out = tmp_path / "out"
     killer = kill_when(out, "a", 3)

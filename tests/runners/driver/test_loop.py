@@ -175,7 +175,7 @@ def cluster(monkeypatch):
         monkeypatch.setattr(placement_groups, "placement_group", lambda *arguments, **options: object())
         monkeypatch.setattr(placement_groups, "remove_placement_group", lambda group: None)
         monkeypatch.setattr(actors, "actor_class", made.actor_class)
-        monkeypatch.setattr(actors, "end_processes", lambda token, pid, born: made.ended)
+        monkeypatch.setattr(actors, "_end_on", lambda node, token, known: made.ended)
         return made
 
     return make
