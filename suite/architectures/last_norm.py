@@ -1,7 +1,7 @@
 """Which module made the last hidden state of one forward pass, by what flowed through its modules."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,8 @@ from deadbench.suite.architectures.any_norm import is_norm_of_maps, may_be_a_nor
 from deadbench.suite.architectures.kernel_test import own_vectors, probe
 from deadbench.suite.architectures.norms import FinalNorm, NormBehaviour
 from deadbench.suite.architectures.parts import block_list
-from deadbench.suite.tracing.flow import Call, Passed, cuts, same_storage, streams_held
+from deadbench.suite.tracing.flow import AS_IT_IS, Call, Passed, Way, cuts, same_storage, streams_held
+from deadbench.suite.tracing.replay import Replay
 
 _TIMM = "timm_wrapper"
 _CUT_CANDIDATES = 40  # modules, last called first, among which a norm behind a projection is looked for
@@ -64,10 +65,17 @@ def _behaviour(module: nn.Module, output: Passed) -> NormBehaviour:
     return behaviour
 
 
-def by_cutting(model: nn.Module, calls: list[Call], inputs: Mapping[str, Any], stream: Tensor) -> FinalNorm:
+def by_cutting(
+    model: nn.Module, calls: list[Call], inputs: Mapping[str, Any], stream: Tensor, replay: Replay | None = None
+) -> FinalNorm:
     """The last norm through which everything flows: with its output held fixed, the stream no longer hears the input.
 
     It must come after the last block, or end it: before the blocks everything flows through the embedding's norm too.
+
+    Args:
+        model, calls: and its calls in a pass on `inputs`, which gave `stream`.
+        inputs, stream: of that pass.
+        replay: of that pass and of one on the other inputs; all is computed anew without.
     """
     makers = [call.path for call in calls if same_storage(call.output, stream)]
     modules = dict(model.named_modules())
@@ -89,9 +97,9 @@ def by_cutting(model: nn.Module, calls: list[Call], inputs: Mapping[str, Any], s
         of_another_kind = (
             not (ends_block and is_norm_of_maps(module)) and not behaviour.known and normalises(module, call.given)
         )
-        if not (behaviour.known or of_another_kind) or not cuts(model, module, inputs, stream):
+        if not (behaviour.known or of_another_kind) or not cuts(model, module, inputs, stream, _ways(replay, path)):
             continue
-        if _normalised_again(model, calls[last_calls[path] + 1 :], path, inputs, stream):
+        if _normalised_again(model, calls[last_calls[path] + 1 :], path, inputs, stream, replay):
             break
         through = f"the last hidden state depends on the input through {path} ({type(module).__name__})"
         if behaviour.known:
@@ -120,8 +128,17 @@ def of_what_is_pooled(model: nn.Module, calls: list[Call], stream: Tensor, found
     return None
 
 
+def _ways(replay: Replay | None, path: str) -> Sequence[Way]:
+    return replay.ways(path) if replay else AS_IT_IS
+
+
 def _normalised_again(
-    model: nn.Module, later: list[Call], path: str, inputs: Mapping[str, Any], stream: Tensor
+    model: nn.Module,
+    later: list[Call],
+    path: str,
+    inputs: Mapping[str, Any],
+    stream: Tensor,
+    replay: Replay | None,
 ) -> bool:
     """Whether the stream passes a normalisation of any kind after the last call of `path`, which is then not final."""
     modules = dict(model.named_modules())
@@ -131,7 +148,7 @@ def _normalised_again(
             continue
         if not is_norm_of_maps(module) and not _behaviour(module, call.output).known:
             continue
-        held = streams_held(model, module, [inputs])
+        held = streams_held(model, module, [inputs], _ways(replay, call.path))
         if held and (held[0] is None or held[0].shape != stream.shape or not torch.equal(held[0], stream)):
             return True
     return False

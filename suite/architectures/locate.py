@@ -24,13 +24,15 @@ from deadbench.suite.architectures.last_norm import (
 )
 from deadbench.suite.architectures.norms import FinalNorm
 from deadbench.suite.architectures.shared_values import built_shared
+from deadbench.suite.architectures.smaller_model import for_smaller_pictures
 from deadbench.suite.architectures.stored_names import naming
 from deadbench.suite.errors import reason_of
 from deadbench.suite.idle_threads import one_torch_thread
-from deadbench.suite.tracing.flow import Call, hears, recorded_calls, stream_of, zeros_drawn
+from deadbench.suite.tracing.flow import Call, other_stream, recorded_calls, stream_of, zeros_drawn
 from deadbench.suite.tracing.meta_passes import quick_attempts
 from deadbench.suite.tracing.minimal_inputs import minimal_inputs, placed
-from deadbench.suite.tracing.smaller_pictures import empty_calls, smaller_pictures
+from deadbench.suite.tracing.replay import kept_outputs, replay_of
+from deadbench.suite.tracing.smaller_pictures import empty_calls, returns_much, smaller_pictures
 
 Inputs = Mapping[str, Any]  # keyword arguments of a forward pass
 _Bare = tuple[int, list[Call]]  # of a pass that gives no stream: which of the minimal inputs it took, and its calls
@@ -55,22 +57,42 @@ def search_without_weights(skeleton: nn.Module, config: Any, part: str) -> tuple
     """As `locate_final_norm`, of the model of `config` on the meta device; and the inputs, as `search` gives them."""
     whole = skeleton.get_submodule(part)
     found, inputs, bare = _search(whole)
-    size = sum(values.numel() for values in (*skeleton.parameters(), *skeleton.buffers()))
+    size = _numbers(skeleton)
     if found.path is None and size <= SMALL_MODEL and next(minimal_inputs(whole, "cpu"), None) is not None:
-        drawn = built_shared(config) if size > _LARGE_MODEL else None
-        model = (drawn or build_model(config)).get_submodule(part)
-        smaller = None if bare else smaller_pictures(whole, inputs)
-        tried, concluded = search(model, smaller) if smaller else (None, None)
-        rows = _rows_of(whole, inputs, tried) if tried and tried.path and inputs else 0
-        # What a whole picture would say of the same modules, where these told anything.
-        if tried and concluded is not None and (tried.path is None or rows):
-            found = replace(tried, rows_per_item=rows)
+        told = None if bare else _by_smaller_pictures(skeleton, config, part, inputs)
+        if told:
+            found = told
         else:
-            found, inputs, _ = _search(model, bare=bare)
+            found, inputs, _ = _search(_with_values(config, skeleton).get_submodule(part), bare=bare)
     elif found.family == "none" and found.pooled is None:
         # On meta only identity is seen; a norm behind a copy or a projection would be missed.
         found = no_norm("undetermined", f"{found.reason}, and the model is too large to be tried", skeleton)
     return found.named(naming(skeleton)), inputs
+
+
+def _by_smaller_pictures(skeleton: nn.Module, config: Any, part: str, inputs: Inputs | None) -> FinalNorm | None:
+    """What smaller pictures tell of a model whose pass on `inputs` returns much; None where they tell nothing."""
+    whole = skeleton.get_submodule(part)
+    if inputs is None or not returns_much(whole, inputs):
+        return None
+    smaller = smaller_pictures(whole, inputs)
+    if smaller is None:  # of the same architecture, laid out for smaller ones
+        config = for_smaller_pictures(config, skeleton)
+        if config is None:
+            return None
+    found, concluded = search(_with_values(config, skeleton).get_submodule(part), smaller)
+    rows = _rows_of(whole, inputs, found) if found.path else 0
+    # What a whole picture would say of the same modules, where these told anything.
+    return replace(found, rows_per_item=rows) if concluded is not None and (found.path is None or rows) else None
+
+
+def _with_values(config: Any, skeleton: nn.Module) -> nn.Module:
+    """The model of `config` on the CPU; `skeleton` says how large it is."""
+    return (built_shared(config) if _numbers(skeleton) > _LARGE_MODEL else None) or build_model(config)
+
+
+def _numbers(model: nn.Module) -> int:
+    return sum(values.numel() for values in (*model.parameters(), *model.buffers()))
 
 
 def _rows_of(model: nn.Module, inputs: Inputs, norm: FinalNorm) -> int:
@@ -110,7 +132,7 @@ def _search(
             return without_stream(model, bare[1]), given, None
         candidate = placed(given, model)
         try:
-            with torch.no_grad(), attempt(), recorded_calls(model) as calls:
+            with torch.no_grad(), attempt(), recorded_calls(model) as calls, kept_outputs(model) as kept:
                 output = model(**candidate)
         except Exception as error:
             failure, failed_calls = failure or reason_of(error), failed_calls + len(calls)
@@ -130,8 +152,9 @@ def _search(
         found = by_identity(model, calls, before_head(model, calls, stream))
         if found is not None:
             return found, given, None
-        if stream.device.type == "meta" or hears(model, candidate, stream):
-            ended = by_cutting(model, calls, candidate, stream)
+        replay = None if stream.is_meta else replay_of(model, calls, candidate, kept, stream)
+        if stream.is_meta or replay:
+            ended = by_cutting(model, calls, candidate, stream, replay)
             return replace(ended, pooled=of_what_is_pooled(model, calls, stream, ended)), given, None
         failure, deaf = failure or "the last hidden state does not depend on them", True
     if deaf:
@@ -155,7 +178,7 @@ def found_in(model: Any, inputs: Inputs) -> FinalNorm:
     found = by_identity(model, calls, stream)
     if found is not None:
         return found
-    if not hears(model, inputs, stream):
+    if other_stream(model, inputs, stream) is None:
         return no_norm("undetermined", "what it returns does not depend on the order of its input", model)
     owned = {path: module._parameters.values() for path, module in model.named_modules()}
     weighty = {path for path, own in owned.items() if any(p is not None and p.dim() > 1 for p in own)}

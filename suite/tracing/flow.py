@@ -1,7 +1,7 @@
 """What flows out of a model, and through which of its modules: outputs are held fixed, inputs are changed."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 _ZERO = 1e-6  # what is drawn to be trained is larger; some models start with matrices of zeros, or of 1e-10
 _DRAWN = 0.02  # standard deviation
+
+Way = Callable[[], contextlib.AbstractContextManager[None]]  # what a forward pass runs in
+AS_IT_IS: Sequence[Way] = (contextlib.nullcontext, contextlib.nullcontext)
 
 
 def stream_of(output: Any) -> Tensor | None:
@@ -113,42 +116,56 @@ def _place(of: Tensor | Passed) -> int:
     return int(of.storage.cdata if isinstance(of, Passed) else of.untyped_storage()._cdata)
 
 
-def cuts(model: nn.Module, module: nn.Module, inputs: Mapping[str, Any], stream: Tensor) -> bool:
+def cuts(
+    model: nn.Module, module: nn.Module, inputs: Mapping[str, Any], stream: Tensor, ways: Sequence[Way] = AS_IT_IS
+) -> bool:
     """Whether the stream forgets the input when the last output of `module` is held fixed."""
-    streams = streams_held(model, module, [inputs, other_inputs(inputs)])
+    streams = streams_held(model, module, [inputs, other_inputs(inputs)], ways)
     if not streams or any(s is None or s.shape != stream.shape for s in streams):
         return False
     return torch.equal(streams[0], streams[1])  # type: ignore[arg-type]
 
 
-def streams_held(model: nn.Module, module: nn.Module, inputs: list[Mapping[str, Any]]) -> list[Tensor | None]:
-    """The streams that these inputs give while the output of `module` is held fixed; none where the model fails."""
+def streams_held(
+    model: nn.Module, module: nn.Module, inputs: list[Mapping[str, Any]], ways: Sequence[Way] = AS_IT_IS
+) -> list[Tensor | None]:
+    """The streams that these inputs give while the output of `module` is held fixed; none where the model fails.
+
+    Args:
+        model, module: as they are called.
+        inputs: keyword arguments, of each pass.
+        ways: of each input, in what the pass runs.
+    """
     fixed: list[Tensor] = []
+    streams: list[Tensor | None] = []
 
     def hold(module: nn.Module, args: Any, output: Any) -> Any:
         tensor = output[0] if isinstance(output, tuple) else output
         if not fixed or fixed[0].shape != tensor.shape:
             fixed[:] = [torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1)).to(tensor)]
-        return (fixed[0], *output[1:]) if isinstance(output, tuple) else fixed[0]
+        held = fixed[0].clone()  # what is given it may write into it
+        return (held, *output[1:]) if isinstance(output, tuple) else held
 
     handle = module.register_forward_hook(hold)
     try:
-        with torch.no_grad():
-            return [stream_of(model(**each)) for each in inputs]
+        for each, way in zip(inputs, ways, strict=False):
+            with torch.no_grad(), way():
+                streams.append(stream_of(model(**each)))
     except Exception:
         return []
     finally:
         handle.remove()
+    return streams
 
 
-def hears(model: nn.Module, inputs: Mapping[str, Any], stream: Tensor) -> bool:
-    """Whether the stream depends on the input's values, and is told apart from one that holds no numbers."""
+def other_stream(model: nn.Module, inputs: Mapping[str, Any], stream: Tensor) -> Tensor | None:
+    """The stream that other inputs give; None where it does not depend on their values, or holds no numbers."""
     try:
         with torch.no_grad():
             other = stream_of(model(**other_inputs(inputs)))
     except Exception:
-        return False
-    return other is not None and bool(stream.isfinite().all()) and not torch.equal(other, stream)
+        return None
+    return other if other is not None and stream.isfinite().all() and not torch.equal(other, stream) else None
 
 
 @contextlib.contextmanager

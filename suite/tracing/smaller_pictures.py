@@ -17,17 +17,18 @@ _LARGE_PASS = 2**29  # bytes that the modules of a model return in one
 _LONG = 512  # steps of a series
 
 
-def smaller_pictures(model: nn.Module, inputs: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """`inputs` with corners of pictures, one of a film or the beginning of a series, where a pass returns much.
+def returns_much(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
+    """Whether the modules of a model on the meta device return so much in a pass that smaller inputs are worth it."""
+    return sum(call.output.nbytes for call in empty_calls(model, inputs)) > _LARGE_PASS
 
-    None where it does not, or the model takes none of these.
+
+def smaller_pictures(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
+    """`inputs` with corners of pictures, one of a film or the beginning of a series; None where it takes none of these.
 
     Args:
         model: on the meta device.
-        inputs: as it takes them; None where none are known.
+        inputs: as it takes them.
     """
-    if inputs is None or sum(call.output.nbytes for call in empty_calls(model, inputs)) <= _LARGE_PASS:
-        return None
     for smaller in _smaller(inputs):
         if any(smaller[name] is not value for name, value in inputs.items()) and empty_calls(model, smaller):
             return smaller

@@ -186,8 +186,9 @@ def test_large_pictures_are_tried_small(monkeypatch):
     )
     skeleton, whole = build_model(config, "meta"), locate(config)
     given = {"pixel_values": torch.zeros(1, 3, 128, 128)}
-    assert smaller_pictures.smaller_pictures(skeleton, given) is None
+    assert not smaller_pictures.returns_much(skeleton, given)
     monkeypatch.setattr(smaller_pictures, "_LARGE_PASS", 1000)
+    assert smaller_pictures.returns_much(skeleton, given)
     small = smaller_pictures.smaller_pictures(skeleton, given)
     assert small["pixel_values"].shape == (1, 3, 32, 32)
     seen = []
@@ -276,8 +277,7 @@ def test_that_there_is_no_stream_is_not_asked_again(monkeypatch, kind, pictures,
     assert set(seen[: len(seen) - 1]) == pictures[large_pass]  # the last is find_final_norm's
 
 
-def test_of_a_film_one_picture_is_tried(monkeypatch):
-    monkeypatch.setattr(smaller_pictures, "_LARGE_PASS", 1000)
+def test_of_a_film_one_picture_is_tried():
     given = {"pixel_values_videos": torch.zeros(1, 8, 3, 16, 16)}
     small = smaller_pictures.smaller_pictures(Films().to("meta"), given)
     assert small["pixel_values_videos"].shape == (1, 1, 3, 16, 16)
