@@ -27,7 +27,7 @@ from deadbench.suite.secrets import shown_place
 from deadbench.suite.storage import REFERENCE, is_hidden, is_local, open_place, refusal
 from deadbench.suite.table_files import BATCH_ROWS, batches_of, schema_version
 from deadbench.suite.table_pages import PagesError
-from deadbench.suite.table_rows import check_parallel, with_known_numbers
+from deadbench.suite.table_rows import check_named, check_parallel, with_known_numbers
 from deadbench.suite.table_sizes import FileSize, size_of, too_large
 
 _FRAME_BYTES = 2**26  # decoded together
@@ -125,6 +125,7 @@ class _Rows:
             frame_rows = max(1, min(BATCH_ROWS, _FRAME_BYTES * size.rows // (size.values or 1)))
             try:
                 for batch in batches_of(_opened(source), schema, frame_rows):
+                    check_named(self._table, batch)
                     check_parallel(self._table, batch)
                     held.append(with_known_numbers(_with_short_texts(batch)))
                     share += len(batch) / frame_rows

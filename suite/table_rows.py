@@ -1,4 +1,4 @@
-"""What a row of a stranger's has and no writer of ours: numbers that no read comes to, lists that disagree.
+"""What a row of a stranger's has and no writer of ours: numbers that no read comes to, lists that disagree, no name.
 
 A column's type says neither. What is found here is settled once, before any analysis computes with it.
 """
@@ -32,6 +32,19 @@ def check_parallel(table: str, batch: pa.RecordBatch) -> None:
         for one, other in pairwise(name for name in names if name in batch.schema.names):
             if not _agree(batch.column(one), batch.column(other)):
                 raise ValueError(f"{one} and {other} of a row differ in length")
+
+
+def check_named(table: str, batch: pa.RecordBatch) -> None:
+    """Refuse reads that are of no model: they would be judged by nothing, and missed by nobody.
+
+    Args:
+        batch: rows of `table`, with any of its columns.
+
+    Raises:
+        ValueError: some row has none.
+    """
+    if table == "reads" and "model" in batch.schema.names and batch.column("model").null_count:
+        raise ValueError("a row has no model")
 
 
 def with_known_numbers(batch: pa.RecordBatch) -> pa.RecordBatch:
