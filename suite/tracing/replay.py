@@ -124,13 +124,17 @@ def replay_of(
 def _given_again(model: nn.Module, kept: Kept, paths: frozenset[str]) -> Iterator[None]:
     """Inside, the modules at `paths` give copies of what they gave, and compute nothing."""
     modules = {path: model.get_submodule(path) for path in paths}
+    own = {path: vars(module)["forward"] for path, module in modules.items() if "forward" in vars(module)}
     for path, module in modules.items():
         module.forward = partial(_next, iter(kept.outputs[path]))
     try:
         yield
     finally:
-        for module in modules.values():
-            del module.forward
+        for path, module in modules.items():
+            if path in own:
+                module.forward = own[path]
+            else:
+                del module.forward
 
 
 def _next(outputs: Iterator[Any], *args: Any, **kwargs: Any) -> Any:

@@ -153,3 +153,12 @@ def test_a_block_called_more_often_is_refused_and_put_back():
         with pytest.raises(RuntimeError, match="more often"):
             model(**GIVEN)
     assert all("forward" not in vars(each) for each in model.modules())
+
+
+def test_a_forward_pass_of_a_blocks_own_is_put_back():
+    model = Deep()
+    own = model.blocks[0].forward = model.blocks[0].forward  # as libraries wrap it
+    replay, _ = replayed(model)
+    with replay.ways("norm")[0]():
+        assert model.blocks[0].forward is not own
+    assert model.blocks[0].forward is own
