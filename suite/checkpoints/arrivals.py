@@ -210,7 +210,10 @@ class Arrivals:
         kinds = {entry["name"].rstrip("/").rsplit("/", 1)[-1]: entry["type"] for entry in listed}
         names = [name for name in kinds if not is_hidden(name) and not is_passing(name)]
         folders = [n for n in names if kinds[n] == "directory" or os.path.isdir(os.path.join(self._place, n))]
-        return folders + [name for name in names if name not in folders and is_file_of(self._place, name)]
+        files = [name for name in names if name not in folders and is_file_of(self._place, name)]
+        if is_local(fs):  # a pipe or a device would be waited for
+            files = [name for name in files if os.path.isfile(os.path.join(root, name))]
+        return folders + files
 
     def _arrival(self, name: str, step: int | None) -> Arrival:
         if why := cannot_be_stored(name):

@@ -90,6 +90,11 @@ def test_a_tracker_that_is_a_pipe_is_not_waited_for(tmp_path, name):
     assert arrival.waits_for is not None
 
 
+def test_a_pipe_named_as_a_file_of_weights_is_no_checkpoint(tmp_path):
+    os.mkfifo(tmp_path / "checkpoint-5.safetensors")
+    assert Arrivals(str(tmp_path)).look() == []
+
+
 def test_a_step_is_one_that_a_table_holds():
     assert checkpoint_step("checkpoint-999999999999m") == 999_999_999_999_000_000 <= LARGEST_STEP
     assert checkpoint_step("checkpoint-999999999999999m") is None
