@@ -104,7 +104,8 @@ def export(
 
     if not out.resolve().parent.is_dir():
         raise UserError(f"--out {out}: no such directory")
-    print(f"{out}: {export_directions(source, out, given_config(config), model_type)} norms")
+    count = export_directions(source, out, given_config(config), model_type)
+    print(plain(f"{out}: {count} norms", MAX_LINE))
 
 
 def _print_classified(results: list[dict[str, Any]]) -> None:

@@ -16,6 +16,8 @@ from deadbench.analysis.results import ResultsError, collected, latest, scan
 from deadbench.analysis.sides import Side
 from deadbench.analysis.trajectory import trajectory
 from deadbench.analysis.trend import checkpoints
+from deadbench.suite.plain_text import MAX_LINE, plain
+from deadbench.suite.secrets import scrubbed
 
 _BREAK = ["verdict", "read", "metric", "baseline", "candidate", "change", "allowed", "detail"]
 OPENED = "opened"  # the metric of a check that no gate file has
@@ -71,7 +73,7 @@ class Verdict:
             parts[0] += f" against {' and '.join(each.against for each in self.comparisons)}"
         parts += [f"opened {place}" for place in self.opened]
         parts += [f"failed: {self.error}" if self.status != "failed" else str(self.error)] if self.error else []
-        return f"{self.revision}: {'; '.join(parts)}"
+        return plain(scrubbed(f"{self.revision}: {'; '.join(parts)}"), MAX_LINE)
 
 
 def _change(row: dict[str, Any]) -> str:

@@ -29,8 +29,9 @@ from deadbench.runners.results.store import ResultStore
 from deadbench.suite.checkpoints.arrivals import Arrival, Arrivals
 from deadbench.suite.checkpoints.series import Series
 from deadbench.suite.errors import CheckpointError, message
+from deadbench.suite.plain_text import MAX_LINE, plain
 from deadbench.suite.registry.entries import Model, Registry
-from deadbench.suite.secrets import shown_place
+from deadbench.suite.secrets import scrubbed, shown_place
 from deadbench.suite.storage import write_whole
 
 VERDICTS = "watch/verdicts.json"  # of the result set
@@ -218,7 +219,7 @@ class Watch:
 
     def _say_once(self, line: str) -> None:
         if line != self._said:
-            self.say(line)
+            self.say(plain(scrubbed(line), MAX_LINE))
             self._said = line
 
     def _write_page(self, *, live: bool) -> None:

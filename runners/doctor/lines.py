@@ -8,6 +8,7 @@ from typing import Literal
 from deadbench.runners.doctor.facts import Facts
 from deadbench.runners.doctor.node_checks import NODE_CHECKS, NotHereError, UnwellError
 from deadbench.suite.errors import one_line
+from deadbench.suite.plain_text import MAX_LINE, plain
 
 
 @dataclass(frozen=True)
@@ -39,4 +40,4 @@ def line_of(node: str, name: str, check: Callable[[], str]) -> Line:
         verdict, told = "wrong", str(error)
     except Exception as error:
         verdict, told = "wrong", one_line(error)
-    return Line(node, name, verdict, told, time.perf_counter() - started)
+    return Line(node, name, verdict, plain(told, MAX_LINE), time.perf_counter() - started)

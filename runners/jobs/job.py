@@ -12,7 +12,7 @@ from deadbench.suite.checkpoints.adapters import open_checkpoint
 from deadbench.suite.checkpoints.checkpoint import Checkpoint
 from deadbench.suite.checkpoints.series import trainer_step, trainer_tokens
 from deadbench.suite.checkpoints.sources import locate
-from deadbench.suite.checkpoints.training_steps import checkpoint_step, steps_told
+from deadbench.suite.checkpoints.training_steps import LARGEST_STEP, checkpoint_step, steps_told
 from deadbench.suite.read_specs import READ_SPECS
 from deadbench.suite.registry.entries import CheckpointPattern, ListedCheckpoints, Model, Protocol
 from deadbench.suite.schema import KEY
@@ -231,7 +231,7 @@ def read_step(job: ReadJob) -> int | None:
     if job.revision and isinstance(series, CheckpointPattern | ListedCheckpoints):
         step = series.step_of(job.revision)
         if step is not None:
-            return step
+            return step if step <= LARGEST_STEP else None
     known = steps_told(series) if isinstance(series, list) else {}
     name = job.revision or Path(job.model.source or "").name
     named = known[name] if name in known else checkpoint_step(name)
@@ -250,7 +250,8 @@ def tokens_seen(job: ReadJob, step: int | None) -> int | None:
     counted = trainer_tokens(_folder(job))
     if counted is not None or step is None or job.model.tokens_per_step is None:
         return counted
-    return step * job.model.tokens_per_step
+    tokens = step * job.model.tokens_per_step
+    return tokens if tokens <= LARGEST_STEP else None
 
 
 def _folder(job: ReadJob) -> Path:

@@ -16,13 +16,19 @@ from deadbench.suite.checkpoints.checkpoint import Checkpoint
 from deadbench.suite.checkpoints.fsspec_folder import one_line_errors
 from deadbench.suite.checkpoints.no_weights import ADAPTER_FILE
 from deadbench.suite.checkpoints.opening import list_revisions
-from deadbench.suite.checkpoints.series import in_training_order, is_passing, tells_place, trainer_step
+from deadbench.suite.checkpoints.series import (
+    cannot_be_stored,
+    in_training_order,
+    is_passing,
+    tells_place,
+    trainer_step,
+)
 from deadbench.suite.checkpoints.sources import hub_id_of, is_file_of
 from deadbench.suite.checkpoints.strict_json import MAX_JSON_BYTES, parse_object
 from deadbench.suite.checkpoints.training_steps import checkpoint_step, steps_told
 from deadbench.suite.checkpoints.weight_files import has_weights
 from deadbench.suite.errors import CheckpointError, message
-from deadbench.suite.storage import is_hidden, is_url, open_place
+from deadbench.suite.storage import file_pieces, is_hidden, is_local, is_url, open_place
 
 _TRAINER, _TRACKER, _LATEST = "trainer_state.json", "latest_checkpointed_iteration.txt", "latest"
 _BESIDE_TRAINER = {_TRAINER, "training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth"}
@@ -105,7 +111,7 @@ def _megatron_lacks(found: _Found) -> str | None:
     told = found.beside(_TRACKER)
     if told is None:
         return f"{_TRACKER}, which Megatron writes last"
-    done = told.strip() == "release" or (told.strip().isdigit() and int(told) >= (found.step or 0))
+    done = told.strip() == "release" or (told.strip().isdecimal() and int(told) >= (found.step or 0))
     return None if done else f"{_TRACKER} to name it"
 
 
@@ -204,9 +210,14 @@ class Arrivals:
         kinds = {entry["name"].rstrip("/").rsplit("/", 1)[-1]: entry["type"] for entry in listed}
         names = [name for name in kinds if not is_hidden(name) and not is_passing(name)]
         folders = [n for n in names if kinds[n] == "directory" or os.path.isdir(os.path.join(self._place, n))]
-        return folders + [name for name in names if name not in folders and is_file_of(self._place, name)]
+        files = [name for name in names if name not in folders and is_file_of(self._place, name)]
+        if is_local(fs):  # a pipe or a device would be waited for
+            files = [name for name in files if os.path.isfile(os.path.join(root, name))]
+        return folders + files
 
     def _arrival(self, name: str, step: int | None) -> Arrival:
+        if why := cannot_be_stored(name):
+            return Arrival(name, step, f"another name: {why}")
         try:
             checkpoint = Checkpoint(
                 self._place, name, place=self._place, config=self._config, model_type=self._model_type
@@ -227,5 +238,7 @@ class Arrivals:
     def _beside(self, name: str) -> str | None:
         with contextlib.suppress(CheckpointError, OSError):
             fs, root = open_place(self._place)
+            if is_local(fs):  # a pipe of that name would be waited for
+                return b"".join(file_pieces(Path(root, name), 200, cut=True)).decode("utf-8", "replace")
             return bytes(fs.cat_file(f"{root}/{name}", end=200)).decode("utf-8", "replace")
         return None

@@ -18,9 +18,10 @@ from deadbench.suite.checkpoints.opening import list_revisions
 from deadbench.suite.checkpoints.shard_names import shard_of
 from deadbench.suite.checkpoints.sources import locate
 from deadbench.suite.checkpoints.strict_json import MAX_JSON_BYTES
-from deadbench.suite.checkpoints.training_steps import checkpoint_step, epoch_of, steps_told
+from deadbench.suite.checkpoints.training_steps import LARGEST_STEP, checkpoint_step, epoch_of, steps_told
 from deadbench.suite.checkpoints.weight_files import may_be_weights
 from deadbench.suite.errors import CheckpointError
+from deadbench.suite.plain_text import MAX_LINE, plain
 from deadbench.suite.secrets import shown_place
 from deadbench.suite.storage import is_url
 
@@ -29,6 +30,7 @@ _VARIANT = re.compile(r"-v\d+(?=\.ckpt$)")  # of Lightning, which saved at a ste
 _WEIGHTS = re.compile(r"(pytorch_model.*\.bin|.*\.(safetensors|gguf))")
 _SHOWN = 4
 _UNTOLD = "its name tells no step"
+_UNNAMED = "its name is not UTF-8, which no table takes; rename it"
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,8 @@ class Series:
         """The folder, spelled in one way only."""
         if is_url(self.source):
             return self.source.rstrip("/")
-        plain = os.path.normpath(self.source)
-        return plain if os.path.basename(plain) not in ("", ".", "..") else Path(plain).resolve().name
+        normal = os.path.normpath(self.source)
+        return normal if os.path.basename(normal) not in ("", ".", "..") else Path(normal).resolve().name
 
     def sources(self) -> list[str]:
         """Each checkpoint as a SOURCE of its own, in training order."""
@@ -67,7 +69,7 @@ class Series:
         names = ", ".join(self.names) if few else f"{self.names[0]}, {self.names[1]}, …, {self.names[-1]}"
         without = f"; left out: {', '.join(self.left_out[:_SHOWN])}" if self.left_out else ""
         without += f" and {len(self.left_out) - _SHOWN} more" if len(self.left_out) > _SHOWN else ""
-        return f"{shown_place(self.name)}: a series of {count}, {self.order}: {names}{without}"
+        return plain(f"{shown_place(self.name)}: a series of {count}, {self.order}: {names}{without}", MAX_LINE)
 
 
 def series_in(source: str, base: Path | None = None, *, beside_weights: bool = False) -> Series | None:
@@ -134,6 +136,15 @@ def tells_place(name: str) -> bool:
     return epoch_of(name) is not None
 
 
+def cannot_be_stored(name: str) -> str | None:
+    """Why no row can name a checkpoint so; None: one can."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # bytes of a file system that are no letters
+        return _UNNAMED
+    return None
+
+
 def is_passing(name: str) -> bool:
     """Whether a checkpoint has this name only until it is whole."""
     return _PASSING.search(name) is not None
@@ -152,7 +163,7 @@ def _trainers_count(folder: Path, key: str) -> int | None:
         count = json.loads(path.read_text(encoding="utf-8"))[key]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None  # it is no Trainer's, or not here
-    return count if isinstance(count, int) and not isinstance(count, bool) and 0 <= count < 2**63 else None
+    return count if isinstance(count, int) and not isinstance(count, bool) and 0 <= count <= LARGEST_STEP else None
 
 
 def _steps(place: str, folders: Sequence[str]) -> dict[str, int | None]:
@@ -177,7 +188,8 @@ def _has_config(source: str, name: str, base: Path | None, place: str) -> bool:
 
 def _ordered(source: str, steps: Mapping[str, int | None], left_out: Mapping[str, str]) -> Series | None:
     """The series of `steps`; None where it is none: no checkpoint, or those of several runs in one folder."""
-    without = dict(left_out)
+    without = dict(left_out) | {name: why for name in steps if (why := cannot_be_stored(name))}
+    steps = {name: step for name, step in steps.items() if name not in without}
     taken: dict[int, str] = {}
     for name in sorted(steps, key=lambda name: (checkpoint_step(name) is None, _natural(name))):
         step = steps[name]

@@ -3,6 +3,8 @@
 import re
 from collections.abc import Iterable
 
+LARGEST_STEP = 2**63 - 1  # that a table holds; a larger number in a name is none of training
+
 # How people name the steps of training, the surest first; 50k are 50 000.
 _COUNT = r"s?[-_=. ]?(\d{1,15})(?![\d]|\.\d)([km]?)(?![a-z\d])"
 _STEPS = [
@@ -55,5 +57,6 @@ def steps_told(names: Iterable[str]) -> dict[str, int | None]:
     return {name: step if epoch_of(name) is None else None for name, step in steps.items()}
 
 
-def _counted(match: re.Match[str]) -> int:
-    return int(match[1]) * {"": 1, "k": 1000, "m": 1_000_000}[(match[2] or "").lower()]
+def _counted(match: re.Match[str]) -> int | None:
+    count = int(match[1]) * {"": 1, "k": 1000, "m": 1_000_000}[(match[2] or "").lower()]
+    return count if count <= LARGEST_STEP else None
