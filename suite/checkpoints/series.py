@@ -23,7 +23,7 @@ from deadbench.suite.checkpoints.weight_files import may_be_weights
 from deadbench.suite.errors import CheckpointError
 from deadbench.suite.plain_text import MAX_LINE, plain
 from deadbench.suite.secrets import shown_place
-from deadbench.suite.storage import is_url
+from deadbench.suite.storage import is_url, read_file
 
 _PASSING = re.compile(r"^tmp[-_]|[._-](tmp|temp|partial|incomplete)$", re.IGNORECASE)  # names until it is done
 _VARIANT = re.compile(r"-v\d+(?=\.ckpt$)")  # of Lightning, which saved at a step before
@@ -156,11 +156,8 @@ def in_training_order(steps: Mapping[str, int | None]) -> list[str]:
 
 
 def _trainers_count(folder: Path, key: str) -> int | None:
-    path = folder / "trainer_state.json"
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            return None
-        count = json.loads(path.read_text(encoding="utf-8"))[key]
+        count = json.loads(read_file(folder / "trainer_state.json", MAX_JSON_BYTES))[key]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None  # it is no Trainer's, or not here
     return count if isinstance(count, int) and not isinstance(count, bool) and 0 <= count <= LARGEST_STEP else None

@@ -7,6 +7,7 @@ import pytest
 
 from deadbench.runners.doctor.lines import line_of
 from deadbench.suite.checkpoints.arrivals import Arrivals
+from deadbench.suite.checkpoints.series import trainer_step
 from deadbench.suite.checkpoints.training_steps import LARGEST_STEP, checkpoint_step
 from tests.conftest import save_tiny
 
@@ -88,6 +89,13 @@ def test_a_tracker_that_is_a_pipe_is_not_waited_for(tmp_path, name):
         os.mkfifo(tmp_path / told)
     (arrival,) = Arrivals(str(tmp_path)).look()
     assert arrival.waits_for is not None
+
+
+def test_a_trainers_state_that_is_a_pipe_is_not_waited_for(tmp_path):
+    (tmp_path / "checkpoint-5").mkdir()
+    os.mkfifo(tmp_path / "checkpoint-5" / "trainer_state.json")
+    assert trainer_step(tmp_path / "checkpoint-5") is None
+    assert all(each.waits_for for each in Arrivals(str(tmp_path)).look())
 
 
 def test_a_pipe_named_as_a_file_of_weights_is_no_checkpoint(tmp_path):
