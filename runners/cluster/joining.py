@@ -25,6 +25,7 @@ from deadbench.suite.secrets import shown_place
 _REFUSED_SECONDS, _SILENT_SECONDS = 3.0, 12.0  # a head that is just starting refuses; one that is slow accepts late
 _GREETING_SECONDS = 8.0  # a head that is alive greets at once
 _HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))  # of HTTP/2, which gRPC speaks
+_LOOKS_LIKE_ONE = re.compile(r"(?:ray://)?[^/]*:[-+]?\d+", re.DOTALL)
 _FRAME, _SETTINGS = 9, 4  # bytes of a frame's header, and the kind of frame that a server of gRPC sends first
 _LONGEST_SOCKET, _SOCKET_LETTERS = 103, 89  # the least of all systems; of a folder in it, a session and a socket there
 _METRIC_PORTS = ("AUTOSCALER_METRIC_PORT", "DASHBOARD_METRIC_PORT")
@@ -181,7 +182,9 @@ def check_answers(address: str | None) -> None:
             target = _latest()
             named += f" (the Ray at {target}, which was the last one started here)"
     place = re.fullmatch(r"(?:ray://)?(\[[^\]]+\]|[^:/\[\]]+):(\d{1,5})", target)
-    if place is None or int(place[2]) > 65535:
+    if place is None or not 0 < int(place[2]) <= 65535:
+        if _LOOKS_LIKE_ONE.fullmatch(target):  # which Ray would ask for ever; of what is none it says so
+            raise JoinError(f"{shown_place(named)}: no address of a Ray; it is HOST:PORT, a port 1 to 65535")
         return
     failure = _failure(place[1].strip("[]"), int(place[2]))
     if failure is not None:

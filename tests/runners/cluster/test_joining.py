@@ -164,3 +164,16 @@ def test_a_clone_that_is_not_installed_is_found_by_workers_and_an_installed_one_
     assert joining._own_path() == [str(ROOT)]
     monkeypatch.setattr(sys, "path", ["/usr/bin", *elsewhere, str(ROOT)])  # as the console script of an installation
     assert joining._own_path() == []
+
+
+@pytest.mark.parametrize(
+    "address", ["127.0.0.1:99999999", "127.0.0.1:65536", "127.0.0.1:-1", "127.0.0.1:0", "\x1b[2J:6379", "ray://h:99999"]
+)
+def test_an_address_that_ray_would_ask_for_ever_is_refused_at_once(address):
+    with pytest.raises(JoinError, match="no address of a Ray; it is HOST:PORT"):
+        check_answers(address)
+
+
+@pytest.mark.parametrize("address", ["local", "x", "ray://name/path", "other://host:99999"])
+def test_what_ray_itself_refuses_or_knows_is_left_to_it(address):
+    check_answers(address)
