@@ -16,7 +16,7 @@ import psutil
 from deadbench.runners.cluster.faults import Death
 from deadbench.runners.cluster.network import free_port, use_interface_of
 from deadbench.runners.cluster.nodes import Nodes, in_stages, processes
-from deadbench.runners.cluster.processes import Ended, end_processes, mark_process
+from deadbench.runners.cluster.processes import Ended, end_processes, mark_process, together
 from deadbench.runners.cluster.schedule import Piece, Place
 from deadbench.runners.jobs.events import Event, Progress
 from deadbench.runners.jobs.job import ModelJob
@@ -187,17 +187,11 @@ def release(group: Group) -> Ended:
         with contextlib.suppress(ray.exceptions.RayError):  # it died before it said where it is
             node, pid, born = ray.get(ref)
             actors.setdefault(node, []).append((pid, born))
-    survivors: list[str] = []
-    signal, out_of_memory, last_line = None, False, None
+    ended = list[Ended]()
     for node, known in actors.items():
-        try:
-            ended = _end_on(node, group.token, known)
-        except ray.exceptions.RayError:
-            continue  # the node is gone
-        survivors += ended.survivors
-        signal, out_of_memory = signal or ended.signal, out_of_memory or ended.out_of_memory
-        last_line = last_line or ended.last_line
-    return Ended(tuple(survivors), signal, out_of_memory, last_line)
+        with contextlib.suppress(ray.exceptions.RayError):  # the node is gone
+            ended.append(_end_on(node, group.token, known))
+    return together(ended)
 
 
 def _end_on(node: str, token: str, known: list[tuple[int, float]]) -> Ended:

@@ -7,7 +7,7 @@ import re
 import stat
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +35,17 @@ class Ended:
     last_line: str | None = None
 
 
+def together(parts: Iterable[Ended]) -> Ended:
+    """What is known of several, as one."""
+    every = list(parts)
+    return Ended(
+        tuple(survivor for each in every for survivor in each.survivors),
+        next((each.signal for each in every if each.signal), None),
+        any(each.out_of_memory for each in every),
+        next((each.last_line for each in every if each.last_line), None),
+    )
+
+
 def mark_process(token: str) -> None:
     """Mark this process, and let it write down a fatal signal: who finds it dead reads that."""
     os.environ[MARK] = token
@@ -49,16 +60,14 @@ def end_processes(token: str, actors: Sequence[tuple[int, float]] = ()) -> Ended
 
     What was written down under `token` is read of every process, known or not: one that died at once never said its id.
     """
-    signal, out_of_memory, last_line = None, False, None
-    boxes = _black_boxes(token)
+    boxes, told = _black_boxes(token), list[Ended]()
     for box in boxes:
         with contextlib.suppress(OSError):
-            of_one = _read_box(box.read_text(encoding="utf-8", errors="replace"))
-            signal, out_of_memory, last_line = signal or of_one[0], out_of_memory or of_one[1], last_line or of_one[2]
+            told.append(Ended((), *_read_box(box.read_text(encoding="utf-8", errors="replace"))))
     survivors = _end(token, actors)
     for box in boxes:
         box.unlink(missing_ok=True)
-    return Ended(tuple(survivors), signal, out_of_memory, last_line)
+    return together([Ended(tuple(survivors)), *told])
 
 
 def _end(token: str, actors: Sequence[tuple[int, float]]) -> list[str]:

@@ -23,6 +23,7 @@ from deadbench.suite.architectures.last_norm import (
     without_stream,
 )
 from deadbench.suite.architectures.norms import FinalNorm
+from deadbench.suite.architectures.parts import streamed_paths
 from deadbench.suite.architectures.shared_values import built_shared
 from deadbench.suite.architectures.smaller_model import for_smaller_pictures
 from deadbench.suite.architectures.stored_names import naming
@@ -126,13 +127,13 @@ def _search(
     """
     failure, deaf, failed_calls, longest = "", False, 0, 0
     candidates = minimal_inputs(model, "cpu") if inputs is None else iter([inputs])
-    ways = quick_attempts(model)
+    ways, blocks = quick_attempts(model), streamed_paths(model)
     for (number, given), attempt in ((each, way) for each in enumerate(candidates) for way in ways):
         if bare and number == bare[0]:
             return without_stream(model, bare[1]), given, None
         candidate = placed(given, model)
         try:
-            with torch.no_grad(), attempt(), recorded_calls(model) as calls, kept_outputs(model) as kept:
+            with torch.no_grad(), attempt(), recorded_calls(model) as calls, kept_outputs(model, blocks) as kept:
                 output = model(**candidate)
         except Exception as error:
             failure, failed_calls = failure or reason_of(error), failed_calls + len(calls)

@@ -22,6 +22,7 @@ _KEPT_BYTES = 2**27  # of outputs, in one pass
 class Kept:
     """What the blocks of a model gave in one pass, by their paths and in order; none of it where it is too much."""
 
+    paths: Sequence[str]
     outputs: dict[str, list[Any]] = field(default_factory=dict)
     nbytes: int = 0
 
@@ -36,25 +37,18 @@ class Kept:
 
 
 @contextlib.contextmanager
-def kept_outputs(model: nn.Module) -> Iterator[Kept]:
-    """Inside, what every block gives is kept; nothing of a model on the meta device, which computes nothing."""
-    kept = Kept()
+def kept_outputs(model: nn.Module, blocks: Sequence[str]) -> Iterator[Kept]:
+    """Inside, what the modules at `blocks` give is kept; nothing on the meta device, which computes nothing."""
+    kept = Kept(blocks)
     handles = [
         model.get_submodule(path).register_forward_hook(lambda _, args, output, path=path: kept.put(path, output))
-        for path in ([] if next(model.parameters()).is_meta else _blocks(model))
+        for path in ([] if next(model.parameters()).is_meta else blocks)
     ]
     try:
         yield kept
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _blocks(model: nn.Module) -> list[str]:
-    """The entries of every outermost ModuleList."""
-    lists = [path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    outermost = [path for path in lists if not any(path.startswith(f"{other}.") for other in lists)]
-    return [f"{path}.{name}" for path in outermost for name, _ in model.get_submodule(path).named_children()]
 
 
 class Replay:
@@ -113,7 +107,7 @@ def replay_of(
         calls, kept, stream: of the pass on `inputs`: what was called, what the blocks gave, and what came out.
         inputs: keyword arguments.
     """
-    with kept_outputs(model) as of_others:
+    with kept_outputs(model, kept.paths) as of_others:
         other = other_stream(model, inputs, stream)
     if other is None:
         return None

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from deadbench.suite.architectures.parts import streamed_paths
 from deadbench.suite.tracing import replay as module
 from deadbench.suite.tracing.flow import cuts, other_stream, recorded_calls
 from deadbench.suite.tracing.replay import kept_outputs, replay_of
@@ -79,7 +80,7 @@ class Counting(Deep):
 
 
 def replayed(model):
-    with torch.no_grad(), recorded_calls(model) as calls, kept_outputs(model) as kept:
+    with torch.no_grad(), recorded_calls(model) as calls, kept_outputs(model, streamed_paths(model)) as kept:
         (stream,) = model(**GIVEN)
     return replay_of(model, calls, GIVEN, kept, stream), stream
 
@@ -132,7 +133,7 @@ def test_more_than_is_to_be_kept_is_not(monkeypatch):
 
 def test_without_arithmetic_nothing_is_kept():
     model = Deep().to("meta")
-    with kept_outputs(model) as kept:
+    with kept_outputs(model, streamed_paths(model)) as kept:
         model(GIVEN["hidden"].to("meta"))
     assert not kept.outputs
 
